@@ -1,0 +1,5 @@
+import sys
+
+from monosemy.cli import main
+
+sys.exit(main())

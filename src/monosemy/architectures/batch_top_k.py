@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monosemy import ops
+from monosemy.sae import Codes, Moment, register
+from monosemy.top_k_family import TopKFamily, auxk_loss
+
+
+@register
+class BatchTopK(TopKFamily):
+    """Keeps the k B largest activations of a batch of B tokens, so that a token may have more or fewer than k.
+
+    f = BatchTopK(ReLU((x - b_dec) W_enc^T + b_enc))
+    loss = mean ||x - f W_dec - b_dec||^2 + auxk_alpha AuxK,   ||W_dec,i|| = 1
+
+    Bussmann et al., BatchTopK Sparse Autoencoders (2024), section 3, https://arxiv.org/abs/2412.06410
+    """
+
+    name = "batch_top_k"
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        kept = self.product(x_BD, bf16=at.bf16).batch_top_k(self.settings.k * len(x_BD))
+        return kept.replace(kept.values.relu())
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        error_BD = x_BD - codes.decode(self.W_dec_FD) - self.b_dec_D
+        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
+        return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
+
+    def smallest_kept(self, codes: Codes) -> Tensor:
+        return codes.smallest().amin()
+
+    def select(self, pre_BF: Tensor) -> Tensor:
+        flat = ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF))
+        return torch.zeros_like(pre_BF).flatten().index_copy_(0, flat, pre_BF.flatten()[flat].relu()).view_as(pre_BF)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+
+
+@register
+class Gated(SAE):
+    """One set of directions decides which latents fire, the same set rescaled says how strongly.
+
+    e = (x - b_dec) W_enc^T,   pi = e + b_gate,   f = 1[pi > 0] ReLU(exp(r_mag) e + b_mag)
+    loss = mean ||x - f W_dec - b_dec||^2 + l1_penalty mean sum_i ReLU(pi_i) + mean ||x - ReLU(pi) W_dec' - b_dec'||^2
+
+    with W_dec', b_dec' held fixed and ||W_dec,i|| = 1. Here b_enc is b_gate.
+    Rajamanoharan et al., Improving Dictionary Learning with Gated Sparse Autoencoders (2024), section 3, https://arxiv.org/abs/2404.16014
+    """
+
+    name = "gated"
+    sparsity = "l1_penalty"
+    constraint = "constrain"
+    clip = None
+    betas = (0.0, 0.999)
+    scaled = ("b_enc_F", "b_mag_F", "b_dec_D")
+
+    @dataclass(frozen=True)
+    class Settings:
+        l1_penalty: float = 0.03
+
+    def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
+        super().__init__(d_in, d_sae, **settings)
+        self.r_mag_F = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag_F = nn.Parameter(torch.zeros(d_sae))
+
+    def reset(self, generator: torch.Generator) -> None:
+        rows_FD = unit_rows(self.d_sae, self.d_in, generator, normal=True)
+        self.W_enc_FD.data.copy_(rows_FD)
+        self.W_dec_FD.data.copy_(rows_FD)
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+
+    def active(self, codes: Codes) -> Codes:
+        e = codes.values - codes.at(self.b_enc_F)
+        return codes.replace((codes.at(self.r_mag_F.exp()) * e + codes.at(self.b_mag_F)).relu())
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - self.active(codes).decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
+        gate_mse = (x_BD - codes.decode(self.W_dec_FD.detach()) - self.b_dec_D.detach()).pow(2).sum(1).mean()
+        l1 = codes.values.sum() / len(x_BD)
+        loss = mse + self.settings.l1_penalty * at.schedule.sparsity(at.step) * l1 + gate_mse
+        return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}
+
+    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+        e_BF = pre_BF - self.b_enc_F[latents]
+        magnitude_BF = (self.r_mag_F[latents].exp() * e_BF + self.b_mag_F[latents]).relu()
+        return torch.where(pre_BF > 0, magnitude_BF, 0)

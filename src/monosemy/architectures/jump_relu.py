@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+
+
+def _near(distance: Tensor, bandwidth: float) -> Tensor:
+    """The rectangle kernel: 1 within half a bandwidth of the threshold."""
+    return (distance.abs() < bandwidth / 2).to(distance.dtype)
+
+
+class _Jump(Function):
+    """v 1[v > threshold]; the threshold's gradient is estimated by a rectangle kernel (section 3, equation 11)."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(v, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(v > threshold, v, 0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        v, threshold = ctx.saved_tensors
+        d_threshold = -threshold / ctx.bandwidth * _near(v - threshold, ctx.bandwidth) * g
+        return torch.where(v > threshold, g, 0), d_threshold.sum_to_size(threshold.shape), None
+
+
+class _Step(Function):
+    """1[v > threshold], with the same estimate for the threshold's gradient and none for v's (equation 12)."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(v, threshold)
+        ctx.bandwidth = bandwidth
+        return (v > threshold).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        v, threshold = ctx.saved_tensors
+        d_threshold = -_near(v - threshold, ctx.bandwidth) / ctx.bandwidth * g
+        return None, d_threshold.sum_to_size(threshold.shape), None
+
+
+@register
+class JumpReLU(SAE):
+    """Each latent fires above a threshold of its own, learned through straight-through estimates; L0 is driven to a target.
+
+    pre = x W_enc^T + b_enc,   f = pre 1[pre > threshold]
+    loss = mean ||x - f W_dec - b_dec||^2 + sparsity_penalty (mean L0 / target_l0 - 1)^2,   L0 = sum_i 1[pre_i > threshold_i]
+
+    Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435; the target as in Gemma Scope 2.
+    dictionary_learning takes the step of f instead of pre, so that values just below the threshold give L0 no gradient, and lets
+    thresholds go negative; its recipe keeps both.
+    """
+
+    name = "jump_relu"
+    sparsity = "target_l0"
+    betas = (0.0, 0.999)
+    pre_bias = False
+    scaled = ("b_enc_F", "threshold_F", "b_dec_D")
+
+    @dataclass(frozen=True)
+    class Settings:
+        target_l0: float = 20.0
+        sparsity_penalty: float = 1.0
+        bandwidth: float = 0.001
+
+    def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
+        super().__init__(d_in, d_sae, **settings)
+        self.threshold_F = nn.Parameter(torch.full((d_sae,), 0.001))
+
+    def reset(self, generator: torch.Generator) -> None:
+        rows_FD = unit_rows(self.d_sae, self.d_in, generator)
+        self.W_enc_FD.data.copy_(rows_FD)
+        self.W_dec_FD.data.copy_(rows_FD)
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        """Everything that fires or lies within reach of the kernel."""
+        return self.product(x_BD, bf16=at.bf16).above(self.threshold_F.detach() - self.settings.bandwidth / 2, sparse=at.sparse)
+
+    def active(self, codes: Codes) -> Codes:
+        return codes.replace(_Jump.apply(codes.values, codes.at(self.threshold_F), self.settings.bandwidth))
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        B, bandwidth = len(x_BD), self.settings.bandwidth
+        f = self.active(codes)
+        mse = (x_BD - f.decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
+        stepped = f.values if at.exact else codes.values
+        l0 = codes.by_latent(_Step.apply(stepped, codes.at(self.threshold_F), bandwidth)).sum() / B
+        if at.exact:  # off the support f is 0, which lies above a negative threshold and within reach of a small one
+            off_F = B - codes.by_latent(torch.ones_like(codes.values))
+            l0 = l0 + (off_F * _Step.apply(torch.zeros_like(off_F), self.threshold_F, bandwidth)).sum() / B
+        sparsity = (l0 / self.settings.target_l0 - 1) ** 2
+        return {"loss": mse + self.settings.sparsity_penalty * at.schedule.sparsity(at.step) * sparsity, "mse": mse, "sparsity": sparsity}
+
+    @torch.no_grad()
+    def observe(self, codes: Codes, at: Moment) -> None:
+        if not at.exact:
+            self.threshold_F.clamp_(min=0)
+
+    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+        return torch.where(pre_BF > self.threshold_F[latents], pre_BF, 0).relu()

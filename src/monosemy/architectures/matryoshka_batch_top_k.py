@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monosemy import ops
+from monosemy.config import invalid
+from monosemy.sae import Codes, Moment, register
+from monosemy.top_k_family import TopKFamily, auxk_loss
+
+
+@register
+class MatryoshkaBatchTopK(TopKFamily):
+    """A BatchTopK autoencoder in which every prefix of the latents, 1/32 of them and up, must reconstruct by itself.
+
+    x_hat_g = b_dec + sum of f_i W_dec,i over the latents of groups 1 to g
+    loss = mean_g w_g mean ||x - x_hat_g||^2 + auxk_alpha AuxK of the full residual,   ||W_dec,i|| = 1
+
+    Bussmann et al., Learning Multi-Level Features with Matryoshka SAEs (2025), section 3, https://arxiv.org/abs/2503.17547
+    The weights w_g are 1; dictionary_learning gives each 1/G and then takes the mean, so that its reconstruction weighs G times less.
+    """
+
+    name = "matryoshka_batch_top_k"
+
+    @dataclass(frozen=True)
+    class Settings(TopKFamily.Settings):
+        group_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
+
+    def __init__(self, d_in: int, d_sae: int, **settings: Any) -> None:
+        super().__init__(d_in, d_sae, **settings)
+        fractions = self.settings.group_fractions
+        if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6 or min(int(f * d_sae) for f in fractions) < 1:
+            raise invalid(
+                "group_fractions", fractions, f"positive shares of the {d_sae} latents that sum to 1 and hold one latent each",
+                "correct the shares, use fewer groups, or widen the SAE",
+            )
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Latents in each group; the last takes what rounding leaves."""
+        sizes = [int(f * self.d_sae) for f in self.settings.group_fractions[:-1]]
+        return [*sizes, self.d_sae - sum(sizes)]
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        kept = self.product(x_BD, bf16=at.bf16).batch_top_k(self.settings.k * len(x_BD))
+        return kept.replace(kept.values.relu())
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        prefixes_GBD = codes.decode(self.W_dec_FD, self.group_sizes).cumsum(0)
+        errors_GBD = (x_BD - self.b_dec_D) - prefixes_GBD
+        mse_G = errors_GBD.pow(2).sum(2).mean(1)
+        weight = 1 / len(mse_G) if at.exact else 1.0
+        auxk = auxk_loss(self, errors_GBD[-1], codes, at)
+        return {"loss": weight * mse_G.mean() + self.settings.auxk_alpha * auxk, "mse": mse_G[-1], "auxk": auxk}
+
+    def smallest_kept(self, codes: Codes) -> Tensor:
+        return codes.smallest().amin()
+
+    def select(self, pre_BF: Tensor) -> Tensor:
+        flat = ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF))
+        return torch.zeros_like(pre_BF).flatten().index_copy_(0, flat, pre_BF.flatten()[flat].relu()).view_as(pre_BF)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+
+
+@register
+class PAnneal(SAE):
+    """The ReLU autoencoder with an L_p^p penalty whose p falls from 1 in equal steps over the run.
+
+    f = ReLU((x - b_dec) W_enc^T + b_enc)
+    loss = mean ||x - f W_dec - b_dec||^2 + coefficient mean sum_i f_i^p,   ||W_dec,i|| = 1
+
+    At each change of p the coefficient is multiplied by mean(sum f^p_old) / mean(sum f^p_new) of the last batches, so that the penalty
+    keeps its size. Karvonen et al., Measuring Progress in Dictionary Learning (2024), section 3.2, https://arxiv.org/abs/2408.00113
+    """
+
+    name = "p_anneal"
+    sparsity = "initial_sparsity_penalty"
+    constraint = "constrain"
+    clip = None
+
+    @dataclass(frozen=True)
+    class Settings:
+        initial_sparsity_penalty: float = 0.015
+        p_start: float = 1.0
+        p_end: float = 0.2
+        anneal_end: int | None = None  # step; the run's last phase where None
+        sparsity_queue_length: int = 10
+        n_sparsity_updates: int = 10
+
+    def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
+        super().__init__(d_in, d_sae, **settings)
+        self.register_buffer("coefficient", torch.tensor(self.settings.initial_sparsity_penalty))
+        self.register_buffer("queue_Q2", torch.zeros(self.settings.sparsity_queue_length, 2))  # sums at p and at the next p
+
+    def reset(self, generator: torch.Generator) -> None:
+        rows_FD = 0.1 * unit_rows(self.d_sae, self.d_in, generator, normal=True)
+        self.W_enc_FD.data.copy_(rows_FD)
+        self.W_dec_FD.data.copy_(rows_FD)
+        self.b_enc_F.data.uniform_(-(self.d_in**-0.5), self.d_in**-0.5, generator=generator)
+
+    def annealing(self, at: Moment) -> tuple[list[int], list[float]]:
+        """The steps at which p changes, and its value from each on.
+
+        The first change is to p_start itself. dictionary_learning puts the last one at the step after the run's end, so that p_end
+        is never reached; otherwise it comes one phase earlier.
+        """
+        s, n = self.settings, self.settings.n_sparsity_updates
+        end = s.anneal_end or (at.schedule.steps if at.exact else at.schedule.steps - (at.schedule.steps - at.schedule.anneal_start) // n)
+        steps = torch.linspace(at.schedule.anneal_start, end, n, dtype=torch.int).tolist()
+        return steps, torch.linspace(s.p_start, s.p_end, n).tolist()
+
+    def p(self, at: Moment) -> tuple[float, float | None]:
+        """p during this step, and the p that comes after it (None before the annealing begins)."""
+        steps, values = self.annealing(at)
+        done = sum(at.step > s for s in steps)
+        if done == 0:
+            return self.settings.p_start, None
+        return values[done - 1], values[done] if done < len(values) else self.settings.p_end
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - codes.decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
+        lp = codes.values.pow(self.p(at)[0]).sum() / len(x_BD)
+        return {"loss": mse + self.coefficient * at.schedule.sparsity(at.step) * lp, "mse": mse, "lp": lp}
+
+    def observe(self, codes: Codes, at: Moment) -> None:
+        p, p_next = self.p(at)
+        if p_next is None:
+            return
+        sums = torch.stack([codes.values.detach().pow(q).sum() for q in (p, p_next)])
+        self.queue_Q2.copy_(torch.cat([self.queue_Q2[1:], sums[None]]))
+        if at.step in self.annealing(at)[0]:
+            now, then = self.queue_Q2.sum(0)  # slots that are not filled yet hold zeros and do not move the ratio
+            self.coefficient.mul_(torch.where(then > 0, now / then, 1.0))
+
+    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+        return pre_BF.relu()

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+
+
+@register
+class Standard(SAE):
+    """The ReLU autoencoder with an L1 penalty and unit-norm decoder rows.
+
+    f = ReLU((x - b_dec) W_enc^T + b_enc)
+    loss = mean ||x - f W_dec - b_dec||^2 + l1_penalty mean sum_i f_i,   ||W_dec,i|| = 1
+
+    Bricken et al., Towards Monosemanticity (2023), https://transformer-circuits.pub/2023/monosemantic-features
+    """
+
+    name = "standard"
+    sparsity = "l1_penalty"
+    constraint = "constrain"
+    clip = None
+
+    @dataclass(frozen=True)
+    class Settings:
+        l1_penalty: float = 0.03
+
+    def reset(self, generator: torch.Generator) -> None:
+        rows_FD = 0.1 * unit_rows(self.d_sae, self.d_in, generator, normal=True)
+        self.W_enc_FD.data.copy_(rows_FD)
+        self.W_dec_FD.data.copy_(rows_FD)
+        self.b_enc_F.data.uniform_(-(self.d_in**-0.5), self.d_in**-0.5, generator=generator)
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - codes.decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
+        l1 = codes.values.sum() / len(x_BD)
+        return {"loss": mse + self.settings.l1_penalty * at.schedule.sparsity(at.step) * l1, "mse": mse, "l1": l1}
+
+    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+        return pre_BF.relu()

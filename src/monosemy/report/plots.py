@@ -1,0 +1,483 @@
+"""Plots of a run: matplotlib figures from the rows of `rows.jsonl` and the records of `metrics.jsonl`.
+
+Each function takes plain dicts and gives a `Figure` that belongs to no window and no global state; `write` saves them all as PNG and
+SVG. What is missing is missing: a row without the number leaves its place empty and is counted under the plot, never drawn as 0.
+
+Colour never stands alone: an architecture is a colour and a marker together. The colours have a contrast of at least 3:1 on white
+and stay apart under protanopia, deuteranopia and tritanopia (smallest CIEDE2000 distance 14.7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+
+Row = dict[str, Any]
+
+ARCHITECTURES: dict[str, tuple[str, str]] = {
+    "standard": ("#656169", "o"),
+    "standard_new": ("#0093fd", "s"),
+    "gated": ("#7f2532", "^"),
+    "p_anneal": ("#bb7aa3", "v"),
+    "jump_relu": ("#f45c13", "D"),
+    "top_k": ("#4c8562", "P"),
+    "batch_top_k": ("#054972", "X"),
+    "matryoshka_batch_top_k": ("#694cd1", "*"),
+}
+UNKNOWN_COLOUR = "#7a7a7a"
+INK, FAINT = "#24292f", "#d8dee4"
+
+DPI = 200
+# A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has figures of one width.
+STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.06,
+    "figure.constrained_layout.h_pad": 0.06,
+    "svg.hashsalt": "monosemy",
+}
+
+LOSS_RECOVERED = "Loss recovered\n(1 = as the untouched model, 0 = as with zeros)"
+FVU = "Fraction of variance unexplained, FVU\n(log scale, 0 = perfect)"
+L0 = "L0: active latents per token (log scale)"
+
+
+def look(architecture: str, known: Sequence[str] = ()) -> tuple[str, str]:
+    """(colour, marker) of an architecture; one outside the table is grey with a number for a marker.
+
+    `known` lists the architectures of the figure, so that two unknown ones get different numbers.
+    """
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    strangers = sorted(set(known) - set(ARCHITECTURES) | {architecture})
+    return UNKNOWN_COLOUR, f"${strangers.index(architecture) + 1}$"
+
+
+def _mark(architecture: str, known: Sequence[str], size: float) -> dict[str, Any]:
+    """The line properties of an architecture's marker, sized so that all have about the same area."""
+    colour, marker = look(architecture, known)
+    if marker.startswith("$"):
+        return {"color": colour, "marker": marker, "markersize": 1.2 * size, "markeredgewidth": 0.3}
+    scale = {"*": 1.5, "P": 1.15, "X": 1.15, "D": 0.85}.get(marker, 1.0)
+    return {"color": colour, "marker": marker, "markersize": scale * size, "markeredgecolor": "white", "markeredgewidth": 0.6}
+
+
+def loss_recovered_against_l0(rows: Sequence[Row]) -> Figure:
+    """Share of the model's loss that survives the SAE against L0, a facet per site, bars for the 95 % interval."""
+    return _against_l0(rows, "loss_recovered_zero", LOSS_RECOVERED, low="loss_recovered_zero_low", high="loss_recovered_zero_high")
+
+
+def fvu_against_l0(rows: Sequence[Row]) -> Figure:
+    """Share of the activations' variance that the SAE misses, against L0, both on log scales, a facet per site."""
+    return _against_l0(rows, "fvu", FVU, log_y=True)
+
+
+def alive(rows: Sequence[Row]) -> Figure:
+    """Share of the latents that fired at least once on the held-out tokens: a bar per SAE, with the number that never did."""
+    shown = [row for row in rows if _number(row, "frac_alive") is not None]
+    sites = _sites(rows)
+    names = _architectures(rows)
+    tallest = max((sum(row["site"] == site for row in shown) for site in sites), default=1)
+    with rc_context(STYLE):
+        figure, axes = _facets(sites, height=0.9 + 0.21 * max(tallest, 4), width=4.4, columns=2, share_y=False)
+        for site, axis in zip(sites, axes, strict=False):
+            mine = sorted((row for row in shown if row["site"] == site), key=lambda row: _order(row, names))
+            for place, row in enumerate(mine):
+                value, mark = row["frac_alive"], _mark(row["architecture"], names, 6)
+                axis.barh(place, value, height=0.62, color=mark["color"], alpha=0.28, linewidth=0)
+                axis.plot(value, place, **mark, clip_on=False, zorder=3)
+                never = _never(row)
+                if never:
+                    axis.annotate(never, (1.0, place), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                                  va="center", fontsize=7.5, annotation_clip=False)
+            axis.set_yticks(range(len(mine)), [_label(row) for row in mine])
+            axis.set_ylim(max(len(mine), 1) - 0.4, -0.6)
+            axis.set_xlim(0, 1)
+            axis.xaxis.set_major_formatter(PercentFormatter(1))
+            axis.grid(visible=False, axis="y")
+            axis.tick_params(axis="y", length=0)
+        tokens = {row["tokens"] for row in shown if "tokens" in row}
+        on = f"{tokens.pop():,} held-out tokens" if len(tokens) == 1 else "the held-out tokens"
+        _below(figure, f"Latents that fired at least once on {on}; at the right: how many never did",
+               _left_out(len(rows) - len(shown), len(rows), "share of live latents"))
+    return figure
+
+
+def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
+    """Loss, L0, FVU and dead latents against training tokens: a row of panels per measure, a line per SAE.
+
+    The columns are the sites while each has at most ten SAEs; else the architectures, sites by line style, with all other SAEs in
+    pale grey behind. `records` are those of `metrics.jsonl`; the rows tell each SAE's site, architecture and width. An SAE without a
+    row (it failed, or was never evaluated) is placed by its own records if they carry `site` and `architecture`, and is counted as
+    left out if not. A long line is drawn as the mean of 120 equal stretches, in a band from the smallest to the largest value of each.
+    """
+    about = {row["sae"]: row for row in rows}
+    lines: dict[str, list[Row]] = {}
+    for record in records:
+        if "sae" in record:
+            lines.setdefault(record["sae"], []).append(record)
+            about.setdefault(record["sae"], record)
+    placed = [sae for sae in lines if {"site", "architecture"} <= about[sae].keys()]
+    sites, names = _sites([about[sae] for sae in placed]), _architectures([about[sae] for sae in placed])
+    crowd = Counter(about[sae]["site"] for sae in placed)
+    column_key, columns = ("site", sites) if max(crowd.values(), default=0) <= 10 else ("architecture", names)
+    styles = dict.fromkeys(sites, "-") if column_key == "site" else dict(zip(sites, itertools.cycle(["-", (0, (4, 1.5)), (0, (1, 1.2))])))
+    measures = [("loss", "Training loss\n(log scale)", True), ("l0", "L0: active latents\nper token (log scale)", True),
+                ("fvu", "FVU\n(log scale)", True), ("dead", "Dead latents", False)]
+    curves = {(sae, key): _stretches(lines[sae], key, positive=log) for sae in placed for key, _, log in measures}
+    measures = [measure for measure in measures if any(len(curves[sae, measure[0]]) for sae in placed)]
+    with rc_context(STYLE):
+        shape = max(len(measures), 1), max(len(columns), 1)
+        panel_width = 3.1 if shape[1] <= 3 else 2.0
+        figure = Figure(figsize=(2.6 + panel_width * shape[1], 0.9 + 1.75 * shape[0]), layout="constrained")
+        grid = figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
+        for panels, (key, label, log) in zip(grid, measures, strict=False):
+            for column, axis in zip(columns, panels, strict=True):
+                if column_key == "architecture":
+                    axis.add_collection(LineCollection([curves[sae, key][:, :2] for sae in placed], color=FAINT, linewidth=0.6))
+                for sae in placed:
+                    if about[sae][column_key] == column:
+                        _curve(axis, curves[sae, key], _mark(about[sae]["architecture"], names, 5.5), styles[about[sae]["site"]])
+            panels[0].set_ylabel(label)
+            _scale_y(panels[0], log=log)
+        for column, axis in zip(columns, grid[0], strict=False):
+            axis.set_title(_plain(column), loc="left", fontweight="bold")
+        for axis in grid[-1]:
+            axis.xaxis.set_major_locator(MaxNLocator(4 if panel_width > 3 else 3))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+            axis.set_xlim(left=0)
+            axis.set_xlabel("Training tokens")
+        _legend(figure, names, line=True, styles=styles if len(set(styles.values())) > 1 else {})
+        _below(figure, _left_out(len(lines) - len(placed), len(lines), "row that tells site and architecture"))
+    return figure
+
+
+def firing_frequencies(rows: Sequence[Row]) -> Figure:
+    """How many latents fire how often: small multiples, a row per site, a column per architecture, a step line per SAE.
+
+    The histogram's bins are those of the row: `firing_counts` counts latents between the edges of `firing_log10_edges`.
+    Latents that never fired are in no bin; `alive` counts them.
+    """
+    shown = [row for row in rows if row.get("firing_counts") and row.get("firing_log10_edges")]
+    sites, names = _sites(shown), _architectures(shown)
+    with rc_context(STYLE):
+        shape = max(len(sites), 1), max(len(names), 1)
+        figure = Figure(figsize=(max(1.0 + 1.45 * shape[1], 5.5), 1.1 + 1.45 * shape[0]), layout="constrained")
+        grid = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+        for panels, site in zip(grid, sites, strict=False):
+            for axis, name in zip(panels, names, strict=True):
+                colour, _ = look(name, names)
+                for row in shown:
+                    if (row["site"], row["architecture"]) == (site, name):
+                        share = np.asarray(row["firing_counts"], float) / row["d_sae"]
+                        axis.stairs(share, row["firing_log10_edges"], color=colour, fill=True, alpha=0.16)
+                        axis.stairs(share, row["firing_log10_edges"], color=colour, linewidth=1.1)
+                axis.axvline(-1, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
+            panels[0].set_ylabel(_plain(site), fontweight="bold")
+        for axis, name in zip(grid[0], names, strict=False):
+            axis.set_title(_plain(name).replace("matryoshka_", "matryoshka_\n"), fontsize=8, color=look(name, names)[0], fontweight="bold")
+        rarest = min((_rarest(row) for row in shown), default=-4)
+        axis = grid[0, 0]  # all panels share its scales
+        axis.set_xlim(rarest, 0)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(FixedLocator(range(0, math.floor(rarest) - 1, -2)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * 10.0**value:.10g}%"))
+        axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+        figure.supylabel("Share of the SAE's latents", fontsize=9)
+        _below(figure, "Share of the held-out tokens on which a latent fires (log scale)", "Dashed: 10%, above it a latent counts as dense",
+               _left_out(len(rows) - len(shown), len(rows), "firing histogram"))
+    return figure
+
+
+def figures(rows: Sequence[Row], records: Iterable[Row]) -> dict[str, Figure]:
+    """Every plot of a run by its file name; a plot for which no SAE has a number is left out."""
+    made: dict[str, Figure] = {}
+    if any(_number(row, "loss_recovered_zero") is not None for row in rows):
+        made["loss_recovered"] = loss_recovered_against_l0(rows)
+    if any(_number(row, "fvu") is not None for row in rows):
+        made["fvu"] = fvu_against_l0(rows)
+    if any(_number(row, "frac_alive") is not None for row in rows):
+        made["alive"] = alive(rows)
+    if any(row.get("firing_counts") for row in rows):
+        made["firing_frequencies"] = firing_frequencies(rows)
+    records = [record for record in records if "sae" in record]
+    if records:
+        made["training_curves"] = training_curves(records, rows)
+    return made
+
+
+def write(run_folder: str | Path, rows: Sequence[Row] | None = None, records: Iterable[Row] | None = None) -> list[Path]:
+    """Draw a run's plots into `run_folder`/plots as PNG and SVG; the paths of the PNGs.
+
+    Rows and records are read from the folder's `rows.jsonl` and `metrics.jsonl` where they are not given.
+    """
+    folder = Path(run_folder)
+    rows = read_lines(folder / "rows.jsonl") if rows is None else rows
+    records = read_lines(folder / "metrics.jsonl") if records is None else records
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures(rows, records).items():
+        path = folder / "plots" / f"{name}.png"
+        with rc_context(STYLE):
+            figure.savefig(path, dpi=DPI)
+            figure.set_layout_engine("none")  # the layout is found; finding it again for the SVG is a quarter of the time
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        paths.append(path)
+    return paths
+
+
+def read_lines(path: str | Path) -> list[Row]:
+    """The objects of a .jsonl file; none if there is no such file. A last line that a killed run left half-written is dropped."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:-1]]
+    with contextlib.suppress(json.JSONDecodeError):  # a writer that died inside its last line; every line before it is whole
+        rows += [json.loads(line) for line in lines[-1:]]
+    return rows
+
+
+# The pieces
+
+
+def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", high: str = "", log_y: bool = False) -> Figure:
+    """Points (L0, key) with intervals where the row has them; the TopK kinds once more, hollow, under exact top-k."""
+    names, sites = _architectures(rows), _sites(rows)
+    positive = [row for row in rows if (_number(row, "l0") or 0) > 0]
+    shown = [row for row in positive if (value := _number(row, key)) is not None and not (log_y and value <= 0)]
+    exact = f"top_k_{key}"
+    with rc_context(STYLE):
+        figure, axes = _facets(sites, height=3.5, width=3.9, columns=3, share_x=True)
+        floor = None if log_y else _floor([row[key] for row in shown])
+        below = 0
+        for site, axis in zip(sites, axes, strict=False):
+            mine = sorted((row for row in shown if row["site"] == site), key=lambda row: row["l0"])
+            for name in names:
+                mark = _mark(name, names, 6.5)
+                colour = mark["color"]
+                for width in sorted({row.get("d_sae", 0) for row in mine if row["architecture"] == name}):
+                    group = [row for row in mine if row["architecture"] == name and row.get("d_sae", 0) == width]
+                    inside = [row for row in group if floor is None or row[key] >= floor]
+                    axis.plot([row["l0"] for row in inside], [row[key] for row in inside], color=colour, linewidth=0.9, alpha=0.55)
+                    for row in inside:
+                        x, y = row["l0"], row[key]
+                        ends = _number(row, low), _number(row, high)
+                        if None not in ends:
+                            axis.plot([x, x], ends, color=colour, linewidth=1.5, solid_capstyle="butt")
+                        axis.plot(x, y, **mark, zorder=3)
+                        other = _number(row, "top_k_l0"), _number(row, exact)
+                        if None not in other and other[0] > 0 and not (log_y and other[1] <= 0):
+                            axis.plot(*zip((x, y), other, strict=True), color=colour, linewidth=0.7, linestyle=(0, (1, 1.5)))
+                            axis.plot(*other, **mark | {"markerfacecolor": "none", "markeredgecolor": colour}, zorder=2.5)
+                    for row in group:
+                        if row not in inside:  # off the scale: an arrow at the lower edge with its value
+                            below += 1
+                            axis.annotate(f"{row[key]:.2f}", (row["l0"], 0), (0, 12), xycoords=("data", "axes fraction"),
+                                          textcoords="offset points", ha="center", fontsize=7.5, color=colour,
+                                          arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 0})
+            if floor is not None:
+                axis.set_ylim(bottom=floor)
+        if log_y:
+            _scale_y(axes[0], log=True)
+        _l0_axis(axes, [row["l0"] for row in shown] + [row["top_k_l0"] for row in shown if _number(row, "top_k_l0")])
+        for axis in axes:
+            axis.set_xlabel(L0)
+        figure.supylabel(label, fontsize=9, multialignment="center")
+        _legend(figure, names, hollow="hollow: exact top-k" if any(_number(row, exact) is not None for row in shown) else "")
+        _below(
+            figure,
+            "Bars: where 95 of 100 re-draws of the held-out text would fall" if any(_number(row, low) is not None for row in shown) else "",
+            _left_out(len(rows) - len(shown), len(rows), f"L0 or {label.splitlines()[0]}"),
+            f"Below the scale, drawn as an arrow with its value: {below}" if below else "",
+        )
+    return figure
+
+
+def _facets(
+    sites: Sequence[str], *, height: float, width: float, columns: int, share_x: bool = False, share_y: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one titled panel per site (at least one panel), `columns` in a row, and room for a legend at the right."""
+    count = max(len(sites), 1)
+    across = min(count, columns)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(2.2 + width * across, 0.5 + height * down), layout="constrained")
+    axes = list(figure.subplots(down, across, sharex=share_x, sharey=share_y, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    for site, axis in zip(sites, axes, strict=False):
+        axis.set_title(_plain(site), loc="left", fontweight="bold")
+    return figure, axes[:count]
+
+
+def _stretches(line: Sequence[Row], key: str, *, positive: bool) -> np.ndarray:
+    """One SAE's measure as [at most 120, 4]: tokens, mean, smallest and largest value of each stretch of the log."""
+    points = [(record["tokens"], value) for record in line if (value := _number(record, key)) is not None and not (positive and value <= 0)]
+    parts = np.array_split(np.array(points, float), min(len(points), 120)) if points else []
+    return np.array([(part[-1, 0], part[:, 1].mean(), part[:, 1].min(), part[:, 1].max()) for part in parts]).reshape(-1, 4)
+
+
+def _curve(axis: Axes, curve: np.ndarray, mark: dict[str, Any], style: Any) -> None:
+    """One SAE's measure against tokens, with its marker at the end."""
+    if len(curve):
+        tokens, mean, low, high = curve.T
+        if (low < high).any():
+            axis.fill_between(tokens, low, high, color=mark["color"], alpha=0.12, linewidth=0)
+        axis.plot(tokens, mean, color=mark["color"], linewidth=1.1, linestyle=style, alpha=0.85)
+        axis.plot(tokens[-1], mean[-1], **mark, clip_on=False, zorder=4)
+
+
+def _legend(figure: Figure, names: Sequence[str], *, line: bool = False, hollow: str = "", styles: Mapping[str, Any] | None = None) -> None:
+    """The architectures that the figure shows, outside the data; then what a hollow marker means, then line styles by name."""
+    handles = [Line2D([], [], **_mark(name, names, 6.5), linewidth=1.1 if line else 0, label=_plain(name)) for name in names]
+    if hollow:
+        handles.append(Line2D([], [], linewidth=0, marker="P", markersize=7, color=INK, markerfacecolor="none", label=hollow))
+    handles += [Line2D([], [], color=INK, linewidth=1.1, linestyle=style, label=_plain(name)) for name, style in (styles or {}).items()]
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper", title="Architecture", alignment="left", labelspacing=0.7)
+
+
+def _below(figure: Figure, *lines: str) -> None:
+    """What stands under the whole figure: empty lines fall away."""
+    text = "\n".join(line for line in lines if line)
+    if text:
+        figure.supxlabel(text, fontsize=8)
+
+
+def _left_out(count: int, total: int, what: str) -> str:
+    return f"{count} of {total} SAEs not shown: no {what}" if count else ""
+
+
+def _l0_axis(axes: Sequence[Axes], values: Sequence[float]) -> None:
+    """One log scale for all facets, with plain numbers on it."""
+    low, high = (min(values) / 1.25, max(values) * 1.25) if values else (1.0, 100.0)
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xlim(low, high)
+        axis.xaxis.set_major_locator(FixedLocator(_log_ticks(low, high, doubling=True)))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.tick_params(labelbottom=True)
+
+
+def _log_ticks(low: float, high: float, *, doubling: bool = False) -> list[float]:
+    """Three to seven round numbers in [low, high]: tens if the range is wide (or 10 20 40 80 ... if `doubling`), else finer steps."""
+    decades = range(-9, 13)
+    coarse = [10 * 2.0**power for power in range(-12, 24)] if doubling else [10.0**power for power in decades]
+    finer = [[step * 10.0**power for power in decades for step in steps] for steps in ([1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8])]
+    for candidates in (coarse, *finer, MaxNLocator(5).tick_values(low, high)):
+        ticks = [tick for tick in candidates if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks[:: math.ceil(len(ticks) / 7)] if ticks else []
+
+
+def _scale_y(axis: Axes, *, log: bool) -> None:
+    """Plain numbers on a log axis, also where it spans less than a factor of ten; a linear one begins at 0."""
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(FixedLocator(_log_ticks(*axis.get_ylim())))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    else:
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _floor(values: Sequence[float]) -> float | None:
+    """Where a linear axis should end below, if a few values are so low that all others would become one line; else None."""
+    if len(values) < 4:
+        return None
+    low, middle, high = np.quantile(values, [0.25, 0.5, 1.0])
+    floor = low - 4 * max(high - low, 0.02)
+    return float(floor) if min(values) < floor and middle > floor else None
+
+
+def _number(row: Row, key: str) -> float | None:
+    """The row's finite number under `key`, or None: missing, null and NaN are the same to a plot."""
+    value = row.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _sites(rows: Sequence[Row]) -> list[str]:
+    """The sites, layers in the order of their numbers."""
+
+    def parts(site: str) -> list[Any]:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", site)]
+
+    return sorted({row["site"] for row in rows}, key=parts)
+
+
+def _architectures(rows: Sequence[Row]) -> list[str]:
+    """The architectures in the table's order, then the others by name."""
+    present = {row["architecture"] for row in rows}
+    return [name for name in ARCHITECTURES if name in present] + sorted(present - set(ARCHITECTURES))
+
+
+def _order(row: Row, names: Sequence[str]) -> tuple[int, int, float]:
+    return names.index(row["architecture"]), row.get("d_sae", 0), row.get("l0") or 0.0
+
+
+def _label(row: Row) -> str:
+    value = _number(row, "l0")
+    return _plain(row["architecture"]) + ("" if value is None else f"   L0 {value:.0f}" if value >= 10 else f"   L0 {value:.1f}")
+
+
+def _never(row: Row) -> str:
+    """How many latents never fired, for printing beside the bar; nothing where the row does not say."""
+    return f"{row['never_fired']:,} of {row['d_sae']:,}" if {"never_fired", "d_sae"} <= row.keys() else ""
+
+
+def _count(value: float) -> str:
+    """A number of tokens, short: 614,400 -> 614k, 5e8 -> 500M."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def _rarest(row: Row) -> float:
+    """log10 of the lower edge of the first bin with a latent in it."""
+    filled = np.flatnonzero(row["firing_counts"])
+    return row["firing_log10_edges"][filled[0]] if len(filled) else -4.0
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shall print it: a dollar sign would start a formula."""
+    return name.replace("$", r"\$")

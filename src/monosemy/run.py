@@ -1,0 +1,333 @@
+"""The whole job: the language model's activations, the sweep over them, what is saved, its evaluation, plots and upload.
+
+    RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sae.safetensors, config.json, ae.pt, eval_results.json}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from monosemy import formats
+from monosemy.activations import ActivationStream
+from monosemy.config import TrainConfig, invalid
+from monosemy.evaluation import evaluate, seed_results, table
+from monosemy.formats import dictionary_learning
+from monosemy.hub import Uploader
+from monosemy.lm import LanguageModel, load_tokenizer
+from monosemy.plan import Plan, make, replan
+from monosemy.report import plots
+from monosemy.sweep import Record, Sweep, grid
+from monosemy.tokens import ContextStream, StreamEnded, sources_of
+from monosemy.trackers import Tracker, Wandb, without_secrets
+from monosemy.training import Member
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
+
+
+class Run:
+    """A run's folder and what is known of it. Every file is written whole or not at all, but for metrics.jsonl, which grows."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.config, self.folder = plan, plan.config, plan.folder
+        self.started = time.time()
+        self.status: dict[str, Any] = {"status": "running", "reason": "", "saes": {}}
+        self.facts: dict[str, Any] = {}
+        self.trackers: list[Tracker] = []
+        self.uploader: Uploader | None = None
+
+    def open(self, members: Mapping[Any, list[Member]], facts: dict[str, Any]) -> None:
+        """Write down what will be done, before the first step."""
+        c = self.config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.facts = {
+            "config": c.as_dict(), "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": _versions(), "schedule": dataclasses.asdict(self.plan.schedule), **facts,
+        }
+        self.write_facts({})
+        (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
+        self.write_status("running", saes={member.name: "running" for group in members.values() for member in group})
+        if c.use_wandb:
+            self.trackers.append(Wandb(c.wandb_project, entity=c.wandb_entity, group=self.folder.absolute().name, folder=self.folder))
+        if c.hf_repo_id:
+            self.uploader = Uploader(self.folder, c.hf_repo_id)
+        for tracker in self.trackers:
+            tracker.start(self.facts, [
+                {"name": m.name, "config": {"architecture": m.sae.name, "d_sae": m.sae.d_sae, "lr": m.spec.lr, "seed": m.spec.seed, **vars(m.sae.settings)}}
+                for group in members.values() for m in group
+            ])
+
+    def write_facts(self, more: dict[str, Any]) -> None:
+        self.facts |= more
+        formats.write_json(self.folder / "run.json", without_secrets(self.facts))
+
+    def write_status(self, status: str, reason: str = "", saes: dict[str, str] | None = None) -> None:
+        self.status = {"status": status, "reason": reason, "saes": self.status["saes"] | (saes or {})}
+        formats.write_json(self.folder / "status.json", self.status)
+
+    def record(self, record: Record) -> None:
+        """One line of metrics.jsonl, mirrored to the trackers."""
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def close(self, status: str) -> None:
+        for tracker in self.trackers:
+            tracker.finish(status)
+        if self.uploader is not None:
+            self.uploader.finish()
+
+
+def train(config: TrainConfig | Plan) -> tuple[Path, str]:
+    """Train, evaluate, plot and upload as a configuration says. Returns the run's folder and its status.
+
+    Status is "complete", "stopped_early" (the text ran out; what was trained is saved), or "failed" (an SAE did not stay finite).
+    Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError for a hub that is out of reach.
+    """
+    plan = config if isinstance(config, Plan) else make(config)
+    c, run = plan.config, Run(plan)
+    if plan.note:
+        log.warning("%s", plan.note)
+    if _is_complete(plan.folder):
+        log.info("%s already holds this run, complete", plan.folder)
+        return plan.folder, "complete"
+    init_from = formats.load(c.init_from) if c.init_from else None
+    tokenizer = load_tokenizer(c.model_name, c.revision)
+    train_text, held_out = (_contexts(c, tokenizer, split) for split in ("train", "held_out"))
+    torch.set_grad_enabled(True)
+    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
+    stream = ActivationStream(
+        lm, train_text, plan.sites, batch=c.sae_batch_size or 1, contexts_per_forward=c.llm_batch_size or 1,
+        contexts_per_block=plan.contexts_per_block, seed=c.data_seed, keep_special=c.keep_special_tokens, norm_multiple=c.max_activation_norm_multiple,
+    )
+    with Progress(plan, stream) as progress:
+        try:
+            first = stream.next()  # measures the norm factors, which members are made with
+        except StreamEnded as ended:
+            raise invalid("dataset", c.dataset, f"text for at least one batch of {c.sae_batch_size} activations", f"give more ({ended})") from ended
+        specs = grid(c, init_from)
+        members = {
+            site: [
+                Member(
+                    f"{site.folder}/trainer_{i}", spec, first[site].shape[1], plan.schedule, device=lm.device, recipe=c.recipe,
+                    bf16=c.precision == "bf16", norm_factor=stream.norm_factor[site],
+                )
+                for i, spec in enumerate(specs)
+            ]
+            for site in plan.sites
+        }
+        run.open(members, {
+            "model": _model_facts(plan, lm), "norm_factor": {str(s): v for s, v in stream.norm_factor.items()},
+            "norm_limit": {str(s): v for s, v in stream.norm_limit.items()},
+        })
+        try:
+            status, reason = _train(run, Sweep(members), stream, first, progress)
+        except BaseException as error:
+            run.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", f"{type(error).__name__}: {error}")
+            run.close("failed")
+            raise
+    del lm, stream, members, first
+    rows = _evaluate(run, held_out)
+    run.write_status(status, reason)
+    plots.write(run.folder, rows)
+    run.close(status)
+    print(table(rows))
+    log.info("%s", _where(run.folder))
+    if status != "complete":
+        log.warning("%s: %s", status, reason)
+    return run.folder, status
+
+
+def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progress: Progress) -> tuple[str, str]:
+    """The loop, and what is saved of it."""
+    c, plan = run.config, run.plan
+    ready = [first]
+    checkpoints = {int(share * plan.steps) for share in CHECKPOINT_SHARES} if c.save_checkpoints else set()
+    done = 0
+
+    def before_step(step: int) -> None:
+        nonlocal done
+        done = step
+        progress.step(step)
+        for member in (m for group in sweep.members.values() for m in group if step in checkpoints):
+            folder = run.folder / member.name / "checkpoints"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(dictionary_learning.state_dict(member.finished()), folder / f"ae_{step}.pt")
+
+    def on_record(record: Record) -> None:
+        run.record(record)
+        progress.record(record)
+
+    status, reason, started = "complete", "", time.monotonic()
+    try:
+        sweep.run(lambda: ready.pop() if ready else stream.next(), plan.steps, log_steps=c.log_steps, on_record=on_record, before_step=before_step)
+        done = plan.steps
+    except StreamEnded as ended:
+        status, reason = "stopped_early", f"after {done} of {plan.steps} steps: {ended}"
+    seconds = time.monotonic() - started
+    if sweep.failed:
+        status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
+    tokens = done * (c.sae_batch_size or 1)
+    run.write_facts({
+        "training": {
+            "steps": done, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "peak_memory_gb": round(_peak_memory() / 1e9, 2),
+        },
+        "data": {"contexts": dict(stream.contexts.counts), "activations": dict(stream.counts)},
+    })
+    for site, group in sweep.members.items():
+        for member in group:
+            state = "failed" if member.name in sweep.failed else "stopped_early" if status == "stopped_early" else "complete"
+            _save(run, member, site, state, done)
+            run.write_status("running", saes={member.name: state})
+            if run.uploader is not None:
+                run.uploader.submit(member.name)
+    return status, reason
+
+
+def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
+    c = run.config
+    sae = member.finished()
+    trainer = dictionary_learning.trainer_config(
+        sae, lr=member.spec.lr, seed=member.spec.seed, steps=run.plan.steps, schedule=dataclasses.asdict(run.plan.schedule), layer=site.layer,
+        lm_name=c.model_name, submodule_name=site.folder, device=c.device,
+    )
+    buffer = {
+        "d_submodule": sae.d_in, "io": "out", "n_ctxs": run.plan.contexts_per_block, "ctx_len": c.context_length,
+        "refresh_batch_size": c.llm_batch_size, "out_batch_size": c.sae_batch_size, "device": c.device,
+    }
+    formats.save(sae, run.folder / member.name, {
+        "status": status, "site": str(site), "model": c.model_name, "revision": run.plan.model.revision, "lr": member.spec.lr, "seed": member.spec.seed,
+        "recipe": c.recipe, "steps": steps, "tokens": steps * (c.sae_batch_size or 1), "norm_factor": member.norm_factor, "dataset": c.dataset,
+        "versions": _versions(), "trainer": trainer, "buffer": buffer,
+    })
+
+
+def evaluate_run(folder: str | Path, *, eval_num_inputs: int | None = None, device: str = "auto") -> list[dict[str, Any]]:
+    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text, and draw its plots. Returns the rows.
+
+    Raises ValueError for a folder that holds no run.
+    """
+    folder = Path(folder)
+    config = TrainConfig.read(folder / "run.json")
+    config = dataclasses.replace(config, save_dir=str(folder), device=device, eval_num_inputs=eval_num_inputs or config.eval_num_inputs)
+    run = Run(replan(config))
+    run.facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    rows = _evaluate(run, _contexts(config, load_tokenizer(config.model_name, config.revision), "held_out"))
+    plots.write(folder, rows)
+    print(table(rows))
+    return rows
+
+
+def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
+    """A row for each SAE of the run, on the same held-out contexts, through the whole model."""
+    c, plan = run.config, run.plan
+    try:
+        contexts = held_out.next(c.eval_num_inputs)
+    except StreamEnded as ended:
+        if not ended.contexts:
+            raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
+        log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, c.eval_num_inputs)
+        contexts = held_out.next(ended.contexts)
+    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device, whole=True)
+    saes, info = {}, {}
+    for site in plan.sites:
+        for folder in sorted((run.folder / site.folder).glob("trainer_*"), key=lambda path: int(path.name.removeprefix("trainer_"))):
+            sae = formats.load(folder, unfinished=True).to(lm.device)
+            kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            name = f"{site.folder}/{folder.name}"
+            saes[name] = (site, sae)
+            info[name] = {"lr": kept["lr"], "seed": kept["seed"], "sparsity_setting": sae.sparsity, "sparsity": getattr(sae.settings, sae.sparsity), "status": kept["status"]}
+    limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
+    rows = evaluate(
+        lm, saes, contexts, ignore_ids=held_out.special_ids if not c.keep_special_tokens else held_out.special_ids[:0],
+        batch_size=c.llm_batch_size or 1, norm_limits=limits, info=info, seed=c.data_seed,
+    )
+    with open(run.folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in rows:
+        formats.write_json(run.folder / row["sae"] / "eval_results.json", seed_results(row))
+        for tracker in run.trackers:
+            tracker.summarise(row)
+        if run.uploader is not None:
+            run.uploader.submit(row["sae"])
+    return rows
+
+
+class Progress:
+    """One bar with tokens per second and the time left, on a terminal; nothing where there is none."""
+
+    def __init__(self, plan: Plan, stream: ActivationStream) -> None:
+        batch = plan.config.sae_batch_size or 1
+        self.bar = tqdm(total=plan.steps * batch, unit="tok", unit_scale=True, desc="training", disable=not sys.stderr.isatty(), smoothing=0.05)
+        self.batch, self.verbose = batch, plan.config.verbose
+        stream.on_contexts = lambda n: self.bar.set_postfix_str(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read", refresh=True)
+
+    def step(self, step: int) -> None:
+        self.bar.update(step * self.batch - self.bar.n)
+
+    def record(self, record: Record) -> None:
+        if self.verbose:
+            self.bar.write(f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}", file=sys.stderr)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def _contexts(c: TrainConfig, tokenizer: Any, split: Any) -> ContextStream:
+    return ContextStream(
+        sources_of(c), tokenizer, c.context_length or 2, seed=c.data_seed, split=split, held_out_fraction=c.held_out_fraction,
+        system_prompt_to_remove=c.system_prompt_to_remove, system_prompt_removal_freq=c.system_prompt_removal_freq,
+    )
+
+
+def _is_complete(folder: Path) -> bool:
+    path = folder / "status.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("status") == "complete"
+
+
+def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
+    return {"name": plan.model.name, "revision": plan.model.revision, "type": plan.model.model_type, "dtype": str(lm.dtype), "device": str(lm.device), "sites": [str(s) for s in plan.sites]}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("monosemy", "torch", "transformers", "datasets", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            found[name] = "not installed"
+    return found
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held: of the GPU's memory where one is used, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _where(folder: Path) -> str:
+    plotted = sorted(folder.glob("plots/*.png"))
+    return "\n".join(["open:", *(f"  {path}" for path in [*plotted, folder / "rows.jsonl"]), f"load: monosemy.load({shlex.quote(str(next(iter(sorted(folder.glob('*/trainer_0'))), folder)))})"])

