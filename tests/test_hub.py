@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -233,6 +234,14 @@ def test_a_failing_uploader_costs_nothing_but_the_upload(server: FakeHub, run: P
     assert server.requests[f"/api/models/{REPO}/commit/main"] == 4  # two tries for the first SAE, two at the end, none for the others
 
 
+def test_a_hub_that_never_answers_is_left_behind(run: Path, tmp_path: Path) -> None:
+    code = f"up = hub.Uploader({str(run)!r}, {REPO!r})\nassert not up.finish(timeout=1)\nprint('the run goes on')"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = program(f"http://127.0.0.1:{silent.getsockname()[1]}", code, home=tmp_path)
+    assert done.returncode == 0 and done.stdout == "the run goes on\n", done.stderr
+    assert "not done after 1 seconds" in done.stderr and f"monosemy push '{run}' {REPO}" in done.stderr
+
+
 def test_an_upload_that_failed_in_the_background_is_made_good_at_the_end(server: FakeHub, run: Path, tmp_path: Path) -> None:
     server.faults = {"/commit/main": [500, 500]}
     code = f"up = hub.Uploader({str(run)!r}, {REPO!r}, waits=(0.01,))\nup.submit('resid_post_layer_3/trainer_0')\nassert up.finish()"
@@ -258,7 +267,7 @@ def test_the_card_tells_what_the_run_is(run: Path) -> None:
     assert "| 0.9731 [0.9718, 0.9744] | 0.0412 | - | 98.8 % |" in body  # a missing FVU is a dash
     loading = ('snapshot_download("me/saes"', "monosemy.load(folder", "load_dictionary(folder")
     facts = ("614,400 tokens", "8,192 held-out", "torch 2.13", "monosemy train --x")
-    for piece in (*loading, *facts, "![Loss recovered](plots/loss_recovered.png)"):
+    for piece in (*loading, *facts, "![Loss recovered against L0](plots/loss_recovered.png)"):
         assert piece in body, piece
     assert "license" not in card and TOKEN not in card
     assert body.count("```") % 2 == 0

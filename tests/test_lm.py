@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -304,8 +305,9 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
 
 def test_loading_takes_the_memory_of_the_needed_layers_and_one_shard(tmp_path: Path) -> None:
     config = hf.LlamaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=64, num_attention_heads=4, intermediate_size=1024)
-    model = hf.LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path, max_shard_size="10MB")
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    model.to_empty(device="cpu").save_pretrained(tmp_path, max_shard_size="10MB")
     hf.LlamaForCausalLM(CONFIGS["llama"]).save_pretrained(tmp_path / "warm")
     layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
     shard = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -367,7 +369,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Answers for config.json as a model hub would."""
 
     config = json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 5, "n_embd": 32, "n_head": 4}).encode()
-    answers = {
+    answers: ClassVar = {
         "gated": (403, {"X-Error-Code": "GatedRepo"}),
         "nobody": (404, {"X-Error-Code": "RepoNotFound"}),
         "bare": (404, {"X-Error-Code": "EntryNotFound"}),

@@ -156,7 +156,7 @@ def test_training_curves_of_a_crowd_get_a_column_for_each_architecture() -> None
 
 def test_training_curves_without_rows_are_counted_and_long_ones_thinned() -> None:
     rows = made_rows(("resid_post.3",), ["top_k"])
-    records = made_records(rows, steps=1000) + [{"step": 1, "tokens": 1, "sae": "resid_post_layer_3/trainer_7", "loss": 1.0}]
+    records = [*made_records(rows, steps=1000), {"step": 1, "tokens": 1, "sae": "resid_post_layer_3/trainer_7", "loss": 1.0}]
     figure = plots.training_curves(records, rows)
     assert "1 of 2 SAEs not shown" in words(figure)
     assert max(len(line.get_xdata()) for line in figure.axes[0].lines) == 120
@@ -190,7 +190,7 @@ def test_nothing_to_draw_is_no_figure_and_one_sae_is_enough() -> None:
 
 
 def test_write_makes_png_and_svg_and_the_same_rows_give_the_same_files(tmp_path: Path) -> None:
-    rows = made_rows(("resid_post.3",), ["top_k", "we$ird$"])
+    rows = made_rows(("resid_post.3",), ["we$ird$"])
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -214,7 +214,7 @@ def test_log_axes_have_three_to_seven_numbers(range_: tuple[float, float]) -> No
 
 
 def test_text_and_marks_fit_into_the_picture() -> None:
-    for rows in (made_rows(("resid_post.12",), NAMES, 2), made_rows(("resid_post.3",), ["top_k"])):
+    for rows in (made_rows(("resid_post.12",), NAMES[:4], 3), made_rows(("resid_post.3",), ["top_k"])):
         for figure in plots.figures(rows, made_records(rows)).values():
             figure.draw_without_rendering()  # finds the layout
             box = figure.get_tightbbox()  # inches

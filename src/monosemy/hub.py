@@ -29,6 +29,13 @@ NOT_UPLOADED = ("checkpoints/*", "*/checkpoints/*", "wandb/*")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, each drawn from half to one and a half times that
 LONGEST_WAIT = 120.0  # whatever the hub's Retry-After asks for
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M"}  # models that come from a package, under their names on the hub
+PLOTS = {
+    "loss_recovered": "Loss recovered against L0",
+    "fvu": "Fraction of variance unexplained against L0",
+    "alive": "Share of live latents",
+    "training_curves": "Training curves",
+    "firing_frequencies": "Firing frequencies",
+}
 REFUSALS = {
     401: "the hub does not know who you are: run `hf auth login`, or set HF_TOKEN to a token with write permission",
     403: "your token may not write there: make one with write permission at https://huggingface.co/settings/tokens",
@@ -194,16 +201,17 @@ def model_card(run_folder: str | Path, repo_id: str = "USER/NAME") -> str:
     run = without_secrets(_read(folder / "run.json"))
     config = run.get("config", {})
     lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "rows.jsonl").exists() else []
-    rows = {row["sae"]: row for row in map(json.loads, lines)}
+    by_sae = {row["sae"]: row for row in map(json.loads, lines)}
     for path in sorted(folder.glob("*/trainer_*/config.json")):  # saved and not evaluated: in the table with nothing but its name
-        rows.setdefault(path.parent.relative_to(folder).as_posix(), {"sae": path.parent.relative_to(folder).as_posix()})
+        by_sae.setdefault(path.parent.relative_to(folder).as_posix(), {"sae": path.parent.relative_to(folder).as_posix()})
+    rows = list(by_sae.values())
     sections = [
-        _front_matter(config, rows.values()),
-        _summary(config, rows.values(), _read(folder / "status.json")),
-        "## Results\n\n" + _table(list(rows.values())) if rows else "",
-        "\n\n".join(f"![{path.stem.replace('_', ' ').capitalize()}](plots/{path.name})" for path in sorted(folder.glob("plots/*.png"))),
-        _loading(repo_id, next(iter(rows.values()), {}), config),
-        _limits(config, list(rows.values())),
+        _front_matter(config, rows),
+        _summary(run, rows, _read(folder / "status.json")),
+        "## Results\n\n" + _table(rows) if rows else "",
+        "\n\n".join(f"![{title}](plots/{name}.png)" for name, title in PLOTS.items() if (folder / "plots" / f"{name}.png").exists()),
+        _loading(repo_id, next(iter(rows), {}), config),
+        _limits(config, rows),
         _provenance(run),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -213,7 +221,7 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _front_matter(config: Mapping[str, Any], rows: Any) -> str:
+def _front_matter(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """YAML, in which every JSON string is a string."""
     tags = ["sparse-autoencoder", "sae", "mechanistic-interpretability", "monosemy"]
     tags += sorted({row["architecture"] for row in rows if "architecture" in row})
@@ -225,8 +233,9 @@ def _front_matter(config: Mapping[str, Any], rows: Any) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _summary(config: Mapping[str, Any], rows: Any, status: Mapping[str, Any]) -> str:
-    rows = list(rows)
+def _summary(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> str:
+    config = run.get("config", {})
+    tokens = run.get("training", {}).get("tokens", config.get("num_tokens"))
     sites = list(dict.fromkeys(row["site"] for row in rows if "site" in row))
     names = list(dict.fromkeys(row["architecture"] for row in rows if "architecture" in row))
     model = config.get("model_name", "a language model")
@@ -235,11 +244,11 @@ def _summary(config: Mapping[str, Any], rows: Any, status: Mapping[str, Any]) ->
         f"{len(rows)} sparse autoencoder{'s' if len(rows) != 1 else ''} (SAEs) on activations of {_code(model)}"
         + (f", read at {', '.join(map(_code, sites))}" if sites else "")
         + (f"; architectures: {', '.join(map(_code, names))}" if names else "")
-        + ". Trained"
-        + (f" on {config['num_tokens']:,} tokens each" if isinstance(config.get("num_tokens"), int) else "")
+        + ". Each was trained"
+        + (f" on {tokens:,} tokens" if isinstance(tokens, int) else "")
         + (f" of {_code(config['dataset'])}" if config.get("dataset") else "")
         + (f" mixed with {_code(config['chat_dataset'])}" if config.get("mixed_dataset") and config.get("chat_dataset") else "")
-        + " with [monosemy](https://pypi.org/project/monosemy/)."
+        + " with monosemy."
     )
     state = status.get("status")
     if isinstance(state, str) and state != "complete":

@@ -574,7 +574,7 @@ def _open_text(path: Path) -> TextIO:
     if path.suffix == ".zst":
         import zstandard
 
-        # not zstandard.open: it stops at the end of the first frame, and large files often have many
+        # said outright because large files often have many frames, and some versions stop after the first
         frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
         return io.TextIOWrapper(frames, encoding=encoding, errors=errors)
     if path.suffix == ".gz":

@@ -79,7 +79,7 @@ class Wandb:
         folder: wandb keeps its local copy in `folder`/wandb, from which `wandb sync` can send what a failure left behind.
         capacity: records that may wait in the queue; more are dropped and counted.
 
-    `unsent` is the number of records that are not known to have arrived, final after `finish`.
+    `unsent` is the number of records that are not known to have arrived, final after `finish`: all of them, if that failed.
     """
 
     def __init__(self, project: str, *, entity: str = "", group: str, folder: str | Path, capacity: int = 20_000) -> None:
@@ -126,8 +126,9 @@ class Wandb:
     def _serve(self) -> None:
         """The thread: hand the queue to the process, line by line, until the end or a failure."""
         reply: dict[str, Any] = {}
+        process = None
         try:
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 # -P: this file's folder must not come before the standard library and wandb in the search for modules
                 [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
@@ -136,24 +137,25 @@ class Wandb:
                 text=True,
                 start_new_session=True,  # an interrupt at the terminal is for the trainer; it says how the run ended
             )
-            assert self._process.stdin and self._process.stdout
+            assert process.stdin and process.stdout
             command: dict[str, Any] = {}
             while command.get("do") != "finish":
                 command = self._queue.get()
-                self._process.stdin.write(json.dumps(command, default=str) + "\n")
-                self._process.stdin.flush()
+                process.stdin.write(json.dumps(command, default=str) + "\n")
+                process.stdin.flush()
                 if command["do"] in ("start", "finish"):
-                    reply = json.loads(self._process.stdout.readline() or "{}")
+                    reply = json.loads(process.stdout.readline() or "{}")
                     if reply.get("url"):
                         log.info("Weights & Biases: %s", reply["url"])
                     if "error" in reply or not reply:
                         break
-            self._process.stdin.close()
+            process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5.0)  # for its files; whatever it waits for beyond that, finish() ends it
+                process.wait(5.0)  # for its files; whatever it waits for beyond that, finish() ends it
         except (OSError, ValueError) as error:  # the process has gone; its last words, if any, say why
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                reply = json.loads(self._process.stdout.readline() or "{}")
+            if process is not None and process.stdout:
+                with contextlib.suppress(OSError, ValueError):
+                    reply = json.loads(process.stdout.readline() or "{}")
             reply.setdefault("error", str(error))
         self._ended = True
         self._sent = reply.get("sent", 0)
@@ -200,7 +202,7 @@ def _run_wandb() -> None:
                     return
         _close_runs(runs, "interrupted")  # the trainer died without a word
     except Exception as error:
-        answers.write(json.dumps({"error": f"failed: {type(error).__name__}: {error}", "sent": sent}) + "\n")
+        answers.write(json.dumps({"error": f"failed: {type(error).__name__}: {error}"}) + "\n")
         raise
 
 

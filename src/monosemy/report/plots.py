@@ -44,7 +44,7 @@ INK, FAINT = "#24292f", "#d8dee4"
 
 DPI = 200
 # A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has figures of one width.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "axes.titlesize": 10,
@@ -175,7 +175,7 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
             panels[0].set_ylabel(label)
             _scale_y(panels[0], log=log)
         for column, axis in zip(columns, grid[0], strict=False):
-            axis.set_title(_plain(column), loc="left", fontweight="bold")
+            axis.set_title(_plain(_short(column, 22)), loc="left", fontweight="bold", fontsize=10 if panel_width > 3 else 8.5)
         for axis in grid[-1]:
             axis.xaxis.set_major_locator(MaxNLocator(4 if panel_width > 3 else 3))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
@@ -207,7 +207,7 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
                         axis.stairs(share, row["firing_log10_edges"], color=colour, fill=True, alpha=0.16)
                         axis.stairs(share, row["firing_log10_edges"], color=colour, linewidth=1.1)
                 axis.axvline(-1, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
-            panels[0].set_ylabel(_plain(site), fontweight="bold")
+            panels[0].set_ylabel(_plain(_short(site, 16)), fontweight="bold")
         for axis, name in zip(grid[0], names, strict=False):
             axis.set_title(_plain(name).replace("matryoshka_", "matryoshka_\n"), fontsize=8, color=look(name, names)[0], fontweight="bold")
         rarest = min((_rarest(row) for row in shown), default=-4)
@@ -291,20 +291,20 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
             for name in names:
                 mark = _mark(name, names, 6.5)
                 colour = mark["color"]
+                hollow = {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.0}
                 for width in sorted({row.get("d_sae", 0) for row in mine if row["architecture"] == name}):
                     group = [row for row in mine if row["architecture"] == name and row.get("d_sae", 0) == width]
                     inside = [row for row in group if floor is None or row[key] >= floor]
                     axis.plot([row["l0"] for row in inside], [row[key] for row in inside], color=colour, linewidth=0.9, alpha=0.55)
                     for row in inside:
                         x, y = row["l0"], row[key]
-                        ends = _number(row, low), _number(row, high)
-                        if None not in ends:
+                        if ends := _pair(row, low, high):
                             axis.plot([x, x], ends, color=colour, linewidth=1.5, solid_capstyle="butt")
                         axis.plot(x, y, **mark, zorder=3)
-                        other = _number(row, "top_k_l0"), _number(row, exact)
-                        if None not in other and other[0] > 0 and not (log_y and other[1] <= 0):
-                            axis.plot(*zip((x, y), other, strict=True), color=colour, linewidth=0.7, linestyle=(0, (1, 1.5)))
-                            axis.plot(*other, **mark | {"markerfacecolor": "none", "markeredgecolor": colour}, zorder=2.5)
+                        other = _pair(row, "top_k_l0", exact)
+                        if other and other[0] > 0 and not (log_y and other[1] <= 0):
+                            axis.plot([x, other[0]], [y, other[1]], color=colour, linewidth=0.7, linestyle=(0, (1, 1.5)))
+                            axis.plot(*other, **mark | hollow, zorder=2.5)
                     for row in group:
                         if row not in inside:  # off the scale: an arrow at the lower edge with its value
                             below += 1
@@ -319,7 +319,8 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
         for axis in axes:
             axis.set_xlabel(L0)
         figure.supylabel(label, fontsize=9, multialignment="center")
-        _legend(figure, names, hollow="hollow: exact top-k" if any(_number(row, exact) is not None for row in shown) else "")
+        both_modes = any(_number(row, exact) is not None for row in shown)
+        _legend(figure, names, hollow="hollow: exact top-k" if both_modes else "")
         _below(
             figure,
             "Bars: where 95 of 100 re-draws of the held-out text would fall" if any(_number(row, low) is not None for row in shown) else "",
@@ -341,7 +342,7 @@ def _facets(
     for spare in axes[count:]:
         spare.remove()
     for site, axis in zip(sites, axes, strict=False):
-        axis.set_title(_plain(site), loc="left", fontweight="bold")
+        axis.set_title(_plain(_short(site, 44)), loc="left", fontweight="bold")
     return figure, axes[:count]
 
 
@@ -435,6 +436,12 @@ def _number(row: Row, key: str) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
+def _pair(row: Row, one: str, other: str) -> tuple[float, float] | None:
+    """Two of the row's numbers, if it has both."""
+    pair = _number(row, one), _number(row, other)
+    return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+
+
 def _sites(rows: Sequence[Row]) -> list[str]:
     """The sites, layers in the order of their numbers."""
 
@@ -476,6 +483,11 @@ def _rarest(row: Row) -> float:
     """log10 of the lower edge of the first bin with a latent in it."""
     filled = np.flatnonzero(row["firing_counts"])
     return row["firing_log10_edges"][filled[0]] if len(filled) else -4.0
+
+
+def _short(name: str, length: int) -> str:
+    """A name that fits: the middle of a long one gives way."""
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
 
 
 def _plain(name: str) -> str:

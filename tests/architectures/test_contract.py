@@ -1,0 +1,264 @@
+"""What every architecture promises, over the registry. A new one is one row in SETTINGS. B tokens, D d_in, F d_sae."""
+
+import copy
+
+import pytest
+import torch
+
+from monosemy import formats
+from monosemy.config import architecture_names
+from monosemy.formats import dictionary_learning
+from monosemy.rng import generator
+from monosemy.sae import REGISTRY, Moment, architecture
+from monosemy.schedule import Schedule
+from monosemy.training import Member, SAESpec
+
+B, D, F = 128, 16, 64
+SETTINGS = {
+    "standard": {"l1_penalty": 0.02}, "standard_new": {"l1_penalty": 0.02}, "gated": {"l1_penalty": 0.02}, "p_anneal": {"initial_sparsity_penalty": 0.02},
+    "jump_relu": {"target_l0": 8, "bandwidth": 0.01}, "top_k": {"k": 8}, "batch_top_k": {"k": 8}, "matryoshka_batch_top_k": {"k": 8},
+}
+every = pytest.mark.parametrize("name", sorted(SETTINGS))
+
+
+def batch(step, scale=1.0):
+    """Sparse combinations of fixed directions, of mean square norm about 1."""
+    directions = torch.nn.functional.normalize(torch.randn(48, D, generator=generator(0, "directions")), dim=1)
+    draw = generator(0, "batch", step)
+    strength = torch.rand(B, 48, generator=draw) * (torch.rand(B, 48, generator=draw) < 0.08)
+    return scale * (strength @ directions)
+
+
+def member(name, steps=60, seed=0, **how):
+    return Member(name, SAESpec(name, F, lr=3e-3, seed=seed, settings=SETTINGS[name]), D, Schedule.of_run(steps, B), **how)
+
+
+def trained(name, steps=60, **how):
+    m = member(name, steps, **how)
+    for step in range(steps):
+        m.step(batch(step), step)
+    return m
+
+
+def snapshot(m):
+    return {n: t.detach().clone() for n, t in m.sae.state_dict().items()} | {f"optimizer.{n}": t.clone() for n, t in m.optimizer.state().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_every_architecture_is_under_contract():
+    assert set(SETTINGS) == set(architecture_names())
+    assert set(SETTINGS) <= REGISTRY.keys() or [architecture(n) for n in SETTINGS]
+
+
+@every
+def test_the_gradient_is_the_loss_s_slope(name):
+    """Central differences in float64, along random directions, at a state where every part of the loss is at work."""
+    m = trained(name, 40)
+    sae = copy.deepcopy(m.sae).double()
+    x = batch(99).double()
+    dead = torch.zeros(F, dtype=torch.bool)
+    dead[::7] = True
+    at = Moment(35, m.schedule, sparse=True, dead_F=dead)
+    moved = {n: p for n, p in sae.named_parameters() if n != "threshold_F"}  # its gradient is an estimate, not the slope
+    if name == "gated":  # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
+        moved = {n: p for n, p in moved.items() if n not in ("W_dec_FD", "b_dec_D")}
+
+    def loss(codes=None):
+        codes = sae.codes(x, at)
+        return sae.loss(x, codes, at)["loss"]
+
+    gradients = dict(zip(moved, torch.autograd.grad(loss(), list(moved.values()), allow_unused=True), strict=True))
+    eps = 1e-7
+    for i, (n, p) in enumerate(moved.items()):
+        direction = torch.randn(p.shape, generator=generator(i, "direction"), dtype=torch.float64)
+        if "auxk" in sae.loss(x, sae.codes(x, at), at) and n in ("W_dec_FD", "W_enc_FD", "b_enc_F", "b_dec_D"):
+            continue  # AuxK holds the residual fixed; its gradients are checked below
+        p.data.add_(eps * direction)
+        above = float(loss())
+        p.data.sub_(2 * eps * direction)
+        below = float(loss())
+        p.data.add_(eps * direction)
+        slope, wanted = (above - below) / (2 * eps), float((gradients[n] * direction).sum())
+        assert slope == pytest.approx(wanted, rel=2e-4, abs=1e-6), n
+
+
+@pytest.mark.parametrize("name", ["top_k", "batch_top_k", "matryoshka_batch_top_k"])
+def test_auxk_by_plain_autograd(name):
+    """The loss written again in dense torch, differentiated by autograd: equal value and gradients of every parameter."""
+    m = trained(name, 40)
+    sae = copy.deepcopy(m.sae).double()
+    x = batch(99).double()
+    dead = torch.zeros(F, dtype=torch.bool)
+    dead[::7] = True
+    at = Moment(35, m.schedule, dead_F=dead)
+    parameters = list(sae.parameters())
+    ours = sae.loss(x, sae.codes(x, at), at)
+    assert float(ours["auxk"]) > 0
+    k, pre = SETTINGS[name]["k"], ((x - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F).relu()
+    if name == "top_k":
+        kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, 1).indices, True)
+    else:
+        kept = torch.zeros_like(pre, dtype=torch.bool).view(-1).scatter_(0, pre.flatten().topk(k * B).indices, True).view_as(pre)
+    f = torch.where(kept, pre, 0)
+    sizes = sae.group_sizes if name.startswith("matryoshka") else [F]
+    edges = torch.tensor(sizes).cumsum(0).tolist()
+    errors = [x - f[:, :e] @ sae.W_dec_FD[:e] - sae.b_dec_D for e in edges]
+    e = errors[-1].detach()
+    among = torch.where(dead, pre, -1)
+    k_aux = min(D // 2, int(dead.sum()))
+    chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, among.topk(k_aux, 1).indices, True)
+    auxk = (e - torch.where(chosen, pre, 0) @ sae.W_dec_FD).square().sum(1).mean() / (e - e.mean(0)).square().sum(1).mean()
+    loss = torch.stack([r.square().sum(1).mean() for r in errors]).mean() + sae.settings.auxk_alpha * auxk
+    assert float(ours["loss"]) == pytest.approx(float(loss), rel=1e-10)
+    for n, a, b in zip(dict(sae.named_parameters()), torch.autograd.grad(ours["loss"], parameters), torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-12), n
+
+
+@every
+def test_both_layouts_give_the_same_loss_and_gradients(name):
+    m = trained(name, 40)
+    results = []
+    for sparse in (True, False):
+        at = Moment(35, m.schedule, sparse=sparse, dead_F=torch.zeros(F, dtype=torch.bool))
+        loss = m.sae.loss(batch(99), m.sae.codes(batch(99), at), at)["loss"]
+        results.append((float(loss), torch.autograd.grad(loss, list(m.sae.parameters()), allow_unused=True)))
+    (loss_a, grads_a), (loss_b, grads_b) = results
+    assert loss_a == pytest.approx(loss_b, rel=1e-6)
+    for a, b in zip(grads_a, grads_b, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-9
+
+
+@every
+def test_the_loss_is_pure_and_records_only_look(name):
+    m = trained(name, 10)
+    before = snapshot(m)
+    at = Moment(10, m.schedule, dead_F=torch.zeros(F, dtype=torch.bool))
+    codes = m.sae.codes(batch(10), at)
+    first, second = (m.sae.loss(batch(10), codes, at)["loss"] for _ in range(2))
+    m.record(batch(10))
+    m.finished()
+    assert torch.equal(first, second)
+    assert equal(before, snapshot(m))
+
+
+@every
+def test_training_learns_and_is_a_function_of_its_seed(name):
+    m = trained(name, 200)
+    start = member(name, 200)
+    start.step(batch(0), 0)
+    assert float(m.last["mse"]) < 0.5 * float(start.last["mse"])
+    assert equal(snapshot(trained(name, 20)), snapshot(trained(name, 20)))
+    assert not torch.equal(member(name, seed=0).sae.W_enc_FD, member(name, seed=1).sae.W_enc_FD)
+    norms = m.sae.W_dec_FD.norm(dim=1)
+    if m.sae.constraint != "free":
+        assert torch.allclose(norms, torch.ones(F), atol=1e-5)
+
+
+@every
+def test_the_global_generator_is_left_alone(name):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    trained(name, 5)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@every
+@pytest.mark.parametrize("x", [torch.zeros(B, D), torch.ones(B, D), batch(0).repeat_interleave(2, 0)[:B]], ids=["zeros", "constant", "repeated rows"])
+def test_odd_batches_stay_finite(name, x):
+    m = member(name)
+    for step in range(3):
+        m.step(x, step)
+    assert all(t.isfinite().all() for t in snapshot(m).values())
+
+
+@every
+def test_a_finished_sae_takes_raw_activations(name):
+    """Training on x / factor and folding the factor in is the same function as scaling by hand."""
+    m = trained(name, 100)
+    m.norm_factor = 7.5
+    sae, unscaled = m.finished(), copy.deepcopy(m.sae)
+    x = batch(3)
+    for mode in sae.modes:
+        assert torch.allclose(sae(7.5 * x, mode=mode), 7.5 * unscaled(x, mode=mode), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(sae.W_dec_FD.norm(dim=1), torch.ones(F), atol=1e-5)
+    assert not any(p.requires_grad for p in sae.parameters())
+
+
+@every
+def test_encode_decode_and_call(name):
+    sae = trained(name, 100).finished()
+    x = batch(3).view(4, 32, D)
+    f = sae.encode(x)
+    assert f.shape == (4, 32, F) and (f >= 0).all() and (f > 0).any() and (f == 0).any()
+    assert torch.equal(sae(x), sae.decode(f)) and sae(x).shape == x.shape
+    ids = torch.tensor([5, 0, F - 1])
+    assert torch.allclose(sae.encode(x, latents=ids), f[..., ids], atol=1e-5)
+    assert torch.equal(sae.encode(x[0, 0]), sae.encode(x)[0, 0]) or torch.allclose(sae.encode(x[0, 0]), f[0, 0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"mode is 'nope'"):
+        sae.encode(x, mode="nope")
+    if "top_k" in sae.modes:
+        exact = sae.encode(x.view(-1, D), mode="top_k")
+        assert (exact > 0).sum() <= 8 * B
+        assert not torch.equal(exact, f.view(-1, F))
+        with pytest.raises(ValueError, match="where latents are given"):
+            sae.encode(x, latents=ids, mode="top_k")
+    else:
+        with pytest.raises(ValueError, match="mode is 'top_k'"):
+            sae.encode(x, mode="top_k")
+
+
+@every
+def test_training_codes_and_inference_agree(name):
+    """What training calls the codes is what encode computes: under the selection for the TopK kinds."""
+    m = trained(name, 60)
+    x = batch(70)
+    codes = m.sae.active(m.sae.codes(x, Moment(60, m.schedule, sparse=False)))
+    f = m.sae.encode(x, mode="top_k" if "top_k" in m.sae.modes else None)
+    assert torch.allclose(codes.decode(m.sae.W_dec_FD) + m.sae.b_dec_D, m.sae.decode(f), atol=1e-5)
+
+
+@every
+def test_saved_and_loaded_it_is_the_same(name, tmp_path):
+    sae = trained(name).finished()
+    formats.save(sae, tmp_path / "a", {"status": "complete"})
+    again = formats.load(tmp_path / "a")
+    assert type(again) is type(sae) and again.settings == sae.settings
+    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True))
+    trainer = dictionary_learning.trainer_config(
+        sae, lr=1e-3, seed=0, steps=60, schedule=vars(Schedule.of_run(60, B)), layer=3, lm_name="m", submodule_name="resid_post_layer_3", device="cpu"
+    )
+    formats.save(sae, tmp_path / "b", {"trainer": trainer})
+    (tmp_path / "b" / "sae.safetensors").unlink()
+    with pytest.raises(ValueError, match='format="dictionary_learning"'):
+        formats.load(tmp_path / "b")
+    theirs = formats.load(tmp_path / "b", format="dictionary_learning")
+    assert torch.allclose(theirs(batch(1)), sae(batch(1)), atol=1e-6)
+
+
+@every
+def test_it_can_begin_from_another_s_weights(name):
+    sae = trained(name).finished()
+    spec = SAESpec(name, F, settings=SETTINGS[name], init_from=sae)
+    begun = Member("x", spec, D, Schedule.of_run(10, B), norm_factor=2.0)
+    assert torch.allclose(begun.finished()(batch(1)), sae(batch(1)), atol=1e-5)
+    begun.step(batch(1) / 2, 0)
+    with pytest.raises(ValueError, match="init_from"):
+        SAESpec(name, F + 1, settings=SETTINGS[name] | ({} if "k" not in SETTINGS[name] else {}), init_from=sae).build(D)
+
+
+@every
+def test_settings_are_checked(name):
+    with pytest.raises(ValueError, match="nonsense"):
+        architecture(name)(D, F, nonsense=1)
+    with pytest.raises(ValueError, match="d_sae is 0"):
+        architecture(name)(D, 0)
+    if "k" in SETTINGS[name]:
+        for k in (0, F + 1):
+            with pytest.raises(ValueError, match=f"k is {k}"):
+                architecture(name)(D, F, k=k)
