@@ -43,7 +43,7 @@ def evaluate(
     ignore_ids: Tensor,
     batch_size: int = 8,
     splice_contexts: int | None = None,
-    norm_limits: Mapping[Site, float] | None = None,
+    norm_limits: Mapping[Site, float | None] | None = None,
     info: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> list[Row]:
@@ -69,7 +69,7 @@ def evaluate(
         raise invalid("splice_contexts", spliced, "0 for a model without its head", "load the model with whole=True")
     contexts_CL, ignore_ids = contexts_CL.to(lm.device), ignore_ids.to(lm.device)
     sites = {site: [name for name, (at, _) in saes.items() if at == site] for site, _ in saes.values()}
-    limits = {site: (norm_limits or {}).get(site, math.inf) for site in sites}
+    limits = {site: (norm_limits or {}).get(site) or math.inf for site in sites}
 
     def counted(ids_BL: Tensor, x_BLD: Tensor, site: Site) -> Tensor:
         mask_BL = ~torch.isin(ids_BL, ignore_ids) & (x_BLD.float().norm(dim=-1) <= limits[site])

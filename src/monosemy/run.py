@@ -89,9 +89,10 @@ class Run:
             tracker.log(record)
 
     def close(self, status: str) -> None:
+        """Let trackers and the upload end; a run that was cut off does not wait for the hub."""
         for tracker in self.trackers:
             tracker.finish(status)
-        if self.uploader is not None:
+        if self.uploader is not None and status != "interrupted":
             self.uploader.finish()
 
 
@@ -140,8 +141,9 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         try:
             status, reason = _train(run, Sweep(members), stream, first, progress)
         except BaseException as error:
-            run.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", f"{type(error).__name__}: {error}")
-            run.close("failed")
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.write_status(state, f"{type(error).__name__}: {error}", {name: state for name, was in run.status["saes"].items() if was == "running"})
+            run.close(state)
             raise
     del lm, stream, members, first
     rows = _evaluate(run, held_out)
@@ -171,8 +173,10 @@ def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progre
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(dictionary_learning.state_dict(member.finished()), folder / f"ae_{step}.pt")
 
+    about = {m.name: {"site": str(site), "architecture": m.sae.name} for site, group in sweep.members.items() for m in group}
+
     def on_record(record: Record) -> None:
-        run.record(record)
+        run.record(record | about[record["sae"]])
         progress.record(record)
 
     status, reason, started = "complete", "", time.monotonic()

@@ -1,0 +1,52 @@
+"""Shared by the suite: a tiny model and text on disk, and no network."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the package's own entry points do, before torch is imported
+
+import pytest
+import torch
+
+WORDS = "the a of to and in that it was for on are with as at be this from have or by one had not but what all were when we there can".split()
+
+
+def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:
+    draw = random.Random(seed)
+    rows = [{"text": " ".join(draw.choices(WORDS, weights=range(1, len(WORDS) + 1), k=draw.randint(20, 200)))} for _ in range(documents)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of three layers, 24 wide, with a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    words = ["<bos>", "<eos>", "<unk>", *WORDS]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for p in model.parameters():
+            p.data.mul_(4) if p.dim() > 1 else None  # further from linear than a fresh model
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")

@@ -1,0 +1,57 @@
+"""A file imports from lower floors only, and what the command line needs before its checks imports no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "monosemy"
+FLOORS = {
+    "config": 0, "rng": 0, "assets": 1, "schedule": 1, "ops": 1, "sae": 2, "tokens": 2, "lm": 2, "top_k_family": 3, "architectures": 4,
+    "activations": 3, "formats": 5, "training": 5, "trackers": 3, "sweep": 6, "evaluation": 6, "plan": 6, "report": 6, "hub": 6, "run": 7, "cli": 8, "__main__": 9,
+    "__init__": 0,
+}
+UPWARDS = {("sae", "architectures")}  # the registry fills itself when it is first asked
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a file imports from, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "monosemy":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("monosemy.")}
+    return found & FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_go_down(path):
+    here = room(path)
+    assert here in FLOORS, f"give {here} a floor"
+    assert not [there for there in imports(path) if there != here and FLOORS[there] >= FLOORS[here] and (here, there) not in UPWARDS]
+
+
+def test_the_test_sees_imports():
+    assert imports(SRC / "run.py") >= {"sweep", "evaluation", "plan", "config"}
+
+
+def test_checks_need_no_torch():
+    code = "import sys, monosemy, monosemy.cli, monosemy.plan; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_is_there():
+    import monosemy
+
+    for name in monosemy.__all__:
+        assert getattr(monosemy, name).__doc__, name
+    with pytest.raises(AttributeError):
+        monosemy.nothing  # noqa: B018
