@@ -20,11 +20,18 @@ import transformers as hf
 from monosemy import assets
 from monosemy.lm import LanguageModel, ModelUnreachable, Site, check_sites, describe, load_tokenizer
 
-SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
-GROUPED = SMALL | dict(num_key_value_heads=2)
-GPT2 = dict(vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-OPT = dict(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, ffn_dim=48, max_position_embeddings=64)
-WINDOWED = dict(head_dim=8, sliding_window=5)
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+OPT = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64}
+WINDOWED = {"head_dim": 8, "sliding_window": 5}
 FULL, SLIDING = "full_attention", "sliding_attention"
 CONFIGS = {
     "gpt_neox": hf.GPTNeoXConfig(**SMALL, bos_token_id=0, eos_token_id=0),
@@ -263,8 +270,15 @@ def test_sublayers_that_add_the_residual_themselves_are_refused() -> None:
 
 
 def test_a_model_that_also_sees_is_read_through_its_text_decoder(tmp_path: Path) -> None:
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=14)
-    tokens = dict(image_token_index=90, boi_token_index=91, eoi_token_index=92, mm_tokens_per_image=4)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    tokens = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "mm_tokens_per_image": 4}
     model = hf.AutoModelForCausalLM.from_config(hf.Gemma3Config(text_config=GROUPED | WINDOWED, vision_config=vision, **tokens)).eval()
     model.save_pretrained(tmp_path)
     assert describe(str(tmp_path)).num_layers == 4

@@ -61,10 +61,8 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 def _train(arguments: list[str]) -> int:
     kept, arguments = _saved_config(arguments)
     config = tyro.cli(
-        Annotated[TrainConfig, tyro.conf.arg(name="")],  # type: ignore[arg-type]
-        args=arguments, prog="monosemy train", use_underscores=True,
+        TrainConfig, args=arguments, prog="monosemy train", use_underscores=True, default=tyro.MISSING_NONPROP if kept is None else kept,
         description=f"{TrainConfig.__doc__} Architectures: {', '.join(architecture_names())}. --config FILE begins from an earlier run's run.json.",
-        **({"default": kept} if kept is not None else {}),
     )
     from monosemy.plan import make
 

@@ -101,8 +101,9 @@ def evaluate(
                 continue
             predicts_GL = mask_GL.clone()
             predicts_GL[:, -1] = False
-            hidden = {}
-            for key, hat_ND in {"zero": x_ND * 0, "mean": at_site[site].mean_D.expand_as(x_ND), **hats}.items():
+            hidden: dict[Any, Tensor] = {}
+            ablated: dict[Any, Tensor] = {"zero": x_ND * 0, "mean": at_site[site].mean_D.expand_as(x_ND)}
+            for key, hat_ND in (ablated | hats).items():
                 replacement_GLD = x_GLD.clone()
                 replacement_GLD[mask_GL] = hat_ND.to(x_GLD.dtype)
                 hidden[key] = runs.resume(site, replacement_GLD)[predicts_GL]
@@ -116,8 +117,8 @@ def evaluate(
     rows = []
     for name, (site, sae) in saes.items():
         row: Row = {"sae": name, "site": str(site), "layer": site.layer, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae}
-        row |= {"n_inputs": C, "context_length": L, "tokens": mean[site].tokens} | (info or {}).get(name, {})
-        row["spliced_tokens"] = at_site[site].losses["clean"].tokens
+        row |= {"n_inputs": C, "context_length": L, "tokens": mean[site].tokens, "spliced_tokens": at_site[site].losses["clean"].tokens}
+        row |= (info or {}).get(name, {})
         for mode in sae.modes:
             prefix = "" if mode == sae.modes[0] else f"{mode}_"
             row |= {prefix + key: value for key, value in _metrics(sums[name, mode], at_site[site], weights_WC).items()}

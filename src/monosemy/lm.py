@@ -309,12 +309,12 @@ class LanguageModel:
         dtype_ = _dtype(dtype, device_)
         source = _source(info)
         config = transformers.AutoConfig.from_pretrained(**source)
-        depths = [site.depth for site in sites]
-        if not whole and depths and None not in depths:
-            _truncate(config, max(depths))
+        depths = [info.num_layers if site.depth is None else site.depth for site in sites]
+        if not whole:
+            _truncate(config, max(depths, default=info.num_layers))
         auto = transformers.AutoModelForCausalLM if whole else transformers.AutoModel
         with _quiet():
-            model, report = auto.from_pretrained(**source, config=config, dtype=dtype_, output_loading_info=True)
+            model, report = auto.from_pretrained(**source, config=config, dtype=dtype_, output_loading_info=True)  # type: ignore[misc]
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             allowed = f"a checkpoint with every weight (it lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''})"

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from monosemy.config import TrainConfig, architecture_names, invalid
 from monosemy.lm import ModelInfo, Site, check_sites, describe
@@ -129,7 +130,7 @@ def _check_values(c: TrainConfig) -> None:
     for name in c.architectures:
         if name not in known:
             raise invalid("architectures", name, ", ".join(known), "correct the name")
-    lists = {
+    lists: dict[str, tuple[Any, ...]] = {
         "architectures": c.architectures, "dictionary_widths": c.dictionary_widths, "learning_rates": c.learning_rates, "random_seeds": c.random_seeds,
         **{("target_l0s" if not hasattr(c, f"{a}_penalties") else f"{a}_penalties"): c.sparsities(a) for a in c.architectures},
     }
@@ -181,7 +182,7 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
     if model.max_length is not None and length > model.max_length:
         raise invalid("context_length", length, f"up to {model.max_length}, the longest that {model.name} was made for", "lower it")
     gpu = _has_gpu(c.device)
-    dtype = c.dtype
+    dtype: Any = c.dtype
     if dtype == "auto":
         dtype = (gpu_dtype or (model.dtype if model.dtype in ("float32", "bfloat16", "float16") else "bfloat16")) if gpu else ("bfloat16" if cpu_has_bf16() else "float32")
     return dataclasses.replace(

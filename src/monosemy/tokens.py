@@ -260,7 +260,7 @@ class _IdStream:
         return taken
 
     def state(self) -> dict:
-        return {"position": self._position, "used": self._used, "counts": dict(self.counts)}
+        return {"position": self._position, "used": self._used, "of": len(self._ids), "counts": dict(self.counts)}
 
     def restore(self, state: dict) -> None:
         position = state["position"]
@@ -270,7 +270,12 @@ class _IdStream:
         self._behind.clear()
         self._position, self._ids, self._used = None, [], 0
         if position:
-            self._advance()
+            try:
+                self._advance()
+            except StopIteration:
+                raise _changed(self.source) from None
+            if len(self._ids) != state["of"]:
+                raise _changed(self.source)
             self._used = state["used"]
         self.counts = Counter(state["counts"])
 
@@ -307,7 +312,7 @@ class _IdStream:
             if unusable == UNUSABLE_IN_A_ROW:
                 raise _no_usable_text(self.source, self.counts + passed, row)
             if start and text is None:
-                raise invalid("dataset", self.source.name, "the data that the state was taken from", "it has changed: begin a new run")
+                raise _changed(self.source)
             if text is None:
                 continue
             if start:
@@ -321,6 +326,10 @@ class _IdStream:
                 separated, passed = False, Counter()
             start, last_used = None, n
         self._behind = passed
+
+
+def _changed(source: Source) -> ValueError:
+    return invalid("dataset", source.name, "the data and tokenizer that the state was taken from", "it has changed: begin a new run")
 
 
 def _no_usable_text(source: Source, counts: Counter[str], row: dict | None) -> ValueError:

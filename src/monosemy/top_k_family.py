@@ -28,6 +28,8 @@ class TopKFamily(SAE):
     modes = ("threshold", "top_k")
     scaled = ("b_enc_F", "b_dec_D", "threshold")
 
+    threshold: Tensor  # negative until it has a value
+
     @dataclass(frozen=True)
     class Settings:
         k: int = 80
@@ -37,7 +39,7 @@ class TopKFamily(SAE):
         super().__init__(d_in, d_sae, **settings)
         if not 1 <= self.settings.k <= d_sae:
             raise invalid("k", self.settings.k, f"1 to {d_sae}, the number of latents", "lower k or widen the SAE")
-        self.register_buffer("threshold", torch.tensor(-1.0))  # negative until it has a value
+        self.register_buffer("threshold", torch.tensor(-1.0))
 
     @abstractmethod
     def smallest_kept(self, codes: Codes) -> Tensor:

@@ -33,10 +33,13 @@ class PAnneal(SAE):
         sparsity_queue_length: int = 10
         n_sparsity_updates: int = 10
 
+    coefficient: Tensor
+    queue_Q2: Tensor  # sums of f^p and of f^(the next p) over each of the last batches
+
     def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
         super().__init__(d_in, d_sae, **settings)
         self.register_buffer("coefficient", torch.tensor(self.settings.initial_sparsity_penalty))
-        self.register_buffer("queue_Q2", torch.zeros(self.settings.sparsity_queue_length, 2))  # sums at p and at the next p
+        self.register_buffer("queue_Q2", torch.zeros(self.settings.sparsity_queue_length, 2))
 
     def reset(self, generator: torch.Generator) -> None:
         rows_FD = 0.1 * unit_rows(self.d_sae, self.d_in, generator, normal=True)

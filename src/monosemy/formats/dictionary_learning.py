@@ -99,8 +99,8 @@ def trainer_config(sae: SAE, *, lr: float, seed: int, steps: int, schedule: dict
     if sae.name == "p_anneal":
         config |= {"sparsity_function": "Lp^p", "anneal_start": schedule["anneal_start"]}
     if sae.name == "matryoshka_batch_top_k":
-        groups = sae.group_sizes
-        config |= {"group_sizes": groups, "group_weights": [1 / len(groups)] * len(groups)}
+        n = len(sae.settings.group_fractions)
+        config |= {"group_sizes": sae.group_sizes, "group_weights": [1 / n] * n}
     return config
 
 
