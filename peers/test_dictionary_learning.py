@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import monosemy
 from monosemy import formats
+from monosemy.cli import main
 from monosemy.formats.dictionary_learning import LAYOUTS, trainer_config
 from monosemy.rng import generator
 from monosemy.schedule import Schedule
 from monosemy.training import Member, SAESpec
+
+pytest_plugins = ("tests.conftest",)  # its tiny model and text
 
 HERE = Path(__file__).parent
 PEER = HERE.parent / ".venv-peers" / "dictionary_learning" / "bin" / "python"
@@ -86,6 +89,25 @@ def test_we_open_theirs(name: str, theirs: Path) -> None:
     largest = difference(sae, theirs / name)
     print(f"dictionary_learning -> ours  {name:24} {largest:.1e}")
     assert largest <= 1e-5
+
+
+def test_it_opens_a_whole_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    """Every folder that the command leaves behind, with the config.json that it wrote, on the model's own activations."""
+    small = (
+        "--layers 1 --dictionary_widths 64 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 --buffer_tokens 2000 --num_tokens 6400 --target_l0s 4 "
+        "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties 0.02 --eval_num_inputs 4 --held_out_fraction 0.1"
+    ).split()
+    told = ["--save_dir", str(tmp_path / "run"), "--model_name", str(tiny_model), "--dataset", str(text_file), "--architectures", *sorted(LAYOUTS)]
+    assert main(["train", *told, *small]) == 0
+    site, words = monosemy.Site("resid_post", 1), torch.randint(3, 30, (4, 16), generator=generator(0, "words"))
+    x = monosemy.LanguageModel.load(str(tiny_model), [site]).activations(words)[site][:, 1:].reshape(-1, 24)
+    folder = tmp_path / "run" / site.folder
+    save_file({"x": x.contiguous()}, folder / "x.safetensors")
+    peer("reconstruct", folder)
+    for name, trainer in zip(sorted(LAYOUTS), sorted(folder.glob("trainer_*")), strict=True):
+        sae = monosemy.load(trainer)
+        assert sae.name == name
+        assert difference(sae, trainer) <= 1e-5, name
 
 
 def test_a_difference_would_show(theirs: Path) -> None:

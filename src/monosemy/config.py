@@ -132,6 +132,8 @@ class TrainConfig:
     # --- evaluation and output ---
     eval_num_inputs: int = 200
     """Held-out contexts on which each SAE is evaluated."""
+    eval_spliced_inputs: int | None = None
+    """How many of them also run through the rest of the model with each SAE in place, for losses and KL: all where nothing is given."""
     log_steps: int = 100
     """Steps between records in metrics.jsonl."""
     verbose: bool = False

@@ -139,7 +139,7 @@ def _check_values(c: TrainConfig) -> None:
             raise invalid(field, values, "at least one", "name one")
         if len(set(values)) < len(values):
             raise invalid(field, values, "different values", "take the repeated ones out")
-    at_least_one = {n: getattr(c, n) for n in ("num_tokens", "sae_batch_size", "llm_batch_size", "buffer_tokens", "eval_num_inputs", "log_steps")}
+    at_least_one = {n: getattr(c, n) for n in ("num_tokens", "sae_batch_size", "llm_batch_size", "buffer_tokens", "eval_num_inputs", "eval_spliced_inputs", "log_steps")}
     for field, value in at_least_one.items() | {("dictionary_widths", w) for w in c.dictionary_widths}:
         if value is not None and value < 1:
             raise invalid(field, value, "1 or more", "raise it")

@@ -262,7 +262,7 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
     limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
     rows = evaluate(
         lm, saes, contexts, ignore_ids=held_out.special_ids if not c.keep_special_tokens else held_out.special_ids[:0],
-        batch_size=c.llm_batch_size or 1, norm_limits=limits, info=info, seed=c.data_seed,
+        batch_size=c.llm_batch_size or 1, splice_contexts=c.eval_spliced_inputs, norm_limits=limits, info=info, seed=c.data_seed,
     )
     with open(run.folder / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -46,15 +46,15 @@ def load(folder: str | Path, format: str | None = None, *, unfinished: bool = Fa
     if format is not None and format not in FORMATS:
         raise invalid("format", format, ", ".join(FORMATS), "leave it out to have it detected")
     config = _read_config(folder)
+    status = config.get("status", "complete")
+    if status != "complete" and not unfinished:
+        raise invalid("folder", str(folder), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is")
     if format == "dictionary_learning":
         return dictionary_learning.from_folder(config, _unpickle(folder / "ae.pt"))
     if not (folder / "sae.safetensors").exists():
         if (folder / "ae.pt").exists():
             raise invalid("format", format, '"dictionary_learning" for a folder with an ae.pt', 'pass format="dictionary_learning" if you trust where it comes from')
         raise invalid("folder", str(folder), "a folder with sae.safetensors and config.json", "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0")
-    status = config.get("status", "complete")
-    if status != "complete" and not unfinished:
-        raise invalid("folder", str(folder), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is")
     return _native(folder, config)
 
 
@@ -68,7 +68,7 @@ def _native(folder: Path, config: dict[str, Any]) -> SAE:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
         sae = architecture(str(config["architecture"]))(int(config["d_in"]), int(config["d_sae"]), **settings)
         sae.load_state_dict(tensors)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise invalid("config.json", str(folder / "config.json"), "the configuration that was saved with these weights", f"copy both again ({error})") from error
     return sae.requires_grad_(False).eval()
 

@@ -115,8 +115,11 @@ def from_folder(config: dict[str, Any], state: dict[str, Tensor]) -> SAE:
     layout = LAYOUTS[name]
     settings = {ours: trainer[theirs] for ours, theirs in layout.settings.items() if theirs in trainer}
     settings = {ours: tuple(value) if isinstance(value, list) else value for ours, value in settings.items()}
-    sae = architecture(name)(int(trainer["activation_dim"]), int(trainer["dict_size"]), **settings)
+    try:
+        sae = architecture(name)(int(trainer["activation_dim"]), int(trainer["dict_size"]), **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise invalid("config.json: trainer", layout.trainer_class, "the entry that its trainer wrote", f"copy the folder again ({error})") from error
     load_state(sae, state)
     if sae.constraint == "free":
         sae.unit_decoder_()
-    return sae.requires_grad_(False)
+    return sae.requires_grad_(False).eval()
