@@ -36,7 +36,11 @@ TRAINERS = {
     "jump_relu": (JumpReluTrainer, JumpReluAutoEncoder, SPARSITY | {"target_l0": 6, "bandwidth": 0.05}),
     "top_k": (TopKTrainer, AutoEncoderTopK, TOPK),
     "batch_top_k": (BatchTopKTrainer, BatchTopKSAE, TOPK),
-    "matryoshka_batch_top_k": (MatryoshkaBatchTopKTrainer, MatryoshkaBatchTopKSAE, TOPK | {"group_fractions": [1 / 16, 1 / 8, 1 / 4, 9 / 16]}),
+    "matryoshka_batch_top_k": (
+        MatryoshkaBatchTopKTrainer,
+        MatryoshkaBatchTopKSAE,
+        TOPK | {"group_fractions": [1 / 16, 1 / 8, 1 / 4, 9 / 16]},
+    ),
 }
 
 
@@ -44,7 +48,13 @@ class Activations:
     """Batches [B, D]: sparse combinations of fixed directions about an offset, of a mean norm far from 1. The same at every pass."""
 
     def __init__(self) -> None:
-        self.config = {"d_submodule": D, "io": "out", "ctx_len": 128, "out_batch_size": B, "device": "cpu"}  # the "buffer" entry of config.json
+        self.config = {
+            "d_submodule": D,
+            "io": "out",
+            "ctx_len": 128,
+            "out_batch_size": B,
+            "device": "cpu",
+        }  # the "buffer" entry of config.json
 
     def batch(self, step: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(7)
@@ -60,8 +70,17 @@ class Activations:
 
 def train(folder: Path) -> None:
     shared = {
-        "activation_dim": D, "dict_size": F, "layer": 3, "lm_name": "synthetic", "submodule_name": "resid_post_layer_3", "lr": 3e-3,
-        "steps": STEPS, "warmup_steps": 3, "decay_start": 24, "seed": 0, "device": "cpu",
+        "activation_dim": D,
+        "dict_size": F,
+        "layer": 3,
+        "lm_name": "synthetic",
+        "submodule_name": "resid_post_layer_3",
+        "lr": 3e-3,
+        "steps": STEPS,
+        "warmup_steps": 3,
+        "decay_start": 24,
+        "seed": 0,
+        "device": "cpu",
     }
     for name, (trainer, dict_class, settings) in TRAINERS.items():
         config = shared | settings | {"trainer": trainer, "dict_class": dict_class}

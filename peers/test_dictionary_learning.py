@@ -24,8 +24,14 @@ HERE = Path(__file__).parent
 PEER = HERE.parent / ".venv-peers" / "dictionary_learning" / "bin" / "python"
 B, D, F, STEPS, FACTOR = 64, 16, 64, 60, 5.0
 SETTINGS = {
-    "standard": {"l1_penalty": 0.02}, "standard_new": {"l1_penalty": 0.02}, "gated": {"l1_penalty": 0.02}, "p_anneal": {"initial_sparsity_penalty": 0.02},
-    "jump_relu": {"target_l0": 8, "bandwidth": 0.01}, "top_k": {"k": 8}, "batch_top_k": {"k": 8}, "matryoshka_batch_top_k": {"k": 8},
+    "standard": {"l1_penalty": 0.02},
+    "standard_new": {"l1_penalty": 0.02},
+    "gated": {"l1_penalty": 0.02},
+    "p_anneal": {"initial_sparsity_penalty": 0.02},
+    "jump_relu": {"target_l0": 8, "bandwidth": 0.01},
+    "top_k": {"k": 8},
+    "batch_top_k": {"k": 8},
+    "matryoshka_batch_top_k": {"k": 8},
 }
 every = pytest.mark.parametrize("name", sorted(LAYOUTS))
 
@@ -60,7 +66,15 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
             member.step(batch(step), step)
         sae = member.finished()
         trainer = trainer_config(
-            sae, lr=3e-3, seed=0, steps=STEPS, schedule=vars(schedule), layer=3, lm_name="synthetic", submodule_name="resid_post_layer_3", device="cpu"
+            sae,
+            lr=3e-3,
+            seed=0,
+            steps=STEPS,
+            schedule=vars(schedule),
+            layer=3,
+            lm_name="synthetic",
+            submodule_name="resid_post_layer_3",
+            device="cpu",
         )
         formats.save(sae, folder / name, {"status": "complete", "norm_factor": FACTOR, "trainer": trainer, "buffer": {"d_submodule": D}})
     save_file({"x": FACTOR * batch(STEPS)}, folder / "x.safetensors")
@@ -97,7 +111,16 @@ def test_it_opens_a_whole_run(tiny_model: Path, text_file: Path, tmp_path: Path)
         "--layers 1 --dictionary_widths 64 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 --buffer_tokens 2000 --num_tokens 6400 --target_l0s 4 "
         "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties 0.02 --eval_num_inputs 4 --held_out_fraction 0.1"
     ).split()
-    told = ["--save_dir", str(tmp_path / "run"), "--model_name", str(tiny_model), "--dataset", str(text_file), "--architectures", *sorted(LAYOUTS)]
+    told = [
+        "--save_dir",
+        str(tmp_path / "run"),
+        "--model_name",
+        str(tiny_model),
+        "--dataset",
+        str(text_file),
+        "--architectures",
+        *sorted(LAYOUTS),
+    ]
     assert main(["train", *told, *small]) == 0
     site, words = monosemy.Site("resid_post", 1), torch.randint(3, 30, (4, 16), generator=generator(0, "words"))
     x = monosemy.LanguageModel.load(str(tiny_model), [site]).activations(words)[site][:, 1:].reshape(-1, 24)

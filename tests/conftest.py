@@ -11,7 +11,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the package's own entry
 import pytest
 import torch
 
-WORDS = "the a of to and in that it was for on are with as at be this from have or by one had not but what all were when we there can".split()
+WORDS = (
+    "the a of to and in that it was for on are with as at be this from have or by one had not but what all were when we there can".split()
+)
 
 
 def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:
@@ -35,8 +37,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+        vocab_size=len(words),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

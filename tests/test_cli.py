@@ -1,5 +1,6 @@
 """Flags and refusals. All bad configurations share this process; each is refused before weights load and writes nothing."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -107,7 +108,14 @@ def test_the_seed_s_commands_end_within_seconds_without_the_hub(command, tmp_pat
     """Verbatim, one after the other would be: each names what it could not reach, and writes nothing."""
     environment = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
     start = time.monotonic()
-    done = subprocess.run([sys.executable, str(ROOT / "demo.py"), *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), *command.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and time.monotonic() - start < 20
     model = command.split()[3]
     assert model in done.stderr and "could not be reached" in done.stderr and "local folder" in done.stderr
@@ -120,12 +128,27 @@ def test_the_seed_s_commands_parse_and_plan_where_the_model_is_known(command, tm
     """With the models' config.json and a local text in the place of the hub's: the presets, the grid, the budget."""
     from monosemy import plan
 
-    shapes = {"EleutherAI/pythia-70m-deduped": ("GPTNeoX", 6, 512), "Qwen/Qwen2.5-Coder-32B-Instruct": ("Qwen2", 64, 5120), "Qwen/Qwen3-8B": ("Qwen3", 36, 4096), "google/gemma-2-2b": ("Gemma2", 26, 2304)}
+    shapes = {
+        "EleutherAI/pythia-70m-deduped": ("GPTNeoX", 6, 512),
+        "Qwen/Qwen2.5-Coder-32B-Instruct": ("Qwen2", 64, 5120),
+        "Qwen/Qwen3-8B": ("Qwen3", 36, 4096),
+        "google/gemma-2-2b": ("Gemma2", 26, 2304),
+    }
     args = command.split()
     name, (kind, layers, width) = args[3], shapes[args[3]]
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": [f"{kind}ForCausalLM"], "num_hidden_layers": layers, "hidden_size": width, "vocab_size": 1000, "num_attention_heads": 8}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": [f"{kind}ForCausalLM"],
+                "num_hidden_layers": layers,
+                "hidden_size": width,
+                "vocab_size": 1000,
+                "num_attention_heads": 8,
+            }
+        )
+    )
     real = plan.describe
     monkeypatch.setattr(plan, "describe", lambda model, revision=None: real(str(folder)))
     monkeypatch.setattr(plan, "check_sources", lambda config: None)
@@ -150,9 +173,11 @@ def test_every_constant_of_the_seed_is_a_flag_with_its_sentence():
     import inspect
 
     body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
-    for field, after in zip(body, body[1:], strict=False):
+    for field, after in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and str(after.value.value).strip().endswith("."), field.target.id
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and str(after.value.value).strip().endswith("."), (
+                field.target.id
+            )
 
 
 def test_numbers_may_have_underscores(tiny_model, text_file, tmp_path, capsys):

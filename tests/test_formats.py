@@ -74,7 +74,9 @@ def test_their_settings_come_along(name):
 
 @every
 def test_read_and_written_again_their_state_is_as_it_was(name, tmp_path):
-    formats.save(formats.load(THEIRS / name, format="dictionary_learning"), tmp_path, json.loads((THEIRS / name / "config.json").read_text()))
+    formats.save(
+        formats.load(THEIRS / name, format="dictionary_learning"), tmp_path, json.loads((THEIRS / name / "config.json").read_text())
+    )
     before, after = (torch.load(path / "ae.pt", weights_only=True) for path in (THEIRS / name, tmp_path))
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -96,7 +98,9 @@ class Malicious:
         return Path.touch, (self.canary,)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))], ids=["torch.save", "pickle"])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))], ids=["torch.save", "pickle"]
+)
 @pytest.mark.parametrize("wrap", [lambda bad: bad, lambda bad: {"encoder.weight": bad}], ids=["alone", "in a state dict"])
 def test_a_malicious_pickle_does_nothing(folder, tmp_path, write, wrap):
     canary = tmp_path / "canary"
@@ -119,7 +123,9 @@ def test_an_ae_pt_is_opened_only_when_asked_for():
 
 
 @pytest.mark.parametrize("format", [None, "dictionary_learning"])
-@pytest.mark.parametrize("config", [None, "", "{", "[1]", '"text"', "\udcff"], ids=["missing", "empty", "cut", "a list", "a string", "not UTF-8"])
+@pytest.mark.parametrize(
+    "config", [None, "", "{", "[1]", '"text"', "\udcff"], ids=["missing", "empty", "cut", "a list", "a string", "not UTF-8"]
+)
 def test_a_missing_or_damaged_config_is_said(folder, format, config):
     (folder / "config.json").unlink()
     if config is not None:
@@ -188,9 +194,19 @@ def test_tensors_must_fit(name, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"trainer": "text"}, {"trainer": None}, {"trainer__trainer_class": "CrossCoderTrainer"}, {"trainer__trainer_class": None},
-        {"trainer__activation_dim": None}, {"trainer__dict_size": None}, {"trainer__dict_size": "wide"}, {"trainer__dict_size": [64]},
-        {"trainer__dict_size": 0}, {"trainer__dict_size": 65}, {"trainer__k": 0}, {"trainer__k": "six"}, {"trainer__trainer_class": "GatedSAETrainer"},
+        {"trainer": "text"},
+        {"trainer": None},
+        {"trainer__trainer_class": "CrossCoderTrainer"},
+        {"trainer__trainer_class": None},
+        {"trainer__activation_dim": None},
+        {"trainer__dict_size": None},
+        {"trainer__dict_size": "wide"},
+        {"trainer__dict_size": [64]},
+        {"trainer__dict_size": 0},
+        {"trainer__dict_size": 65},
+        {"trainer__k": 0},
+        {"trainer__k": "six"},
+        {"trainer__trainer_class": "GatedSAETrainer"},
     ],
     ids=str,
 )
@@ -204,8 +220,18 @@ def test_a_trainer_entry_that_does_not_fit_is_said(folder, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"architecture": "gated"}, {"architecture": "nothing"}, {"architecture": None}, {"d_in": 17}, {"d_in": None}, {"d_sae": "wide"}, {"d_sae": -1},
-        {"settings": {"k": 0}}, {"settings": {"k": "six"}}, {"settings": {"nonsense": 1}}, {"settings": None}, {"settings": [6]},
+        {"architecture": "gated"},
+        {"architecture": "nothing"},
+        {"architecture": None},
+        {"d_in": 17},
+        {"d_in": None},
+        {"d_sae": "wide"},
+        {"d_sae": -1},
+        {"settings": {"k": 0}},
+        {"settings": {"k": "six"}},
+        {"settings": {"nonsense": 1}},
+        {"settings": None},
+        {"settings": [6]},
     ],
     ids=str,
 )
@@ -217,7 +243,11 @@ def test_a_config_that_does_not_fit_its_weights_is_said(folder, changes):
 
 def test_weights_that_do_not_fit_their_config_are_said(folder):
     tensors = load_file(folder / "sae.safetensors")
-    for bad in ({n: t for n, t in tensors.items() if n != "threshold"}, tensors | {"more": torch.zeros(3)}, tensors | {"b_dec_D": torch.zeros(3)}):
+    for bad in (
+        {n: t for n, t in tensors.items() if n != "threshold"},
+        tensors | {"more": torch.zeros(3)},
+        tensors | {"b_dec_D": torch.zeros(3)},
+    ):
         save_file(bad, folder / "sae.safetensors")
         with pytest.raises(ValueError, match=r"config\.json"):
             formats.load(folder)

@@ -9,8 +9,29 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "monosemy"
 FLOORS = {
-    "config": 0, "rng": 0, "assets": 1, "schedule": 1, "ops": 1, "sae": 2, "tokens": 2, "lm": 2, "top_k_family": 3, "architectures": 4,
-    "activations": 3, "formats": 5, "training": 5, "trackers": 3, "sweep": 6, "evaluation": 6, "plan": 6, "report": 6, "hub": 6, "run": 7, "cli": 8, "__main__": 9,
+    "config": 0,
+    "rng": 0,
+    "recipe": 0,
+    "assets": 1,
+    "schedule": 1,
+    "ops": 1,
+    "sae": 2,
+    "tokens": 2,
+    "lm": 2,
+    "top_k_family": 3,
+    "architectures": 4,
+    "activations": 3,
+    "formats": 5,
+    "training": 5,
+    "trackers": 3,
+    "sweep": 6,
+    "evaluation": 6,
+    "plan": 6,
+    "report": 6,
+    "hub": 6,
+    "run": 7,
+    "cli": 8,
+    "__main__": 9,
     "__init__": 0,
 }
 UPWARDS = {("sae", "architectures")}  # the registry fills itself when it is first asked

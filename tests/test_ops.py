@@ -44,7 +44,9 @@ def mask_of(codes, B, F):
 
 
 @pytest.mark.parametrize(("B", "D", "F"), SHAPES)
-@pytest.mark.parametrize("selection", ["k=1", "k", "k=F", "batch", "batch of all", "above 0", "above a row", "nothing", "one latent always"])
+@pytest.mark.parametrize(
+    "selection", ["k=1", "k", "k=F", "batch", "batch of all", "above 0", "above a row", "nothing", "one latent always"]
+)
 def test_sparse_codes_are_the_dense_meaning(B, D, F, selection):
     x = draw(B, D)
     W_enc, b_enc, b_dec, W_dec = params = weights(D, F)
@@ -54,9 +56,13 @@ def test_sparse_codes_are_the_dense_meaning(B, D, F, selection):
     product = Product(x, W_enc, b_enc, b_dec)
     k = max(F // 4, 1)
     codes = {
-        "k=1": lambda: product.top_k(1), "k": lambda: product.top_k(k), "k=F": lambda: product.top_k(F),
-        "batch": lambda: product.batch_top_k(k * B), "batch of all": lambda: product.batch_top_k(B * F),
-        "above a row": lambda: product.above(draw(F, seed=9), sparse=True), "nothing": lambda: product.above(1e9, sparse=True),
+        "k=1": lambda: product.top_k(1),
+        "k": lambda: product.top_k(k),
+        "k=F": lambda: product.top_k(F),
+        "batch": lambda: product.batch_top_k(k * B),
+        "batch of all": lambda: product.batch_top_k(B * F),
+        "above a row": lambda: product.above(draw(F, seed=9), sparse=True),
+        "nothing": lambda: product.above(1e9, sparse=True),
     }.get(selection, lambda: product.above(0, sparse=True))()
     mask = mask_of(codes, B, F)
     pre = product.pre_BF
@@ -96,8 +102,18 @@ def test_the_two_layouts_agree(B, D, F):
     for sparse in (False, True):
         codes = product.above(0.1, sparse=sparse)
         codes = codes.replace(codes.values * codes.at(params[1]))
-        loss = codes.decode(params[3]).square().sum() + codes.by_latent(codes.values).square().sum() + codes.by_token(codes.values).exp().sum()
-        results.append({"loss": loss.detach(), "size": codes.size().double(), "count": codes.count(), "smallest": codes.smallest(), **gradients(loss, named)})
+        loss = (
+            codes.decode(params[3]).square().sum() + codes.by_latent(codes.values).square().sum() + codes.by_token(codes.values).exp().sum()
+        )
+        results.append(
+            {
+                "loss": loss.detach(),
+                "size": codes.size().double(),
+                "count": codes.count(),
+                "smallest": codes.smallest(),
+                **gradients(loss, named),
+            }
+        )
     dense, sparse = results
     assert torch.equal(dense.pop("smallest"), sparse.pop("smallest"))
     close(sparse, dense)
@@ -149,7 +165,9 @@ def test_bf16_rounds_the_product_s_operands_and_nothing_else():
 def test_the_update_is_adam_with_the_decoder_s_constraint(constraint, clip, beta1):
     F, D = 9, 5
     params = {"W_enc": draw(F, D, seed=1), "b": draw(F, seed=2), "W_dec": nn.functional.normalize(draw(F, D, seed=3), dim=1)}
-    optimizer = ops.Optimizer({n: p.clone() for n, p in params.items()}, decoder="W_dec", constraint=constraint, clip=clip, betas=(beta1, 0.999))
+    optimizer = ops.Optimizer(
+        {n: p.clone() for n, p in params.items()}, decoder="W_dec", constraint=constraint, clip=clip, betas=(beta1, 0.999)
+    )
     reference = {n: nn.Parameter(p.clone()) for n, p in params.items()}
     adam = torch.optim.Adam(reference.values(), lr=1.0, betas=(beta1, 0.999), eps=1e-8, foreach=False, fused=False)
     for step in range(5):

@@ -25,12 +25,24 @@ def made_rows(sites: tuple[str, ...] = ("resid_post.3", "resid_post.9"), names: 
     for site in sites:
         for place, (name, k) in enumerate((name, k) for name in names for k in range(sparsities)):
             l0, recovered = 20.0 * 2**k + 3 * place + len(rows) / 7, 0.9 + 0.001 * len(rows)
-            rows.append({
-                "sae": f"{site.replace('.', '_layer_')}/trainer_{place}", "site": site, "architecture": name, "d_sae": 1000, "l0": l0,
-                "loss_recovered_zero": recovered, "loss_recovered_zero_low": recovered - 0.01, "loss_recovered_zero_high": recovered + 0.02,
-                "fvu": 0.3 - 0.005 * len(rows), "frac_alive": 0.99 - 0.01 * len(rows), "never_fired": 10 + 10 * len(rows), "tokens": 8192,
-                "firing_counts": [10 + len(rows)] * 20, "firing_log10_edges": EDGES,
-            })
+            rows.append(
+                {
+                    "sae": f"{site.replace('.', '_layer_')}/trainer_{place}",
+                    "site": site,
+                    "architecture": name,
+                    "d_sae": 1000,
+                    "l0": l0,
+                    "loss_recovered_zero": recovered,
+                    "loss_recovered_zero_low": recovered - 0.01,
+                    "loss_recovered_zero_high": recovered + 0.02,
+                    "fvu": 0.3 - 0.005 * len(rows),
+                    "frac_alive": 0.99 - 0.01 * len(rows),
+                    "never_fired": 10 + 10 * len(rows),
+                    "tokens": 8192,
+                    "firing_counts": [10 + len(rows)] * 20,
+                    "firing_log10_edges": EDGES,
+                }
+            )
     return rows
 
 

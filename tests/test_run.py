@@ -19,7 +19,21 @@ SMALL = (
 
 
 def train(folder, model, text, *more, architectures=("top_k", "standard")):
-    return main(["train", "--save_dir", str(folder), "--model_name", str(model), "--dataset", str(text), "--architectures", *architectures, *SMALL, *more])
+    return main(
+        [
+            "train",
+            "--save_dir",
+            str(folder),
+            "--model_name",
+            str(model),
+            "--dataset",
+            str(text),
+            "--architectures",
+            *architectures,
+            *SMALL,
+            *more,
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +75,29 @@ def test_nothing_else_is_named_like_an_sae(finished):
 def test_the_seed_s_notebook_finds_its_keys(finished):
     for folder in finished.glob("*/trainer_*"):
         results, config = (json.loads((folder / f"{n}.json").read_text()) for n in ("eval_results", "config"))
-        assert {"l0", "frac_recovered", "frac_variance_explained", "frac_alive", "l2_loss", "l1_loss", "cossim", "l2_ratio", "relative_reconstruction_bias"} <= results.keys()
+        assert {
+            "l0",
+            "frac_recovered",
+            "frac_variance_explained",
+            "frac_alive",
+            "l2_loss",
+            "l1_loss",
+            "cossim",
+            "l2_ratio",
+            "relative_reconstruction_bias",
+        } <= results.keys()
         assert {"loss_original", "loss_reconstructed", "loss_zero", "hyperparameters"} <= results.keys()
-        assert {"trainer_class", "dict_class", "activation_dim", "dict_size", "lr", "steps", "layer", "lm_name", "submodule_name"} <= config["trainer"].keys()
+        assert {
+            "trainer_class",
+            "dict_class",
+            "activation_dim",
+            "dict_size",
+            "lr",
+            "steps",
+            "layer",
+            "lm_name",
+            "submodule_name",
+        } <= config["trainer"].keys()
         assert config["buffer"]["ctx_len"] == 16
 
 
@@ -78,14 +112,19 @@ def test_saes_load_and_learned(finished, tiny_model):
         sae = monosemy.load(finished / f"resid_post_layer_2/trainer_{i}")
         fvu = float((x - sae(x)).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
         assert fvu < 0.9, (sae.name, fvu)
-        assert torch.allclose(monosemy.load(finished / f"resid_post_layer_2/trainer_{i}", format="dictionary_learning")(x), sae(x), atol=1e-4)
+        assert torch.allclose(
+            monosemy.load(finished / f"resid_post_layer_2/trainer_{i}", format="dictionary_learning")(x), sae(x), atol=1e-4
+        )
 
 
 def test_the_last_checkpoint_does_not_touch_the_run_and_company_changes_nothing(finished, tiny_model, text_file, tmp_path):
     """One of the eight, alone, at one of the two layers, logging each step, without checkpoints: bit-equal weights."""
     i = architecture_names().index("top_k")
     assert train(tmp_path / "a", tiny_model, text_file, "--layers", "2", "--log_steps", "1", architectures=["top_k"]) == 0
-    assert weights(tmp_path / "a")["resid_post_layer_2/trainer_0/sae.safetensors"] == weights(finished)[f"resid_post_layer_2/trainer_{i}/sae.safetensors"]
+    assert (
+        weights(tmp_path / "a")["resid_post_layer_2/trainer_0/sae.safetensors"]
+        == weights(finished)[f"resid_post_layer_2/trainer_{i}/sae.safetensors"]
+    )
 
 
 def test_a_run_that_is_complete_is_left_alone(finished, tiny_model, text_file):
@@ -129,11 +168,47 @@ def test_text_that_runs_out_ends_the_run_early(tiny_model, tmp_path, capsys):
 
 def test_mixtures_sites_and_recipes(tiny_model, text_file, tmp_path):
     chat = tmp_path / "chat.jsonl"
-    chat.write_text("".join(json.dumps({"conversation": [{"role": "user", "content": "the cat was on it"}, {"role": "assistant", "content": f"it was {i} of all"}]}) + "\n" for i in range(3000)))
-    more = ["--mixed_dataset", "--chat_dataset", str(chat), "--pretrain_frac", "0.75", "--sites", "mlp_out.1", "blocks.1.hook_attn_out", "--layers", "1", "--recipe", "dictionary_learning"]
-    more += ["--warmup_steps", "5", "--sparsity_warmup_steps", "20", "--threshold_start_step", "50", "--num_tokens", "3200", "--sae_batch_size", "32"]
+    chat.write_text(
+        "".join(
+            json.dumps(
+                {"conversation": [{"role": "user", "content": "the cat was on it"}, {"role": "assistant", "content": f"it was {i} of all"}]}
+            )
+            + "\n"
+            for i in range(3000)
+        )
+    )
+    more = [
+        "--mixed_dataset",
+        "--chat_dataset",
+        str(chat),
+        "--pretrain_frac",
+        "0.75",
+        "--sites",
+        "mlp_out.1",
+        "blocks.1.hook_attn_out",
+        "--layers",
+        "1",
+        "--recipe",
+        "dictionary_learning",
+    ]
+    more += [
+        "--warmup_steps",
+        "5",
+        "--sparsity_warmup_steps",
+        "20",
+        "--threshold_start_step",
+        "50",
+        "--num_tokens",
+        "3200",
+        "--sae_batch_size",
+        "32",
+    ]
     assert train(tmp_path / "run", tiny_model, text_file, *more) == 0
-    assert sorted(p.parent.name for p in (tmp_path / "run").glob("*/trainer_0")) == ["attn_out_layer_1", "mlp_out_layer_1", "resid_post_layer_1"]
+    assert sorted(p.parent.name for p in (tmp_path / "run").glob("*/trainer_0")) == [
+        "attn_out_layer_1",
+        "mlp_out_layer_1",
+        "resid_post_layer_1",
+    ]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["schedule"]["warmup_steps"] == 5
 
 

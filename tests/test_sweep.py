@@ -18,7 +18,11 @@ def batches(n=30, B=64, scale=3.0):
     return [scale * ((torch.rand(B, 30, generator=draw) < 0.1) * torch.rand(B, 30, generator=draw)) @ directions for _ in range(n)]
 
 
-SPECS = [SAESpec("top_k", F, 3e-3, settings={"k": 4}), SAESpec("standard", F, 3e-3), SAESpec("jump_relu", F, 3e-3, settings={"target_l0": 4})]
+SPECS = [
+    SAESpec("top_k", F, 3e-3, settings={"k": 4}),
+    SAESpec("standard", F, 3e-3),
+    SAESpec("jump_relu", F, 3e-3, settings={"target_l0": 4}),
+]
 
 
 def equal(a, b):
@@ -77,7 +81,13 @@ def test_an_sae_that_does_not_stay_finite_stops_alone():
 
 def test_the_grid_is_every_combination():
     config = TrainConfig(
-        save_dir="x", architectures=("top_k", "standard"), dictionary_widths=(32, 64), learning_rates=(1e-3, 1e-4), random_seeds=(0, 1), target_l0s=(4, 8), standard_penalties=(0.1,)
+        save_dir="x",
+        architectures=("top_k", "standard"),
+        dictionary_widths=(32, 64),
+        learning_rates=(1e-3, 1e-4),
+        random_seeds=(0, 1),
+        target_l0s=(4, 8),
+        standard_penalties=(0.1,),
     )
     specs = grid(config)
     assert len(specs) == 2 * 2 * 2 * 3 and len({str(s) for s in specs}) == len(specs)

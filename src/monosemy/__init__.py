@@ -9,9 +9,20 @@ __version__ = "0.1.0"
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no torch
 _HOME = {
-    "SAE": "sae", "register": "sae", "architecture": "sae", "SAESpec": "training", "TrainConfig": "config",
-    "load": "formats", "fit": "sweep", "train": "run", "evaluate": "evaluation", "LanguageModel": "lm",
-    "Site": "lm", "ActivationStream": "activations", "ContextStream": "tokens", "Source": "tokens",
+    "SAE": "sae",
+    "register": "sae",
+    "architecture": "sae",
+    "SAESpec": "training",
+    "TrainConfig": "config",
+    "load": "formats",
+    "fit": "sweep",
+    "train": "run",
+    "evaluate": "evaluation",
+    "LanguageModel": "lm",
+    "Site": "lm",
+    "ActivationStream": "activations",
+    "ContextStream": "tokens",
+    "Source": "tokens",
 }
 __all__ = sorted(_HOME)
 

@@ -31,8 +31,17 @@ class ActivationStream:
     """
 
     def __init__(
-        self, lm: LanguageModel, contexts: ContextStream, sites: Sequence[Site], *, batch: int, contexts_per_forward: int,
-        contexts_per_block: int, seed: int = 0, keep_special: bool = False, norm_multiple: float = 10.0,
+        self,
+        lm: LanguageModel,
+        contexts: ContextStream,
+        sites: Sequence[Site],
+        *,
+        batch: int,
+        contexts_per_forward: int,
+        contexts_per_block: int,
+        seed: int = 0,
+        keep_special: bool = False,
+        norm_multiple: float = 10.0,
     ) -> None:
         self.lm, self.contexts, self.sites, self.batch, self.seed = lm, contexts, tuple(sites), batch, seed
         self.contexts_per_forward = contexts_per_forward
@@ -59,8 +68,12 @@ class ActivationStream:
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on with the next batch: JSON, with no activations in it."""
         return {
-            "block": self._block, "next": self._next, "contexts": self._block_start, "counts": dict(self.counts),
-            "norm_factor": {str(s): v for s, v in self.norm_factor.items()}, "norm_limit": {str(s): v for s, v in self.norm_limit.items()},
+            "block": self._block,
+            "next": self._next,
+            "contexts": self._block_start,
+            "counts": dict(self.counts),
+            "norm_factor": {str(s): v for s, v in self.norm_factor.items()},
+            "norm_limit": {str(s): v for s, v in self.norm_limit.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:

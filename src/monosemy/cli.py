@@ -61,7 +61,11 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 def _train(arguments: list[str]) -> int:
     kept, arguments = _saved_config(arguments)
     config = tyro.cli(
-        TrainConfig, args=arguments, prog="monosemy train", use_underscores=True, default=tyro.MISSING_NONPROP if kept is None else kept,
+        TrainConfig,
+        args=arguments,
+        prog="monosemy train",
+        use_underscores=True,
+        default=tyro.MISSING_NONPROP if kept is None else kept,
         description=f"{TrainConfig.__doc__} Architectures: {', '.join(architecture_names())}. --config FILE begins from an earlier run's run.json.",
     )
     from monosemy.plan import make

@@ -167,7 +167,9 @@ class TrainConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or "save_dir" not in values or values.keys() - known:
             strange = sorted(values.keys() - known) if isinstance(values, dict) else []
-            raise invalid("config", str(path), "a run.json that an earlier run wrote", f"unknown or missing entries: {strange or ['save_dir']}")
+            raise invalid(
+                "config", str(path), "a run.json that an earlier run wrote", f"unknown or missing entries: {strange or ['save_dir']}"
+            )
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:

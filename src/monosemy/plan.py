@@ -14,6 +14,7 @@ from typing import Any
 
 from monosemy.config import TrainConfig, architecture_names, invalid
 from monosemy.lm import ModelInfo, Site, check_sites, describe
+from monosemy.recipe import RECIPES
 from monosemy.schedule import Schedule
 from monosemy.tokens import check_sources
 
@@ -27,7 +28,16 @@ PRESETS = {
     "smollm2-135m": (8, 256, "bfloat16"),
 }
 TOKENS_OF_A_FORWARD = 8192
-NOT_THE_RUN = {"save_dir", "dry_run", "device", "use_wandb", "wandb_project", "wandb_entity", "hf_repo_id", "verbose"}  # same run with other values
+NOT_THE_RUN = {
+    "save_dir",
+    "dry_run",
+    "device",
+    "use_wandb",
+    "wandb_project",
+    "wandb_entity",
+    "hf_repo_id",
+    "verbose",
+}  # same run with other values
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,20 @@ class Plan:
     @cached_property
     def schedule(self) -> Schedule:
         c = self.config
-        given = {n: getattr(c, n) for n in ("warmup_steps", "sparsity_warmup_steps", "threshold_start_step", "threshold_beta", "anneal_start", "dead_feature_threshold")}
-        return Schedule.of_run(self.steps, c.sae_batch_size or 1, recipe=c.recipe, decay_start_fraction=c.decay_start_fraction, **given)
+        given = {
+            n: getattr(c, n)
+            for n in (
+                "warmup_steps",
+                "sparsity_warmup_steps",
+                "threshold_start_step",
+                "threshold_beta",
+                "anneal_start",
+                "dead_feature_threshold",
+            )
+        }
+        return Schedule.of_run(
+            self.steps, c.sae_batch_size or 1, recipe=RECIPES[c.recipe], decay_start_fraction=c.decay_start_fraction, **given
+        )
 
     @cached_property
     def contexts_per_block(self) -> int:
@@ -96,7 +118,9 @@ def make(config: TrainConfig) -> Plan:
     Raises ValueError for what the configuration has wrong and ConnectionError for a hub that cannot be reached.
     """
     _check_values(config)
-    config = dataclasses.replace(config, dataset=config.dataset or ("sotu" if config.model_name == "smollm2-135m" else "HuggingFaceFW/fineweb"))
+    config = dataclasses.replace(
+        config, dataset=config.dataset or ("sotu" if config.model_name == "smollm2-135m" else "HuggingFaceFW/fineweb")
+    )
     folder, note = _folder(config)
     model = describe(config.model_name, config.revision)
     sites = _sites(config)
@@ -106,7 +130,9 @@ def make(config: TrainConfig) -> Plan:
     config = _fill(config, model)
     plan = Plan(config, model, sites, folder, note)
     if plan.steps < 1:
-        raise invalid("num_tokens", config.num_tokens, f"{config.sae_batch_size} or more, one batch", "train on more tokens or lower --sae_batch_size")
+        raise invalid(
+            "num_tokens", config.num_tokens, f"{config.sae_batch_size} or more, one batch", "train on more tokens or lower --sae_batch_size"
+        )
     _ = plan.schedule
     check_sources(config)
     _check_same_run(plan)
@@ -131,7 +157,10 @@ def _check_values(c: TrainConfig) -> None:
         if name not in known:
             raise invalid("architectures", name, ", ".join(known), "correct the name")
     lists: dict[str, tuple[Any, ...]] = {
-        "architectures": c.architectures, "dictionary_widths": c.dictionary_widths, "learning_rates": c.learning_rates, "random_seeds": c.random_seeds,
+        "architectures": c.architectures,
+        "dictionary_widths": c.dictionary_widths,
+        "learning_rates": c.learning_rates,
+        "random_seeds": c.random_seeds,
         **{("target_l0s" if not hasattr(c, f"{a}_penalties") else f"{a}_penalties"): c.sparsities(a) for a in c.architectures},
     }
     for field, values in lists.items():
@@ -139,7 +168,10 @@ def _check_values(c: TrainConfig) -> None:
             raise invalid(field, values, "at least one", "name one")
         if len(set(values)) < len(values):
             raise invalid(field, values, "different values", "take the repeated ones out")
-    at_least_one = {n: getattr(c, n) for n in ("num_tokens", "sae_batch_size", "llm_batch_size", "buffer_tokens", "eval_num_inputs", "eval_spliced_inputs", "log_steps")}
+    at_least_one = {
+        n: getattr(c, n)
+        for n in ("num_tokens", "sae_batch_size", "llm_batch_size", "buffer_tokens", "eval_num_inputs", "eval_spliced_inputs", "log_steps")
+    }
     for field, value in at_least_one.items() | {("dictionary_widths", w) for w in c.dictionary_widths}:
         if value is not None and value < 1:
             raise invalid(field, value, "1 or more", "raise it")
@@ -148,18 +180,34 @@ def _check_values(c: TrainConfig) -> None:
         if not 0 < value < float("inf"):
             raise invalid(field, value, "a number above 0", "raise it")
     if any(not hasattr(c, f"{a}_penalties") for a in c.architectures) and max(c.target_l0s) > min(c.dictionary_widths):
-        raise invalid("target_l0s", max(c.target_l0s), f"up to {min(c.dictionary_widths)}, the smallest of dictionary_widths", "lower k or widen the SAEs")
+        raise invalid(
+            "target_l0s",
+            max(c.target_l0s),
+            f"up to {min(c.dictionary_widths)}, the smallest of dictionary_widths",
+            "lower k or widen the SAEs",
+        )
     if c.context_length is not None and c.context_length < 2:
         raise invalid("context_length", c.context_length, "2 or more: an opening token and one of text", "raise it")
     for field, value, low, high in (
-        ("pretrain_frac", c.pretrain_frac, 0, 1), ("system_prompt_removal_freq", c.system_prompt_removal_freq, 0, 1),
-        ("held_out_fraction", c.held_out_fraction, 0, 1), ("decay_start_fraction", c.decay_start_fraction, 0, 1), ("threshold_beta", c.threshold_beta, 0, 1),
+        ("pretrain_frac", c.pretrain_frac, 0, 1),
+        ("system_prompt_removal_freq", c.system_prompt_removal_freq, 0, 1),
+        ("held_out_fraction", c.held_out_fraction, 0, 1),
+        ("decay_start_fraction", c.decay_start_fraction, 0, 1),
+        ("threshold_beta", c.threshold_beta, 0, 1),
     ):
         if value is not None and not low <= value <= high:
             raise invalid(field, value, f"{low} to {high}", "it is a share")
     if c.held_out_fraction == 0:
         raise invalid("held_out_fraction", 0, "above 0: evaluation needs text that was not trained on", "try 0.02")
-    for field in ("auxk_alpha", "max_activation_norm_multiple", "warmup_steps", "sparsity_warmup_steps", "threshold_start_step", "anneal_start", "dead_feature_threshold"):
+    for field in (
+        "auxk_alpha",
+        "max_activation_norm_multiple",
+        "warmup_steps",
+        "sparsity_warmup_steps",
+        "threshold_start_step",
+        "anneal_start",
+        "dead_feature_threshold",
+    ):
         value = getattr(c, field)
         if value is not None and value < 0:
             raise invalid(field, value, "0 or more", "raise it")
@@ -184,10 +232,18 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
     gpu = _has_gpu(c.device)
     dtype: Any = c.dtype
     if dtype == "auto":
-        dtype = (gpu_dtype or (model.dtype if model.dtype in ("float32", "bfloat16", "float16") else "bfloat16")) if gpu else ("bfloat16" if cpu_has_bf16() else "float32")
+        dtype = (
+            (gpu_dtype or (model.dtype if model.dtype in ("float32", "bfloat16", "float16") else "bfloat16"))
+            if gpu
+            else ("bfloat16" if cpu_has_bf16() else "float32")
+        )
     return dataclasses.replace(
-        c, context_length=length, llm_batch_size=c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1), sae_batch_size=c.sae_batch_size or 2048,
-        dtype=dtype, precision=("bf16" if gpu or cpu_has_bf16() else "float32") if c.precision == "auto" else c.precision,
+        c,
+        context_length=length,
+        llm_batch_size=c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1),
+        sae_batch_size=c.sae_batch_size or 2048,
+        dtype=dtype,
+        precision=("bf16" if gpu or cpu_has_bf16() else "float32") if c.precision == "auto" else c.precision,
     )
 
 
@@ -226,7 +282,9 @@ def _folder(c: TrainConfig) -> tuple[Path, str]:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise invalid("save_dir", str(folder), "a folder that can be written", f"check permissions and space ({os.strerror(error.errno or 0)})") from error
+        raise invalid(
+            "save_dir", str(folder), "a folder that can be written", f"check permissions and space ({os.strerror(error.errno or 0)})"
+        ) from error
     return folder, note
 
 
@@ -249,4 +307,9 @@ def _check_same_run(plan: Plan) -> None:
     changed = sorted(k for k in now.keys() - NOT_THE_RUN if now[k] != kept.get(k))
     if changed:
         was = ", ".join(f"{k}={kept.get(k)!r}, now {now[k]!r}" for k in changed[:4])
-        raise invalid("save_dir", str(plan.folder), "a folder for this configuration alone", f"it holds a run with another one ({was}); name another folder")
+        raise invalid(
+            "save_dir",
+            str(plan.folder),
+            "a folder for this configuration alone",
+            f"it holds a run with another one ({was}); name another folder",
+        )

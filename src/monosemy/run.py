@@ -1,6 +1,6 @@
 """The whole job: the language model's activations, the sweep over them, what is saved, its evaluation, plots and upload.
 
-    RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sae.safetensors, config.json, ae.pt, eval_results.json}
+RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sae.safetensors, config.json, ae.pt, eval_results.json}
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from monosemy.formats import dictionary_learning
 from monosemy.hub import Uploader
 from monosemy.lm import LanguageModel, load_tokenizer
 from monosemy.plan import Plan, make, replan
+from monosemy.recipe import RECIPES
 from monosemy.report import plots
 from monosemy.sweep import Record, Sweep, grid
 from monosemy.tokens import ContextStream, StreamEnded, sources_of
@@ -57,8 +58,12 @@ class Run:
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         self.facts = {
-            "config": c.as_dict(), "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": _versions(), "schedule": dataclasses.asdict(self.plan.schedule), **facts,
+            "config": c.as_dict(),
+            "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": _versions(),
+            "schedule": dataclasses.asdict(self.plan.schedule),
+            **facts,
         }
         self.write_facts({})
         (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
@@ -68,10 +73,23 @@ class Run:
         if c.hf_repo_id:
             self.uploader = Uploader(self.folder, c.hf_repo_id)
         for tracker in self.trackers:
-            tracker.start(self.facts, [
-                {"name": m.name, "config": {"architecture": m.sae.name, "d_sae": m.sae.d_sae, "lr": m.spec.lr, "seed": m.spec.seed, **vars(m.sae.settings)}}
-                for group in members.values() for m in group
-            ])
+            tracker.start(
+                self.facts,
+                [
+                    {
+                        "name": m.name,
+                        "config": {
+                            "architecture": m.sae.name,
+                            "d_sae": m.sae.d_sae,
+                            "lr": m.spec.lr,
+                            "seed": m.spec.seed,
+                            **vars(m.sae.settings),
+                        },
+                    }
+                    for group in members.values()
+                    for m in group
+                ],
+            )
 
     def write_facts(self, more: dict[str, Any]) -> None:
         self.facts |= more
@@ -115,34 +133,55 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     torch.set_grad_enabled(True)
     lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
     stream = ActivationStream(
-        lm, train_text, plan.sites, batch=c.sae_batch_size or 1, contexts_per_forward=c.llm_batch_size or 1,
-        contexts_per_block=plan.contexts_per_block, seed=c.data_seed, keep_special=c.keep_special_tokens, norm_multiple=c.max_activation_norm_multiple,
+        lm,
+        train_text,
+        plan.sites,
+        batch=c.sae_batch_size or 1,
+        contexts_per_forward=c.llm_batch_size or 1,
+        contexts_per_block=plan.contexts_per_block,
+        seed=c.data_seed,
+        keep_special=c.keep_special_tokens,
+        norm_multiple=c.max_activation_norm_multiple,
     )
     with Progress(plan, stream) as progress:
         try:
             first = stream.next()  # measures the norm factors, which members are made with
         except StreamEnded as ended:
-            raise invalid("dataset", c.dataset, f"text for at least one batch of {c.sae_batch_size} activations", f"give more ({ended})") from ended
+            raise invalid(
+                "dataset", c.dataset, f"text for at least one batch of {c.sae_batch_size} activations", f"give more ({ended})"
+            ) from ended
         specs = grid(c, init_from)
         members = {
             site: [
                 Member(
-                    f"{site.folder}/trainer_{i}", spec, first[site].shape[1], plan.schedule, device=lm.device, recipe=c.recipe,
-                    bf16=c.precision == "bf16", norm_factor=stream.norm_factor[site],
+                    f"{site.folder}/trainer_{i}",
+                    spec,
+                    first[site].shape[1],
+                    plan.schedule,
+                    device=lm.device,
+                    recipe=RECIPES[c.recipe],
+                    bf16=c.precision == "bf16",
+                    norm_factor=stream.norm_factor[site],
                 )
                 for i, spec in enumerate(specs)
             ]
             for site in plan.sites
         }
-        run.open(members, {
-            "model": _model_facts(plan, lm), "norm_factor": {str(s): v for s, v in stream.norm_factor.items()},
-            "norm_limit": {str(s): v for s, v in stream.norm_limit.items()},
-        })
+        run.open(
+            members,
+            {
+                "model": _model_facts(plan, lm),
+                "norm_factor": {str(s): v for s, v in stream.norm_factor.items()},
+                "norm_limit": {str(s): v for s, v in stream.norm_limit.items()},
+            },
+        )
         try:
             status, reason = _train(run, Sweep(members), stream, first, progress)
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            run.write_status(state, f"{type(error).__name__}: {error}", {name: state for name, was in run.status["saes"].items() if was == "running"})
+            run.write_status(
+                state, f"{type(error).__name__}: {error}", {name: state for name, was in run.status["saes"].items() if was == "running"}
+            )
             run.close(state)
             raise
     del lm, stream, members, first
@@ -181,7 +220,9 @@ def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progre
 
     status, reason, started = "complete", "", time.monotonic()
     try:
-        sweep.run(lambda: ready.pop() if ready else stream.next(), plan.steps, log_steps=c.log_steps, on_record=on_record, before_step=before_step)
+        sweep.run(
+            lambda: ready.pop() if ready else stream.next(), plan.steps, log_steps=c.log_steps, on_record=on_record, before_step=before_step
+        )
         done = plan.steps
     except StreamEnded as ended:
         status, reason = "stopped_early", f"after {done} of {plan.steps} steps: {ended}"
@@ -189,13 +230,18 @@ def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progre
     if sweep.failed:
         status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
     tokens = done * (c.sae_batch_size or 1)
-    run.write_facts({
-        "training": {
-            "steps": done, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-            "peak_memory_gb": round(_peak_memory() / 1e9, 2),
-        },
-        "data": {"contexts": dict(stream.contexts.counts), "activations": dict(stream.counts)},
-    })
+    run.write_facts(
+        {
+            "training": {
+                "steps": done,
+                "tokens": tokens,
+                "seconds": round(seconds, 1),
+                "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+                "peak_memory_gb": round(_peak_memory() / 1e9, 2),
+            },
+            "data": {"contexts": dict(stream.contexts.counts), "activations": dict(stream.counts)},
+        }
+    )
     for site, group in sweep.members.items():
         for member in group:
             state = "failed" if member.name in sweep.failed else "stopped_early" if status == "stopped_early" else "complete"
@@ -210,18 +256,45 @@ def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
     c = run.config
     sae = member.finished()
     trainer = dictionary_learning.trainer_config(
-        sae, lr=member.spec.lr, seed=member.spec.seed, steps=run.plan.steps, schedule=dataclasses.asdict(run.plan.schedule), layer=site.layer,
-        lm_name=c.model_name, submodule_name=site.folder, device=c.device,
+        sae,
+        lr=member.spec.lr,
+        seed=member.spec.seed,
+        steps=run.plan.steps,
+        schedule=dataclasses.asdict(run.plan.schedule),
+        layer=site.layer,
+        lm_name=c.model_name,
+        submodule_name=site.folder,
+        device=c.device,
     )
     buffer = {
-        "d_submodule": sae.d_in, "io": "out", "n_ctxs": run.plan.contexts_per_block, "ctx_len": c.context_length,
-        "refresh_batch_size": c.llm_batch_size, "out_batch_size": c.sae_batch_size, "device": c.device,
+        "d_submodule": sae.d_in,
+        "io": "out",
+        "n_ctxs": run.plan.contexts_per_block,
+        "ctx_len": c.context_length,
+        "refresh_batch_size": c.llm_batch_size,
+        "out_batch_size": c.sae_batch_size,
+        "device": c.device,
     }
-    formats.save(sae, run.folder / member.name, {
-        "status": status, "site": str(site), "model": c.model_name, "revision": run.plan.model.revision, "lr": member.spec.lr, "seed": member.spec.seed,
-        "recipe": c.recipe, "steps": steps, "tokens": steps * (c.sae_batch_size or 1), "norm_factor": member.norm_factor, "dataset": c.dataset,
-        "versions": _versions(), "trainer": trainer, "buffer": buffer,
-    })
+    formats.save(
+        sae,
+        run.folder / member.name,
+        {
+            "status": status,
+            "site": str(site),
+            "model": c.model_name,
+            "revision": run.plan.model.revision,
+            "lr": member.spec.lr,
+            "seed": member.spec.seed,
+            "recipe": c.recipe,
+            "steps": steps,
+            "tokens": steps * (c.sae_batch_size or 1),
+            "norm_factor": member.norm_factor,
+            "dataset": c.dataset,
+            "versions": _versions(),
+            "trainer": trainer,
+            "buffer": buffer,
+        },
+    )
 
 
 def evaluate_run(folder: str | Path, *, eval_num_inputs: int | None = None, device: str = "auto") -> list[dict[str, Any]]:
@@ -258,11 +331,24 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
             kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             name = f"{site.folder}/{folder.name}"
             saes[name] = (site, sae)
-            info[name] = {"lr": kept["lr"], "seed": kept["seed"], "sparsity_setting": sae.sparsity, "sparsity": getattr(sae.settings, sae.sparsity), "status": kept["status"]}
+            info[name] = {
+                "lr": kept["lr"],
+                "seed": kept["seed"],
+                "sparsity_setting": sae.sparsity,
+                "sparsity": getattr(sae.settings, sae.sparsity),
+                "status": kept["status"],
+            }
     limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
     rows = evaluate(
-        lm, saes, contexts, ignore_ids=held_out.special_ids if not c.keep_special_tokens else held_out.special_ids[:0],
-        batch_size=c.llm_batch_size or 1, splice_contexts=c.eval_spliced_inputs, norm_limits=limits, info=info, seed=c.data_seed,
+        lm,
+        saes,
+        contexts,
+        ignore_ids=held_out.special_ids if not c.keep_special_tokens else held_out.special_ids[:0],
+        batch_size=c.llm_batch_size or 1,
+        splice_contexts=c.eval_spliced_inputs,
+        norm_limits=limits,
+        info=info,
+        seed=c.data_seed,
     )
     with open(run.folder / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -280,7 +366,9 @@ class Progress:
 
     def __init__(self, plan: Plan, stream: ActivationStream) -> None:
         batch = plan.config.sae_batch_size or 1
-        self.bar = tqdm(total=plan.steps * batch, unit="tok", unit_scale=True, desc="training", disable=not sys.stderr.isatty(), smoothing=0.05)
+        self.bar = tqdm(
+            total=plan.steps * batch, unit="tok", unit_scale=True, desc="training", disable=not sys.stderr.isatty(), smoothing=0.05
+        )
         self.batch, self.verbose = batch, plan.config.verbose
         stream.on_contexts = lambda n: self.bar.set_postfix_str(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read", refresh=True)
 
@@ -289,7 +377,10 @@ class Progress:
 
     def record(self, record: Record) -> None:
         if self.verbose:
-            self.bar.write(f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}", file=sys.stderr)
+            self.bar.write(
+                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}",
+                file=sys.stderr,
+            )
 
     def __enter__(self) -> Progress:
         return self
@@ -300,8 +391,14 @@ class Progress:
 
 def _contexts(c: TrainConfig, tokenizer: Any, split: Any) -> ContextStream:
     return ContextStream(
-        sources_of(c), tokenizer, c.context_length or 2, seed=c.data_seed, split=split, held_out_fraction=c.held_out_fraction,
-        system_prompt_to_remove=c.system_prompt_to_remove, system_prompt_removal_freq=c.system_prompt_removal_freq,
+        sources_of(c),
+        tokenizer,
+        c.context_length or 2,
+        seed=c.data_seed,
+        split=split,
+        held_out_fraction=c.held_out_fraction,
+        system_prompt_to_remove=c.system_prompt_to_remove,
+        system_prompt_removal_freq=c.system_prompt_removal_freq,
     )
 
 
@@ -311,7 +408,14 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
-    return {"name": plan.model.name, "revision": plan.model.revision, "type": plan.model.model_type, "dtype": str(lm.dtype), "device": str(lm.device), "sites": [str(s) for s in plan.sites]}
+    return {
+        "name": plan.model.name,
+        "revision": plan.model.revision,
+        "type": plan.model.model_type,
+        "dtype": str(lm.dtype),
+        "device": str(lm.device),
+        "sites": [str(s) for s in plan.sites],
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -334,4 +438,10 @@ def _peak_memory() -> int:
 
 def _where(folder: Path) -> str:
     plotted = sorted(folder.glob("plots/*.png"))
-    return "\n".join(["open:", *(f"  {path}" for path in [*plotted, folder / "rows.jsonl"]), f"load: monosemy.load({shlex.quote(str(next(iter(sorted(folder.glob('*/trainer_0'))), folder)))})"])
+    return "\n".join(
+        [
+            "open:",
+            *(f"  {path}" for path in [*plotted, folder / "rows.jsonl"]),
+            f"load: monosemy.load({shlex.quote(str(next(iter(sorted(folder.glob('*/trainer_0'))), folder)))})",
+        ]
+    )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from monosemy import ops
 from monosemy.config import invalid
+from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
 
 # --- codes ------------------------------------------------------------------------------------------------------------------
@@ -187,14 +188,10 @@ class Moment:
 
     step: int
     schedule: Schedule
-    recipe: str = "monosemy"  # or "dictionary_learning", whose quirks the recorded traces hold
+    recipe: Recipe = MONOSEMY
     sparse: bool = True  # the layout of the ReLU kinds
     bf16: bool = False  # the encoder product's operands
     dead_F: Tensor | None = None  # latents that have not fired for schedule.dead_tokens tokens, this batch included
-
-    @property
-    def exact(self) -> bool:
-        return self.recipe == "dictionary_learning"
 
 
 class SAE(nn.Module, ABC):
@@ -279,7 +276,9 @@ class SAE(nn.Module, ABC):
         if mode is not None and mode not in self.modes:
             raise invalid("mode", mode, f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
         if mode == "top_k" and latents is not None:
-            raise invalid("mode", mode, '"threshold" where latents are given', "the k largest need every latent: take columns of the result")
+            raise invalid(
+                "mode", mode, '"threshold" where latents are given', "the k largest need every latent: take columns of the result"
+            )
         rows = slice(None) if latents is None else latents
         centred = x - self.b_dec_D if self.pre_bias else x
         pre = nn.functional.linear(centred.reshape(-1, self.d_in), self.W_enc_FD[rows], self.b_enc_F[rows])
@@ -328,7 +327,25 @@ def architecture(name: str) -> type[SAE]:
     return REGISTRY[name]
 
 
-def unit_rows(F: int, D: int, generator: torch.Generator, *, normal: bool = False) -> Tensor:
-    """F directions in D dimensions, [F, D]: normal or uniform draws, each row divided by its norm."""
-    rows_FD = torch.randn(F, D, generator=generator) if normal else torch.rand(F, D, generator=generator) * 2 - 1
-    return rows_FD / torch.linalg.vector_norm(rows_FD, dim=1, keepdim=True)
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Draws from U(-bound, bound). An nn.Linear of n inputs takes its weight [out, in], then its bias, with bound n^-1/2."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """x divided by its norms along a dimension."""
+    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+
+
+def reset_relu(sae: SAE, generator: torch.Generator) -> None:
+    """How the ReLU kinds begin: decoder rows of norm 0.1, the encoder their transpose, a small random encoder bias.
+
+    Drawn in the seed's order, which makes two linear layers first and keeps only the bias of one.
+    """
+    D, F = sae.d_in, sae.d_sae
+    uniform((F, D), D**-0.5, generator)
+    sae.b_enc_F.data.copy_(uniform((F,), D**-0.5, generator))
+    uniform((D, F), F**-0.5, generator)
+    rows_FD = 0.1 * unit(torch.randn(D, F, generator=generator), 0).T
+    sae.W_enc_FD.data.copy_(rows_FD)
+    sae.W_dec_FD.data.copy_(rows_FD)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from monosemy.config import invalid
+from monosemy.recipe import MONOSEMY, Recipe
 
-SEED = {"warmup_steps": 1000, "sparsity_warmup_steps": 5000, "threshold_start_step": 1000, "anneal_start": 10_000, "threshold_window": 1000}
-SHARE = {"warmup_steps": 0.05, "sparsity_warmup_steps": 0.25, "threshold_start_step": 0.5, "anneal_start": 0.25, "threshold_window": 0.1}
-DEAD_TOKENS, DEAD_SHARE = 10_000_000, 0.1
+SEED = {"warmup_steps": 1000, "sparsity_warmup_steps": 5000, "threshold_start_step": 1000, "anneal_start": 10_000}
+SHARE = {"warmup_steps": 0.05, "sparsity_warmup_steps": 0.2, "threshold_start_step": 0.5, "anneal_start": 0.2}
+DEAD_TOKENS, DEAD_SHARE = 10_000_000, 0.2
+THRESHOLD_BETA = 0.999
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Schedule:
     dead_tokens: int
 
     @classmethod
-    def of_run(cls, steps: int, batch: int, *, recipe: str = "monosemy", decay_start_fraction: float = 0.8, **fixed: Any) -> Schedule:
+    def of_run(cls, steps: int, batch: int, *, recipe: Recipe = MONOSEMY, decay_start_fraction: float = 0.8, **fixed: Any) -> Schedule:
         """The schedule of a run of `steps` steps of `batch` tokens; what is given in `fixed` (and not None) stands as it is.
 
         Raises ValueError where a phase would not end before the decay begins.
@@ -40,18 +42,18 @@ class Schedule:
         def steps_of(name: str) -> int:
             if fixed.get(name) is not None:
                 return int(fixed[name])
-            return SEED[name] if recipe == "dictionary_learning" else min(SEED[name], int(SHARE[name] * steps))
+            return min(SEED[name], int(SHARE[name] * steps)) if recipe.scaled_schedules else SEED[name]
 
-        beta, dead = fixed.get("threshold_beta"), fixed.get("dead_feature_threshold")
+        beta, dead, start = fixed.get("threshold_beta"), fixed.get("dead_feature_threshold"), steps_of("threshold_start_step")
         if dead is None:
-            dead = DEAD_TOKENS if recipe == "dictionary_learning" else min(DEAD_TOKENS, max(batch, int(DEAD_SHARE * steps * batch)))
+            dead = min(DEAD_TOKENS, max(batch, int(DEAD_SHARE * steps * batch))) if recipe.scaled_schedules else DEAD_TOKENS
         schedule = cls(
             steps=steps,
             warmup_steps=steps_of("warmup_steps"),
             decay_start=int(decay_start_fraction * steps),
             sparsity_warmup_steps=steps_of("sparsity_warmup_steps"),
-            threshold_start_step=steps_of("threshold_start_step"),
-            threshold_beta=1 - 1 / max(steps_of("threshold_window"), 1) if beta is None else float(beta),
+            threshold_start_step=min(start, steps - 2) if recipe.threshold_always_set else start,
+            threshold_beta=THRESHOLD_BETA if beta is None else float(beta),
             anneal_start=steps_of("anneal_start"),
             dead_tokens=int(dead),
         )
@@ -59,7 +61,9 @@ class Schedule:
             value = getattr(schedule, name)
             if value < 0 or (value and value >= schedule.decay_start):
                 raise invalid(
-                    name, value, f"0 to {max(schedule.decay_start - 1, 0)}, below the decay's start in a run of {steps} steps",
+                    name,
+                    value,
+                    f"0 to {max(schedule.decay_start - 1, 0)}, below the decay's start in a run of {steps} steps",
                     "train for more tokens, shorten the warm-up, or leave it out to have it scale with the run",
                 )
         return schedule

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from monosemy.config import TrainConfig, invalid
+from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
 from monosemy.training import Member, SAESpec
@@ -42,8 +43,14 @@ class Sweep:
     failed: dict[str, str] = field(default_factory=dict)  # member -> why it was stopped
 
     def run(
-        self, batches: Callable[[], dict[Any, Tensor]], steps: int, *, log_steps: int = 100, start: int = 0,
-        on_record: Callable[[Record], None] = lambda record: None, before_step: Callable[[int], None] = lambda step: None,
+        self,
+        batches: Callable[[], dict[Any, Tensor]],
+        steps: int,
+        *,
+        log_steps: int = 100,
+        start: int = 0,
+        on_record: Callable[[Record], None] = lambda record: None,
+        before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Train for `steps` steps. A record of each SAE is made every `log_steps` steps and after the last; records only look.
 
@@ -75,8 +82,16 @@ class Fitted:
 
 
 def fit(
-    batches: Iterable[Tensor], saes: Sequence[SAESpec], *, steps: int | None = None, normalize: bool = True, recipe: str = "monosemy",
-    bf16: bool = False, device: str | torch.device = "cpu", log_steps: int = 100, **schedule: Any,
+    batches: Iterable[Tensor],
+    saes: Sequence[SAESpec],
+    *,
+    steps: int | None = None,
+    normalize: bool = True,
+    recipe: Recipe = MONOSEMY,
+    bf16: bool = False,
+    device: str | torch.device = "cpu",
+    log_steps: int = 100,
+    **schedule: Any,
 ) -> Fitted:
     """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model.
 
@@ -97,7 +112,8 @@ def fit(
     factor = factor or 1.0
     plan = Schedule.of_run(steps, len(first[0]), recipe=recipe, **schedule)
     members = [
-        Member(f"{i}", spec, first[0].shape[1], plan, device=device, recipe=recipe, bf16=bf16, norm_factor=factor) for i, spec in enumerate(saes)
+        Member(f"{i}", spec, first[0].shape[1], plan, device=device, recipe=recipe, bf16=bf16, norm_factor=factor)
+        for i, spec in enumerate(saes)
     ]
     stream = itertools.chain(first, (_checked(x) for x in source))
     metrics: list[Record] = []

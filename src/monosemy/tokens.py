@@ -131,7 +131,7 @@ class ContextStream:
         self.context_length = context_length
         self.opening_id, self.separator_id = _opening_and_separator(tokenizer)
         self._tokenizer = tokenizer
-        opening = tokenizer.convert_ids_to_tokens(self.opening_id)
+        opening = str(tokenizer.convert_ids_to_tokens(self.opening_id))
         reading = _Reading(tokenizer, opening, seed, split, held_out_fraction, system_prompt_to_remove, system_prompt_removal_freq)
         self._split = split
         self._sources = tuple(sources)
@@ -144,7 +144,7 @@ class ContextStream:
         # Contexts that were cut but not handed out (a source ran dry before there were enough), each with the state before it.
         self._ready: deque[tuple[dict, list[int]]] = deque()
 
-    def next(self, n: int) -> torch.LongTensor:
+    def next(self, n: int) -> torch.Tensor:
         """The next `n` contexts, [N, L] on the CPU. Raises `StreamEnded` if there are fewer: those can still be asked for."""
         import torch
 
@@ -183,7 +183,7 @@ class ContextStream:
         return {**total, **tokens}
 
     @cached_property
-    def special_ids(self) -> torch.LongTensor:
+    def special_ids(self) -> torch.Tensor:
         """Ids that are not text, sorted: the opening, the separator, and every special token of the tokenizer."""
         import torch
 
@@ -242,7 +242,7 @@ class _IdStream:
         self._pieces = self._read(None)
         self._queue: deque[tuple[_Piece, list[int]]] = deque()
         self._behind: Counter[str] = Counter()  # counts of the rows behind the last document
-        self._position: dict | None = None  # of the piece being cut
+        self._position: dict[str, Any] = {}  # of the piece being cut
         self._ids: list[int] = []  # of that piece, its separator included
         self._used = 0
 
@@ -268,7 +268,7 @@ class _IdStream:
         self._pieces = self._read(position)
         self._queue.clear()
         self._behind.clear()
-        self._position, self._ids, self._used = None, [], 0
+        self._position, self._ids, self._used = {}, [], 0
         if position:
             try:
                 self._advance()
@@ -313,7 +313,7 @@ class _IdStream:
                 raise _no_usable_text(self.source, self.counts + passed, row)
             if start and text is None:
                 raise _changed(self.source)
-            if text is None:
+            if row is None or text is None:
                 continue
             if start:
                 character, separated, passed = start["character"], start["separated"], Counter()
@@ -385,9 +385,10 @@ class _Reading:
                 raise _no_template(source, self.tokenizer)
             # of the conversation, not of its rendering: it is held out from every model alike
             identity = "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
-            text = self._render(value) if any(turn["content"].strip() for turn in value) else ""
-            if text is None:
+            rendering = self._render(value) if any(turn["content"].strip() for turn in value) else ""
+            if rendering is None:
                 return None, ["unrenderable"]
+            text = rendering
         else:
             return None, ["not_text"]
         if not text.strip():
@@ -410,7 +411,7 @@ class _Reading:
 
         try:
             # Llama 3's templates write today's date unless they are given one: contexts would differ from day to day
-            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, date_string="26 Jul 2024")
+            text = str(self.tokenizer.apply_chat_template(conversation, tokenize=False, date_string="26 Jul 2024"))
         except TemplateError:  # such as Gemma's, for a system message
             return None
         return text.removeprefix(self.opening)  # some templates write the BOS that every context has
@@ -484,6 +485,8 @@ class _MemoryRows:
     def __init__(self, source: Source):
         self._source = source
         self._start = 0
+        assert source.documents is not None
+        self._documents = source.documents
         self._once = iter(source.documents) is source.documents
         self._begun = False
 
@@ -495,7 +498,7 @@ class _MemoryRows:
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         self._begun = True
-        documents = islice(self._source.documents, self._start, None)
+        documents = islice(self._documents, self._start, None)
         for n, document in enumerate(documents, self._start):
             yield n, {self._source.key: document}
 
@@ -570,7 +573,7 @@ def _passages(paths: list[str], key: str) -> Iterator[dict]:
     for path in paths:
         with _open_text(Path(path)) as file:
             continues, rest = False, ""
-            for block in iter(lambda file=file: file.read(2**20), ""):
+            while block := file.read(2**20):
                 *whole, rest = _cut(rest + block, PASSAGE)
                 for passage in whole:
                     yield {key: passage, _CONTINUES: continues}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monosemy.config import invalid
-from monosemy.sae import SAE, Codes, Moment, unit_rows
+from monosemy.sae import SAE, Codes, Moment
 
 
 class TopKFamily(SAE):
@@ -29,6 +29,7 @@ class TopKFamily(SAE):
     scaled = ("b_enc_F", "b_dec_D", "threshold")
 
     threshold: Tensor  # negative until it has a value
+    threshold_values: Tensor  # how many it has averaged
 
     @dataclass(frozen=True)
     class Settings:
@@ -40,13 +41,14 @@ class TopKFamily(SAE):
         if not 1 <= self.settings.k <= d_sae:
             raise invalid("k", self.settings.k, f"1 to {d_sae}, the number of latents", "lower k or widen the SAE")
         self.register_buffer("threshold", torch.tensor(-1.0))
+        self.register_buffer("threshold_values", torch.tensor(0.0), persistent=False)
 
     @abstractmethod
     def smallest_kept(self, codes: Codes) -> Tensor:
         """The number that the running threshold follows."""
 
-    def reset(self, generator: torch.Generator) -> None:
-        rows_FD = unit_rows(self.d_sae, self.d_in, generator)
+    def begin_from(self, rows_FD: Tensor) -> None:
+        """Decoder rows, and the encoder equal to them."""
         self.W_enc_FD.data.copy_(rows_FD)
         self.W_dec_FD.data.copy_(rows_FD)
 
@@ -57,9 +59,13 @@ class TopKFamily(SAE):
     def observe(self, codes: Codes, at: Moment) -> None:
         if at.step <= at.schedule.threshold_start_step:
             return
-        smallest, beta = self.smallest_kept(codes), at.schedule.threshold_beta
-        moved = torch.where(self.threshold < 0, smallest, beta * self.threshold + (1 - beta) * smallest)
-        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        smallest, weight = self.smallest_kept(codes), torch.tensor(1 - at.schedule.threshold_beta, device=self.threshold.device)
+        known = smallest.isfinite()
+        self.threshold_values.add_(known)
+        if at.recipe.threshold_mean:
+            weight = torch.maximum(1 / self.threshold_values, weight)
+        moved = torch.where(self.threshold < 0, smallest, (1 - weight) * self.threshold + weight * smallest)
+        self.threshold.copy_(torch.where(known, moved, self.threshold))
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return torch.where(pre_BF > self.threshold, pre_BF, 0).relu()

@@ -211,15 +211,27 @@ def _open_runs(command: Mapping[str, Any]) -> dict[str, Any]:
     import wandb  # here and not above: only this process needs it
 
     settings = wandb.Settings(
-        silent=True, console="off", disable_code=True, x_disable_stats=True, x_save_requirements=False,
-        init_timeout=command["init_seconds"], finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+        silent=True,
+        console="off",
+        disable_code=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        init_timeout=command["init_seconds"],
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
     )
     runs = {}
     for member in command["members"]:
         run = wandb.init(
-            project=command["project"], entity=command["entity"], group=command["group"], name=f"{command['group']}/{member['name']}",
-            job_type="sae", dir=command["folder"], config={**member.get("config", {}), "run": command["run"]},
-            reinit="create_new", settings=settings,
+            project=command["project"],
+            entity=command["entity"],
+            group=command["group"],
+            name=f"{command['group']}/{member['name']}",
+            job_type="sae",
+            dir=command["folder"],
+            config={**member.get("config", {}), "run": command["run"]},
+            reinit="create_new",
+            settings=settings,
         )
         run.define_metric("step")
         run.define_metric("tokens")

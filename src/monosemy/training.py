@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.config import invalid
-from monosemy.rng import generator
+from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE, Moment, architecture
 from monosemy.schedule import Schedule
 
@@ -36,12 +36,17 @@ class SAESpec:
         """The SAE with its initial weights. Raises ValueError for an unknown architecture or setting, or another shape in `init_from`."""
         sae = architecture(self.architecture)(d_in, self.d_sae, **self.settings)
         if self.init_from is None:
-            sae.reset(generator(self.seed, "weights"))
+            sae.reset(torch.Generator().manual_seed(self.seed))
             return sae
         given = self.init_from.state_dict()
         for name, tensor in sae.state_dict().items():
             if name in given and given[name].shape != tensor.shape:
-                raise invalid("init_from", f"{name} of shape {tuple(given[name].shape)}", f"shape {tuple(tensor.shape)}", "start from an SAE of equal widths")
+                raise invalid(
+                    "init_from",
+                    f"{name} of shape {tuple(given[name].shape)}",
+                    f"shape {tuple(tensor.shape)}",
+                    "start from an SAE of equal widths",
+                )
         sae.load_state_dict({**sae.state_dict(), **{n: t for n, t in given.items() if n in sae.state_dict()}})
         return sae
 
@@ -52,7 +57,18 @@ class Member:
     Steps of one member depend on nothing but its own state, the batch and the step's number: not on the other members, nor on logging.
     """
 
-    def __init__(self, name: str, spec: SAESpec, d_in: int, schedule: Schedule, *, device: torch.device | str = "cpu", recipe: str = "monosemy", bf16: bool = False, norm_factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: SAESpec,
+        d_in: int,
+        schedule: Schedule,
+        *,
+        device: torch.device | str = "cpu",
+        recipe: Recipe = MONOSEMY,
+        bf16: bool = False,
+        norm_factor: float = 1.0,
+    ) -> None:
         """`norm_factor` is what batches are divided by; an SAE that begins from another's weights is put in those units."""
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
         self.sae = spec.build(d_in).to(device)
@@ -60,8 +76,11 @@ class Member:
         if not self.fresh:
             self.sae.scale_(1 / norm_factor)
         self.optimizer = ops.Optimizer(
-            dict(self.sae.named_parameters()), decoder="W_dec_FD",
-            constraint=self.sae.constraint, clip=self.sae.clip, betas=self.sae.betas,
+            dict(self.sae.named_parameters()),
+            decoder="W_dec_FD",
+            constraint=self.sae.constraint,
+            clip=self.sae.clip,
+            betas=self.sae.betas,
         )
         self.since_fired_F = torch.zeros(spec.d_sae, dtype=torch.long, device=device)
         self.sparse = self.sae.always_sparse
@@ -79,8 +98,9 @@ class Member:
         with torch.no_grad():
             f = self.sae.active(codes)
             fired_F = f.count()
-            # a token's k largest count as fired where they are zero, too, in dictionary_learning
-            seen_F = codes.by_latent(torch.ones_like(codes.values)) if at.exact and self.sae.name == "top_k" else fired_F
+            seen_F = (
+                codes.by_latent(torch.ones_like(codes.values)) if self.sae.name == "top_k" and not at.recipe.fired_if_positive else fired_F
+            )
             since_F = torch.where(seen_F > 0, 0, self.since_fired_F + len(x_BD))
             dead_F = since_F >= self.schedule.dead_tokens
         at = dataclasses.replace(at, dead_F=dead_F)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
-from monosemy.sae import Codes, Moment, register
+from monosemy.sae import Codes, Moment, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -19,6 +19,9 @@ class BatchTopK(TopKFamily):
     """
 
     name = "batch_top_k"
+
+    def reset(self, generator: torch.Generator) -> None:
+        self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0).T)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         kept = self.product(x_BD, bf16=at.bf16).batch_top_k(self.settings.k * len(x_BD))

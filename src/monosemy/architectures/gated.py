@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+from monosemy.sae import SAE, Codes, Moment, register, uniform, unit
 
 
 @register
@@ -36,7 +36,10 @@ class Gated(SAE):
         self.b_mag_F = nn.Parameter(torch.zeros(d_sae))
 
     def reset(self, generator: torch.Generator) -> None:
-        rows_FD = unit_rows(self.d_sae, self.d_in, generator, normal=True)
+        D, F = self.d_in, self.d_sae
+        uniform((F, D), D**-0.5, generator)  # the seed makes two linear layers first
+        uniform((D, F), F**-0.5, generator)
+        rows_FD = unit(torch.randn(D, F, generator=generator), 0).T
         self.W_enc_FD.data.copy_(rows_FD)
         self.W_dec_FD.data.copy_(rows_FD)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+from monosemy.sae import SAE, Codes, Moment, register, uniform, unit
 
 
 def _near(distance: Tensor, bandwidth: float) -> Tensor:
@@ -76,7 +76,7 @@ class JumpReLU(SAE):
         self.threshold_F = nn.Parameter(torch.full((d_sae,), 0.001))
 
     def reset(self, generator: torch.Generator) -> None:
-        rows_FD = unit_rows(self.d_sae, self.d_in, generator)
+        rows_FD = unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1)
         self.W_enc_FD.data.copy_(rows_FD)
         self.W_dec_FD.data.copy_(rows_FD)
 
@@ -91,9 +91,11 @@ class JumpReLU(SAE):
         B, bandwidth = len(x_BD), self.settings.bandwidth
         f = self.active(codes)
         mse = (x_BD - f.decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
-        stepped = f.values if at.exact else codes.values
+        stepped = codes.values if at.recipe.step_of_preactivations else f.values
         l0 = codes.by_latent(_Step.apply(stepped, codes.at(self.threshold_F), bandwidth)).sum() / B
-        if at.exact:  # off the support f is 0, which lies above a negative threshold and within reach of a small one
+        if (
+            not at.recipe.step_of_preactivations
+        ):  # off the support f is 0, which lies above a negative threshold and within reach of a small one
             off_F = B - codes.by_latent(torch.ones_like(codes.values))
             l0 = l0 + (off_F * _Step.apply(torch.zeros_like(off_F), self.threshold_F, bandwidth)).sum() / B
         sparsity = (l0 / self.settings.target_l0 - 1) ** 2
@@ -101,7 +103,7 @@ class JumpReLU(SAE):
 
     @torch.no_grad()
     def observe(self, codes: Codes, at: Moment) -> None:
-        if not at.exact:
+        if at.recipe.nonnegative_thresholds:
             self.threshold_F.clamp_(min=0)
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.config import invalid
-from monosemy.sae import Codes, Moment, register
+from monosemy.sae import Codes, Moment, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -34,7 +34,9 @@ class MatryoshkaBatchTopK(TopKFamily):
         fractions = self.settings.group_fractions
         if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6 or min(int(f * d_sae) for f in fractions) < 1:
             raise invalid(
-                "group_fractions", fractions, f"positive shares of the {d_sae} latents that sum to 1 and hold one latent each",
+                "group_fractions",
+                fractions,
+                f"positive shares of the {d_sae} latents that sum to 1 and hold one latent each",
                 "correct the shares, use fewer groups, or widen the SAE",
             )
 
@@ -44,6 +46,9 @@ class MatryoshkaBatchTopK(TopKFamily):
         sizes = [int(f * self.d_sae) for f in self.settings.group_fractions[:-1]]
         return [*sizes, self.d_sae - sum(sizes)]
 
+    def reset(self, generator: torch.Generator) -> None:
+        self.begin_from(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1))
+
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         kept = self.product(x_BD, bf16=at.bf16).batch_top_k(self.settings.k * len(x_BD))
         return kept.replace(kept.values.relu())
@@ -52,7 +57,7 @@ class MatryoshkaBatchTopK(TopKFamily):
         prefixes_GBD = codes.decode(self.W_dec_FD, self.group_sizes).cumsum(0)
         errors_GBD = (x_BD - self.b_dec_D) - prefixes_GBD
         mse_G = errors_GBD.pow(2).sum(2).mean(1)
-        weight = 1 / len(mse_G) if at.exact else 1.0
+        weight = 1.0 if at.recipe.single_mean else 1 / len(mse_G)
         auxk = auxk_loss(self, errors_GBD[-1], codes, at)
         return {"loss": weight * mse_G.mean() + self.settings.auxk_alpha * auxk, "mse": mse_G[-1], "auxk": auxk}
 

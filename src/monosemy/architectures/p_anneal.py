@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+from monosemy.sae import SAE, Codes, Moment, register, reset_relu
 
 
 @register
@@ -42,21 +42,22 @@ class PAnneal(SAE):
         self.register_buffer("queue_Q2", torch.zeros(self.settings.sparsity_queue_length, 2))
 
     def reset(self, generator: torch.Generator) -> None:
-        rows_FD = 0.1 * unit_rows(self.d_sae, self.d_in, generator, normal=True)
-        self.W_enc_FD.data.copy_(rows_FD)
-        self.W_dec_FD.data.copy_(rows_FD)
-        self.b_enc_F.data.uniform_(-(self.d_in**-0.5), self.d_in**-0.5, generator=generator)
+        reset_relu(self, generator)
 
     def annealing(self, at: Moment) -> tuple[list[int], list[float]]:
         """The steps at which p changes, and its value from each on.
 
-        The first change is to p_start itself. dictionary_learning puts the last one at the step after the run's end, so that p_end
-        is never reached; otherwise it comes one phase earlier.
+        The first change is to p_start itself.
         """
         s, n = self.settings, self.settings.n_sparsity_updates
-        end = s.anneal_end or (at.schedule.steps if at.exact else at.schedule.steps - (at.schedule.steps - at.schedule.anneal_start) // n)
+        end = s.anneal_end or self._last_change(at)
         steps = torch.linspace(at.schedule.anneal_start, end, n, dtype=torch.int).tolist()
         return steps, torch.linspace(s.p_start, s.p_end, n).tolist()
+
+    def _last_change(self, at: Moment) -> int:
+        """The last change's step: a phase before the run's end, or at it, where it comes too late."""
+        T, start = at.schedule.steps, at.schedule.anneal_start
+        return T - (T - start) // self.settings.n_sparsity_updates if at.recipe.annealing_ends else T
 
     def p(self, at: Moment) -> tuple[float, float | None]:
         """p during this step, and the p that comes after it (None before the annealing begins)."""

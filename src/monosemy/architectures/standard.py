@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monosemy.sae import SAE, Codes, Moment, register, unit_rows
+from monosemy.sae import SAE, Codes, Moment, register, reset_relu
 
 
 @register
@@ -28,10 +28,7 @@ class Standard(SAE):
         l1_penalty: float = 0.03
 
     def reset(self, generator: torch.Generator) -> None:
-        rows_FD = 0.1 * unit_rows(self.d_sae, self.d_in, generator, normal=True)
-        self.W_enc_FD.data.copy_(rows_FD)
-        self.W_dec_FD.data.copy_(rows_FD)
-        self.b_enc_F.data.uniform_(-(self.d_in**-0.5), self.d_in**-0.5, generator=generator)
+        reset_relu(self, generator)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)

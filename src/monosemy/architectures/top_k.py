@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monosemy.sae import Codes, Moment, register
+from monosemy.sae import Codes, Moment, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -18,6 +18,9 @@ class TopK(TopKFamily):
     """
 
     name = "top_k"
+
+    def reset(self, generator: torch.Generator) -> None:
+        self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0).T)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         kept = self.product(x_BD, bf16=at.bf16).top_k(self.settings.k)

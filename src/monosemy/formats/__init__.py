@@ -1,7 +1,7 @@
 """The folder of an SAE: written once here, and read from ours and from others' layouts.
 
-    sae.safetensors  config.json     ours; config.json also has the "trainer" and "buffer" entries of dictionary_learning
-    ae.pt                            the same SAE as dictionary_learning's state dict
+sae.safetensors  config.json     ours; config.json also has the "trainer" and "buffer" entries of dictionary_learning
+ae.pt                            the same SAE as dictionary_learning's state dict
 """
 
 from __future__ import annotations
@@ -48,13 +48,25 @@ def load(folder: str | Path, format: str | None = None, *, unfinished: bool = Fa
     config = _read_config(folder)
     status = config.get("status", "complete")
     if status != "complete" and not unfinished:
-        raise invalid("folder", str(folder), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is")
+        raise invalid(
+            "folder", str(folder), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is"
+        )
     if format == "dictionary_learning":
         return dictionary_learning.from_folder(config, _unpickle(folder / "ae.pt"))
     if not (folder / "sae.safetensors").exists():
         if (folder / "ae.pt").exists():
-            raise invalid("format", format, '"dictionary_learning" for a folder with an ae.pt', 'pass format="dictionary_learning" if you trust where it comes from')
-        raise invalid("folder", str(folder), "a folder with sae.safetensors and config.json", "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0")
+            raise invalid(
+                "format",
+                format,
+                '"dictionary_learning" for a folder with an ae.pt',
+                'pass format="dictionary_learning" if you trust where it comes from',
+            )
+        raise invalid(
+            "folder",
+            str(folder),
+            "a folder with sae.safetensors and config.json",
+            "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0",
+        )
     return _native(folder, config)
 
 
@@ -69,7 +81,9 @@ def _native(folder: Path, config: dict[str, Any]) -> SAE:
         sae = architecture(str(config["architecture"]))(int(config["d_in"]), int(config["d_sae"]), **settings)
         sae.load_state_dict(tensors)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise invalid("config.json", str(folder / "config.json"), "the configuration that was saved with these weights", f"copy both again ({error})") from error
+        raise invalid(
+            "config.json", str(folder / "config.json"), "the configuration that was saved with these weights", f"copy both again ({error})"
+        ) from error
     return sae.requires_grad_(False).eval()
 
 

@@ -38,18 +38,28 @@ LAYOUTS = {
     "standard": _Layout("StandardTrainer", "AutoEncoder", _RELU, "StandardTrainer", {"l1_penalty": "l1_penalty"}),
     "standard_new": _Layout("StandardTrainerAprilUpdate", "AutoEncoder", _RELU, "StandardTrainerAprilUpdate", {"l1_penalty": "l1_penalty"}),
     "p_anneal": _Layout(
-        "PAnnealTrainer", "AutoEncoder", _RELU, "PAnnealTrainer",
-        {"initial_sparsity_penalty": "sparsity_penalty"} | {n: n for n in ("p_start", "p_end", "sparsity_queue_length", "n_sparsity_updates")},
+        "PAnnealTrainer",
+        "AutoEncoder",
+        _RELU,
+        "PAnnealTrainer",
+        {"initial_sparsity_penalty": "sparsity_penalty"}
+        | {n: n for n in ("p_start", "p_end", "sparsity_queue_length", "n_sparsity_updates")},
     ),
     "gated": _Layout("GatedSAETrainer", "GatedAutoEncoder", _GATED, "GatedSAETrainer", {"l1_penalty": "l1_penalty"}),
     "top_k": _Layout("TopKTrainer", "AutoEncoderTopK", _TOPK, "AutoEncoderTopK", _K),
     "batch_top_k": _Layout("BatchTopKTrainer", "BatchTopKSAE", _TOPK, "BatchTopKSAE", _K),
     "matryoshka_batch_top_k": _Layout(
-        "MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE", _PLAIN | {"threshold": "threshold"}, "MatryoshkaBatchTopKSAE",
+        "MatryoshkaBatchTopKTrainer",
+        "MatryoshkaBatchTopKSAE",
+        _PLAIN | {"threshold": "threshold"},
+        "MatryoshkaBatchTopKSAE",
         _K | {"group_fractions": "group_fractions"},
     ),
     "jump_relu": _Layout(
-        "JumpReluTrainer", "JumpReluAutoEncoder", _PLAIN | {"threshold_F": "threshold"}, "JumpRelu",
+        "JumpReluTrainer",
+        "JumpReluAutoEncoder",
+        _PLAIN | {"threshold_F": "threshold"},
+        "JumpRelu",
         {n: n for n in ("target_l0", "sparsity_penalty", "bandwidth")},
     ),
 }
@@ -58,7 +68,10 @@ LAYOUTS = {
 def state_dict(sae: SAE) -> dict[str, Tensor]:
     """The SAE's tensors under the names and in the shapes of dictionary_learning's class."""
     layout, ours = LAYOUTS[sae.name], sae.state_dict()
-    state = {theirs.rstrip("'"): (ours[name].T if theirs.endswith("'") else ours[name]).detach().contiguous().clone() for name, theirs in layout.tensors.items()}
+    state = {
+        theirs.rstrip("'"): (ours[name].T if theirs.endswith("'") else ours[name]).detach().contiguous().clone()
+        for name, theirs in layout.tensors.items()
+    }
     if "k" in layout.settings:
         state["k"] = torch.tensor(sae.settings.k, dtype=torch.int)
     if sae.name == "matryoshka_batch_top_k":
@@ -74,17 +87,44 @@ def load_state(sae: SAE, state: dict[str, Tensor]) -> None:
         source = source.T if isinstance(source, Tensor) and theirs.endswith("'") else source
         if not isinstance(source, Tensor) or source.shape != target.shape:
             found = "missing" if source is None else f"of shape {tuple(getattr(source, 'shape', ()))}"
-            raise invalid(f"ae.pt: {theirs.rstrip(chr(39))}", found, f"a tensor of shape {tuple(target.shape)}", "check that config.json belongs to this file")
+            raise invalid(
+                f"ae.pt: {theirs.rstrip(chr(39))}",
+                found,
+                f"a tensor of shape {tuple(target.shape)}",
+                "check that config.json belongs to this file",
+            )
         target.data.copy_(source)
 
 
-def trainer_config(sae: SAE, *, lr: float, seed: int, steps: int, schedule: dict[str, Any], layer: int | None, lm_name: str, submodule_name: str, device: str) -> dict[str, Any]:
+def trainer_config(
+    sae: SAE,
+    *,
+    lr: float,
+    seed: int,
+    steps: int,
+    schedule: dict[str, Any],
+    layer: int | None,
+    lm_name: str,
+    submodule_name: str,
+    device: str,
+) -> dict[str, Any]:
     """The "trainer" entry of config.json, with the keys that the architecture's trainer writes and those that it forgets."""
     layout = LAYOUTS[sae.name]
     config: dict[str, Any] = {
-        "trainer_class": layout.trainer_class, "dict_class": layout.dict_class, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "lr": lr,
-        "seed": seed, "steps": steps, "layer": layer, "lm_name": lm_name, "wandb_name": layout.wandb_name, "submodule_name": submodule_name, "device": device,
-        "warmup_steps": schedule["warmup_steps"], "decay_start": schedule["decay_start"],
+        "trainer_class": layout.trainer_class,
+        "dict_class": layout.dict_class,
+        "activation_dim": sae.d_in,
+        "dict_size": sae.d_sae,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "layer": layer,
+        "lm_name": lm_name,
+        "wandb_name": layout.wandb_name,
+        "submodule_name": submodule_name,
+        "device": device,
+        "warmup_steps": schedule["warmup_steps"],
+        "decay_start": schedule["decay_start"],
     }
     for ours, theirs in layout.settings.items():
         value = getattr(sae.settings, ours)
@@ -118,7 +158,9 @@ def from_folder(config: dict[str, Any], state: dict[str, Tensor]) -> SAE:
     try:
         sae = architecture(name)(int(trainer["activation_dim"]), int(trainer["dict_size"]), **settings)
     except (KeyError, TypeError, ValueError) as error:
-        raise invalid("config.json: trainer", layout.trainer_class, "the entry that its trainer wrote", f"copy the folder again ({error})") from error
+        raise invalid(
+            "config.json: trainer", layout.trainer_class, "the entry that its trainer wrote", f"copy the folder again ({error})"
+        ) from error
     load_state(sae, state)
     if sae.constraint == "free":
         sae.unit_decoder_()

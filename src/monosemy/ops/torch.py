@@ -103,7 +103,16 @@ def take(w_F: Tensor, latents_N: Tensor) -> Tensor:
 
 class _EncodeSparse(Function):
     @staticmethod
-    def forward(ctx: Any, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, flat_N: Tensor, entries: Entries) -> Tensor:
+    def forward(
+        ctx: Any,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        b_dec_D: Tensor | None,
+        centred_BD: Tensor,
+        pre_BF: Tensor,
+        flat_N: Tensor,
+        entries: Entries,
+    ) -> Tensor:
         ctx.save_for_backward(W_enc_FD, centred_BD)
         ctx.entries = entries
         return pre_BF.flatten()[flat_N].to(W_enc_FD.dtype)
@@ -118,14 +127,18 @@ class _EncodeSparse(Function):
         return ctx.entries.weight_gradient(g_N, centred_BD), d_b_enc_F, d_b_dec_D, None, None, None, None
 
 
-def encode_sparse(W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, flat_N: Tensor, entries: Entries) -> Tensor:
+def encode_sparse(
+    W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, flat_N: Tensor, entries: Entries
+) -> Tensor:
     """The pre-activations of the selected entries, [N], differentiable in W_enc, b_enc and b_dec (where x was centred by it)."""
     return _EncodeSparse.apply(W_enc_FD, b_enc_F, b_dec_D, centred_BD, pre_BF, flat_N, entries)
 
 
 class _EncodeDense(Function):
     @staticmethod
-    def forward(ctx: Any, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, mask_BF: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, mask_BF: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(W_enc_FD, centred_BD, mask_BF)
         return torch.where(mask_BF, pre_BF, 0).to(W_enc_FD.dtype)
 

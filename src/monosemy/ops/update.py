@@ -20,7 +20,16 @@ class Optimizer:
     With beta1 = 0 Adam's first moment is the gradient itself, so none is kept.
     """
 
-    def __init__(self, params: dict[str, Tensor], *, decoder: str, constraint: Constraint, clip: float | None, betas: tuple[float, float], eps: float = 1e-8) -> None:
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        *,
+        decoder: str,
+        constraint: Constraint,
+        clip: float | None,
+        betas: tuple[float, float],
+        eps: float = 1e-8,
+    ) -> None:
         self.params, self.decoder, self.constraint, self.clip, self.betas, self.eps = params, decoder, constraint, clip, betas, eps
         self.m = {name: torch.zeros_like(p) for name, p in params.items()} if betas[0] else {}
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
@@ -44,8 +53,19 @@ class Optimizer:
             torch._foreach_mul_(grads, torch.clamp(self.clip / (total + 1e-6), max=1.0))
         self.steps += 1
         torch._fused_adam_(
-            params, grads, list(self.m.values()) or grads, list(self.v.values()), [], [self.steps.clone() for _ in params],
-            lr=lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,
+            params,
+            grads,
+            list(self.m.values()) or grads,
+            list(self.v.values()),
+            [],
+            [self.steps.clone() for _ in params],
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
         )
         if self.constraint != "free":
             norm_F1 = torch.linalg.vector_norm(W_FD, dim=1, keepdim=True)

@@ -122,8 +122,16 @@ def alive(rows: Sequence[Row]) -> Figure:
                 axis.plot(value, place, **mark, clip_on=False, zorder=3)
                 never = _never(row)
                 if never:
-                    axis.annotate(never, (1.0, place), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                                  va="center", fontsize=7.5, annotation_clip=False)
+                    axis.annotate(
+                        never,
+                        (1.0, place),
+                        (8, 0),
+                        xycoords=("axes fraction", "data"),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=7.5,
+                        annotation_clip=False,
+                    )
             axis.set_yticks(range(len(mine)), [_label(row) for row in mine])
             axis.set_ylim(max(len(mine), 1) - 0.4, -0.6)
             axis.set_xlim(0, 1)
@@ -132,8 +140,11 @@ def alive(rows: Sequence[Row]) -> Figure:
             axis.tick_params(axis="y", length=0)
         tokens = {row["tokens"] for row in shown if "tokens" in row}
         on = f"{tokens.pop():,} held-out tokens" if len(tokens) == 1 else "the held-out tokens"
-        _below(figure, f"Latents that fired at least once on {on}; at the right: how many never did",
-               _left_out(len(rows) - len(shown), len(rows), "share of live latents"))
+        _below(
+            figure,
+            f"Latents that fired at least once on {on}; at the right: how many never did",
+            _left_out(len(rows) - len(shown), len(rows), "share of live latents"),
+        )
     return figure
 
 
@@ -156,8 +167,12 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
     crowd = Counter(about[sae]["site"] for sae in placed)
     column_key, columns = ("site", sites) if max(crowd.values(), default=0) <= 10 else ("architecture", names)
     styles = dict.fromkeys(sites, "-") if column_key == "site" else dict(zip(sites, itertools.cycle(["-", (0, (4, 1.5)), (0, (1, 1.2))])))
-    measures = [("loss", "Training loss\n(log scale)", True), ("l0", "L0: active latents\nper token (log scale)", True),
-                ("fvu", "FVU\n(log scale)", True), ("dead", "Dead latents", False)]
+    measures = [
+        ("loss", "Training loss\n(log scale)", True),
+        ("l0", "L0: active latents\nper token (log scale)", True),
+        ("fvu", "FVU\n(log scale)", True),
+        ("dead", "Dead latents", False),
+    ]
     curves = {(sae, key): _stretches(lines[sae], key, positive=log) for sae in placed for key, _, log in measures}
     measures = [measure for measure in measures if any(len(curves[sae, measure[0]]) for sae in placed)]
     with rc_context(STYLE):
@@ -219,8 +234,12 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
         axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         figure.supylabel("Share of the SAE's latents", fontsize=9)
-        _below(figure, "Share of the held-out tokens on which a latent fires (log scale)", "Dashed: 10%, above it a latent counts as dense",
-               _left_out(len(rows) - len(shown), len(rows), "firing histogram"))
+        _below(
+            figure,
+            "Share of the held-out tokens on which a latent fires (log scale)",
+            "Dashed: 10%, above it a latent counts as dense",
+            _left_out(len(rows) - len(shown), len(rows), "firing histogram"),
+        )
     return figure
 
 
@@ -308,9 +327,17 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
                     for row in group:
                         if row not in inside:  # off the scale: an arrow at the lower edge with its value
                             below += 1
-                            axis.annotate(f"{row[key]:.2f}", (row["l0"], 0), (0, 12), xycoords=("data", "axes fraction"),
-                                          textcoords="offset points", ha="center", fontsize=7.5, color=colour,
-                                          arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 0})
+                            axis.annotate(
+                                f"{row[key]:.2f}",
+                                (row["l0"], 0),
+                                (0, 12),
+                                xycoords=("data", "axes fraction"),
+                                textcoords="offset points",
+                                ha="center",
+                                fontsize=7.5,
+                                color=colour,
+                                arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 0},
+                            )
             if floor is not None:
                 axis.set_ylim(bottom=floor)
         if log_y:
