@@ -82,7 +82,7 @@ def test_bad_input_is_refused_at_once(flags, field, value, remedy, tiny_model, t
     (tmp_path / "full" / "thesis.txt").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     base = f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48 --num_tokens 6400 --sae_batch_size 64 --target_l0s 4"
-    monkeypatch.setattr("monosemy.lm.LanguageModel.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
     start = time.monotonic()
     try:
         code = main([*base.split(), *flags.format(tmp=tmp_path, text=text_file).split()])

@@ -5,6 +5,7 @@ import torch
 
 import monosemy
 from monosemy.config import TrainConfig
+from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY, SEED_LR, SEED_STEPS, learning_rate
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep, grid
 from monosemy.training import Member, SAESpec
@@ -77,6 +78,55 @@ def test_an_sae_that_does_not_stay_finite_stops_alone():
     sweep.run(lambda: {"": next(data)}, 20, log_steps=1)
     assert list(sweep.failed) == ["bad"] and "at step" in sweep.failed["bad"]
     assert all(p.isfinite().all() for p in good.sae.parameters())
+
+
+def test_learning_rates_fit_the_run():
+    """The recipe's: larger in short runs, smaller in wide SAEs, the seed's at the seed's length and under the seed's recipe."""
+    short, middle, wide = (learning_rate(MONOSEMY, 3e-3, width, steps) for width, steps in ((1024, 150), (1024, 5000), (65536, 150)))
+    assert short == pytest.approx(3e-3) and 3e-4 < middle < short and 3e-4 < wide < short
+    assert learning_rate(MONOSEMY, 3e-3, 1024, 10) == pytest.approx(short)
+    for recipe, steps in ((MONOSEMY, SEED_STEPS), (MONOSEMY, 10 * SEED_STEPS), (DICTIONARY_LEARNING, 150)):
+        assert learning_rate(recipe, 3e-3, 16384, steps) == SEED_LR
+    plan = Schedule.of_run(150, 64)
+    assert Member("", SAESpec("top_k", F, settings={"k": 4}), D, plan).lr > 1e-3
+    assert Member("", SAESpec("top_k", F, settings={"k": 4}), D, plan, recipe=DICTIONARY_LEARNING).lr == SEED_LR
+    assert Member("", SAESpec("top_k", F, 0.5, settings={"k": 4}), D, plan).lr == 0.5
+
+
+def test_schedules_scale_with_short_runs_and_are_the_seed_s_at_its_length():
+    short = Schedule.of_run(300, 2048)
+    assert (short.warmup_steps, short.sparsity_warmup_steps, short.threshold_start_step, short.anneal_start) == (15, 60, 150, 60)
+    assert short.dead_tokens == int(0.2 * 300 * 2048) and short.decay_start == 240
+    for long in (Schedule.of_run(SEED_STEPS, 2048), Schedule.of_run(SEED_STEPS, 2048, recipe=DICTIONARY_LEARNING)):
+        assert (long.warmup_steps, long.sparsity_warmup_steps, long.threshold_start_step, long.anneal_start) == (1000, 5000, 1000, 10_000)
+        assert (long.dead_tokens, long.decay_start, long.threshold_beta) == (10_000_000, 195_312, 0.999)
+    assert [short.lr(s) for s in (0, 15, 239, 240, 270)] == [0.0, 1.0, 1.0, 1.0, 0.5]
+    assert [short.sparsity(s) for s in (0, 30, 60, 299)] == [0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("name", ["top_k", "batch_top_k", "matryoshka_batch_top_k"])
+def test_the_threshold_is_always_set(name, steps):
+    fitted = monosemy.fit(batches(steps), [SAESpec(name, F, settings={"k": 4})])
+    assert float(fitted.saes[0].threshold) > 0
+    quirk = monosemy.fit(batches(20), [SAESpec(name, F, settings={"k": 4})], recipe=DICTIONARY_LEARNING, warmup_steps=1, sparsity_warmup_steps=1)
+    assert float(quirk.saes[0].threshold) < 0
+
+
+def test_the_running_threshold_is_a_mean_and_then_an_average():
+    from monosemy.sae import Moment
+
+    plan = Schedule.of_run(10_000, 64, threshold_start_step=0)
+    sae = Member("", SAESpec("batch_top_k", F, settings={"k": 4}), D, plan).sae
+    draw = torch.rand(1500, generator=torch.Generator().manual_seed(0)) + 1
+    values = iter(draw)
+    sae.smallest_kept = lambda codes: next(values)
+    wanted = 0.0
+    for i, value in enumerate(draw.tolist()):
+        sae.observe(None, Moment(i + 1, plan))
+        wanted = sum(draw[: i + 1].tolist()) / (i + 1) if i < 1000 else 0.999 * wanted + 0.001 * value
+        if i in (0, 1, 500, 999, 1000, 1499):
+            assert float(sae.threshold) == pytest.approx(wanted, rel=1e-5), i
 
 
 def test_the_grid_is_every_combination():

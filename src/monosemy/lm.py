@@ -313,6 +313,12 @@ class LanguageModel:
         if not whole:
             _truncate(config, max(depths, default=info.num_layers))
         auto = transformers.AutoModelForCausalLM if whole else transformers.AutoModel
+        paths = [site.path for site in sites if site.kind == "module"]
+        if paths:
+            with torch.device("meta"):  # a module that is not there is told before any weights are read
+                skeleton = auto.from_config(config)
+            for path in paths:
+                _module(skeleton, path)
         with _quiet():
             model, report = auto.from_pretrained(**source, config=config, dtype=dtype_, output_loading_info=True)  # type: ignore[misc]
         if report["missing_keys"]:
@@ -407,7 +413,7 @@ class LanguageModel:
 
     def _tap(self, site: Site) -> _Tap:
         if site.kind == "module":
-            module = self._module(site.path)
+            module = _module(self.model, site.path)
             for i, layer in enumerate(self.layers):
                 if module is layer:
                     return _Tap(module, i + 1, between=True)
@@ -422,16 +428,6 @@ class LanguageModel:
             return _Tap(self.layers[last], last + 1, between=True)
         layer = self.layers[site.layer]
         return _Tap(self._contribution(layer, site), site.layer)
-
-    def _module(self, path: str) -> nn.Module:
-        inner = path.removeprefix(f"{self.model.base_model_prefix}.")  # as the model with its head calls it
-        for root, name in ((self.model, path), (self.model, inner), (self.decoder, path)):
-            try:
-                return root.get_submodule(name)
-            except AttributeError:
-                continue
-        names = [name for name, _ in self.layers[0].named_modules() if name]
-        raise invalid("site", path, f"{', '.join(KINDS)} or a module's path", f"a layer of this model has {', '.join(names)}")
 
     def _contribution(self, layer: nn.Module, site: Site) -> nn.Module:
         """The module whose output a layer adds to the residual stream: a sublayer, or the norm that the sublayer's output goes through."""
@@ -515,6 +511,19 @@ def _decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
             return next(owner for owner in reversed(owners) if isinstance(owner, PreTrainedModel)), module
     allowed = f"a model with a list of its {n} decoder layers"
     raise invalid("model_name", type(model).__name__, allowed, "name a decoder-only transformer")
+
+
+def _module(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module that a path names, from the model or from its decoder; the model's head may be there or not."""
+    decoder, layers = _decoder(model)
+    inner = path.removeprefix(f"{model.base_model_prefix}.")  # as the model with its head calls it
+    for root, name in ((model, path), (model, inner), (decoder, path)):
+        try:
+            return root.get_submodule(name)
+        except AttributeError:
+            continue
+    names = [name for name, _ in layers[0].named_modules() if name]
+    raise invalid("site", path, f"{', '.join(KINDS)} or a module's path", f"a layer of this model has {', '.join(names)}")
 
 
 def _sublayer(layer: nn.Module, site: Site) -> nn.Module:

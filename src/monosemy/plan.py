@@ -82,13 +82,18 @@ class Plan:
 
     def saes_per_site(self) -> int:
         c = self.config
-        return len(c.random_seeds) * len(c.dictionary_widths) * len(c.learning_rates) * sum(len(c.sparsities(a)) for a in c.architectures)
+        return (
+            len(c.random_seeds)
+            * len(c.dictionary_widths)
+            * max(len(c.learning_rates), 1)
+            * sum(len(c.sparsities(a)) for a in c.architectures)
+        )
 
     def describe(self) -> str:
         """The grid and the budget, in words."""
         c, D = self.config, self.model.d_model
-        per_site = len(c.random_seeds) * len(c.learning_rates) * sum(len(c.sparsities(a)) for a in c.architectures)
-        parameters = len(self.sites) * per_site * sum(2 * F * D + 2 * F + D for F in c.dictionary_widths)
+        per_width = self.saes_per_site() // len(c.dictionary_widths)
+        parameters = len(self.sites) * per_width * sum(2 * F * D + 2 * F + D for F in c.dictionary_widths)
         width = 4 if c.dtype == "float32" else 2
         depths = [site.depth for site in self.sites]
         layers = self.model.num_layers if None in depths else max(d for d in depths if d is not None)
@@ -102,7 +107,7 @@ class Plan:
             f"{self.model.name}: {layers} of {self.model.num_layers} layers, {D} wide, in {c.dtype}\n"
             f"sites: {', '.join(map(str, self.sites))}\n"
             f"{len(self.sites) * self.saes_per_site()} SAEs: widths {', '.join(map(str, c.dictionary_widths))}; "
-            f"learning rates {', '.join(f'{v:g}' for v in c.learning_rates)}; seeds {', '.join(map(str, c.random_seeds))}; sparsities\n{grid}\n"
+            f"learning rates {', '.join(f'{v:g}' for v in c.learning_rates) or 'of the recipe'}; seeds {', '.join(map(str, c.random_seeds))}; sparsities\n{grid}\n"
             f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * (c.sae_batch_size or 1):,} for each SAE\n"
             f"text: {c.dataset}{f' and {c.chat_dataset}' if c.mixed_dataset else ''}, contexts of {c.context_length}, "
             f"{self.contexts_per_block} to a block; evaluation on {c.eval_num_inputs} held-out contexts\n"
@@ -164,7 +169,7 @@ def _check_values(c: TrainConfig) -> None:
         **{("target_l0s" if not hasattr(c, f"{a}_penalties") else f"{a}_penalties"): c.sparsities(a) for a in c.architectures},
     }
     for field, values in lists.items():
-        if not values:
+        if not values and field != "learning_rates":
             raise invalid(field, values, "at least one", "name one")
         if len(set(values)) < len(values):
             raise invalid(field, values, "different values", "take the repeated ones out")

@@ -81,7 +81,7 @@ class Run:
                         "config": {
                             "architecture": m.sae.name,
                             "d_sae": m.sae.d_sae,
-                            "lr": m.spec.lr,
+                            "lr": m.lr,
                             "seed": m.spec.seed,
                             **vars(m.sae.settings),
                         },
@@ -257,7 +257,7 @@ def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
     sae = member.finished()
     trainer = dictionary_learning.trainer_config(
         sae,
-        lr=member.spec.lr,
+        lr=member.lr,
         seed=member.spec.seed,
         steps=run.plan.steps,
         schedule=dataclasses.asdict(run.plan.schedule),
@@ -283,7 +283,7 @@ def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
             "site": str(site),
             "model": c.model_name,
             "revision": run.plan.model.revision,
-            "lr": member.spec.lr,
+            "lr": member.lr,
             "seed": member.spec.seed,
             "recipe": c.recipe,
             "steps": steps,

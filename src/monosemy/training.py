@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.config import invalid
-from monosemy.recipe import MONOSEMY, Recipe
+from monosemy.recipe import MONOSEMY, Recipe, learning_rate
 from monosemy.sae import SAE, Moment, architecture
 from monosemy.schedule import Schedule
 
@@ -23,11 +23,11 @@ SPARSE_BELOW = 0.15  # share of latents; above it the dense products are faster
 
 @dataclass(frozen=True)
 class SAESpec:
-    """One SAE to train: its architecture with settings, width, learning rate and the seed of its weights."""
+    """One SAE to train: its architecture with settings, width, peak learning rate (None: the recipe's) and the seed of its weights."""
 
     architecture: str
     d_sae: int
-    lr: float = 3e-4
+    lr: float | None = None
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     init_from: SAE | None = None  # begin from these weights instead of drawn ones; it is copied
@@ -73,6 +73,7 @@ class Member:
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
         self.sae = spec.build(d_in).to(device)
         self.norm_factor, self.fresh = norm_factor, spec.init_from is None
+        self.lr = spec.lr or learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps)
         if not self.fresh:
             self.sae.scale_(1 / norm_factor)
         self.optimizer = ops.Optimizer(
@@ -106,7 +107,7 @@ class Member:
         at = dataclasses.replace(at, dead_F=dead_F)
         parts = self.sae.loss(x_BD, codes, at)
         parts["loss"].backward()
-        self.optimizer.step(self.spec.lr * self.schedule.lr(step))
+        self.optimizer.step(self.lr * self.schedule.lr(step))
         self.sae.observe(codes, at)
         self.since_fired_F = since_F
         self.active = codes.size() / len(x_BD)
