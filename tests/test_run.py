@@ -212,6 +212,32 @@ def test_mixtures_sites_and_recipes(tiny_model, text_file, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["schedule"]["warmup_steps"] == 5
 
 
+def test_wandb_and_a_dead_hub_cost_nothing(finished, tiny_model, text_file, tmp_path, monkeypatch, caplog):
+    """Offline runs lie in the folder; the upload that failed names the command that repeats it; the weights are bit-equal."""
+    from functools import partial
+
+    from monosemy import hub
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("monosemy.run.Uploader", partial(hub.Uploader, waits=(0.01,)))
+    more = ["--use_wandb", "--hf_repo_id", "me/saes", "--layers", "2"]
+    assert train(tmp_path / "run", tiny_model, text_file, *more, architectures=["top_k"]) == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert "monosemy push" in caplog.text and "me/saes" in caplog.text
+    i = architecture_names().index("top_k")
+    assert weights(tmp_path / "run").popitem()[1] == weights(finished)[f"resid_post_layer_2/trainer_{i}/sae.safetensors"]
+
+
+def test_a_run_can_begin_from_a_trained_sae(finished, tiny_model, text_file, tmp_path):
+    i = architecture_names().index("standard")
+    begun = ["--init_from", str(finished / f"resid_post_layer_2/trainer_{i}"), "--layers", "2", "--num_tokens", "640"]
+    assert train(tmp_path / "a", tiny_model, text_file, *begun, architectures=["standard"]) == 0
+    assert train(tmp_path / "b", tiny_model, text_file, "--layers", "2", "--num_tokens", "640", architectures=["standard"]) == 0
+    fvu = [json.loads((tmp_path / r / "rows.jsonl").read_text())["fvu"] for r in "ab"]
+    assert fvu[0] < fvu[1]
+
+
 def test_evaluation_and_report_can_be_repeated(finished, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)

@@ -109,7 +109,9 @@ def test_schedules_scale_with_short_runs_and_are_the_seed_s_at_its_length():
 def test_the_threshold_is_always_set(name, steps):
     fitted = monosemy.fit(batches(steps), [SAESpec(name, F, settings={"k": 4})])
     assert float(fitted.saes[0].threshold) > 0
-    quirk = monosemy.fit(batches(20), [SAESpec(name, F, settings={"k": 4})], recipe=DICTIONARY_LEARNING, warmup_steps=1, sparsity_warmup_steps=1)
+    quirk = monosemy.fit(
+        batches(20), [SAESpec(name, F, settings={"k": 4})], recipe=DICTIONARY_LEARNING, warmup_steps=1, sparsity_warmup_steps=1
+    )
     assert float(quirk.saes[0].threshold) < 0
 
 

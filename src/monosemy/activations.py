@@ -81,7 +81,7 @@ class ActivationStream:
         self.contexts.restore(state["contexts"])
         self.norm_factor = {s: state["norm_factor"][str(s)] for s in self.sites if str(s) in state["norm_factor"]}
         self.norm_limit = {s: state["norm_limit"][str(s)] for s in self.sites if str(s) in state["norm_limit"]}
-        self._block, self._batches, self._next = state["block"] - 1, 0, 0
+        self._block, self._batches, self._next, self._ended = max(state["block"], 0) - 1, 0, 0, False
         if state["block"] >= 0:
             self._fill()
         self._next = state["next"]

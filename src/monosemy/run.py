@@ -243,6 +243,8 @@ def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progre
         }
     )
     for site, group in sweep.members.items():
+        rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
+        log.info("%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, 100 * outliers / max(rows, 1))
         for member in group:
             state = "failed" if member.name in sweep.failed else "stopped_early" if status == "stopped_early" else "complete"
             _save(run, member, site, state, done)
