@@ -206,7 +206,7 @@ class SAE(nn.Module, ABC):
     constraint: ClassVar[ops.Constraint] = "project"
     clip: ClassVar[float | None] = 1.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-    short_run_lr: ClassVar[float] = 3e-3  # what suits a run of a few hundred steps (docs/log.md)
+    short_run_lr: ClassVar[float] = 4e-3  # what suits a run of a few hundred steps (docs/log.md)
     pre_bias: ClassVar[bool] = True  # the encoder sees x - b_dec
     always_sparse: ClassVar[bool] = False
     scaled: ClassVar[tuple[str, ...]] = ("b_enc_F", "b_dec_D")  # what carries the units of the activations

@@ -22,6 +22,7 @@ class PAnneal(SAE):
     name = "p_anneal"
     sparsity = "initial_sparsity_penalty"
     constraint = "constrain"
+    short_run_lr = 6e-3
     clip = None
 
     @dataclass(frozen=True)

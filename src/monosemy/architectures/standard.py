@@ -21,6 +21,7 @@ class Standard(SAE):
     name = "standard"
     sparsity = "l1_penalty"
     constraint = "constrain"
+    short_run_lr = 6e-3
     clip = None
 
     @dataclass(frozen=True)

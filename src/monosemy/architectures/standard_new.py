@@ -22,6 +22,7 @@ class StandardNew(SAE):
     name = "standard_new"
     sparsity = "l1_penalty"
     constraint = "free"
+    short_run_lr = 6e-3
 
     @dataclass(frozen=True)
     class Settings:
