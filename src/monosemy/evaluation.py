@@ -12,11 +12,13 @@ Sums are float64 and every ratio is one of sums over all tokens, never a mean of
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from monosemy import rng
 from monosemy.config import invalid
@@ -89,7 +91,7 @@ def evaluate(
 
     at_site = {site: _SiteSums(mean[site].value, C) for site in sites}
     sums = {(name, mode): _Sums(sae, C, lm.device) for name, (_, sae) in saes.items() for mode in sae.modes}
-    for first, ids_GL in _groups(contexts_CL, spliced):
+    for first, ids_GL in tqdm(list(_groups(contexts_CL, spliced)), desc="evaluating", unit="group", disable=not sys.stderr.isatty()):
         runs = _Runs(lm, ids_GL, list(sites), batch_size, splicing=first < spliced)
         for site, names in sites.items():
             x_GLD = runs.activations(site)
