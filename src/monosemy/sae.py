@@ -23,6 +23,8 @@ from monosemy.config import invalid
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
 
+EPS = torch.finfo(torch.float32).eps
+
 # --- codes ------------------------------------------------------------------------------------------------------------------
 
 
@@ -333,9 +335,9 @@ def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) ->
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def unit(x: Tensor, dim: int) -> Tensor:
-    """x divided by its norms along a dimension."""
-    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+def unit(x: Tensor, dim: int, eps: float = 0.0) -> Tensor:
+    """x divided by its norms along a dimension, plus eps."""
+    return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + eps)
 
 
 def reset_relu(sae: SAE, generator: torch.Generator) -> None:

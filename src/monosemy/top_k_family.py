@@ -96,7 +96,7 @@ def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Te
     guess_D = x_BD.mean(0)
     for _ in range(max_iter):
         weight_B = 1 / torch.linalg.vector_norm(x_BD - guess_D, dim=1).clamp(min=torch.finfo(x_BD.dtype).tiny ** 0.5)
-        before_D, guess_D = guess_D, weight_B / weight_B.sum() @ x_BD
+        before_D, guess_D = guess_D, ((weight_B / weight_B.sum())[:, None] * x_BD).sum(0)
         if torch.linalg.vector_norm(guess_D - before_D) < tol:
             break
     return guess_D

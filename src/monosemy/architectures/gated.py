@@ -51,8 +51,8 @@ class Gated(SAE):
         return codes.replace((codes.at(self.r_mag_F.exp()) * e + codes.at(self.b_mag_F)).relu())
 
     def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - self.active(codes).decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
-        gate_mse = (x_BD - codes.decode(self.W_dec_FD.detach()) - self.b_dec_D.detach()).pow(2).sum(1).mean()
+        mse = (x_BD - (self.active(codes).decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        gate_mse = (x_BD - (codes.decode(self.W_dec_FD.detach()) + self.b_dec_D.detach())).pow(2).sum(1).mean()
         l1 = codes.values.sum() / len(x_BD)
         loss = mse + self.settings.l1_penalty * at.schedule.sparsity(at.step) * l1 + gate_mse
         return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}

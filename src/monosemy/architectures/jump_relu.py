@@ -90,7 +90,7 @@ class JumpReLU(SAE):
     def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
         B, bandwidth = len(x_BD), self.settings.bandwidth
         f = self.active(codes)
-        mse = (x_BD - f.decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
+        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
         stepped = codes.values if at.recipe.step_of_preactivations else f.values
         l0 = codes.by_latent(_Step.apply(stepped, codes.at(self.threshold_F), bandwidth)).sum() / B
         if (

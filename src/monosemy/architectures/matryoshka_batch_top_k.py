@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.config import invalid
-from monosemy.sae import Codes, Moment, register, uniform, unit
+from monosemy.sae import EPS, Codes, Moment, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -47,18 +48,18 @@ class MatryoshkaBatchTopK(TopKFamily):
         return [*sizes, self.d_sae - sum(sizes)]
 
     def reset(self, generator: torch.Generator) -> None:
-        self.begin_from(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1))
+        self.begin_from(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS))
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         kept = self.product(x_BD, bf16=at.bf16).batch_top_k(self.settings.k * len(x_BD))
         return kept.replace(kept.values.relu())
 
     def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        prefixes_GBD = codes.decode(self.W_dec_FD, self.group_sizes).cumsum(0)
-        errors_GBD = (x_BD - self.b_dec_D) - prefixes_GBD
-        mse_G = errors_GBD.pow(2).sum(2).mean(1)
+        x_hats = accumulate(codes.decode(self.W_dec_FD, self.group_sizes), initial=self.b_dec_D)
+        errors = [x_BD - x_hat_BD for x_hat_BD in islice(x_hats, 1, None)]
+        mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
         weight = 1.0 if at.recipe.single_mean else 1 / len(mse_G)
-        auxk = auxk_loss(self, errors_GBD[-1], codes, at)
+        auxk = auxk_loss(self, errors[-1], codes, at)
         return {"loss": weight * mse_G.mean() + self.settings.auxk_alpha * auxk, "mse": mse_G[-1], "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:

@@ -72,7 +72,7 @@ class PAnneal(SAE):
         return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
 
     def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - codes.decode(self.W_dec_FD) - self.b_dec_D).pow(2).sum(1).mean()
+        mse = (x_BD - (codes.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
         lp = codes.values.pow(self.p(at)[0]).sum() / len(x_BD)
         return {"loss": mse + self.coefficient * at.schedule.sparsity(at.step) * lp, "mse": mse, "lp": lp}
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monosemy.sae import Codes, Moment, register, uniform, unit
+from monosemy.sae import EPS, Codes, Moment, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -20,14 +20,14 @@ class TopK(TopKFamily):
     name = "top_k"
 
     def reset(self, generator: torch.Generator) -> None:
-        self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0).T)
+        self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         kept = self.product(x_BD, bf16=at.bf16).top_k(self.settings.k)
         return kept.replace(kept.values.relu())
 
     def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        error_BD = x_BD - codes.decode(self.W_dec_FD) - self.b_dec_D
+        error_BD = x_BD - (codes.decode(self.W_dec_FD) + self.b_dec_D)
         mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
