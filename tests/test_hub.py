@@ -260,7 +260,7 @@ def test_the_card_tells_what_the_run_is(run: Path) -> None:
     assert yaml.safe_load(front) == {
         "library_name": "monosemy",
         "tags": ["sparse-autoencoder", "sae", "mechanistic-interpretability", "monosemy", "gated", "top_k"],
-        "base_model": ["HuggingFaceTB/SmolLM2-135M"],
+        "base_model": ["HuggingFaceTB/SmolLM2-135M-Instruct"],
     }
     numbers = "4,096 | 32.0 | 0.9731 [0.9718, 0.9744] | 0.0412 | 0.1123 | 98.8 % |"
     assert f"| `resid_post_layer_3/trainer_0` | `resid_post.3` | `top_k` | {numbers}" in body and "†" not in body

@@ -28,7 +28,7 @@ RUN_FILES = ("README.md", "run.json", "status.json", "metrics.jsonl", "rows.json
 NOT_UPLOADED = ("checkpoints/*", "*/checkpoints/*", "wandb/*")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, each drawn from half to one and a half times that
 LONGEST_WAIT = 120.0  # whatever the hub's Retry-After asks for
-HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M"}  # models that come from a package, under their names on the hub
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # models that come from a package, under their names on the hub
 PLOTS = {
     "loss_recovered": "Loss recovered against L0",
     "fvu": "Fraction of variance unexplained against L0",
