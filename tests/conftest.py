@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs a process for each core; threads of two would wait for each other
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the package's own entry points do, before torch is imported
 
 import pytest

@@ -95,6 +95,15 @@ def test_bad_input_is_refused_at_once(flags, field, value, remedy, tiny_model, t
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_module_that_is_not_there_is_told_before_weights_load(tiny_model, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    base = f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --dictionary_widths 48 --num_tokens 6400"
+    flags = "--sae_batch_size 64 --target_l0s 4 --sites model.layers.1.gate"
+    assert main([*base.split(), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert "model.layers.1.gate" in error and "self_attn" in error and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flags", ["--num_tokens many", "--layers x", "--no_such_flag 3", "--dtype int8", "--recipe mine"])
 def test_flags_that_do_not_parse(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as leave:

@@ -57,7 +57,7 @@ class Site:
             return cls(match[1], int(match[2]))
         if match := re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join(KINDS)})", name):
             return cls(match[2], int(match[1]))
-        if "hook_" in name or name.split(".")[0] in KINDS or not re.fullmatch(r"\w+(\.\w+)*", name):
+        if "hook_" in name or re.fullmatch(r"(resid|mlp|attn)_\w+(\..*)?", name) or not re.fullmatch(r"\w+(\.\w+)*", name):
             hooks = ", ".join(f"blocks.L.hook_{kind}" for kind in KINDS)
             allowed = f"{', '.join(f'{kind}.L' for kind in KINDS)} with L a layer's number, {hooks}, or a module's path"
             raise invalid("site", name, allowed, "write for example resid_post.3")
