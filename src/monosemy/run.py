@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from monosemy import formats
@@ -32,6 +33,7 @@ from monosemy.lm import LanguageModel, load_tokenizer
 from monosemy.plan import Plan, make, replan
 from monosemy.recipe import RECIPES
 from monosemy.report import plots
+from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
 from monosemy.tokens import ContextStream, StreamEnded, sources_of
 from monosemy.trackers import Tracker, Wandb, without_secrets
@@ -47,7 +49,6 @@ class Run:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, self.folder = plan, plan.config, plan.folder
-        self.started = time.time()
         self.status: dict[str, Any] = {"status": "running", "reason": "", "saes": {}}
         self.facts: dict[str, Any] = {}
         self.trackers: list[Tracker] = []
@@ -130,11 +131,51 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     init_from = formats.load(c.init_from) if c.init_from else None
     tokenizer = load_tokenizer(c.model_name, c.revision)
     train_text, held_out = (_contexts(c, tokenizer, split) for split in ("train", "held_out"))
-    torch.set_grad_enabled(True)
     lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
-    stream = ActivationStream(
+    stream = _activations(plan, lm, train_text)
+    try:
+        with Progress(plan, stream) as progress:
+            first = _first_batch(c, stream)
+            members = _members(plan, stream, first, init_from)
+            run.open(members, {"model": _model_facts(plan, lm), **_norms(stream)})
+            status, reason = _train(run, Sweep(members), stream, first, progress)
+        del lm, stream, members, first, progress  # the whole model takes their place
+        rows = _evaluate(run, held_out)
+        plots.write(run.folder, rows)
+    except BaseException as error:
+        if run.facts:  # before the folder was opened there is nothing to tell
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            unfinished = {name: state for name, was in run.status["saes"].items() if was == "running"}
+            run.write_status(state, f"{type(error).__name__}: {error}", unfinished)
+            run.close(state)
+        raise
+    run.write_status(status, reason)
+    run.close(status)
+    print(table(rows))
+    log.info("%s", _where(run.folder))
+    if status != "complete":
+        log.warning("%s: %s", status, reason)
+    return run.folder, status
+
+
+def _contexts(c: TrainConfig, tokenizer: Any, split: Any) -> ContextStream:
+    return ContextStream(
+        sources_of(c),
+        tokenizer,
+        c.context_length or 2,
+        seed=c.data_seed,
+        split=split,
+        held_out_fraction=c.held_out_fraction,
+        system_prompt_to_remove=c.system_prompt_to_remove,
+        system_prompt_removal_freq=c.system_prompt_removal_freq,
+    )
+
+
+def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> ActivationStream:
+    c = plan.config
+    return ActivationStream(
         lm,
-        train_text,
+        text,
         plan.sites,
         batch=c.sae_batch_size or 1,
         contexts_per_forward=c.llm_batch_size or 1,
@@ -143,57 +184,39 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         keep_special=c.keep_special_tokens,
         norm_multiple=c.max_activation_norm_multiple,
     )
-    with Progress(plan, stream) as progress:
-        try:
-            first = stream.next()  # measures the norm factors, which members are made with
-        except StreamEnded as ended:
-            raise invalid(
-                "dataset", c.dataset, f"text for at least one batch of {c.sae_batch_size} activations", f"give more ({ended})"
-            ) from ended
-        specs = grid(c, init_from)
-        members = {
-            site: [
-                Member(
-                    f"{site.folder}/trainer_{i}",
-                    spec,
-                    first[site].shape[1],
-                    plan.schedule,
-                    device=lm.device,
-                    recipe=RECIPES[c.recipe],
-                    bf16=c.precision == "bf16",
-                    norm_factor=stream.norm_factor[site],
-                )
-                for i, spec in enumerate(specs)
-            ]
-            for site in plan.sites
-        }
-        run.open(
-            members,
-            {
-                "model": _model_facts(plan, lm),
-                "norm_factor": {str(s): v for s, v in stream.norm_factor.items()},
-                "norm_limit": {str(s): v for s, v in stream.norm_limit.items()},
-            },
-        )
-        try:
-            status, reason = _train(run, Sweep(members), stream, first, progress)
-        except BaseException as error:
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            run.write_status(
-                state, f"{type(error).__name__}: {error}", {name: state for name, was in run.status["saes"].items() if was == "running"}
+
+
+def _first_batch(c: TrainConfig, stream: ActivationStream) -> dict[Any, Tensor]:
+    """The first batch, for which the norm factors are measured that members are made with."""
+    try:
+        return stream.next()
+    except StreamEnded as ended:
+        allowed = f"text for at least one batch of {c.sae_batch_size} activations"
+        raise invalid("dataset", c.dataset, allowed, f"give more ({ended})") from ended
+
+
+def _members(plan: Plan, stream: ActivationStream, first: Mapping[Any, Tensor], init_from: SAE | None) -> dict[Any, list[Member]]:
+    c = plan.config
+    return {
+        site: [
+            Member(
+                f"{site.folder}/trainer_{i}",
+                spec,
+                first[site].shape[1],
+                plan.schedule,
+                device=stream.lm.device,
+                recipe=RECIPES[c.recipe],
+                bf16=c.precision == "bf16",
+                norm_factor=stream.norm_factor[site],
             )
-            run.close(state)
-            raise
-    del lm, stream, members, first
-    rows = _evaluate(run, held_out)
-    run.write_status(status, reason)
-    plots.write(run.folder, rows)
-    run.close(status)
-    print(table(rows))
-    log.info("%s", _where(run.folder))
-    if status != "complete":
-        log.warning("%s: %s", status, reason)
-    return run.folder, status
+            for i, spec in enumerate(grid(c, init_from))
+        ]
+        for site in plan.sites
+    }
+
+
+def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
+    return {name: {str(site): v for site, v in getattr(stream, name).items()} for name in ("norm_factor", "norm_limit")}
 
 
 def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progress: Progress) -> tuple[str, str]:
@@ -389,19 +412,6 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-
-
-def _contexts(c: TrainConfig, tokenizer: Any, split: Any) -> ContextStream:
-    return ContextStream(
-        sources_of(c),
-        tokenizer,
-        c.context_length or 2,
-        seed=c.data_seed,
-        split=split,
-        held_out_fraction=c.held_out_fraction,
-        system_prompt_to_remove=c.system_prompt_to_remove,
-        system_prompt_removal_freq=c.system_prompt_removal_freq,
-    )
 
 
 def _is_complete(folder: Path) -> bool:
