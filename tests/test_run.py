@@ -251,3 +251,17 @@ def test_evaluation_and_report_can_be_repeated(finished, tmp_path, capsys):
     assert main(["eval", str(folder), "--eval_num_inputs", "4"]) == 0
     assert json.loads((folder / "rows.jsonl").read_text().splitlines()[0])["n_inputs"] == 4
     assert main(["report", str(tmp_path)]) == 2
+
+
+def test_an_sae_that_does_not_stay_finite_is_told_and_the_others_are_kept(tiny_model, text_file, tmp_path):
+    assert (
+        train(tmp_path / "run", tiny_model, text_file, "--layers", "1", "--learning_rates", "1e-3", "1e30", architectures=["standard"]) == 1
+    )
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "failed" and "trainer_1" in status["reason"]
+    assert [status["saes"][f"resid_post_layer_1/trainer_{i}"] for i in (0, 1)] == ["complete", "failed"]
+    assert monosemy.load(tmp_path / "run" / "resid_post_layer_1" / "trainer_0").d_sae == 48
+    with pytest.raises(ValueError, match="failed"):
+        monosemy.load(tmp_path / "run" / "resid_post_layer_1" / "trainer_1")
+    good, bad = (json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines())
+    assert good["fvu"] < 1 and bad["fvu"] is None

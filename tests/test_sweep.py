@@ -80,6 +80,12 @@ def test_an_sae_that_does_not_stay_finite_stops_alone():
     assert all(p.isfinite().all() for p in good.sae.parameters())
 
 
+def test_fit_tells_which_sae_failed_and_keeps_the_others():
+    fitted = monosemy.fit(batches(20), [SAESpec("standard", F, 1e30), SPECS[0]], log_steps=1)
+    assert fitted.status == "failed" and list(fitted.failed) == [0] and "loss" in fitted.failed[0]
+    assert equal(fitted.saes[1], monosemy.fit(batches(20), SPECS[:1]).saes[0])
+
+
 def test_learning_rates_fit_the_run():
     """The recipe's: larger in short runs, smaller in wide SAEs, the seed's at the seed's length and under the seed's recipe."""
     short, middle, wide = (learning_rate(MONOSEMY, 3e-3, width, steps) for width, steps in ((1024, 150), (1024, 5000), (65536, 150)))

@@ -78,7 +78,8 @@ class Fitted:
     saes: list[SAE]
     metrics: list[Record]
     norm_factor: float
-    status: str  # "complete", or "stopped_early" where the batches ran out
+    status: str  # "complete", "stopped_early" where the batches ran out, "failed" where an SAE's loss did not stay finite
+    failed: dict[int, str]  # which SAE, by its place in the list, and why
 
 
 def fit(
@@ -122,9 +123,8 @@ def fit(
         sweep.run(lambda: {"": next(stream).to(device, torch.float32) / factor}, steps, log_steps=log_steps, on_record=metrics.append)
     except StopIteration:
         status = "stopped_early"
-    if sweep.failed:
-        raise ArithmeticError(f"training did not stay finite: {sweep.failed}")
-    return Fitted([member.finished() for member in members], metrics, factor, status)
+    failed = {int(name): why for name, why in sweep.failed.items()}
+    return Fitted([member.finished() for member in members], metrics, factor, "failed" if failed else status, failed)
 
 
 def _checked(x: Tensor) -> Tensor:
