@@ -261,6 +261,10 @@ class SAE(nn.Module, ABC):
         """The codes as f: what counts as firing and as L0."""
         return codes
 
+    def fired(self, codes: Codes, count_F: Tensor, at: Moment) -> Tensor:
+        """Which latents fired in a batch, [F], given on how many tokens each is positive: what dead latents are counted by."""
+        return count_F > 0
+
     def select(self, pre_BF: Tensor) -> Tensor:
         """f under the selection that training used; only where `modes` names "top_k"."""
         raise invalid("mode", "top_k", f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")

@@ -73,7 +73,7 @@ class Member:
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
         self.sae = spec.build(d_in).to(device)
         self.norm_factor, self.fresh = norm_factor, spec.init_from is None
-        self.lr = spec.lr or learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps)
+        self.lr = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps) if spec.lr is None else spec.lr
         if not self.fresh:
             self.sae.scale_(1 / norm_factor)
         self.optimizer = ops.Optimizer(
@@ -97,12 +97,8 @@ class Member:
         at = Moment(step, self.schedule, self.recipe, self.sparse, self.bf16)
         codes = self.sae.codes(x_BD, at)
         with torch.no_grad():
-            f = self.sae.active(codes)
-            fired_F = f.count()
-            seen_F = (
-                codes.by_latent(torch.ones_like(codes.values)) if self.sae.name == "top_k" and not at.recipe.fired_if_positive else fired_F
-            )
-            since_F = torch.where(seen_F > 0, 0, self.since_fired_F + len(x_BD))
+            count_F = self.sae.active(codes).count()
+            since_F = torch.where(self.sae.fired(codes, count_F, at), 0, self.since_fired_F + len(x_BD))
             dead_F = since_F >= self.schedule.dead_tokens
         at = dataclasses.replace(at, dead_F=dead_F)
         parts = self.sae.loss(x_BD, codes, at)
@@ -111,7 +107,7 @@ class Member:
         self.sae.observe(codes, at)
         self.since_fired_F = since_F
         self.active = codes.size() / len(x_BD)
-        self.last = {name: part.detach() for name, part in parts.items()} | {"l0": fired_F.sum() / len(x_BD), "dead": dead_F.sum()}
+        self.last = {name: part.detach() for name, part in parts.items()} | {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
 
     def record(self, x_BD: Tensor) -> dict[str, float]:
         """The last step's numbers on its batch; FVU is the squared error over the batch's variance. Looks, and changes nothing."""

@@ -35,6 +35,9 @@ class TopK(TopKFamily):
         least_B = codes.smallest()
         return least_B[least_B.isfinite()].mean()
 
+    def fired(self, codes: Codes, count_F: Tensor, at: Moment) -> Tensor:
+        return (count_F if at.recipe.fired_if_positive else codes.by_latent(torch.ones_like(codes.values))) > 0
+
     def select(self, pre_BF: Tensor) -> Tensor:
         top = pre_BF.topk(self.settings.k, dim=1, sorted=False)
         return torch.zeros_like(pre_BF).scatter_(1, top.indices, top.values.relu())
