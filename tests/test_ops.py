@@ -1,27 +1,41 @@
-"""Every op against a plain float64 meaning: every output, every gradient. B tokens, D d_in, F latents, N entries."""
+"""Every op against a plain float64 meaning, in every form that runs on a CPU: every output, every gradient.
+
+B tokens, D d_in, F latents, N entries.
+"""
 
 import pytest
 import torch
 from torch import nn
 
 from monosemy import ops
+from monosemy.ops import compiled
 from monosemy.sae import Product
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (16, 8, 33), (33, 5, 130), (64, 24, 96)]
+FORMS = ["torch", "aten", pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no compiler"))]
+TOLERANCE = {"torch": 1e-12, "aten": 3e-6, "compiled": 3e-6}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture
+def dtype(form):
+    """The fast forms are of float32; the plain one shows the maths in float64."""
+    with ops.using(form):
+        yield torch.float64 if form == "torch" else torch.float32
 
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def weights(D, F):
-    return [w.requires_grad_() for w in (draw(F, D, seed=1), draw(F, seed=2), draw(D, seed=3), draw(F, D, seed=4))]
+def weights(D, F, dtype=torch.float64):
+    return [w.to(dtype).requires_grad_() for w in (draw(F, D, seed=1), draw(F, seed=2), draw(D, seed=3), draw(F, D, seed=4))]
 
 
-def close(got, wanted, *, exact=False):
-    for name, (a, b) in {k: (got[k], wanted[k]) for k in wanted}.items():
-        tolerance = 0 if exact else 1e-12 * max(1.0, float(b.abs().max()))
-        assert (a - b).abs().max() <= tolerance, name
+def close(got, wanted, tolerance=1e-12):
+    for name in wanted:
+        a, b = got[name].double(), wanted[name].double()
+        assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())), name
 
 
 def gradients(loss, named):
@@ -29,12 +43,10 @@ def gradients(loss, named):
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
 
-def naive(x, W_enc, b_enc, b_dec, W_dec, mask_BF, groups=None):
+def naive(x, W_enc, b_enc, b_dec, W_dec, mask_BF):
     """The dense meaning: pre-activations where the mask is set, decoded."""
     f = torch.where(mask_BF, (x - b_dec) @ W_enc.T + b_enc, 0)
-    if groups is None:
-        return f, f @ W_dec
-    return f, torch.stack([f[:, a : a + n] @ W_dec[a : a + n] for a, n in zip(torch.tensor([0, *groups]).cumsum(0), groups, strict=False)])
+    return f, f @ W_dec
 
 
 def mask_of(codes, B, F):
@@ -43,100 +55,153 @@ def mask_of(codes, B, F):
     return mask
 
 
+@every_form
 @pytest.mark.parametrize(("B", "D", "F"), SHAPES)
 @pytest.mark.parametrize(
-    "selection", ["k=1", "k", "k=F", "batch", "batch of all", "above 0", "above a row", "nothing", "one latent always"]
+    "selection",
+    [
+        "k=1",
+        "k",
+        "k=F",
+        "batch",
+        "batch of all",
+        "above 0",
+        "above a row",
+        "nothing",
+        "one latent always",
+        "among",
+        "among none",
+        "among all",
+    ],
 )
-def test_sparse_codes_are_the_dense_meaning(B, D, F, selection):
-    x = draw(B, D)
-    W_enc, b_enc, b_dec, W_dec = params = weights(D, F)
+def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
+    x = draw(B, D).to(dtype)
+    W_enc, b_enc, b_dec, W_dec = params = weights(D, F, dtype)
     if selection == "one latent always":
         b_enc.data.fill_(-1e3)
         b_enc.data[F // 2] = 1e3
     product = Product(x, W_enc, b_enc, b_dec)
-    k = max(F // 4, 1)
+    k, some = max(F // 4, 1), torch.arange(F) % 3 == 0
     codes = {
         "k=1": lambda: product.top_k(1),
         "k": lambda: product.top_k(k),
         "k=F": lambda: product.top_k(F),
         "batch": lambda: product.batch_top_k(k * B),
         "batch of all": lambda: product.batch_top_k(B * F),
-        "above a row": lambda: product.above(draw(F, seed=9), sparse=True),
+        "above a row": lambda: product.above(draw(F, seed=9).to(dtype), sparse=True),
         "nothing": lambda: product.above(1e9, sparse=True),
+        "among": lambda: product.top_k_among(some, k),
+        "among none": lambda: product.top_k_among(torch.zeros(F, dtype=torch.bool), k),
+        "among all": lambda: product.top_k_among(some, F),
     }.get(selection, lambda: product.above(0, sparse=True))()
-    mask = mask_of(codes, B, F)
-    pre = product.pre_BF
-    expected = {"k=1": B, "k": B * k, "k=F": B * F, "batch": B * k, "batch of all": B * F, "nothing": 0, "one latent always": B}
+    mask, pre, M = mask_of(codes, B, F), product.pre_BF, int(some.sum())
+    expected = {
+        "k=1": B,
+        "k": B * k,
+        "k=F": B * F,
+        "batch": B * k,
+        "batch of all": B * F,
+        "nothing": 0,
+        "one latent always": B,
+        "among": B * min(k, M),
+        "among none": 0,
+        "among all": B * M,
+    }
     if selection in expected:
-        assert mask.sum() == expected[selection]
-    if selection.startswith(("k", "batch")) and not mask.all():
-        rows = [(pre[b], mask[b]) for b in range(B)] if selection.startswith("k") else [(pre.flatten(), mask.flatten())]
-        assert all(values[chosen].min() >= values[~chosen].max() for values, chosen in rows if not chosen.all())
+        assert mask.sum() == expected[selection] == len(codes.values) == codes.size()
+    assert not selection.startswith("among") or not mask[:, ~some].any()
+    if selection.startswith(("k", "batch", "among")):
+        allowed = some.expand(B, F) if selection.startswith("among") else torch.ones(B, F, dtype=torch.bool)
+        rows = (
+            [(pre.flatten(), mask.flatten(), allowed.flatten())] if selection.startswith("batch") else zip(pre, mask, allowed, strict=True)
+        )
+        assert all(v[m].min() >= v[~m & a].max() for v, m, a in rows if m.any() and (~m & a).any())
+    flat = codes.entries.bags_N.long() * F + codes.entries.latents_N
+    assert (flat.diff() > 0).all(), "entries are in order of tokens and latents"
 
-    named = dict(zip(("W_enc", "b_enc", "b_dec", "W_dec", "w"), [*params, draw(F, seed=5).requires_grad_()], strict=True))
-    c_BD, c_F, c_B = draw(B, D, seed=6), draw(F, seed=7), draw(B, seed=8)
-    groups = [F // 3, F - F // 3] if F >= 3 else [F]
+    named = dict(zip(("W_enc", "b_enc", "b_dec", "W_dec", "w"), [*params, draw(F, seed=5).to(dtype).requires_grad_()], strict=True))
+    exact = {n: p.detach().double().requires_grad_() for n, p in named.items()}
+    c_BD, c_F = draw(B, D, seed=6), draw(F, seed=7)
+    begins = torch.tensor([0, F // 3] if F >= 3 else [0])
 
-    def total(f_values, at, by_latent, by_token, decoded, grouped):
-        v = f_values * at + f_values.square()
-        c_GBD = torch.stack([c_BD * (g + 1) for g in range(len(groups))])
-        return (by_latent(v) * c_F).sum() + (by_token(v) * c_B).sum() + (decoded * c_BD).sum() + (grouped * c_GBD).sum()
+    def total(summed, decoded, grouped):
+        c_GBD = torch.stack([c_BD * (g + 1) for g in range(len(begins))])
+        return summed + (decoded * c_BD).sum() + (grouped * c_GBD).sum()
 
-    got = total(codes.values, codes.at(named["w"]), codes.by_latent, codes.by_token, codes.decode(W_dec), codes.decode(W_dec, groups))
-    f, decoded = naive(x, *params, mask)
-    _, grouped = naive(x, *params, mask, groups)
-    wanted = total(f, named["w"], lambda v: torch.where(mask, v, 0).sum(0), lambda v: torch.where(mask, v, 0).sum(1), decoded, grouped)
-    assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
-    close(gradients(got, named), gradients(wanted, named))
-    least = torch.where(mask & (f > 0), f, torch.inf).amin(1)
-    assert torch.allclose(codes.smallest(), least, rtol=1e-12)
-    assert torch.equal(codes.count(), (mask & (f > 0)).sum(0).float())
+    def of(f, w, c):
+        return (f * w + f.square()) * c
+
+    mapped = codes.map(lambda f, w: f * w, named["w"])
+    got = total(codes.total(of, named["w"], c_F.to(dtype)) + mapped.total(), codes.decode(W_dec), mapped.decode(W_dec, begins))
+    four = [exact[n] for n in ("W_enc", "b_enc", "b_dec", "W_dec")]
+    f, decoded = naive(x.double(), *four, mask)
+    ends = [*begins.tolist()[1:], F]
+    fw = f * exact["w"]
+    grouped = torch.stack([fw[:, a:b] @ exact["W_dec"][a:b] for a, b in zip(begins.tolist(), ends, strict=True)])
+    wanted = total(of(f, exact["w"], c_F).sum() + fw.sum(), decoded, grouped)
+    close({"total": got}, {"total": wanted}, TOLERANCE[form] * 10)
+    close(gradients(got, named), gradients(wanted, exact), TOLERANCE[form])
+    least = torch.where(mask & (pre > 0), pre, torch.inf).amin(1)
+    assert torch.equal(codes.smallest(), least)
+    assert torch.equal(codes.count(), (mask & (pre > 0)).sum(0).to(codes.count().dtype))
 
 
+@every_form
 @pytest.mark.parametrize(("B", "D", "F"), SHAPES)
-def test_the_two_layouts_agree(B, D, F):
-    x, params = draw(B, D), weights(D, F)
+def test_the_two_layouts_agree(form, dtype, B, D, F):
+    x, params = draw(B, D).to(dtype), weights(D, F, dtype)
     product = Product(x, *params[:3])
     named = dict(zip(("W_enc", "b_enc", "b_dec", "W_dec"), params, strict=True))
     results = []
     for sparse in (False, True):
         codes = product.above(0.1, sparse=sparse)
-        codes = codes.replace(codes.values * codes.at(params[1]))
-        loss = (
-            codes.decode(params[3]).square().sum() + codes.by_latent(codes.values).square().sum() + codes.by_token(codes.values).exp().sum()
-        )
-        results.append(
-            {
-                "loss": loss.detach(),
-                "size": codes.size().double(),
-                "count": codes.count(),
-                "smallest": codes.smallest(),
-                **gradients(loss, named),
-            }
-        )
+        codes = codes.map(torch.mul, params[1])
+        begins = torch.tensor([0, F // 2] if F > 1 else [0])
+        loss = codes.decode(params[3]).square().sum() + codes.decode(params[3], begins)[0].square().sum()
+        loss = (loss + codes.total(lambda v, w: v.square() * w, params[1]).square()) / (B * F)
+        counts = {"size": codes.size(), "count": codes.count(), "of": codes.size_by_latent()}
+        found = {"loss": loss.detach(), "smallest": codes.smallest(), **counts}
+        results.append(found | gradients(loss, named))
     dense, sparse = results
     assert torch.equal(dense.pop("smallest"), sparse.pop("smallest"))
-    close(sparse, dense)
+    close(sparse, dense, 10 * TOLERANCE[form])
 
 
-def test_power_at_the_support_s_edge_has_finite_gradients():
+@every_form
+def test_power_at_the_support_s_edge_has_finite_gradients(form, dtype):
     """d f^p / df is infinite at 0 for p < 1: what is off the support must be selected away, not multiplied by 0."""
-    x, params = draw(8, 4), weights(4, 9)
+    x, params = draw(8, 4).to(dtype), weights(4, 9, dtype)
     for sparse in (False, True):
-        loss = Product(x, *params[:3]).above(0, sparse=sparse).values.pow(0.3).sum() * 0.0
+        codes = Product(x, *params[:3]).above(0, sparse=sparse)
+        loss = codes.total(lambda f: f**0.3) * 0.0 + codes.map(lambda f: f**0.3).decode(params[3]).sum()
         assert all(g.isfinite().all() for g in gradients(loss, dict(enumerate(params))).values())
 
 
+def positions(picked, F):
+    return ops.Entries(picked.latents_N, picked.starts_B1, F).bags_N.long() * F + picked.latents_N
+
+
+@every_form
 @pytest.mark.parametrize("values", [torch.zeros(6, 40), torch.ones(6, 40), torch.arange(240.0).view(6, 40) % 3])
 @pytest.mark.parametrize("n", [1, 7, 120, 240])
-def test_batch_selection_with_ties(values, n):
-    flat = ops.batch_top_k(values, n)
-    assert len(flat.unique()) == n
-    assert torch.equal(flat, flat.sort().values)
-    assert torch.equal(values.flatten()[flat].sort().values, values.flatten().sort(descending=True).values[:n].sort().values)
+def test_of_equal_values_a_batch_selection_takes_the_earlier(form, dtype, values, n):
+    flat = positions(ops.batch_top_k(values.to(dtype), n), 40)
+    assert torch.equal(flat, values.flatten().sort(descending=True, stable=True).indices[:n].sort().values)
 
 
-def test_batch_selection_is_exact_on_large_batches():
+@every_form
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_a_selection_by_tokens_with_ties(form, dtype, k):
+    values = (torch.arange(240.0).view(6, 40) % 3).to(dtype)
+    picked = ops.top_k(values, k)
+    assert torch.equal(picked.values_N.view(6, k).sort(dim=1, descending=True).values, values.topk(k, dim=1).values)
+    if form != "aten":  # torch's topk has an order of its own
+        earliest = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+        assert torch.equal(picked.latents_N.view(6, k).long(), earliest)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_batch_selection_is_exact_on_large_batches(form, dtype):
     """Large enough that a sample bounds the search; also where the sample misleads: everything large sits between the sample's places."""
     honest = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
     hidden = torch.full((512, 2048), -1.0)
@@ -145,7 +210,7 @@ def test_batch_selection_is_exact_on_large_batches():
     sampled.flatten()[::16] = torch.rand(65536, generator=torch.Generator().manual_seed(1)) + 1
     for values in (honest, hidden, sampled):
         for n in (1, 5_000, 80_000):
-            got = values.flatten()[ops.batch_top_k(values, n)].sort().values
+            got = ops.batch_top_k(values, n).values_N.sort().values
             assert torch.equal(got, values.flatten().topk(n).values.sort().values)
 
 
@@ -159,54 +224,92 @@ def test_bf16_rounds_the_product_s_operands_and_nothing_else():
     assert codes.values.dtype == torch.float32
 
 
+@every_form
 @pytest.mark.parametrize("constraint", ["project", "constrain", "free"])
 @pytest.mark.parametrize("clip", [None, 1.0, 0.01])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_the_update_is_adam_with_the_decoder_s_constraint(constraint, clip, beta1):
-    F, D = 9, 5
-    params = {"W_enc": draw(F, D, seed=1), "b": draw(F, seed=2), "W_dec": nn.functional.normalize(draw(F, D, seed=3), dim=1)}
+def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constraint, clip, beta1):
+    """Two SAEs in one stack, each like torch's Adam in float64 on it alone."""
+    S, F, D = 2, 9, 5
+    start = {"W_enc": draw(S, F, D, seed=1), "b": draw(S, F, seed=2), "W_dec": nn.functional.normalize(draw(S, F, D, seed=3), dim=2)}
     optimizer = ops.Optimizer(
-        {n: p.clone() for n, p in params.items()}, decoder="W_dec", constraint=constraint, clip=clip, betas=(beta1, 0.999)
+        {n: p.to(dtype).clone() for n, p in start.items()},
+        decoder="W_dec",
+        constraint=constraint,
+        clip=clip,
+        betas=(beta1, 0.999),
+        shadow="W_enc",
     )
-    reference = {n: nn.Parameter(p.clone()) for n, p in params.items()}
-    adam = torch.optim.Adam(reference.values(), lr=1.0, betas=(beta1, 0.999), eps=1e-8, foreach=False, fused=False)
-    for step in range(5):
-        lr = 0.01 * (step + 1)
-        for i, name in enumerate(params):
-            if (step, name) != (2, "b"):  # a parameter that a step does not touch
-                optimizer.params[name].grad = draw(*params[name].shape, seed=10 * step + i)
-            gradient = draw(*params[name].shape, seed=10 * step + i) if (step, name) != (2, "b") else torch.zeros_like(params[name])
-            reference[name].grad = gradient
+    gradient = lambda step, s, name: draw(*start[name].shape[1:], seed=100 * step + 10 * s + len(name)) * (step != 2 or name != "b")  # noqa: E731
+    for s in range(S):
+        reference = {n: nn.Parameter(p[s].clone()) for n, p in start.items()}
+        adam = torch.optim.Adam(reference.values(), lr=1.0, betas=(beta1, 0.999), eps=1e-8, foreach=False, fused=False)
         W = reference["W_dec"]
-        with torch.no_grad():
-            if constraint == "project":
-                direction = W / (W.norm(dim=1, keepdim=True) + 1e-6)
-                W.grad -= (W.grad * direction).sum(1, keepdim=True) * direction
-            elif constraint == "constrain":
-                direction = W / W.norm(dim=1, keepdim=True)
-                W.grad -= (W.grad * direction).sum(1, keepdim=True) * direction
-        if clip is not None:
-            nn.utils.clip_grad_norm_(reference.values(), clip)
-        adam.param_groups[0]["lr"] = lr
-        adam.step()
-        if constraint != "free":
-            W.data /= W.norm(dim=1, keepdim=True)
-        optimizer.step(lr)
+        for step in range(5):
+            for name, p in reference.items():
+                p.grad = gradient(step, s, name)
+            with torch.no_grad():
+                if constraint != "free":
+                    direction = W / (W.norm(dim=1, keepdim=True) + (1e-6 if constraint == "project" else 0))
+                    W.grad -= (W.grad * direction).sum(1, keepdim=True) * direction
+            if clip is not None:
+                nn.utils.clip_grad_norm_(reference.values(), clip)
+            adam.param_groups[0]["lr"] = 0.01 * (step + 1) * (s + 1)
+            adam.step()
+            if constraint != "free":
+                W.data /= W.norm(dim=1, keepdim=True)
+            lr_S = torch.tensor([0.01 * (step + 1) * (i + 1) for i in range(S)])
+            if s == 0:
+                grads = {n: [gradient(step, i, n).to(dtype) for i in range(S)] for n in start}
+                assert optimizer.step(grads, lr_S, torch.zeros(S)).all()
         for name, p in optimizer.params.items():
-            assert torch.allclose(p, reference[name], rtol=1e-7, atol=1e-9), (step, name)
-            assert p.grad is None
+            assert torch.allclose(p[s].double(), reference[name], rtol=1e-5, atol=1e-6), name
+    assert torch.equal(optimizer.shadow["W_enc"], optimizer.params["W_enc"].bfloat16())
     assert bool(optimizer.m) == bool(beta1), "a first moment that equals the gradient is not kept"
 
 
+@every_form
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("where", ["loss", "W_enc", "b"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_updates_nothing(form, dtype, clip, where, value):
+    """Of two SAEs in a stack one has a loss or gradient that is not finite: it stays as it is, bit by bit; the other goes on."""
+    F, D = 9, 5
+    make = lambda: ops.Optimizer(  # noqa: E731
+        {"W_enc": draw(2, F, D, seed=1).to(dtype), "b": draw(2, F, seed=2).to(dtype)},
+        decoder="W_enc", constraint="project", clip=clip, betas=(0.9, 0.999),
+    )  # fmt: skip
+    optimizer, alone = make(), make()
+    for step in range(2):
+        grads = {n: [draw(*p.shape[1:], seed=step + i).to(dtype) for i in range(2)] for n, p in optimizer.params.items()}
+        alone.step({n: [g.clone() for g in of] for n, of in grads.items()}, torch.full((2,), 0.1), torch.zeros(2))
+        loss_S = torch.zeros(2)
+        before = [t.clone() for t in (*optimizer.state(1).values(), *(p[1] for p in optimizer.params.values()))]
+        if step == 1:
+            if where == "loss":
+                loss_S[1] = value
+            else:
+                grads[where][1].view(-1)[3] = value
+            if where == "W_enc":  # a weight's gradient is not finite only where its bias's is not
+                grads["b"][1][0] = value
+        updated = optimizer.step(grads, torch.full((2,), 0.1), loss_S)
+        if step == 1:
+            assert updated.tolist() == [True, False]
+            after = [*optimizer.state(1).values(), *(p[1] for p in optimizer.params.values())]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for name, p in optimizer.params.items():
+        assert torch.equal(p[0], alone.params[name][0]), "company changes nothing"
+
+
 def test_an_optimizer_goes_on_from_its_state():
-    make = lambda: ops.Optimizer({"W": draw(4, 3)}, decoder="W", constraint="free", clip=1.0, betas=(0.9, 0.999))  # noqa: E731
+    make = lambda: ops.Optimizer({"W": draw(2, 4, 3)}, decoder="W", constraint="free", clip=1.0, betas=(0.9, 0.999))  # noqa: E731
     one, two = make(), make()
-    for step in range(3):
-        one.params["W"].grad = draw(4, 3, seed=step)
-        one.step(0.1)
+    step = lambda o, seed: o.step({"W": [draw(4, 3, seed=seed), draw(4, 3, seed=seed + 1)]}, torch.tensor([0.1, 0.2]), torch.zeros(2))  # noqa: E731
+    for seed in range(3):
+        step(one, seed)
     two.params["W"].copy_(one.params["W"])
-    two.restore({n: t.clone() for n, t in one.state().items()})
+    for s in range(2):
+        two.restore(s, {n: t.clone() for n, t in one.state(s).items()})
     for o in (one, two):
-        o.params["W"].grad = draw(4, 3, seed=7)
-        o.step(0.1)
+        step(o, 7)
     assert torch.equal(one.params["W"], two.params["W"])

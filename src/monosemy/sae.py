@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,26 +29,30 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class Codes(ABC):
-    """A support and values on it. `values` are [B, F] or [N]; what `at` and `by_latent` give fits them."""
+    """A support and values on it, [B, F] or [N]."""
 
     product: Product
     values: Tensor
 
-    @abstractmethod
-    def at(self, w_F: Tensor) -> Tensor:
-        """A number for each latent, laid out beside `values`; its gradient is summed by latent."""
+    @property
+    def tokens(self) -> int:
+        return len(self.product.pre_BF)
 
     @abstractmethod
-    def replace(self, values: Tensor) -> Codes:
-        """The same support with other values (zero elsewhere)."""
+    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> Codes:
+        """The same support with other values: an elementwise function of the values and of some numbers of each latent."""
 
     @abstractmethod
-    def by_latent(self, values: Tensor) -> Tensor:
-        """Sums over the support by latent, [F]."""
+    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
+        """The sum over the support of the values, or of such a function of them."""
 
     @abstractmethod
-    def by_token(self, values: Tensor) -> Tensor:
-        """Sums over the support by token, [B]."""
+    def size_by_latent(self) -> Tensor:
+        """On how many tokens the support has each latent, [F]."""
+
+    @abstractmethod
+    def count(self) -> Tensor:
+        """How many tokens each latent is positive on, [F]."""
 
     @abstractmethod
     def size(self) -> Tensor:
@@ -59,12 +63,8 @@ class Codes(ABC):
         """The smallest positive value of each token, [B]; infinite where a token has none."""
 
     @abstractmethod
-    def decode(self, W_FD: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-        """codes W, [B, D]; with group sizes the contribution of each group of latents, [G, B, D]."""
-
-    def count(self) -> Tensor:
-        """How many tokens each latent is positive on, [F]."""
-        return self.by_latent((self.values > 0).to(torch.float32))
+    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
+        """codes W, [B, D]; with the first latent of each group the contribution of each group of latents, [G, B, D]."""
 
 
 @dataclass
@@ -73,112 +73,132 @@ class DenseCodes(Codes):
     values: Tensor  # [B, F], zero off the support
     mask: Tensor  # [B, F]
 
-    def at(self, w_F: Tensor) -> Tensor:
-        return w_F
+    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> DenseCodes:
+        return DenseCodes(self.product, ops.map_dense(function, self.values, self.mask, self.product.buffer, *w_F), self.mask)
 
-    def replace(self, values: Tensor) -> DenseCodes:
-        return DenseCodes(self.product, torch.where(self.mask, values, 0), self.mask)
+    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
+        return self.values.sum() if function is None else ops.total_dense(function, self.values, self.mask, self.product.buffer, *w_F)
 
-    def by_latent(self, values: Tensor) -> Tensor:
-        return torch.where(self.mask, values, 0).sum(0)
+    def size_by_latent(self) -> Tensor:
+        return ops.count_dense(self.mask)
 
-    def by_token(self, values: Tensor) -> Tensor:
-        return torch.where(self.mask, values, 0).sum(1)
+    def count(self) -> Tensor:
+        return ops.count_dense(self.values)
 
     def size(self) -> Tensor:
-        return self.mask.sum()
+        return self.size_by_latent().sum()
 
     def smallest(self) -> Tensor:
         return torch.where(self.values > 0, self.values, torch.inf).amin(1)
 
-    def decode(self, W_FD: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-        if groups is None:
-            return self.values @ W_FD
-        return torch.stack([v @ W for v, W in zip(self.values.split(list(groups), 1), W_FD.split(list(groups)), strict=True)])
+    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
+        if begins_G is None:
+            return ops.decode_dense(self.values, W_FD, bf16=self.product.bf16)
+        ends = [*begins_G.tolist()[1:], len(W_FD)]
+        return torch.stack([self.values[:, a:b] @ W_FD[a:b] for a, b in zip(begins_G.tolist(), ends, strict=True)])
 
 
 @dataclass
 class SparseCodes(Codes):
     product: Product
-    values: Tensor  # [N], in order of tokens
+    values: Tensor  # [N], in order of tokens and latents
     entries: ops.Entries  # bags are tokens
-    B: int
 
-    def at(self, w_F: Tensor) -> Tensor:
-        return ops.take(w_F, self.entries.latents_N)
+    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> SparseCodes:
+        return SparseCodes(self.product, self._valid(self._of(function, *w_F)), self.entries)
 
-    def replace(self, values: Tensor) -> SparseCodes:
-        return SparseCodes(self.product, values, self.entries, self.B)
+    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
+        return self.values.sum() if function is None else self._valid(self._of(function, *w_F)).sum()
 
-    def by_latent(self, values: Tensor) -> Tensor:
-        return ops.sum_by(values, self.entries.latents_N, self.entries.F)
+    def _of(self, function: Callable[..., Tensor], *w_F: Tensor) -> Tensor:
+        return function(self.values, *(ops.take(w, self.entries) for w in w_F))
 
-    def by_token(self, values: Tensor) -> Tensor:
-        return ops.sum_by(values, self.entries.bags_N, self.B)
+    def _valid(self, values_N: Tensor) -> Tensor:
+        return values_N if self.entries.valid_N is None else torch.where(self.entries.valid_N, values_N, 0)
+
+    def size_by_latent(self) -> Tensor:
+        return self.entries.by_latent[1].diff()
+
+    def count(self) -> Tensor:
+        return ops.sum_by_latent((self.values > 0).to(self.values.dtype), self.entries)
 
     def size(self) -> Tensor:
-        return torch.tensor(len(self.values))
+        return self.entries.starts_R1[-1]
 
     def smallest(self) -> Tensor:
-        least_B = self.values.new_full((self.B,), torch.inf)
-        return least_B.scatter_reduce_(0, self.entries.bags_N, torch.where(self.values > 0, self.values, torch.inf), "amin")
+        least_B = self.values.new_full((self.entries.R,), torch.inf)
+        return least_B.scatter_reduce_(0, self.entries.bags_N.long(), torch.where(self.values > 0, self.values, torch.inf), "amin")
 
-    def decode(self, W_FD: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-        if groups is None:
-            return ops.decode(self.values, W_FD, self.entries)
-        order_N, entries = self._grouped(groups)
-        return ops.decode(self.values[order_N], W_FD, entries).view(self.B, len(groups), -1).transpose(0, 1)
-
-    def _grouped(self, sizes: Sequence[int]) -> tuple[Tensor, ops.Entries]:
-        """The entries in order of token and group, a bag for each."""
-        e, G = self.entries, len(sizes)
-        ends = torch.tensor(sizes, device=e.latents_N.device).cumsum(0)
-        bags_N, order_N = (e.bags_N * G + torch.searchsorted(ends, e.latents_N, right=True)).sort(stable=True)
-        starts = torch.searchsorted(bags_N, torch.arange(self.B * G, device=bags_N.device))
-        return order_N, ops.Entries(e.latents_N[order_N], bags_N, starts, e.F)
+    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
+        e = self.entries
+        if begins_G is None:
+            return ops.decode(self.values, W_FD, e)
+        # the entries are in order of tokens and latents, and so of tokens and groups: only where bags begin is new
+        flat_N = e.bags_N.long() * e.F + e.latents_N
+        if e.valid_N is not None:
+            flat_N = torch.where(e.valid_N, flat_N, e.R * e.F)
+        places_BG = torch.arange(e.R, device=begins_G.device)[:, None] * e.F + begins_G
+        starts = torch.searchsorted(flat_N, places_BG.flatten(), out_int32=True)
+        grouped = ops.decode(self.values, W_FD, e.rebagged(torch.cat([starts, e.starts_R1[-1:]])))
+        return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
 
 
 class Product:
     """The encoder's product of one batch, from which selections take codes; AuxK takes a second one of the same product."""
 
-    def __init__(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, *, bf16: bool = False) -> None:
-        """x - b_dec enters the product, or x itself where `b_dec_D` is None."""
-        self.weights = (W_enc_FD, b_enc_F, b_dec_D)
-        self.centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
-        self.pre_BF = ops.preactivations(self.centred_BD, W_enc_FD, b_enc_F, bf16=bf16)
+    def __init__(
+        self,
+        x_BD: Tensor,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        b_dec_D: Tensor | None,
+        *,
+        bf16: Tensor | bool = False,
+        scratch: ops.Scratch | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        """x - b_dec enters the product, or x itself where `b_dec_D` is None.
 
-    def _sparse(self, flat_N: Tensor, per_token: int | None = None) -> SparseCodes:
-        """Codes of the entries at flat positions, which are in order of tokens."""
-        B, F = self.pre_BF.shape
-        tokens_N = torch.div(flat_N, F, rounding_mode="floor")
-        if per_token is None:
-            starts_B = torch.searchsorted(tokens_N, torch.arange(B, device=flat_N.device))
-        else:
-            starts_B = torch.arange(0, B * per_token, per_token, device=flat_N.device)
-        entries = ops.Entries(flat_N - tokens_N * F, tokens_N, starts_B, F)
-        return SparseCodes(self, ops.encode_sparse(*self.weights, self.centred_BD, self.pre_BF, flat_N, entries), entries, B)
+        `bf16` takes the product of bfloat16 operands; it may be W_enc's copy in that precision. `capacity` is how many entries the
+        lists of `above` hold on a GPU.
+        """
+        self.weights = (W_enc_FD, b_enc_F, b_dec_D)
+        self.capacity, self.scratch, self.buffers = capacity, scratch, 0
+        self.centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
+        shadow = bf16 if isinstance(bf16, Tensor) else W_enc_FD
+        self.bf16 = bf16 = bf16 is not False
+        out = scratch("pre", x_BD, len(x_BD), len(W_enc_FD), dtype=torch.bfloat16 if bf16 else None) if scratch else None
+        self.pre_BF = ops.preactivations(self.centred_BD, shadow, b_enc_F, bf16=bf16, out=out)
+
+    def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An array of [B, F] for this batch alone; from one batch to the next the same ones, in the order that they are asked for."""
+        self.buffers += 1
+        if self.scratch is None:
+            return torch.empty(self.pre_BF.shape, dtype=dtype or like.dtype, device=like.device)
+        return self.scratch(f"dense {self.buffers}", like, *self.pre_BF.shape, dtype=dtype)
+
+    def _codes(self, picked: ops.Picked, *, padded: bool) -> SparseCodes:
+        entries = ops.Entries(picked.latents_N, picked.starts_B1, self.pre_BF.shape[1], padded=padded and self.pre_BF.is_cuda)
+        return SparseCodes(self, ops.encode_sparse(*self.weights, self.centred_BD, picked.values_N, entries), entries)
 
     def top_k(self, k: int) -> SparseCodes:
         """The k largest of each token."""
-        return self._sparse(ops.top_k(self.pre_BF, k), per_token=k)
+        return self._codes(ops.top_k(self.pre_BF, k), padded=False)
 
     def batch_top_k(self, n: int) -> SparseCodes:
         """The n largest of the whole batch."""
-        return self._sparse(ops.batch_top_k(self.pre_BF, n))
+        return self._codes(ops.batch_top_k(self.pre_BF, n), padded=False)
 
     def above(self, threshold: Tensor | float, *, sparse: bool) -> Codes:
         """Everything above a threshold: a number, or one for each latent [F]."""
         if sparse:
-            return self._sparse(ops.nonzero(self.pre_BF, threshold))
-        mask_BF = self.pre_BF > threshold
-        return DenseCodes(self, ops.encode_dense(*self.weights, self.centred_BD, self.pre_BF, mask_BF), mask_BF)
+            return self._codes(ops.above(self.pre_BF, threshold, self.capacity), padded=True)
+        values_BF, mask_BF = ops.encode_dense(*self.weights, self.centred_BD, self.pre_BF, threshold, self.buffer, bf16=self.bf16)
+        return DenseCodes(self, values_BF, mask_BF)
 
-    def top_k_among(self, latents_M: Tensor, k: int) -> SparseCodes:
-        """The k largest of each token among the given latents [M], k <= M."""
-        B, F = self.pre_BF.shape
-        picked_BK = latents_M[self.pre_BF[:, latents_M].topk(k, dim=1, sorted=False).indices]
-        rows_B1 = torch.arange(0, B * F, F, device=latents_M.device)[:, None]
-        return self._sparse((picked_BK + rows_B1).flatten(), per_token=k)
+    def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
+        """The k largest of each token among the latents of a mask [F], or all of them where they are fewer."""
+        return self._codes(ops.top_k(self.pre_BF, k, latents_F), padded=True)
 
 
 # --- the autoencoder ---------------------------------------------------------------------------------------------------------
@@ -192,8 +212,12 @@ class Moment:
     schedule: Schedule
     recipe: Recipe = MONOSEMY
     sparse: bool = True  # the layout of the ReLU kinds
-    bf16: bool = False  # the encoder product's operands
+    bf16: Tensor | bool = False  # whether the encoder's product is of bfloat16 operands, or W_enc's copy in that precision
     dead_F: Tensor | None = None  # latents that have not fired for schedule.dead_tokens tokens, this batch included
+    any_dead: bool = True  # False where it is known that none is
+    sparsity: Tensor | float = 1.0  # the factor on a sparsity penalty: schedule.sparsity(step)
+    scratch: ops.Scratch | None = None
+    capacity: int | None = None  # of the sparse layout's lists on a GPU
 
 
 class SAE(nn.Module, ABC):
@@ -244,8 +268,8 @@ class SAE(nn.Module, ABC):
         """The codes that training uses."""
 
     @abstractmethod
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        """The objective under "loss", beside its parts; "mse" is mean_B ||x - x_hat||^2. Pure."""
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        """The objective under "loss", beside its parts; "mse" is mean_B ||x - x_hat||^2. `f` is what `active` makes of the codes. Pure."""
 
     @abstractmethod
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
@@ -261,6 +285,9 @@ class SAE(nn.Module, ABC):
         """The codes as f: what counts as firing and as L0."""
         return codes
 
+    def phase(self, at: Moment) -> Any:
+        """What else than its numbers changes in the operations of a step, as the run goes on."""
+
     def fired(self, codes: Codes, count_F: Tensor, at: Moment) -> Tensor:
         """Which latents fired in a batch, [F], given on how many tokens each is positive: what dead latents are counted by."""
         return count_F > 0
@@ -271,8 +298,9 @@ class SAE(nn.Module, ABC):
 
     # what every architecture has
 
-    def product(self, x_BD: Tensor, *, bf16: bool = False) -> Product:
-        return Product(x_BD, self.W_enc_FD, self.b_enc_F, self.b_dec_D if self.pre_bias else None, bf16=bf16)
+    def product(self, x_BD: Tensor, at: Moment) -> Product:
+        b_dec_D = self.b_dec_D if self.pre_bias else None
+        return Product(x_BD, self.W_enc_FD, self.b_enc_F, b_dec_D, bf16=at.bf16, scratch=at.scratch, capacity=at.capacity)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
         """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost alone.

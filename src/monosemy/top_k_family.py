@@ -55,11 +55,14 @@ class TopKFamily(SAE):
     def begin(self, x_BD: Tensor) -> None:
         self.b_dec_D.data.copy_(geometric_median(x_BD))
 
+    def phase(self, at: Moment) -> bool:
+        return at.step > at.schedule.threshold_start_step
+
     @torch.no_grad()
     def observe(self, codes: Codes, at: Moment) -> None:
         if at.step <= at.schedule.threshold_start_step:
             return
-        smallest, weight = self.smallest_kept(codes), torch.tensor(1 - at.schedule.threshold_beta, device=self.threshold.device)
+        smallest, weight = self.smallest_kept(codes), torch.full_like(self.threshold, 1 - at.schedule.threshold_beta)
         known = smallest.isfinite()
         self.threshold_values.add_(known)
         if at.recipe.threshold_mean:
@@ -78,13 +81,13 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, at: Moment) -> Tensor:
     Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3 and appendix A.2, https://arxiv.org/abs/2406.04093
     """
     assert at.dead_F is not None
-    dead = at.dead_F.nonzero().squeeze(1)
-    if len(dead) == 0:
+    if not at.any_dead:
         return error_BD.new_zeros(())
-    aux = codes.product.top_k_among(dead, min(sae.d_in // 2, len(dead)))
+    aux = codes.product.top_k_among(at.dead_F, max(sae.d_in // 2, 1))
     e_BD = error_BD.detach()
-    left = (e_BD - aux.replace(aux.values.relu()).decode(sae.W_dec_FD)).pow(2).sum(1).mean()
-    return (left / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()).nan_to_num(0.0)
+    left = (e_BD - aux.map(torch.relu).decode(sae.W_dec_FD)).pow(2).sum(1).mean()
+    share = (left / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()).nan_to_num(0.0)
+    return torch.where(at.dead_F.any(), share, 0)
 
 
 @torch.no_grad()

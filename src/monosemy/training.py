@@ -1,24 +1,33 @@
-"""One SAE in training: its step, its optimizer, the tokens since each of its latents fired.
+"""SAEs in training: one's gradients and notes (`Member`), and the arrays that members of one shape share (`Stack`).
 
-B tokens, D d_in, F d_sae.
+B tokens, D d_in, F d_sae, S members of a stack.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from monosemy import ops
 from monosemy.config import invalid
+from monosemy.graphs import Captured
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
-from monosemy.sae import SAE, Moment, architecture
+from monosemy.sae import SAE, Codes, Moment, architecture
 from monosemy.schedule import Schedule
 
-SPARSE_BELOW = 0.15  # share of latents; above it the dense products are faster
+LOOK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
+SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.009}  # share of latents; above it the dense products are faster
+ROOM = 4  # times the entries counted, of which lists of a fixed length on a GPU hold as many
+GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a stack on a GPU holds before it updates
+
+OnNonfinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,27 @@ class SAESpec:
         return sae
 
 
-class Member:
-    """An SAE, what its optimizer remembers, and how it sees its batches.
+class Late:
+    """A few numbers on their way from the device to the host. Reading waits for them, who are asked for long after they were sent."""
 
-    Steps of one member depend on nothing but its own state, the batch and the step's number: not on the other members, nor on logging.
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.arrived = values, None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class Member:
+    """One SAE: its weights, the tokens since each of its latents fired, how it sees its batches, what it notes about itself.
+
+    A member's steps depend on nothing but its own state, the batch and the step's number: not on its company, nor on logging.
+    A step whose loss or gradient is not finite changes nothing but `bad`; with `on_nonfinite="stop"` no later one does either.
     """
 
     def __init__(
@@ -68,52 +94,111 @@ class Member:
         recipe: Recipe = MONOSEMY,
         bf16: bool = False,
         norm_factor: float = 1.0,
+        on_nonfinite: OnNonfinite = "stop",
+        scratch: ops.Scratch | None = None,
     ) -> None:
         """`norm_factor` is what batches are divided by; an SAE that begins from another's weights is put in those units."""
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
+        self.on_nonfinite, self.scratch = on_nonfinite, scratch
         self.sae = spec.build(d_in).to(device)
         self.norm_factor, self.fresh = norm_factor, spec.init_from is None
         self.lr = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps) if spec.lr is None else spec.lr
         if not self.fresh:
             self.sae.scale_(1 / norm_factor)
-        self.optimizer = ops.Optimizer(
-            dict(self.sae.named_parameters()),
-            decoder="W_dec_FD",
-            constraint=self.sae.constraint,
-            clip=self.sae.clip,
-            betas=self.sae.betas,
-        )
         self.since_fired_F = torch.zeros(spec.d_sae, dtype=torch.long, device=device)
-        self.sparse = self.sae.always_sparse
-        self.active = torch.zeros((), device=device)  # mean active entries of a token in the codes, of the last step
+        self.clock = torch.zeros((), dtype=torch.long, device=device)  # steps taken, refused ones included
+        # steps refused, the first of them, whether its batch was finite; steps passed because a list of fixed length was full
+        self.bad = torch.tensor([0, -1, 1, 0], device=device)
+        self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
+        self.sparse, self.capacity, self.any_dead = self.sae.always_sparse, 0, True
+        self.seen: Late | None = None  # `active`, and the longest that a latent has not fired, at the last step that is a multiple of 100
         self.last: dict[str, Tensor] = {}
+        self.stack, self.place = Stack([self]), 0
 
     def step(self, x_BD: Tensor, step: int) -> None:
         """One optimizer step on a batch of scaled activations [B, D]."""
+        self.stack.step({self.name: x_BD}, step)
+
+    def before(self, x_BD: Tensor, step: int) -> None:
+        """What the host decides before a step: the first b_dec, the layout, whether a latent may be dead."""
         if step == 0 and self.fresh:
             self.sae.begin(x_BD)
-        if step % 100 == 0 and step and not self.sae.always_sparse:
-            self.sparse = bool(self.active < SPARSE_BELOW * self.sae.d_sae)
-        at = Moment(step, self.schedule, self.recipe, self.sparse, self.bf16)
+            self.any_dead = LOOK_EVERY * len(x_BD) >= self.schedule.dead_tokens
+        if step % LOOK_EVERY == 0 and self.seen is not None:
+            active, longest = self.seen.read()
+            self.any_dead = longest + 2 * LOOK_EVERY * len(x_BD) >= self.schedule.dead_tokens
+            if not self.sae.always_sparse:
+                room_left = not self.capacity or active * len(x_BD) < self.capacity
+                self.sparse = room_left and active < SPARSE_BELOW[x_BD.device.type] * self.sae.d_sae
+                room = min(ROOM * 2 ** math.ceil(math.log2(active + 1)), self.sae.d_sae) * len(x_BD)
+                # few different capacities: each is a phase of its own
+                self.capacity = max(room, self.capacity if self.capacity <= 2 * room else 0) if self.sparse else 0
+
+    def phase(self, step: int) -> tuple[Any, ...]:
+        """What decides which operations a step runs: with an equal phase they are the same ones on other numbers."""
+        return self.sparse, self.capacity, self.any_dead, self.sae.phase(Moment(step, self.schedule, self.recipe))
+
+    def gradients(self, x_BD: Tensor, step: int, sparsity: Tensor | float) -> dict[str, Tensor]:
+        """Forward and backward: the gradient of each parameter. What they were taken from is kept for `conclude`."""
+        at = Moment(
+            step,
+            self.schedule,
+            self.recipe,
+            self.sparse,
+            self.stack.shadow(self) if self.bf16 else False,
+            sparsity=sparsity,
+            scratch=None if x_BD.is_cuda else self.scratch,  # graphs have memory of their own
+            capacity=self.capacity,
+        )
         codes = self.sae.codes(x_BD, at)
+        f = self.sae.active(codes)
         with torch.no_grad():
-            count_F = self.sae.active(codes).count()
+            count_F = f.count()
             since_F = torch.where(self.sae.fired(codes, count_F, at), 0, self.since_fired_F + len(x_BD))
             dead_F = since_F >= self.schedule.dead_tokens
-        at = dataclasses.replace(at, dead_F=dead_F)
-        parts = self.sae.loss(x_BD, codes, at)
-        parts["loss"].backward()
-        self.optimizer.step(self.lr * self.schedule.lr(step))
-        self.sae.observe(codes, at)
-        self.since_fired_F = since_F
-        self.active = codes.size() / len(x_BD)
-        self.last = {name: part.detach() for name, part in parts.items()} | {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
+        at = dataclasses.replace(at, dead_F=dead_F, any_dead=self.any_dead if x_BD.is_cuda else bool(dead_F.any()))
+        parts = self.sae.loss(x_BD, codes, f, at)
+        params = dict(self.sae.named_parameters())
+        grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
+        self.last = {n: part.detach() for n, part in parts.items()} | {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
+        self.noted = codes, at, since_F, x_BD.isfinite().all()
+        return dict(zip(params, grads, strict=True))
 
-    def record(self, x_BD: Tensor) -> dict[str, float]:
+    def stopped(self) -> Tensor:
+        """Whether this step's update is refused whatever its numbers are."""
+        return self.full(self.noted[0]) | ((self.bad[0] > 0) & (self.on_nonfinite == "stop"))
+
+    def full(self, codes: Codes) -> Tensor:
+        """Whether a list of fixed length may have had no room for all entries."""
+        return codes.size() >= (self.capacity or torch.inf)
+
+    @torch.no_grad()
+    def conclude(self, updated: Tensor) -> None:
+        """Take notes of a step, unless its update was refused."""
+        codes, at, since_F, finite_batch = self.noted
+        del self.noted
+        before = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
+        self.sae.observe(codes, at)
+        for name, buffer in self.sae.named_buffers():
+            buffer.copy_(torch.where(updated, buffer, before[name]))
+        self.since_fired_F.copy_(torch.where(updated, since_F, self.since_fired_F))
+        self.active.copy_(codes.size() / codes.tokens)
+        refused, first, finite, full = self.bad
+        now = torch.stack([refused + 1, torch.where(refused == 0, self.clock, first), finite * finite_batch, full])
+        passed = torch.stack([refused, first, finite, full + 1])
+        self.bad.copy_(torch.where(updated, self.bad, torch.where(self.full(codes), passed, now)))
+        self.clock.add_(1)
+
+    def look(self) -> None:
+        """Send to the host what it decides by a hundred steps from now."""
+        self.seen = Late(torch.stack([self.active.double(), self.since_fired_F.max().double()]))
+
+    @torch.no_grad()
+    def record(self, x_BD: Tensor) -> Numbers:
         """The last step's numbers on its batch; FVU is the squared error over the batch's variance. Looks, and changes nothing."""
-        numbers = {name: float(value) for name, value in self.last.items()}
-        variance = float((x_BD - x_BD.mean(0)).pow(2).sum(1).mean())
-        return numbers | {"fvu": numbers["mse"] / variance if variance else float("nan")}
+        variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
+        numbers = self.last | {"fvu": self.last["mse"] / torch.where(variance > 0, variance, torch.nan)}
+        return Numbers(self.on_nonfinite, tuple(numbers), Late(torch.stack([*(v.double() for v in numbers.values()), *self.bad.double()])))
 
     def finished(self) -> SAE:
         """A copy of the SAE for use: of raw activations, with unit decoder rows."""
@@ -123,3 +208,124 @@ class Member:
             sae.unit_decoder_()
         sae.scale_(self.norm_factor)
         return sae.requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, to go on from with `restore`."""
+        sae = {f"sae.{name}": t.detach() for name, t in [*self.sae.named_parameters(), *self.sae.named_buffers()]}
+        optimizer = {f"optimizer.{name}": t for name, t in self.stack.optimizer.state(self.place).items()}
+        seen = [float("nan")] * 2 if self.seen is None else self.seen.read()
+        host = {"layout": torch.tensor([self.sparse, self.capacity, self.any_dead]), "seen": torch.tensor(seen, dtype=torch.float64)}
+        return sae | optimizer | host | {name: getattr(self, name) for name in ("since_fired_F", "clock", "bad", "active")}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where an equal member gave its `state`."""
+        for name, tensor in [*self.sae.named_parameters(), *self.sae.named_buffers()]:
+            tensor.copy_(state[f"sae.{name}"])
+        self.stack.optimizer.restore(self.place, {n.removeprefix("optimizer."): t for n, t in state.items()})
+        for name in ("since_fired_F", "clock", "bad", "active"):
+            getattr(self, name).copy_(state[name])
+        sparse, capacity, any_dead = state["layout"].tolist()
+        self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)
+        self.seen = None if state["seen"].isnan().any() else Late(state["seen"].cpu())
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A step's numbers on their way to the host."""
+
+    on_nonfinite: OnNonfinite
+    names: tuple[str, ...]
+    late: Late
+
+    def read(self) -> tuple[dict[str, float], str]:
+        """The numbers, and why the member was stopped, where it was."""
+        *values, refused, first, finite_batch, full = self.late.read()
+        numbers = dict(zip(self.names, values, strict=True)) | {"skipped": refused + full}
+        if refused == 0 or self.on_nonfinite == "skip":
+            return numbers, ""
+        cause = "with a batch that was finite" if finite_batch else "with a batch that was not finite either"
+        return numbers, f"its loss or gradient was not finite at step {first:.0f}, {cause}"
+
+
+class Stack:
+    """Members of one shape and kind, whose parameters and moments lie in arrays [S, ..], so that one launch updates all of them.
+
+    On a CPU each member is updated after its own backward pass, for no launch is saved there and gradients stay in the cache.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+        params = [dict(m.sae.named_parameters()) for m in members]
+        self.params = {n: torch.stack([p[n].data for p in params]) if len(params) > 1 else p.data[None] for n, p in params[0].items()}
+        for s, member in enumerate(self.members):
+            for name, p in params[s].items():
+                p.data = self.params[name][s]
+            member.stack, member.place = self, s
+        self.device = next(iter(self.params.values())).device
+        self.schedules_2S = torch.zeros(2, len(self.members), device=self.device)  # learning rate and the factor on sparsity penalties
+        self.captured = Captured() if self.device.type == "cuda" else None
+
+    @staticmethod
+    def kind(member: Member) -> tuple[Any, ...]:
+        """Members of an equal kind may share a stack."""
+        sae = member.sae
+        shapes = tuple((n, p.shape) for n, p in sae.named_parameters())
+        return sae.constraint, sae.clip, sae.betas, shapes, member.bf16, member.on_nonfinite, next(sae.parameters()).device
+
+    @cached_property
+    def optimizer(self) -> ops.Optimizer:
+        sae = self.members[0].sae
+        return ops.Optimizer(
+            self.params,
+            decoder="W_dec_FD",
+            constraint=sae.constraint,
+            clip=sae.clip,
+            betas=sae.betas,
+            shadow="W_enc_FD" if self.members[0].bf16 else None,
+        )
+
+    def shadow(self, member: Member) -> Tensor:
+        """W_enc in bfloat16."""
+        return self.optimizer.shadow["W_enc_FD"][member.place]
+
+    def step(self, batches: Mapping[str, Tensor], step: int) -> None:
+        """One optimizer step of every member, on its batch of scaled activations [B, D]. Nothing in it waits for a GPU."""
+        for m in self.members:
+            m.before(batches[m.name], step)
+        now = torch.tensor([[m.lr * m.schedule.lr(step) for m in self.members], [m.schedule.sparsity(step) for m in self.members]])
+        self.schedules_2S.copy_(now.pin_memory() if self.captured else now, non_blocking=True)
+        if self.captured is None:
+            self._run(batches, step)
+        else:
+            phase = tuple(m.phase(step) for m in self.members)
+            for m, last in zip(self.members, self.captured(self._run, phase, batches, step), strict=True):
+                m.last = last
+        if step % LOOK_EVERY == 0:
+            for m in self.members:
+                m.look()
+
+    def _run(self, batches: Mapping[str, Tensor], step: int) -> list[dict[str, Tensor]]:
+        S = len(self.members)
+        for which in [slice(0, S)] if self.captured else [slice(s, s + 1) for s in range(S)]:
+            members, (lr_S, sparsity_S) = self.members[which], self.schedules_2S[:, which]
+            grads = [m.gradients(batches[m.name], step, sparsity) for m, sparsity in zip(members, sparsity_S, strict=True)]
+            # a loss that is not a number refuses the update
+            loss_S = torch.stack([torch.where(m.stopped(), torch.nan, m.last["loss"]) for m in members])
+            updated_S = self.optimizer.step({n: [g[n] for g in grads] for n in self.params}, lr_S, loss_S, which)
+            for m, updated in zip(members, updated_S, strict=True):
+                m.conclude(updated)
+        return [m.last for m in self.members]
+
+
+def stacks(members: Iterable[Member]) -> list[Stack]:
+    """Put members that can share arrays into stacks, as many into each as gradients may be held of at once."""
+    kinds: dict[tuple[Any, ...], list[Member]] = {}
+    for member in members:
+        kinds.setdefault(Stack.kind(member), []).append(member)
+    found = []
+    for group in kinds.values():
+        bytes_of_one = sum(p.numel() * p.element_size() for p in group[0].sae.parameters())
+        size = max(GRADIENTS_AT_ONCE // bytes_of_one, 1)
+        found += [Stack(group[i : i + size]) for i in range(0, len(group), size)]
+    return found

@@ -46,10 +46,13 @@ def trained(name, steps=60, **how):
     return m
 
 
+def parts(sae, x, at):
+    codes = sae.codes(x, at)
+    return sae.loss(x, codes, sae.active(codes), at)
+
+
 def snapshot(m):
-    return {n: t.detach().clone() for n, t in m.sae.state_dict().items()} | {
-        f"optimizer.{n}": t.clone() for n, t in m.optimizer.state().items()
-    }
+    return {n: t.clone() for n, t in m.state().items()}
 
 
 def equal(a, b):
@@ -74,15 +77,14 @@ def test_the_gradient_is_the_loss_s_slope(name):
     if name == "gated":  # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
         moved = {n: p for n, p in moved.items() if n not in ("W_dec_FD", "b_dec_D")}
 
-    def loss(codes=None):
-        codes = sae.codes(x, at)
-        return sae.loss(x, codes, at)["loss"]
+    def loss():
+        return parts(sae, x, at)["loss"]
 
     gradients = dict(zip(moved, torch.autograd.grad(loss(), list(moved.values()), allow_unused=True), strict=True))
     eps = 1e-7
     for i, (n, p) in enumerate(moved.items()):
         direction = torch.randn(p.shape, generator=generator(i, "direction"), dtype=torch.float64)
-        if "auxk" in sae.loss(x, sae.codes(x, at), at) and n in ("W_dec_FD", "W_enc_FD", "b_enc_F", "b_dec_D"):
+        if "auxk" in parts(sae, x, at) and n in ("W_dec_FD", "W_enc_FD", "b_enc_F", "b_dec_D"):
             continue  # AuxK holds the residual fixed; its gradients are checked below
         p.data.add_(eps * direction)
         above = float(loss())
@@ -103,7 +105,7 @@ def test_auxk_by_plain_autograd(name):
     dead[::7] = True
     at = Moment(35, m.schedule, dead_F=dead)
     parameters = list(sae.parameters())
-    ours = sae.loss(x, sae.codes(x, at), at)
+    ours = parts(sae, x, at)
     assert float(ours["auxk"]) > 0
     k, pre = SETTINGS[name]["k"], ((x - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F).relu()
     if name == "top_k":
@@ -133,7 +135,7 @@ def test_both_layouts_give_the_same_loss_and_gradients(name):
     results = []
     for sparse in (True, False):
         at = Moment(35, m.schedule, sparse=sparse, dead_F=torch.zeros(F, dtype=torch.bool))
-        loss = m.sae.loss(batch(99), m.sae.codes(batch(99), at), at)["loss"]
+        loss = parts(m.sae, batch(99), at)["loss"]
         results.append((float(loss), torch.autograd.grad(loss, list(m.sae.parameters()), allow_unused=True)))
     (loss_a, grads_a), (loss_b, grads_b) = results
     assert loss_a == pytest.approx(loss_b, rel=1e-6)
@@ -149,7 +151,7 @@ def test_the_loss_is_pure_and_records_only_look(name):
     before = snapshot(m)
     at = Moment(10, m.schedule, dead_F=torch.zeros(F, dtype=torch.bool))
     codes = m.sae.codes(batch(10), at)
-    first, second = (m.sae.loss(batch(10), codes, at)["loss"] for _ in range(2))
+    first, second = (m.sae.loss(batch(10), codes, m.sae.active(codes), at)["loss"] for _ in range(2))
     m.record(batch(10))
     m.finished()
     assert torch.equal(first, second)

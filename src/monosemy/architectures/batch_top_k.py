@@ -24,11 +24,11 @@ class BatchTopK(TopKFamily):
         self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
-        kept = self.product(x_BD, bf16=at.bf16).batch_top_k(self.settings.k * len(x_BD))
-        return kept.replace(kept.values.relu())
+        kept = self.product(x_BD, at).batch_top_k(self.settings.k * len(x_BD))
+        return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        error_BD = x_BD - (codes.decode(self.W_dec_FD) + self.b_dec_D)
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        error_BD = x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)
         mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
@@ -36,5 +36,4 @@ class BatchTopK(TopKFamily):
         return codes.smallest().amin()
 
     def select(self, pre_BF: Tensor) -> Tensor:
-        flat = ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF))
-        return torch.zeros_like(pre_BF).flatten().index_copy_(0, flat, pre_BF.flatten()[flat].relu()).view_as(pre_BF)
+        return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(self.d_sae).relu()

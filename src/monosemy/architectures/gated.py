@@ -44,17 +44,16 @@ class Gated(SAE):
         self.W_dec_FD.data.copy_(rows_FD)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
-        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+        return self.product(x_BD, at).above(0, sparse=at.sparse)
 
     def active(self, codes: Codes) -> Codes:
-        e = codes.values - codes.at(self.b_enc_F)
-        return codes.replace((codes.at(self.r_mag_F.exp()) * e + codes.at(self.b_mag_F)).relu())
+        return codes.map(lambda pi, scale, b, b_mag: (scale * (pi - b) + b_mag).relu(), self.r_mag_F.exp(), self.b_enc_F, self.b_mag_F)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (self.active(codes).decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
         gate_mse = (x_BD - (codes.decode(self.W_dec_FD.detach()) + self.b_dec_D.detach())).pow(2).sum(1).mean()
-        l1 = codes.values.sum() / len(x_BD)
-        loss = mse + self.settings.l1_penalty * at.schedule.sparsity(at.step) * l1 + gate_mse
+        l1 = codes.total() / len(x_BD)
+        loss = mse + self.settings.l1_penalty * at.sparsity * l1 + gate_mse
         return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:

@@ -22,13 +22,13 @@ class _Jump(Function):
     def forward(ctx: Any, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(v, threshold)
         ctx.bandwidth = bandwidth
-        return torch.where(v > threshold, v, 0)
+        return v * (v > threshold)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         v, threshold = ctx.saved_tensors
         d_threshold = -threshold / ctx.bandwidth * _near(v - threshold, ctx.bandwidth) * g
-        return torch.where(v > threshold, g, 0), d_threshold.sum_to_size(threshold.shape), None
+        return g * (v > threshold), d_threshold.sum_to_size(threshold.shape), None
 
 
 class _Step(Function):
@@ -82,24 +82,23 @@ class JumpReLU(SAE):
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         """Everything that fires or lies within reach of the kernel."""
-        return self.product(x_BD, bf16=at.bf16).above(self.threshold_F.detach() - self.settings.bandwidth / 2, sparse=at.sparse)
+        return self.product(x_BD, at).above(self.threshold_F.detach() - self.settings.bandwidth / 2, sparse=at.sparse)
 
     def active(self, codes: Codes) -> Codes:
-        return codes.replace(_Jump.apply(codes.values, codes.at(self.threshold_F), self.settings.bandwidth))
+        return codes.map(lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold_F)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
         B, bandwidth = len(x_BD), self.settings.bandwidth
-        f = self.active(codes)
         mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
-        stepped = codes.values if at.recipe.step_of_preactivations else f.values
-        l0 = codes.by_latent(_Step.apply(stepped, codes.at(self.threshold_F), bandwidth)).sum() / B
+        stepped = codes if at.recipe.step_of_preactivations else f
+        l0 = stepped.total(lambda v, threshold: _Step.apply(v, threshold, bandwidth), self.threshold_F) / B
         if (
             not at.recipe.step_of_preactivations
         ):  # off the support f is 0, which lies above a negative threshold and within reach of a small one
-            off_F = B - codes.by_latent(torch.ones_like(codes.values))
-            l0 = l0 + (off_F * _Step.apply(torch.zeros_like(off_F), self.threshold_F, bandwidth)).sum() / B
+            off_F = B - codes.size_by_latent()
+            l0 = l0 + (off_F * _Step.apply(torch.zeros_like(self.threshold_F), self.threshold_F, bandwidth)).sum() / B
         sparsity = (l0 / self.settings.target_l0 - 1) ** 2
-        return {"loss": mse + self.settings.sparsity_penalty * at.schedule.sparsity(at.step) * sparsity, "mse": mse, "sparsity": sparsity}
+        return {"loss": mse + self.settings.sparsity_penalty * at.sparsity * sparsity, "mse": mse, "sparsity": sparsity}
 
     @torch.no_grad()
     def observe(self, codes: Codes, at: Moment) -> None:

@@ -26,6 +26,8 @@ class MatryoshkaBatchTopK(TopKFamily):
 
     name = "matryoshka_batch_top_k"
 
+    begins_G: Tensor  # the first latent of each group
+
     @dataclass(frozen=True)
     class Settings(TopKFamily.Settings):
         group_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
@@ -40,6 +42,7 @@ class MatryoshkaBatchTopK(TopKFamily):
                 f"positive shares of the {d_sae} latents that sum to 1 and hold one latent each",
                 "correct the shares, use fewer groups, or widen the SAE",
             )
+        self.register_buffer("begins_G", torch.tensor([0, *accumulate(self.group_sizes[:-1])]), persistent=False)
 
     @property
     def group_sizes(self) -> list[int]:
@@ -51,11 +54,11 @@ class MatryoshkaBatchTopK(TopKFamily):
         self.begin_from(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS))
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
-        kept = self.product(x_BD, bf16=at.bf16).batch_top_k(self.settings.k * len(x_BD))
-        return kept.replace(kept.values.relu())
+        kept = self.product(x_BD, at).batch_top_k(self.settings.k * len(x_BD))
+        return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        x_hats = accumulate(codes.decode(self.W_dec_FD, self.group_sizes), initial=self.b_dec_D)
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        x_hats = accumulate(f.decode(self.W_dec_FD, self.begins_G), initial=self.b_dec_D)
         errors = [x_BD - x_hat_BD for x_hat_BD in islice(x_hats, 1, None)]
         mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
         weight = 1.0 if at.recipe.single_mean else 1 / len(mse_G)
@@ -66,5 +69,4 @@ class MatryoshkaBatchTopK(TopKFamily):
         return codes.smallest().amin()
 
     def select(self, pre_BF: Tensor) -> Tensor:
-        flat = ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF))
-        return torch.zeros_like(pre_BF).flatten().index_copy_(0, flat, pre_BF.flatten()[flat].relu()).view_as(pre_BF)
+        return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(self.d_sae).relu()

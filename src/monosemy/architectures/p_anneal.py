@@ -68,19 +68,24 @@ class PAnneal(SAE):
             return self.settings.p_start, None
         return values[done - 1], values[done] if done < len(values) else self.settings.p_end
 
+    def phase(self, at: Moment) -> tuple[float, float | None, bool]:
+        return *self.p(at), at.step in self.annealing(at)[0]
+
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
-        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+        return self.product(x_BD, at).above(0, sparse=at.sparse)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (codes.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
-        lp = codes.values.pow(self.p(at)[0]).sum() / len(x_BD)
-        return {"loss": mse + self.coefficient * at.schedule.sparsity(at.step) * lp, "mse": mse, "lp": lp}
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        p, _ = self.p(at)
+        lp = f.total(lambda f: f**p) / len(x_BD)
+        return {"loss": mse + self.coefficient * at.sparsity * lp, "mse": mse, "lp": lp}
 
+    @torch.no_grad()
     def observe(self, codes: Codes, at: Moment) -> None:
         p, p_next = self.p(at)
         if p_next is None:
             return
-        sums = torch.stack([codes.values.detach().pow(q).sum() for q in (p, p_next)])
+        sums = torch.stack([codes.total(lambda f, q=q: f**q) for q in (p, p_next)])
         self.queue_Q2.copy_(torch.cat([self.queue_Q2[1:], sums[None]]))
         if at.step in self.annealing(at)[0]:
             now, then = self.queue_Q2.sum(0)  # slots that are not filled yet hold zeros and do not move the ratio

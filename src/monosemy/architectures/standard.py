@@ -32,12 +32,12 @@ class Standard(SAE):
         reset_relu(self, generator)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
-        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+        return self.product(x_BD, at).above(0, sparse=at.sparse)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (codes.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
-        l1 = codes.values.sum() / len(x_BD)
-        return {"loss": mse + self.settings.l1_penalty * at.schedule.sparsity(at.step) * l1, "mse": mse, "l1": l1}
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        l1 = f.total() / len(x_BD)
+        return {"loss": mse + self.settings.l1_penalty * at.sparsity * l1, "mse": mse, "l1": l1}
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return pre_BF.relu()

@@ -32,12 +32,12 @@ class StandardNew(SAE):
         reset_relu(self, generator)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
-        return self.product(x_BD, bf16=at.bf16).above(0, sparse=at.sparse)
+        return self.product(x_BD, at).above(0, sparse=at.sparse)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (codes.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
-        l1 = (codes.values * codes.at(torch.linalg.vector_norm(self.W_dec_FD, dim=1))).sum() / len(x_BD)
-        return {"loss": mse + self.settings.l1_penalty * at.schedule.sparsity(at.step) * l1, "mse": mse, "l1": l1}
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        l1 = f.total(torch.mul, torch.linalg.vector_norm(self.W_dec_FD, dim=1)) / len(x_BD)
+        return {"loss": mse + self.settings.l1_penalty * at.sparsity * l1, "mse": mse, "l1": l1}
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return pre_BF.relu()

@@ -23,20 +23,21 @@ class TopK(TopKFamily):
         self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
-        kept = self.product(x_BD, bf16=at.bf16).top_k(self.settings.k)
-        return kept.replace(kept.values.relu())
+        kept = self.product(x_BD, at).top_k(self.settings.k)
+        return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, at: Moment) -> dict[str, Tensor]:
-        error_BD = x_BD - (codes.decode(self.W_dec_FD) + self.b_dec_D)
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+        error_BD = x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)
         mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:
         least_B = codes.smallest()
-        return least_B[least_B.isfinite()].mean()
+        known_B = least_B.isfinite()
+        return torch.where(known_B, least_B, 0).sum() / known_B.sum()
 
     def fired(self, codes: Codes, count_F: Tensor, at: Moment) -> Tensor:
-        return (count_F if at.recipe.fired_if_positive else codes.by_latent(torch.ones_like(codes.values))) > 0
+        return (count_F if at.recipe.fired_if_positive else codes.size_by_latent()) > 0
 
     def select(self, pre_BF: Tensor) -> Tensor:
         top = pre_BF.topk(self.settings.k, dim=1, sorted=False)

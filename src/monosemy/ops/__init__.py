@@ -1,34 +1,48 @@
 """The kernel seam: one signature for each op, and no caller asks where it runs.
 
-`torch.py` is the meaning of every op in plain torch. After the encoder's product everything that it does costs as much as there
-are active latents, not as there are latents.
+`torch.py` is the plain meaning of every op. `compiled.py` (C, through ctypes), `aten.py` (torch's own CPU kernels) and `triton.py` (a
+GPU) are its fast forms, which `forms.py` chooses from. `functions.py` gives the ops their gradients, `update.py` is what comes after.
 """
 
-from monosemy.ops.torch import (
-    Entries,
+from monosemy.ops.entries import Entries, Picked
+from monosemy.ops.forms import using
+from monosemy.ops.functions import (
+    Scratch,
+    above,
     batch_top_k,
+    count_dense,
     decode,
+    decode_dense,
     encode_dense,
     encode_sparse,
-    nonzero,
+    map_dense,
     preactivations,
-    sum_by,
+    sum_by_latent,
     take,
     top_k,
+    total_dense,
 )
-from monosemy.ops.update import Constraint, Optimizer
+from monosemy.ops.torch import Constraint
+from monosemy.ops.update import Optimizer
 
 __all__ = [
     "Constraint",
     "Entries",
     "Optimizer",
+    "Picked",
+    "Scratch",
+    "above",
     "batch_top_k",
+    "count_dense",
     "decode",
+    "decode_dense",
     "encode_dense",
     "encode_sparse",
-    "nonzero",
+    "map_dense",
     "preactivations",
-    "sum_by",
+    "sum_by_latent",
     "take",
     "top_k",
+    "total_dense",
+    "using",
 ]

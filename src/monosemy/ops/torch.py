@@ -1,179 +1,140 @@
-"""What each op means, in plain torch. Backward passes of the sparse ops are sparse too: no tensor of [B, F] appears in them.
+"""What each op means, in plain torch: the reference that the fast forms are held to, and the form of any other device or precision.
 
-B tokens, D d_in, F latents, K kept of each token, N active entries. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
-An entry is a token and a latent; entries are sorted by token. A *bag* is what one decoded row sums: a token, or a token and a group.
+Each function has a twin of the same name and signature in the fast forms. B tokens, D d_in, F latents, N entries, R bags, S SAEs of
+one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
-from torch.autograd import Function
+
+from monosemy.ops.entries import Entries, Picked
+
+Constraint = Literal["project", "constrain", "free"]
+
+# --- selections: of equal values the earlier position is taken ----------------------------------------------------------------
 
 
-def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor | None, *, bf16: bool = False) -> Tensor:
-    """x W_enc^T + b_enc, [B, F], outside autograd; with `bf16` the product is taken of bfloat16 operands (and rounded to it)."""
-    with torch.no_grad():
-        if bf16:
-            return nnf.linear(x_BD.bfloat16(), W_enc_FD.bfloat16(), None if b_enc_F is None else b_enc_F.bfloat16())
-        return nnf.linear(x_BD, W_enc_FD, b_enc_F)
+def _picked(pre_BF: Tensor, chosen_BF: Tensor) -> Picked:
+    starts_B1 = torch.nn.functional.pad(chosen_BF.sum(1).cumsum(0), (1, 0)).int()
+    return Picked(chosen_BF.nonzero()[:, 1].int(), starts_B1, pre_BF[chosen_BF].to(torch.promote_types(pre_BF.dtype, torch.float32)))
 
 
-# --- selections: flat positions (token * F + latent) of the chosen entries ---------------------------------------------------
+def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k."""
+    allowed_BF = torch.ones_like(pre_BF, dtype=torch.bool) if among_F is None else among_F.expand_as(pre_BF)
+    k = min(k, int(allowed_BF[0].sum()))
+    order_BK = torch.where(allowed_BF, pre_BF, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return _picked(pre_BF, torch.zeros_like(allowed_BF).scatter_(1, order_BK, True))
 
 
-def top_k(pre_BF: Tensor, k: int) -> Tensor:
-    """Flat positions of the k largest of each token, [B * k], in order of tokens."""
-    B, F = pre_BF.shape
-    rows_B1 = torch.arange(0, B * F, F, device=pre_BF.device)[:, None]
-    return (pre_BF.topk(k, dim=1, sorted=False).indices + rows_B1).flatten()
+def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+    """The n largest of the whole batch."""
+    order = pre_BF.flatten().sort(descending=True, stable=True).indices[:n]
+    return _picked(pre_BF, torch.zeros_like(pre_BF, dtype=torch.bool).flatten().index_fill_(0, order, True).view_as(pre_BF))
 
 
-def batch_top_k(pre_BF: Tensor, n: int) -> Tensor:
-    """Flat positions of the n largest of the whole batch, [n], ascending.
+def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+    """Everything above a threshold: a number, or one for each latent [F]. On a GPU the lists hold `capacity` entries."""
+    return _picked(pre_BF, pre_BF > threshold)
 
-    The k-th largest of a strided sample bounds the search from below, so that the exact selection looks at few candidates.
+
+def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F + 1]."""
+    order_N = latents_N.sort(stable=True).indices.int()
+    return order_N, torch.nn.functional.pad(torch.bincount(latents_N, minlength=F).cumsum(0), (1, 0)).int()
+
+
+# --- sums over entries --------------------------------------------------------------------------------------------------------
+
+
+def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
+    """The sum of each latent's values, [F]."""
+    return values_N.new_zeros(e.F).index_add_(0, e.latents_N, values_N)
+
+
+def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
+    """For each bag the sum of value times the latent's row of W, [R, D]."""
+    return W_FD.new_zeros(e.R, W_FD.shape[1]).index_add_(0, e.bags_N, values_N[:, None] * W_FD[e.latents_N])
+
+
+def decode_backward(g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D]."""
+    g_ND = g_RD[e.bags_N]
+    d_values_N = (g_ND * W_FD[e.latents_N]).sum(1)
+    return d_values_N, torch.zeros_like(W_FD).index_add_(0, e.latents_N, values_N[:, None] * g_ND) if weight else None
+
+
+def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
+    """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and b_enc, [F]. Bags are tokens."""
+    d_W_FD = x_BD.new_zeros(e.F, x_BD.shape[1]).index_add_(0, e.latents_N, g_N[:, None] * x_BD[e.bags_N])
+    return d_W_FD, sum_by_latent(g_N, e)
+
+
+# --- the dense layout -----------------------------------------------------------------------------------------------------------
+
+
+def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> None:
+    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F]."""
+    torch.gt(pre_BF, threshold, out=mask_BF)
+    values_BF.copy_(torch.where(mask_BF, pre_BF, 0))
+
+
+def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor) -> Tensor:
+    """Write x where the mask is set and zero elsewhere, whatever x is there; returns the sums over tokens, [F]."""
+    return out_BF.copy_(torch.where(mask_BF, x_BF, 0)).sum(0)
+
+
+# --- the update ---------------------------------------------------------------------------------------------------------------
+
+
+def _projected(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
+    """The gradient without its part along p's rows; "project" (OpenAI's code) divides by the norm plus 1e-6, "constrain" by the norm."""
+    if constraint == "free":
+        return g_RC
+    norm_R1 = torch.linalg.vector_norm(p_RC, dim=1, keepdim=True) + (1e-6 if constraint == "project" else 0)
+    return g_RC - (g_RC * p_RC).sum(1, keepdim=True) / norm_R1 * p_RC / norm_R1
+
+
+def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
+    """Each SAE's squared norm of the gradient that `update` will use, [S]. `p` is [S, ..], gradients one of each SAE."""
+    return torch.stack([_projected(p_s, g, constraint).pow(2).sum() for p_s, g in zip(p, grads, strict=True)])
+
+
+def update(
+    p: Tensor,
+    grads: Sequence[Tensor],
+    m: Tensor | None,
+    v: Tensor,
+    shadow: Tensor | None,
+    *,
+    lr_S: Tensor,
+    scale_S: Tensor,
+    steps_S: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    constraint: Constraint,
+) -> None:
+    """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one shape, in place.
+
+    `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0) the first moment is the
+    gradient itself. Gradients may be overwritten.
     """
-    flat = pre_BF.flatten()
-    stride = max(len(flat) // 65_536, 1)
-    sample = flat[::stride]
-    guess = sample.topk(min(len(sample), int(1.3 * n / stride) + 16)).values[-1]
-    candidates = nonzero(pre_BF, guess)
-    if len(candidates) < n:
-        return flat.topk(n, sorted=False).indices.sort().values
-    return candidates[flat[candidates].topk(n, sorted=False).indices].sort().values
-
-
-def nonzero(pre_BF: Tensor, above: Tensor | float) -> Tensor:
-    """Flat positions of everything above a threshold (a number or [F]), ascending."""
-    return (pre_BF > above).flatten().nonzero().squeeze(1)
-
-
-# --- gradients by latent -----------------------------------------------------------------------------------------------------
-
-
-def sum_by(values_N: Tensor, index_N: Tensor, size: int) -> Tensor:
-    """The sum of the values of each index, [size]."""
-    return values_N.new_zeros(size).index_add_(0, index_N, values_N)
-
-
-class Entries:
-    """Where the active entries are: their latents, the bags that they are summed into, and where each bag begins.
-
-    Entries are in order of bags. What groups them by latent, too, is made once, when the first weight gradient asks for it.
-    """
-
-    def __init__(self, latents_N: Tensor, bags_N: Tensor, starts: Tensor, F: int) -> None:
-        self.latents_N, self.bags_N, self.starts, self.F = latents_N, bags_N, starts, F
-
-    @cached_property
-    def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        latents, order_N = self.latents_N.to(torch.int32).sort(stable=True)
-        starts_F = self.latents_N.new_zeros(self.F)
-        torch.cumsum(torch.bincount(latents, minlength=self.F)[:-1], 0, out=starts_F[1:])
-        return order_N, self.bags_N[order_N], starts_F
-
-    def weight_gradient(self, values_N: Tensor, rows_RD: Tensor) -> Tensor:
-        """The sum over each latent's entries of value times the row of the entry's bag, [F, D]: an embedding bag whose bags are latents."""
-        order_N, bags_N, starts_F = self._by_latent
-        return nnf.embedding_bag(bags_N, rows_RD, starts_F, mode="sum", per_sample_weights=values_N[order_N])
-
-
-class _Take(Function):
-    @staticmethod
-    def forward(ctx: Any, w_F: Tensor, latents_N: Tensor) -> Tensor:
-        ctx.save_for_backward(latents_N)
-        ctx.size = len(w_F)
-        return w_F[latents_N]
-
-    @staticmethod
-    def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor, None]:
-        (latents_N,) = ctx.saved_tensors
-        return sum_by(g_N, latents_N, ctx.size), None
-
-
-def take(w_F: Tensor, latents_N: Tensor) -> Tensor:
-    """w of each entry's latent, [N]; its gradient is summed by latent."""
-    return _Take.apply(w_F, latents_N)
-
-
-class _EncodeSparse(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        W_enc_FD: Tensor,
-        b_enc_F: Tensor,
-        b_dec_D: Tensor | None,
-        centred_BD: Tensor,
-        pre_BF: Tensor,
-        flat_N: Tensor,
-        entries: Entries,
-    ) -> Tensor:
-        ctx.save_for_backward(W_enc_FD, centred_BD)
-        ctx.entries = entries
-        return pre_BF.flatten()[flat_N].to(W_enc_FD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor | None, ...]:
-        W_enc_FD, centred_BD = ctx.saved_tensors
-        g_N = g_N.contiguous()
-        d_b_enc_F = sum_by(g_N, ctx.entries.latents_N, len(W_enc_FD))
-        # x - b_dec enters every token alike, so b_dec's gradient is one product of a vector with W_enc, not of [B, F] with it
-        d_b_dec_D = -(d_b_enc_F @ W_enc_FD) if ctx.needs_input_grad[2] else None
-        return ctx.entries.weight_gradient(g_N, centred_BD), d_b_enc_F, d_b_dec_D, None, None, None, None
-
-
-def encode_sparse(
-    W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, flat_N: Tensor, entries: Entries
-) -> Tensor:
-    """The pre-activations of the selected entries, [N], differentiable in W_enc, b_enc and b_dec (where x was centred by it)."""
-    return _EncodeSparse.apply(W_enc_FD, b_enc_F, b_dec_D, centred_BD, pre_BF, flat_N, entries)
-
-
-class _EncodeDense(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, mask_BF: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(W_enc_FD, centred_BD, mask_BF)
-        return torch.where(mask_BF, pre_BF, 0).to(W_enc_FD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g_BF: Tensor) -> tuple[Tensor | None, ...]:
-        W_enc_FD, centred_BD, mask_BF = ctx.saved_tensors
-        g_BF = torch.where(mask_BF, g_BF, 0)  # a selection: where p < 1 the gradient at 0 is infinite, and inf times 0 is not 0
-        d_b_enc_F = g_BF.sum(0)
-        d_b_dec_D = -(d_b_enc_F @ W_enc_FD) if ctx.needs_input_grad[2] else None
-        return g_BF.T @ centred_BD, d_b_enc_F, d_b_dec_D, None, None, None
-
-
-def encode_dense(W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, pre_BF: Tensor, mask_BF: Tensor) -> Tensor:
-    """The pre-activations where the mask is set and zero elsewhere, [B, F]: `encode_sparse` in the dense layout."""
-    return _EncodeDense.apply(W_enc_FD, b_enc_F, b_dec_D, centred_BD, pre_BF, mask_BF)
-
-
-class _Decode(Function):
-    @staticmethod
-    def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, entries: Entries) -> Tensor:
-        ctx.save_for_backward(values_N, W_dec_FD)
-        ctx.entries = entries
-        return nnf.embedding_bag(entries.latents_N, W_dec_FD, entries.starts, mode="sum", per_sample_weights=values_N)
-
-    @staticmethod
-    def backward(ctx: Any, g_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        values_N, W_dec_FD = ctx.saved_tensors
-        e, g_RD = ctx.entries, g_RD.contiguous()
-        d_values_N = None
-        if ctx.needs_input_grad[0]:
-            d_values_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(g_RD, W_dec_FD, e.latents_N, e.starts, e.bags_N, 0)
-        d_W_dec_FD = e.weight_gradient(values_N, g_RD) if ctx.needs_input_grad[1] else None
-        return d_values_N, d_W_dec_FD, None
-
-
-def decode(values_N: Tensor, W_dec_FD: Tensor, entries: Entries) -> Tensor:
-    """For each bag the sum of value times the latent's decoder row, [bags, D]."""
-    return _Decode.apply(values_N, W_dec_FD, entries)
+    for s, g in enumerate(grads):
+        if not scale_S[s].isfinite():
+            continue
+        g = _projected(p[s], g, constraint) * scale_S[s]
+        m_s = g if m is None else m[s].lerp_(g, 1 - betas[0])
+        v[s].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        t = steps_S[s].double()
+        first, second = 1 - betas[0] ** t, 1 - betas[1] ** t
+        p[s].sub_(lr_S[s].to(p.dtype) / first.to(p.dtype) * m_s / (v[s].sqrt() / second.sqrt().to(p.dtype) + eps))
+        if constraint != "free":
+            norm = torch.linalg.vector_norm(p[s], dim=1, keepdim=True)
+            p[s].div_(norm + torch.finfo(p.dtype).eps if constraint == "project" else norm)
+        if shadow is not None:
+            shadow[s].copy_(p[s])

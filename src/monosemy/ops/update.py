@@ -1,83 +1,85 @@
-"""The update after the gradients: project, clip, Adam, renormalise. One object for each SAE in training.
+"""The update after the gradients: project, clip, Adam, renormalise, for S SAEs of one shape at once.
 
 The decoder's rows are unit vectors in most architectures, kept so in one of two ways that the papers' codes differ in: "project"
-(OpenAI's, of the TopK family and JumpReLU) and "constrain" (Towards Monosemanticity's Adam). D d_in, F latents.
+(OpenAI's, of the TopK family and JumpReLU) and "constrain" (Towards Monosemanticity's Adam).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-Constraint = Literal["project", "constrain", "free"]
+from monosemy.ops.forms import form
+from monosemy.ops.torch import Constraint
 
 
 class Optimizer:
-    """Adam over an SAE's parameters, with the decoder's constraint and the clipping of its architecture.
+    """Adam over stacked parameters {name: [S, ..]}, with the decoder's constraint and the clipping of the architecture.
 
-    With beta1 = 0 Adam's first moment is the gradient itself, so none is kept.
+    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `shadow` names a parameter of which a bfloat16 copy
+    is kept up to date, for products in that precision. An SAE whose loss or gradient is not finite is left as it is.
     """
 
     def __init__(
         self,
-        params: dict[str, Tensor],
+        params: Mapping[str, Tensor],
         *,
         decoder: str,
         constraint: Constraint,
         clip: float | None,
         betas: tuple[float, float],
         eps: float = 1e-8,
+        shadow: str | None = None,
     ) -> None:
-        self.params, self.decoder, self.constraint, self.clip, self.betas, self.eps = params, decoder, constraint, clip, betas, eps
+        self.params, self.decoder, self.constraint, self.clip, self.betas, self.eps = dict(params), decoder, constraint, clip, betas, eps
         self.m = {name: torch.zeros_like(p) for name, p in params.items()} if betas[0] else {}
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
-        self.steps = torch.zeros((), dtype=torch.float32, device=next(iter(params.values())).device)
+        W = self.params[decoder]
+        self.steps_S = torch.zeros(len(W), dtype=torch.float32, device=W.device)
+        self.shadow = {shadow: self.params[shadow].bfloat16()} if shadow else {}
+
+    def constraint_of(self, name: str) -> Constraint:
+        return self.constraint if name == self.decoder else "free"
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update from each parameter's `.grad`, which is consumed."""
-        params = list(self.params.values())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        W_FD = self.params[self.decoder]
-        if self.constraint != "free":
-            norm_F1 = torch.linalg.vector_norm(W_FD, dim=1, keepdim=True)
-            if self.constraint == "project":
-                norm_F1 = norm_F1 + 1e-6
-            g_FD = grads[list(self.params).index(self.decoder)]
-            radial_F1 = (g_FD * W_FD).sum(1, keepdim=True) / norm_F1
-            g_FD.addcmul_(W_FD, -radial_F1 / norm_F1)
-        if self.clip is not None:
-            total = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
-            torch._foreach_mul_(grads, torch.clamp(self.clip / (total + 1e-6), max=1.0))
-        self.steps += 1
-        torch._fused_adam_(
-            params,
-            grads,
-            list(self.m.values()) or grads,
-            list(self.v.values()),
-            [],
-            [self.steps.clone() for _ in params],
-            lr=lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=0.0,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        if self.constraint != "free":
-            norm_F1 = torch.linalg.vector_norm(W_FD, dim=1, keepdim=True)
-            W_FD.div_(norm_F1 + torch.finfo(W_FD.dtype).eps if self.constraint == "project" else norm_F1)
-        for p in params:
-            p.grad = None
+    def step(self, grads: Mapping[str, Sequence[Tensor]], lr_S: Tensor, loss_S: Tensor, which: slice = slice(None)) -> Tensor:
+        """One update of the SAEs `which` from a gradient of each, in their order; gradients are consumed.
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything but the parameters that the next step depends on."""
-        return {"steps": self.steps} | {f"m.{n}": t for n, t in self.m.items()} | {f"v.{n}": t for n, t in self.v.items()}
+        Returns which of them were updated, bool [S]: those whose loss and gradient are finite.
+        """
+        ops = form(self.params[self.decoder])
+        # without clipping the gradients of vectors suffice: what is not finite in a matrix's is not finite in a sum over its rows
+        looked_at = self.params if self.clip is not None else {n: p for n, p in self.params.items() if p.ndim == 2}
+        norm_S = sum(ops.square_norms(p[which], grads[name], self.constraint_of(name)) for name, p in looked_at.items()).sqrt()
+        updated_S = (norm_S + loss_S).isfinite()
+        scale_S = torch.clamp(self.clip / (norm_S + 1e-6), max=1.0) if self.clip is not None else torch.ones_like(norm_S)
+        scale_S = torch.where(updated_S, scale_S, torch.nan)
+        self.steps_S[which] += updated_S
+        for name, p in self.params.items():
+            ops.update(
+                p[which],
+                grads[name],
+                self.m[name][which] if self.m else None,
+                self.v[name][which],
+                self.shadow[name][which] if name in self.shadow else None,
+                lr_S=lr_S,
+                scale_S=scale_S,
+                steps_S=self.steps_S[which],
+                betas=self.betas,
+                eps=self.eps,
+                constraint=self.constraint_of(name),
+            )
+        return updated_S
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` of an equal optimizer gave."""
-        for name, tensor in self.state().items():
+    def state(self, s: int) -> dict[str, Tensor]:
+        """Everything but the parameters that the next step of one SAE depends on."""
+        return {"steps": self.steps_S[s]} | {f"{k}.{n}": t[s] for k, of in (("m", self.m), ("v", self.v)) for n, t in of.items()}
+
+    def restore(self, s: int, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of an equal optimizer gave, and the parameters as they are now."""
+        for name, tensor in self.state(s).items():
             tensor.copy_(state[name])
+        for name, shadow in self.shadow.items():
+            shadow[s].copy_(self.params[name][s])

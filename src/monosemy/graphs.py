@@ -1,0 +1,65 @@
+"""Steps as CUDA graphs: the launches of a step recorded once and then replayed as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEPT = 8  # graphs of the last phases; an older phase is captured anew if it comes back
+
+Function = Callable[[Mapping[str, Tensor], int], Any]
+
+
+@cache
+def _pool() -> Any:
+    """Memory that all graphs of this process share, since one runs at a time."""
+    return torch.cuda.MemPool()
+
+
+class Captured:
+    """Runs a function of tensors on a GPU as a graph for each phase.
+
+    With equal phases and shapes the function must run the same operations on tensors at the same places, and change state in place
+    only. The first call of a phase runs as it is, which warms up what kernels need; the second is captured, and from then on
+    replayed. What the function returns lies in the graph's own memory and holds until the next call.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[Hashable, Tensor] = {}
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any] | None] = {}
+
+    def __call__(self, function: Function, phase: Hashable, batches: Mapping[str, Tensor], step: int) -> Any:
+        key = phase, tuple(x.shape for x in batches.values())
+        if key not in self.graphs:
+            self.graphs[key] = None
+            for old in list(self.graphs)[:-KEPT]:
+                del self.graphs[old]
+            return function(batches, step)
+        fixed = self._fixed(batches)
+        held = self.graphs[key]
+        if held is None:
+            held = self.graphs[key] = self._capture(function, fixed, step)
+        held[0].replay()
+        return held[1]
+
+    def _fixed(self, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batches copied to where the graphs read them; one that several members share, once."""
+        fixed: dict[int, Tensor] = {}
+        for x in batches.values():
+            if id(x) not in fixed:
+                place = len(fixed), x.shape, x.dtype
+                if place not in self.inputs:
+                    self.inputs[place] = torch.empty_like(x)
+                fixed[id(x)] = self.inputs[place].copy_(x)
+        return {name: fixed[id(x)] for name, x in batches.items()}
+
+    def _capture(self, function: Function, batches: Mapping[str, Tensor], step: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+        graph = torch.cuda.CUDAGraph()
+        # other threads may use the device meanwhile: checkpoints are written by one
+        with torch.cuda.graph(graph, pool=_pool().id, capture_error_mode="thread_local"):
+            result = function(batches, step)
+        return graph, result

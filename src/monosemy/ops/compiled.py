@@ -1,0 +1,282 @@
+"""The ops on a CPU, compiled: `kernels.c` is built by the system's compiler when first asked for, and kept in the user's cache.
+
+`torch.py` says what each function means. float32 weights and values; pre-activations of float32 or bfloat16. Results do not depend on
+the number of threads, which is torch's. `MONOSEMY_COMPILED=0` turns this form off; `CC` names another compiler than `cc`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monosemy.ops.entries import Entries, Picked
+from monosemy.ops.torch import Constraint
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# not -ffast-math, under which infinities and NaN may mean anything
+FLAGS = "-std=c11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
+FLAT = 1024  # elements of a row, where a parameter has no rows that matter
+CHUNK = 256  # entries; a latent that has more is summed in so large parts
+
+# --- building -----------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def available() -> bool:
+    """Whether this form runs here. The first call may build it, which takes seconds; why it cannot be had is warned of once."""
+    if os.environ.get("MONOSEMY_COMPILED") == "0":
+        return False
+    try:
+        _library()
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("the compiled ops cannot be had, slower ones run instead: %s", getattr(error, "stderr", None) or error)
+        return False
+    return True
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_built()))
+
+
+def _built() -> Path:
+    """The library in the cache. Its name carries what it was made from and the hash of its content: a damaged one is never loaded."""
+    compiler = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split()]
+    arguments = [str(SOURCE), "-Wl,--as-needed", *_openmp(), "-lm"]
+    # the macros that a compiler defines tell its version and what it knows of this processor
+    macros = subprocess.run([*compiler, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True).stdout
+    key = _digest("\0".join([SOURCE.read_text(), *compiler, *arguments, macros]).encode())
+    folder = Path(os.environ.get("MONOSEMY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "monosemy").expanduser()
+    for path in folder.glob(f"kernels-{key}-*.so"):
+        if path.stem.endswith(_digest(path.read_bytes())):
+            return path
+        path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "kernels.so"
+        subprocess.run([*compiler, *arguments, "-o", str(made)], capture_output=True, text=True, check=True)
+        return made.replace(folder / f"kernels-{key}-{_digest(made.read_bytes())}.so")  # whole at once, whoever else builds it
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _openmp() -> list[str]:
+    """The OpenMP runtime that torch has loaded: a second one would keep threads of its own."""
+    maps = Path("/proc/self/maps")
+    return sorted({line.split()[-1] for line in maps.read_text().splitlines() if "/libgomp" in line}) if maps.exists() else []
+
+
+# --- calling: tensors go as their addresses (NULL where they are empty), all else as 64 bits ----------------------------------
+
+
+def _call(kernel: str, *arguments: Tensor | int | float | None) -> int:
+    function = getattr(_library(), kernel)
+    function.restype = ctypes.c_int64
+    return function(*map(_argument, (*arguments, torch.get_num_threads())))
+
+
+def _argument(value: Any) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def _check(dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None:
+            found = f"{t.dtype} on {t.device}{'' if t.is_contiguous() else ', not contiguous'}"
+            assert t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous(), f"{name} is {found}; wanted is {dtype} on cpu"
+
+
+def _int32(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32)
+
+
+# --- selections ---------------------------------------------------------------------------------------------------------------
+
+
+def _kind(pre_BF: Tensor) -> bool:
+    """Whether pre-activations are bfloat16."""
+    bf16 = pre_BF.dtype == torch.bfloat16
+    _check(torch.bfloat16 if bf16 else torch.float32, pre_BF=pre_BF)
+    return bf16
+
+
+def _width(M: int, k: int) -> int:
+    """How many latents a group holds, so that k of M are looked for among twice as many groups or more."""
+    return next((width for width in (64, 32, 16, 8) if 2 * k * width <= M), 1)
+
+
+def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+    bf16, (B, F) = _kind(pre_BF), pre_BF.shape
+    among_M = None if among_F is None else among_F.nonzero().squeeze(1).int()
+    M = F if among_M is None else len(among_M)
+    k = min(k, M)
+    latents_N, values_N = _int32(B * k), torch.empty(B * k)
+    if k:
+        width = _width(M, k)
+        scratch = _int32(torch.get_num_threads(), -(-M // width) + 3 * M)
+        _call("top_k", pre_BF, bf16, B, F, k, width, among_M, M, scratch, latents_N, values_N)
+    return Picked(latents_N, torch.arange(B + 1, dtype=torch.int32) * k, values_N)
+
+
+def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+    bf16, (B, F) = _kind(pre_BF), pre_BF.shape
+    n = min(n, B * F)
+    width = _width(F, -(-n // B))
+    most_BG, bound = _int32(B, -(-F // width)), _int32(1)
+    shares = torch.empty(2, B + 1, 4, dtype=torch.int64)
+    latents_N, starts_B1, values_N = _int32(n), _int32(B + 1), torch.empty(n)
+    M = max(n, _call("batch_bound", pre_BF, bf16, B, F, n, width, most_BG, bound, shares))
+    candidates_M, keys_M = _int32(M), _int32(M)
+    _call("batch_top_k", pre_BF, bf16, B, F, n, width, most_BG, bound, shares, M, candidates_M, keys_M, latents_N, starts_B1, values_N)
+    return Picked(latents_N, starts_B1, values_N)
+
+
+def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+    bf16, (B, F) = _kind(pre_BF), pre_BF.shape
+    threshold = torch.as_tensor(threshold).detach()
+    if threshold.ndim == 0:
+        threshold = threshold.to(pre_BF.dtype)  # as in a comparison of tensors with a number
+    threshold_F = threshold.float().expand(F).contiguous()
+    mask, starts_B1 = torch.empty(B, -(-F // 64), dtype=torch.int64), _int32(B + 1)
+    N = _call("above_mask", pre_BF, bf16, B, F, threshold_F, mask, starts_B1)
+    latents_N, values_N = _int32(N), torch.empty(N)
+    _call("above", pre_BF, bf16, B, F, mask, starts_B1, latents_N, values_N)
+    return Picked(latents_N, starts_B1, values_N)
+
+
+# --- sums over entries --------------------------------------------------------------------------------------------------------
+
+
+def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    _check(torch.int32, latents_N=latents_N)
+    N = len(latents_N)
+    order_N, starts_F1 = _int32(N), _int32(F + 1)
+    parts = max(1, min(torch.get_num_threads(), N // F))  # as each of them counts all latents
+    _call("group", latents_N, N, F, parts, _int32(parts, F), order_N, starts_F1)
+    return order_N, starts_F1
+
+
+def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
+    _check(torch.float32, values_N=values_N)
+    order_N, starts_F1 = e.by_latent
+    sums_F = torch.empty(e.F)
+    _call("sum_by_latent", values_N, order_N, starts_F1, e.F, sums_F)
+    return sums_F
+
+
+def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
+    _check(torch.float32, values_N=values_N, W_FD=W_FD)
+    _check(torch.int32, latents_N=e.latents_N, starts_R1=e.starts_R1)
+    out_RD = torch.empty(e.R, W_FD.shape[1])
+    _call("decode", values_N, W_FD, e.latents_N, e.starts_R1, e.R, W_FD.shape[1], out_RD)
+    return out_RD
+
+
+def _by_latent(rows_RD: Tensor, e: Entries, values_N: Tensor | None, W_FD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For each latent the sum of value times the bag's row over its entries, [F, D], and each entry's dot product of that row with W's, [N].
+
+    Without values there are no sums, without W no dot products.
+    """
+    _check(torch.float32, rows_RD=rows_RD, values_N=values_N, W_FD=W_FD)
+    (order_N, starts_F1), (N, D) = e.by_latent, (len(e.latents_N), rows_RD.shape[1])
+    sums_FD, dots_N = torch.empty(0 if values_N is None else e.F, D), torch.empty(0 if W_FD is None else N)
+    parts = 2 * N // CHUNK  # at most
+    partial, places = torch.empty(parts, D), _int32(parts, 2)
+    _call("by_latent", order_N, starts_F1, e.bags_N, e.F, D, values_N, rows_RD, W_FD, sums_FD, dots_N, CHUNK, partial, places)
+    return sums_FD, dots_N
+
+
+def decode_backward(g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool) -> tuple[Tensor, Tensor | None]:
+    d_W_FD, d_values_N = _by_latent(g_RD, e, values_N if weight else None, W_FD)
+    return d_values_N, d_W_FD if weight else None
+
+
+def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
+    d_W_FD, _ = _by_latent(x_BD.contiguous(), e, g_N, None)
+    return d_W_FD, sum_by_latent(g_N, e)
+
+
+# --- the dense layout -----------------------------------------------------------------------------------------------------------
+
+
+def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> None:
+    bf16 = _kind(pre_BF)
+    _check(torch.float32, values_BF=values_BF)
+    _check(torch.bool, mask_BF=mask_BF)
+    each = isinstance(threshold, Tensor) and threshold.ndim == 1
+    limits = threshold.float().contiguous() if isinstance(threshold, Tensor) else torch.tensor(float(threshold))
+    _call("split", pre_BF, bf16, limits, each, values_BF, mask_BF, *pre_BF.shape)
+
+
+def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor) -> Tensor:
+    x_BF = x_BF.contiguous()
+    _check(torch.float32, x_BF=x_BF, out_BF=out_BF)
+    _check(torch.bool, mask_BF=mask_BF)
+    sums_F = torch.empty(x_BF.shape[1])
+    _call("select_", mask_BF, x_BF, out_BF, sums_F, *x_BF.shape)
+    return sums_F
+
+
+# --- the update ---------------------------------------------------------------------------------------------------------------
+
+CONSTRAINTS = {"free": 0, "project": 1, "constrain": 2}  # as in kernels.c
+
+
+def _sizes(p: Tensor, constraint: Constraint) -> tuple[int, int, int]:
+    """How many SAEs, how many elements of each, and of a row of them."""
+    return len(p), p[0].numel(), FLAT if constraint == "free" else p.shape[-1]
+
+
+def _addresses(grads: Sequence[Tensor], p: Tensor) -> Tensor:
+    assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), "grads: one of p's shape for each SAE"
+    for g in grads:
+        _check(torch.float32, grads=g)
+    return torch.tensor([g.data_ptr() for g in grads])
+
+
+def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
+    _check(torch.float32, p=p)
+    grads = [g.contiguous() for g in grads]
+    S, total, C = _sizes(p, constraint)
+    partial, squares_S = torch.empty(S, -(-total // C), dtype=torch.float64), torch.empty(S)
+    _call("square_norms", p, _addresses(grads, p), S, total, C, CONSTRAINTS[constraint], partial, squares_S)
+    return squares_S
+
+
+def update(
+    p: Tensor,
+    grads: Sequence[Tensor],
+    m: Tensor | None,
+    v: Tensor,
+    shadow: Tensor | None,
+    *,
+    lr_S: Tensor,
+    scale_S: Tensor,
+    steps_S: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    constraint: Constraint,
+) -> None:
+    _check(torch.float32, p=p, m=m, v=v)
+    _check(torch.bfloat16, shadow=shadow)
+    grads = [g.contiguous() for g in grads]
+    numbers = [t.double().contiguous() for t in (lr_S, scale_S, steps_S)]
+    _call("update", p, _addresses(grads, p), m, v, shadow, *_sizes(p, constraint), *numbers, *betas, eps, CONSTRAINTS[constraint])

@@ -1,0 +1,36 @@
+"""Which form of the ops runs: the fastest that fits a tensor's device and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_forced: list[str] = []
+
+
+def form(tensor: Tensor) -> ModuleType:
+    """The module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the plain meaning elsewhere."""
+    return import_module(f"monosemy.ops.{_forced[-1] if _forced else _fastest(tensor)}")
+
+
+def _fastest(tensor: Tensor) -> str:
+    if tensor.dtype == torch.float64 or tensor.device.type not in ("cpu", "cuda"):
+        return "torch"
+    if tensor.is_cuda:
+        return "triton"
+    return "compiled" if import_module("monosemy.ops.compiled").available() else "aten"
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Run the ops in one form, "torch", "aten", "compiled" or "triton": for tests and comparisons."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()

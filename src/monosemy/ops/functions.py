@@ -1,0 +1,292 @@
+"""The ops with their gradients. After the encoder's product everything costs as much as there are active entries, and no tensor of
+[B, F] appears in a backward pass of the sparse layout.
+
+B tokens, D d_in, F latents, N entries, R bags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from monosemy.ops.entries import Entries, Picked, by_rows
+from monosemy.ops.forms import form
+
+
+class Scratch:
+    """Large arrays that SAEs in training use one after the other, so that none is allocated in a step.
+
+    A fresh array of [B, F] on a CPU costs as much as several passes over it: the system hands out its pages one by one.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An array with any content, the same one whenever the name and the needs are the same."""
+        dtype = dtype or like.dtype
+        key, numel = (name, dtype, like.device), torch.Size(shape).numel()
+        kept = self.kept.get(key)
+        if kept is None or kept.numel() < numel:
+            kept = self.kept[key] = torch.empty(numel, dtype=dtype, device=like.device)
+        return kept[:numel].view(shape)
+
+
+# --- the encoder's product and selections of it --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def preactivations(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, *, bf16: bool = False, out: Tensor | None = None) -> Tensor:
+    """x W^T + b, [B, F], outside autograd; with `bf16` the product is taken of bfloat16 operands, and rounded to it."""
+    if bf16:
+        x_BD, W_FD, b_F = x_BD.bfloat16(), W_FD.bfloat16(), b_F.bfloat16()
+    return torch.addmm(b_F, x_BD, W_FD.T, out=out)
+
+
+def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k."""
+    return form(pre_BF).top_k(pre_BF, k, among_F)
+
+
+def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+    """The n largest of the whole batch."""
+    return form(pre_BF).batch_top_k(pre_BF, n)
+
+
+def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+    """Everything above a threshold: a number, or one for each latent [F]. On a GPU the lists hold `capacity` entries."""
+    return form(pre_BF).above(pre_BF, threshold, capacity)
+
+
+# --- the sparse layout ----------------------------------------------------------------------------------------------------------
+
+
+class _Take(Function):
+    @staticmethod
+    def forward(ctx: Any, w_F: Tensor, entries: Entries) -> Tensor:
+        ctx.entries = entries
+        return w_F[entries.latents_N]
+
+    @staticmethod
+    def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor, None]:
+        return sum_by_latent(g_N, ctx.entries), None
+
+
+def take(w_F: Tensor, entries: Entries) -> Tensor:
+    """w of each entry's latent, [N]; its gradient is summed by latent."""
+    return _Take.apply(w_F, entries)
+
+
+class _SumByLatent(Function):
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, entries: Entries) -> Tensor:
+        ctx.entries = entries
+        return form(values_N).sum_by_latent(values_N.contiguous(), entries)
+
+    @staticmethod
+    def backward(ctx: Any, g_F: Tensor) -> tuple[Tensor, None]:
+        g_N = g_F[ctx.entries.latents_N]
+        return g_N if ctx.entries.valid_N is None else torch.where(ctx.entries.valid_N, g_N, 0), None
+
+
+def sum_by_latent(values_N: Tensor, entries: Entries) -> Tensor:
+    """The sum of each latent's values, [F]."""
+    return _SumByLatent.apply(values_N, entries)
+
+
+class _EncodeSparse(Function):
+    @staticmethod
+    def forward(ctx: Any, W_FD: Tensor, b_F: Tensor, b_dec_D: Tensor | None, x_BD: Tensor, values_N: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(W_FD, x_BD)
+        ctx.entries = entries
+        return values_N.view_as(values_N)
+
+    @staticmethod
+    def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor | None, ...]:
+        W_FD, x_BD = ctx.saved_tensors
+        if ctx.entries.valid_N is not None:
+            g_N = torch.where(ctx.entries.valid_N, g_N, 0)
+        d_W_FD, d_b_F = form(W_FD).encode_backward(g_N.contiguous(), x_BD, ctx.entries)
+        return d_W_FD, d_b_F, -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def encode_sparse(W_FD: Tensor, b_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, values_N: Tensor, entries: Entries) -> Tensor:
+    """The pre-activations of the entries, [N], differentiable in W_enc, b_enc and b_dec (where x was centred by it).
+
+    x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of [B, F] with it.
+    """
+    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centred_BD, values_N, entries)
+
+
+class _Decode(Function):
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, W_FD: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(values_N, W_FD)
+        ctx.entries = entries
+        return form(W_FD).decode(values_N, W_FD, entries)
+
+    @staticmethod
+    def backward(ctx: Any, g_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values_N, W_FD = ctx.saved_tensors
+        d_values_N, d_W_FD = form(W_FD).decode_backward(g_RD.contiguous(), values_N, W_FD, ctx.entries, ctx.needs_input_grad[1])
+        return d_values_N, d_W_FD, None
+
+
+def decode(values_N: Tensor, W_FD: Tensor, entries: Entries) -> Tensor:
+    """For each bag the sum of value times the latent's row of W, [R, D]."""
+    return _Decode.apply(values_N.contiguous(), W_FD, entries)
+
+
+# --- the dense layout -----------------------------------------------------------------------------------------------------------
+#
+# On a CPU a pass over [B, F] costs what memory costs, and a fresh array as much again. So elementwise work goes by a few rows at a time,
+# which stay in the cache through all of its operations, and arrays of [B, F] are those that `Buffer` lends.
+
+Buffer = Callable[..., Tensor]  # (like, dtype) -> an array of [B, F]
+
+
+def _operands(bf16: bool, *tensors: Tensor) -> list[Tensor]:
+    return [t.bfloat16() for t in tensors] if bf16 else list(tensors)
+
+
+class _EncodeDense(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        W_FD: Tensor,
+        b_F: Tensor,
+        b_dec_D: Tensor | None,
+        x_BD: Tensor,
+        pre_BF: Tensor,
+        threshold: Tensor | float,
+        buffer: Buffer,
+        bf16: bool,
+    ) -> tuple[Tensor, Tensor]:
+        values_BF, mask_BF = buffer(W_FD), buffer(W_FD, torch.bool)
+        form(W_FD).split(pre_BF, threshold, values_BF, mask_BF)
+        ctx.save_for_backward(W_FD, x_BD, mask_BF)
+        ctx.mark_non_differentiable(mask_BF)
+        ctx.bf16, ctx.buffer = bf16, buffer
+        return values_BF, mask_BF
+
+    @staticmethod
+    def backward(ctx: Any, g_BF: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        W_FD, x_BD, mask_BF = ctx.saved_tensors
+        d_BF = ctx.buffer(g_BF)
+        d_b_F = form(W_FD).select(mask_BF, g_BF, d_BF)  # what is infinite off the support (p < 1) does not count
+        d_BF, x_BD = _operands(ctx.bf16, d_BF, x_BD)
+        d_b_dec_D = -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None
+        return (d_BF.T @ x_BD).to(W_FD.dtype), d_b_F, d_b_dec_D, None, None, None, None, None
+
+
+def encode_dense(
+    W_FD: Tensor,
+    b_F: Tensor,
+    b_dec_D: Tensor | None,
+    centred_BD: Tensor,
+    pre_BF: Tensor,
+    threshold: Tensor | float,
+    buffer: Buffer,
+    *,
+    bf16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The pre-activations above a threshold and zero elsewhere, and where that is, both [B, F]: `encode_sparse` in the dense layout."""
+    return _EncodeDense.apply(W_FD, b_F, b_dec_D, centred_BD, pre_BF, threshold, buffer, bf16)
+
+
+def _gradients(
+    function: Callable[..., Tensor], g_BF: Tensor, values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, w_F: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The sum of a function over a mask, and what its gradient g becomes for the values and for numbers of each latent, by autograd."""
+    d_BF, d_w_F, total = buffer(values_BF), [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
+    d_values = None
+    for rows in by_rows(values_BF):
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (values_BF[rows], *w_F)]
+            made = function(*inputs)
+        total += form(made).select(mask_BF[rows], made.detach(), d_BF[rows]).sum()
+        form(made).select(mask_BF[rows], g_BF[rows], d_BF[rows])
+        d_values, *parts = torch.autograd.grad(made, inputs, d_BF[rows], allow_unused=True)
+        for d_F, part_F in zip(d_w_F, parts, strict=True):
+            d_F += 0 if part_F is None else part_F
+        if d_values is not None:
+            d_BF[rows] = d_values
+    return total, None if d_values is None else d_BF, d_w_F
+
+
+class _MapDense(Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
+        ctx.save_for_backward(values_BF, mask_BF, *w_F)
+        ctx.function, ctx.buffer = function, buffer
+        out_BF = buffer(values_BF)
+        for rows in by_rows(values_BF):
+            form(values_BF).select(mask_BF[rows], function(values_BF[rows], *w_F), out_BF[rows])
+        return out_BF
+
+    @staticmethod
+    def backward(ctx: Any, g_BF: Tensor) -> tuple[Tensor | None, ...]:
+        values_BF, mask_BF, *w_F = ctx.saved_tensors
+        _, d_BF, d_w_F = _gradients(ctx.function, g_BF, values_BF, mask_BF, ctx.buffer, w_F)
+        return None, d_BF, None, None, *d_w_F
+
+
+class _TotalDense(Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
+        """With the gradient at once, which is the same but for a factor whatever comes after."""
+        ones_BF = values_BF.new_ones(()).expand_as(values_BF)
+        total, d_BF, d_w_F = _gradients(function, ones_BF, values_BF, mask_BF, buffer, w_F)
+        ctx.buffer, ctx.through_values = buffer, d_BF is not None
+        ctx.save_for_backward(*d_w_F, *([] if d_BF is None else [d_BF]))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        *d_w_F, d_BF = ctx.saved_tensors if ctx.through_values else (*ctx.saved_tensors, None)
+        d_values_BF = None if d_BF is None else torch.mul(d_BF, g, out=ctx.buffer(d_BF))
+        return None, d_values_BF, None, None, *(d_F * g for d_F in d_w_F)
+
+
+def map_dense(function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
+    """An elementwise function of the values and of numbers of each latent, where the mask is set and zero elsewhere, [B, F]."""
+    return _MapDense.apply(function, values_BF, mask_BF, buffer, *w_F)
+
+
+def total_dense(function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
+    """The sum of such a function, []."""
+    return _TotalDense.apply(function, values_BF, mask_BF, buffer, *w_F)
+
+
+@torch.no_grad()
+def count_dense(values_BF: Tensor) -> Tensor:
+    """On how many tokens each latent is positive, float [F]."""
+    count_F = torch.zeros(values_BF.shape[1], device=values_BF.device)
+    for rows in by_rows(values_BF):
+        count_F += (values_BF[rows] > 0).to(torch.float32).sum(0)
+    return count_F
+
+
+class _DecodeDense(Function):
+    @staticmethod
+    def forward(ctx: Any, values_BF: Tensor, W_FD: Tensor, bf16: bool) -> Tensor:
+        v_BF, w_FD = _operands(bf16, values_BF, W_FD)
+        ctx.save_for_backward(v_BF, w_FD)
+        ctx.bf16, ctx.dtype = bf16, W_FD.dtype
+        return (v_BF @ w_FD).to(W_FD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        v_BF, w_FD = ctx.saved_tensors
+        (g_BD,) = _operands(ctx.bf16, g_BD)
+        d_W_FD = (v_BF.T @ g_BD).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return (g_BD @ w_FD.T).to(ctx.dtype), d_W_FD, None
+
+
+def decode_dense(values_BF: Tensor, W_FD: Tensor, *, bf16: bool = False) -> Tensor:
+    """values W, [B, D]: `decode` in the dense layout. With `bf16` its products, of the backward pass too, are of bfloat16 operands."""
+    return _DecodeDense.apply(values_BF, W_FD, bf16)

@@ -1,0 +1,666 @@
+/* The compiled CPU form of the ops. torch.py says what each of them means; compiled.py allocates, and calls what is not static here.
+
+   B tokens, D d_in, F latents, N entries, R bags, S SAEs. Every sum is taken in an order that the data alone decide, so that results
+   are the same for any number of threads. */
+
+#include <float.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline)) /* what is constant for a caller is constant within */
+#define EACH_ROW _Pragma("omp parallel for schedule(dynamic, 16) num_threads(threads)")
+
+INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* --- numbers as keys: integers of the same order, so that no comparison is undefined for a NaN ------------------------------------ */
+
+INLINE float at(const void *x, int bf16, int64_t i)
+{
+    if (!bf16)
+        return ((const float *)x)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE const void *row_of(const void *x, int bf16, int64_t F, int64_t b) { return (const char *)x + b * F * (bf16 ? 2 : 4); }
+
+INLINE int32_t flipped(int32_t bits) { return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1); }
+
+INLINE int32_t key_of(float value)
+{
+    int32_t bits;
+    value += 0.0f; /* -0 becomes 0 */
+    memcpy(&bits, &value, sizeof bits);
+    return flipped(bits);
+}
+
+INLINE float value_of(int32_t key)
+{
+    int32_t bits = flipped(key);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE int64_t count_from(const int32_t *keys, int64_t n, int32_t least)
+{
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; i += 4096) {
+        int32_t count = 0;
+        for (int64_t j = i; j < least_of(n, i + 4096); j++)
+            count += keys[j] >= least;
+        total += count;
+    }
+    return total;
+}
+
+/* A key that at least k of n keys reach, and at most `enough` unless they are equal. With enough = k that is the k-th largest, or a
+   key between it and the next. */
+static int32_t reached_by(const int32_t *keys, int64_t n, int64_t k, int64_t enough)
+{
+    int32_t low = INT32_MAX, high = INT32_MIN;
+    for (int64_t i = 0; i < n; i++) {
+        low = keys[i] < low ? keys[i] : low;
+        high = keys[i] > high ? keys[i] : high;
+    }
+    for (int64_t count = n; low < high && count > enough;) {
+        int32_t middle = (int32_t)(low + ((int64_t)high - low + 1) / 2);
+        int64_t from_middle = count_from(keys, n, middle);
+        if (from_middle < k)
+            high = middle - 1;
+        else
+            low = middle, count = from_middle;
+    }
+    return low;
+}
+
+/* --- selections: a row is looked at in groups of up to 64 latents. The k-th largest of the groups' maxima bounds the k largest values
+   from below, and most groups lie under it ------------------------------------------------------------------------------------------ */
+
+INLINE int32_t greatest(const void *x, int bf16, int64_t from, int64_t n)
+{
+    int32_t most = INT32_MIN;
+    for (int64_t i = from; i < from + n; i++) {
+        int32_t key = key_of(at(x, bf16, i));
+        most = key > most ? key : most;
+    }
+    return most;
+}
+
+INLINE void maxima(const void *x, int bf16, int64_t F, int64_t width, int32_t *most)
+{
+    for (int64_t from = 0; from < F; from += width)
+        *most++ = width == 64 && from + 64 <= F ? greatest(x, bf16, from, 64) : greatest(x, bf16, from, least_of(width, F - from));
+}
+
+/* A bit for each of 64 flags that are 0 or 1. */
+INLINE uint64_t packed(uint8_t flags[64])
+{
+    uint64_t bits = 0;
+    __asm__("" : "+m"(*(uint8_t(*)[64])flags)); /* read from memory eight at a time, not from registers one by one */
+    for (int i = 0; i < 8; i++) {
+        uint64_t eight;
+        memcpy(&eight, flags + 8 * i, 8);
+        bits |= (eight * 0x0102040810204080u >> 56) << 8 * i;
+    }
+    return bits;
+}
+
+INLINE uint64_t reaching(const void *x, int bf16, int64_t from, int64_t n, int32_t least)
+{
+    uint8_t flags[64] = {0};
+    for (int64_t i = 0; i < n; i++)
+        flags[i] = key_of(at(x, bf16, from + i)) >= least;
+    return packed(flags);
+}
+
+/* The latents and keys of a row that are above `bound`, and the first `ties` of those that equal it. Returns how many. */
+INLINE int64_t gather(const void *x, int bf16, int64_t F, int64_t width, const int32_t *most, int32_t bound, int64_t ties,
+                      int32_t *latents, int32_t *keys)
+{
+    int64_t n = 0;
+    for (int64_t from = 0; from < F; from += width, most++) {
+        if (*most < bound || (*most == bound && ties <= 0))
+            continue;
+        int whole = width == 64 && from + 64 <= F;
+        uint64_t bits = whole ? reaching(x, bf16, from, 64, bound) : reaching(x, bf16, from, least_of(width, F - from), bound);
+        for (; bits; bits &= bits - 1) {
+            int64_t i = from + __builtin_ctzll(bits);
+            int32_t key = key_of(at(x, bf16, i));
+            if (key > bound || ties-- > 0)
+                latents[n] = (int32_t)i, keys[n++] = key;
+        }
+    }
+    return n;
+}
+
+/* Of n candidates those above `bound`, and the first `ties` of those that equal it. */
+INLINE void keep(const int32_t *latents, const int32_t *keys, int64_t n, int32_t bound, int64_t ties, int32_t *kept, float *values)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (keys[i] > bound || (keys[i] == bound && ties-- > 0))
+            *kept++ = latents[i], *values++ = value_of(keys[i]);
+}
+
+INLINE void top_k_row(const void *x, int bf16, int64_t F, int64_t k, int64_t width, int32_t *scratch, int32_t *latents, float *values)
+{
+    int64_t groups = (F + width - 1) / width;
+    int32_t *most = scratch, *candidates = most + groups, *keys = candidates + F;
+    maxima(x, bf16, F, width, most);
+    int64_t n = gather(x, bf16, F, width, most, reached_by(most, groups, k, k + k / 16), F, candidates, keys);
+    int32_t bound = reached_by(keys, n, k, k);
+    int64_t above = bound < INT32_MAX ? count_from(keys, n, bound + 1) : 0;
+    keep(candidates, keys, n, bound, k - above, latents, values);
+}
+
+/* The k largest of each token; those of the latents `among` where it is given, of which there are M >= k. Each thread has
+   groups + 3 M of scratch. */
+void top_k(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t k, int64_t width, const int32_t *among, int64_t M, int32_t *scratch,
+           int32_t *latents, float *values, int64_t threads)
+{
+    int64_t groups = (M + width - 1) / width;
+#pragma omp parallel num_threads(threads)
+    {
+        int32_t *mine = scratch + omp_get_thread_num() * (groups + 3 * M);
+        float *gathered = (float *)(mine + groups + 2 * M);
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t b = 0; b < B; b++) {
+            const void *x = row_of(pre, bf16, F, b);
+            int32_t *chosen = latents + b * k;
+            if (among) {
+                for (int64_t i = 0; i < M; i++)
+                    gathered[i] = bf16 ? at(x, 1, among[i]) : at(x, 0, among[i]);
+                top_k_row(gathered, 0, M, k, width, mine, chosen, values + b * k);
+                for (int64_t i = 0; i < k; i++)
+                    chosen[i] = among[chosen[i]];
+            } else if (bf16)
+                top_k_row(x, 1, F, k, width, mine, chosen, values + b * k);
+            else
+                top_k_row(x, 0, F, k, width, mine, chosen, values + b * k);
+        }
+    }
+}
+
+/* What a row has above the bound and equal to it, and what it may take, so that n are taken in all and the earliest of equals. */
+typedef struct {
+    int64_t above, equal, begin, ties;
+} Share;
+
+static void shared_out(Share *shares, int64_t B, int64_t n)
+{
+    int64_t ties = n, begin = 0;
+    for (int64_t b = 0; b < B; b++)
+        ties -= shares[b].above;
+    for (int64_t b = 0; b < B; b++) {
+        Share *s = shares + b;
+        s->begin = begin;
+        s->ties = least_of(ties, s->equal);
+        ties -= s->ties;
+        begin += s->above + s->ties;
+    }
+    shares[B].begin = begin;
+}
+
+INLINE Share counted(const void *x, int bf16, int64_t F, int64_t width, const int32_t *most, int32_t bound)
+{
+    Share share = {0};
+    for (int64_t from = 0; from < F; from += width, most++)
+        if (*most >= bound) {
+            int32_t above = 0, equal = 0;
+            for (int64_t i = from; i < least_of(from + width, F); i++) {
+                int32_t key = key_of(at(x, bf16, i));
+                above += key > bound;
+                equal += key == bound;
+            }
+            share.above += above, share.equal += equal;
+        }
+    return share;
+}
+
+/* The maxima of all rows' groups [B, groups], a bound of the n largest, and what each row has above it. Returns how many that are:
+   where they are fewer than n, the bound is the n-th largest itself. */
+int64_t batch_bound(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t n, int64_t width, int32_t *most, int32_t *bound,
+                    Share *shares, int64_t threads)
+{
+    int64_t groups = (F + width - 1) / width, total = 0;
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        bf16 ? maxima(x, 1, F, width, most + b * groups) : maxima(x, 0, F, width, most + b * groups);
+    }
+    *bound = reached_by(most, B * groups, n, n + n / 16);
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        const int32_t *here = most + b * groups;
+        shares[b] = bf16 ? counted(x, 1, F, width, here, *bound) : counted(x, 0, F, width, here, *bound);
+    }
+    for (int64_t b = 0; b < B; b++)
+        total += shares[b].above;
+    return total;
+}
+
+/* From what batch_bound found: M >= n candidates, and the n largest of them. */
+void batch_top_k(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t n, int64_t width, const int32_t *most, const int32_t *bound,
+                 Share *shares, int64_t M, int32_t *candidates, int32_t *keys, int32_t *latents, int32_t *starts, float *values,
+                 int64_t threads)
+{
+    int64_t groups = (F + width - 1) / width;
+    shared_out(shares, B, M);
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        const int32_t *here = most + b * groups;
+        Share s = shares[b];
+        bf16 ? gather(x, 1, F, width, here, *bound, s.ties, candidates + s.begin, keys + s.begin)
+             : gather(x, 0, F, width, here, *bound, s.ties, candidates + s.begin, keys + s.begin);
+    }
+    int32_t least = reached_by(keys, M, n, n);
+    Share *ends = shares + B + 1;
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        Share share = {0};
+        for (int64_t i = shares[b].begin; i < shares[b + 1].begin; i++) {
+            share.above += keys[i] > least;
+            share.equal += keys[i] == least;
+        }
+        ends[b] = share;
+    }
+    shared_out(ends, B, n);
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        int64_t from = shares[b].begin, to = ends[b].begin;
+        keep(candidates + from, keys + from, shares[b + 1].begin - from, least, ends[b].ties, latents + to, values + to);
+        starts[b] = (int32_t)to;
+    }
+    starts[B] = (int32_t)n;
+}
+
+INLINE uint64_t above_thresholds(const void *x, int bf16, int64_t from, int64_t n, const float *thresholds)
+{
+    uint8_t flags[64] = {0};
+    for (int64_t i = 0; i < n; i++)
+        flags[i] = at(x, bf16, from + i) > thresholds[from + i];
+    return packed(flags);
+}
+
+INLINE int64_t mask_row(const void *x, int bf16, int64_t F, const float *thresholds, uint64_t *mask)
+{
+    int64_t count = 0;
+    for (int64_t from = 0; from < F; from += 64, mask++) {
+        *mask = from + 64 <= F ? above_thresholds(x, bf16, from, 64, thresholds) : above_thresholds(x, bf16, from, F - from, thresholds);
+        count += __builtin_popcountll(*mask);
+    }
+    return count;
+}
+
+/* A bit for each place above its latent's threshold, [B, ceil(F / 64)], and where each token's begin. Returns how many there are. */
+int64_t above_mask(const void *pre, int64_t bf16, int64_t B, int64_t F, const float *thresholds, uint64_t *mask, int32_t *starts,
+                   int64_t threads)
+{
+    int64_t words = (F + 63) / 64, total = 0;
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        uint64_t *here = mask + b * words;
+        starts[b] = (int32_t)(bf16 ? mask_row(x, 1, F, thresholds, here) : mask_row(x, 0, F, thresholds, here));
+    }
+    for (int64_t b = 0; b <= B; b++) {
+        int64_t count = b < B ? starts[b] : 0;
+        starts[b] = (int32_t)total;
+        total += count;
+    }
+    return total;
+}
+
+void above(const void *pre, int64_t bf16, int64_t B, int64_t F, const uint64_t *mask, const int32_t *starts, int32_t *latents,
+           float *values, int64_t threads)
+{
+    int64_t words = (F + 63) / 64;
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        int64_t n = starts[b];
+        for (int64_t word = 0; word < words; word++)
+            for (uint64_t bits = mask[b * words + word]; bits; bits &= bits - 1, n++) {
+                int64_t i = 64 * word + __builtin_ctzll(bits);
+                latents[n] = (int32_t)i;
+                values[n] = at(x, bf16, i);
+            }
+    }
+}
+
+/* --- sums over entries ------------------------------------------------------------------------------------------------------------ */
+
+/* A stable counting sort by latent. Each part of the entries is counted by itself, [parts, F]. */
+void group(const int32_t *latents, int64_t N, int64_t F, int64_t parts, int32_t *counts, int32_t *order, int32_t *starts, int64_t threads)
+{
+    memset(counts, 0, sizeof *counts * parts * F);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int t = 0; t < parts; t++)
+        for (int64_t i = N * t / parts; i < N * (t + 1) / parts; i++)
+            counts[t * F + latents[i]]++;
+    int32_t begin = 0;
+    for (int64_t f = 0; f < F; f++) {
+        starts[f] = begin;
+        for (int t = 0; t < parts; t++) {
+            int32_t count = counts[t * F + f];
+            counts[t * F + f] = begin;
+            begin += count;
+        }
+    }
+    starts[F] = begin;
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int t = 0; t < parts; t++)
+        for (int64_t i = N * t / parts; i < N * (t + 1) / parts; i++)
+            order[counts[t * F + latents[i]]++] = (int32_t)i;
+}
+
+void sum_by_latent(const float *values, const int32_t *order, const int32_t *starts, int64_t F, float *sums, int64_t threads)
+{
+#pragma omp parallel for schedule(dynamic, 256) num_threads(threads)
+    for (int64_t f = 0; f < F; f++) {
+        double sum = 0;
+        for (int64_t i = starts[f]; i < starts[f + 1]; i++)
+            sum += values[order[i]];
+        sums[f] = (float)sum;
+    }
+}
+
+#if defined(__AVX512F__)
+#define WIDE 64
+#elif defined(__AVX__)
+#define WIDE 32
+#else
+#define WIDE 16
+#endif
+#define LANES ((int64_t)(WIDE / sizeof(float)))
+typedef float Lanes __attribute__((vector_size(WIDE)));
+typedef float Unaligned __attribute__((vector_size(WIDE), aligned(4), may_alias));
+
+INLINE Lanes load(const float *x) { return *(const Unaligned *)x; }
+INLINE void store(float *x, Lanes value) { *(Unaligned *)x = value; }
+
+INLINE float total(Lanes x)
+{
+    float sum = 0;
+    for (int64_t i = 0; i < LANES; i++)
+        sum += x[i];
+    return sum;
+}
+
+/* Entries in some order, each with a coefficient and a row. */
+typedef struct {
+    const int32_t *order; /* NULL: as they come */
+    const int32_t *at;    /* the row of each entry */
+    const float *coefficients, *rows;
+    int64_t D, N;
+} Rows;
+
+INLINE int64_t place(Rows e, int64_t i) { return e.order ? e.order[i] : i; }
+
+/* Over `few` entries (at most 4) from i: sum += coefficient * row, and dots = w . row at each entry's place. sum or w may be NULL. */
+INLINE void add_few(Rows e, int64_t i, int few, float *restrict sum, const float *restrict w, float *restrict dots)
+{
+    const float *rows[4], *next[4];
+    float coefficients[4] = {0}, rest[4] = {0};
+    Lanes products[4] = {{0}};
+    int64_t d = 0;
+    for (int j = 0; j < few; j++) {
+        rows[j] = e.rows + e.at[place(e, i + j)] * e.D;
+        next[j] = e.rows + e.at[place(e, least_of(i + j + few, e.N - 1))] * e.D; /* fetched into the cache meanwhile */
+        if (sum)
+            coefficients[j] = e.coefficients[place(e, i + j)];
+    }
+    for (; d + LANES <= e.D; d += LANES) {
+        Lanes added = {0};
+        for (int j = 0; j < few; j++) {
+            Lanes row = load(rows[j] + d);
+            __builtin_prefetch(next[j] + d);
+            if (sum)
+                added += coefficients[j] * row;
+            if (w)
+                products[j] += load(w + d) * row;
+        }
+        if (sum)
+            store(sum + d, load(sum + d) + added);
+    }
+    for (; d < e.D; d++)
+        for (int j = 0; j < few; j++) {
+            if (sum)
+                sum[d] += coefficients[j] * rows[j][d];
+            if (w)
+                rest[j] += w[d] * rows[j][d];
+        }
+    for (int j = 0; w && j < few; j++)
+        dots[place(e, i + j)] = total(products[j]) + rest[j];
+}
+
+INLINE void add(Rows e, int64_t from, int64_t to, float *sum, const float *w, float *dots)
+{
+    if (sum)
+        memset(sum, 0, sizeof *sum * e.D);
+    for (; from + 4 <= to; from += 4)
+        add_few(e, from, 4, sum, w, dots);
+    for (; from < to; from++)
+        add_few(e, from, 1, sum, w, dots);
+}
+
+void decode(const float *values, const float *W, const int32_t *latents, const int32_t *starts, int64_t R, int64_t D, float *out,
+            int64_t threads)
+{
+    Rows entries = {NULL, latents, values, W, D, starts[R]};
+    EACH_ROW for (int64_t r = 0; r < R; r++)
+        add(entries, starts[r], starts[r + 1], out + r * D, NULL, NULL);
+}
+
+INLINE void add_latent(Rows e, int64_t from, int64_t to, float *sum, const float *w, float *dots)
+{
+    if (sum && w)
+        add(e, from, to, sum, w, dots);
+    else if (sum)
+        add(e, from, to, sum, NULL, NULL);
+    else
+        add(e, from, to, NULL, w, dots);
+}
+
+/* For each latent, over its entries: sums [F, D] of coefficient times the bag's row, and dots [N] of its own row of W with the bag's.
+   Where `sums` or W is NULL they are left out. A latent of more than `size` entries is summed in chunks of them, and so by several threads:
+   `partial` has a row for each chunk, `chunks` the latent and the first entry of each, and there are at most 2 N / size. */
+void by_latent(const int32_t *order, const int32_t *starts, const int32_t *bags, int64_t F, int64_t D, const float *coefficients,
+               const float *rows, const float *W, float *sums, float *dots, int64_t size, float *partial, int32_t (*chunks)[2],
+               int64_t threads)
+{
+    Rows entries = {order, bags, coefficients, rows, D, starts[F]};
+    const int64_t block = 16; /* latents */
+    int64_t n_chunks = 0, n_blocks = (F + block - 1) / block;
+    for (int64_t f = 0; f < F; f++)
+        if (starts[f + 1] - starts[f] > size)
+            for (int64_t from = starts[f]; from < starts[f + 1]; from += size, n_chunks++)
+                chunks[n_chunks][0] = (int32_t)f, chunks[n_chunks][1] = (int32_t)from;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < n_chunks + n_blocks; task++)
+        if (task < n_chunks) {
+            int64_t f = chunks[task][0], from = chunks[task][1], to = least_of(from + size, starts[f + 1]);
+            add_latent(entries, from, to, sums ? partial + task * D : NULL, W ? W + f * D : NULL, dots);
+        } else
+            for (int64_t f = (task - n_chunks) * block; f < least_of(F, (task - n_chunks + 1) * block); f++)
+                if (starts[f + 1] - starts[f] <= size)
+                    add_latent(entries, starts[f], starts[f + 1], sums ? sums + f * D : NULL, W ? W + f * D : NULL, dots);
+    if (!sums)
+        return;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t first = 0; first < n_chunks; first++) {
+        int64_t f = chunks[first][0];
+        if (chunks[first][1] != starts[f])
+            continue;
+        float *restrict sum = sums + f * D;
+        memcpy(sum, partial + first * D, sizeof *sum * D);
+        for (int64_t chunk = first + 1; chunk < n_chunks && chunks[chunk][0] == f; chunk++)
+            for (int64_t d = 0; d < D; d++)
+                sum[d] += partial[chunk * D + d];
+    }
+}
+
+/* --- the update: a parameter of S SAEs is [S, total] in rows of C, the last of which may be shorter; constrained ones have whole rows - */
+
+enum { FREE, PROJECT, CONSTRAIN, ROWS = 32 };
+
+/* How much of p the gradient has along it. */
+INLINE float radial(const float *p, const float *g, int64_t C, int constraint)
+{
+    float along = 0, square = 0;
+#pragma omp simd reduction(+ : along, square)
+    for (int64_t c = 0; c < C; c++)
+        along += g[c] * p[c], square += p[c] * p[c];
+    float norm = sqrtf(square) + (constraint == PROJECT ? 1e-6f : 0);
+    return along / norm / norm;
+}
+
+INLINE double square_norm(const float *p, const float *g, int64_t C, int constraint)
+{
+    float sum = 0, away = constraint ? radial(p, g, C, constraint) : 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < C; c++) {
+        float left = constraint ? g[c] - away * p[c] : g[c];
+        sum += left * left;
+    }
+    return sum;
+}
+
+/* `partial` is [S, blocks of ROWS rows]. */
+void square_norms(const float *p, const float *const *grads, int64_t S, int64_t total, int64_t C, int64_t constraint, double *partial,
+                  float *squares, int64_t threads)
+{
+    int64_t blocks = (total + ROWS * C - 1) / (ROWS * C);
+#pragma omp parallel for collapse(2) schedule(dynamic, 4) num_threads(threads)
+    for (int64_t s = 0; s < S; s++)
+        for (int64_t block = 0; block < blocks; block++) {
+            double sum = 0;
+            for (int64_t i = block * ROWS * C; i < least_of(total, (block + 1) * ROWS * C); i += C) {
+                const float *p_row = p + s * total + i, *g_row = grads[s] + i;
+                sum += constraint ? square_norm(p_row, g_row, C, constraint) : square_norm(p_row, g_row, least_of(C, total - i), FREE);
+            }
+            partial[s * blocks + block] = sum;
+        }
+    for (int64_t s = 0; s < S; s++) {
+        double sum = 0;
+        for (int64_t block = 0; block < blocks; block++)
+            sum += partial[s * blocks + block];
+        squares[s] = (float)sum;
+    }
+}
+
+INLINE uint16_t bfloat16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+/* Of one SAE's step: lr / (1 - beta1^t), the clipping, both moments' shares of old and new, sqrt(1 - beta2^t). */
+typedef struct {
+    float rate, scale, old1, new1, old2, new2, root, eps;
+} Adam;
+
+INLINE void update_row(float *restrict p, const float *restrict g, float *restrict m, float *restrict v, uint16_t *restrict shadow,
+                       int64_t C, Adam a, int constraint)
+{
+    float away = constraint ? radial(p, g, C, constraint) : 0, square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t c = 0; c < C; c++) {
+        float grad = (constraint ? g[c] - away * p[c] : g[c]) * a.scale, first = grad;
+        if (m)
+            m[c] = first = a.old1 * m[c] + a.new1 * grad;
+        v[c] = a.old2 * v[c] + a.new2 * grad * grad;
+        p[c] -= a.rate * first / (sqrtf(v[c]) / a.root + a.eps);
+        square += p[c] * p[c];
+    }
+    if (constraint) {
+        float inverse = 1 / (sqrtf(square) + (constraint == PROJECT ? FLT_EPSILON : 0));
+        for (int64_t c = 0; c < C; c++)
+            p[c] *= inverse;
+    }
+    if (shadow)
+        for (int64_t c = 0; c < C; c++)
+            shadow[c] = bfloat16(p[c]);
+}
+
+void update(float *p, const float *const *grads, float *m, float *v, uint16_t *shadow, int64_t S, int64_t total, int64_t C,
+            const double *lr, const double *scale, const double *steps, double beta1, double beta2, double eps, int64_t constraint,
+            int64_t threads)
+{
+    for (int64_t s = 0; s < S; s++) {
+        if (!isfinite(scale[s]))
+            continue;
+        Adam a = {.rate = (float)(lr[s] / (1 - pow(beta1, steps[s]))), .scale = (float)scale[s], .eps = (float)eps,
+                  .old1 = (float)beta1, .new1 = (float)(1 - beta1), .old2 = (float)beta2, .new2 = (float)(1 - beta2),
+                  .root = (float)sqrt(1 - pow(beta2, steps[s]))};
+#pragma omp parallel for schedule(dynamic, ROWS) num_threads(threads)
+        for (int64_t from = 0; from < total; from += C) {
+            int64_t i = s * total + from, n = least_of(C, total - from);
+            const float *g = grads[s] + from;
+            uint16_t *copy = shadow ? shadow + i : NULL;
+            if (constraint && m)
+                update_row(p + i, g, m + i, v + i, copy, n, a, constraint);
+            else if (constraint)
+                update_row(p + i, g, NULL, v + i, copy, n, a, constraint);
+            else if (m)
+                update_row(p + i, g, m + i, v + i, copy, n, a, FREE);
+            else
+                update_row(p + i, g, NULL, v + i, copy, n, a, FREE);
+        }
+    }
+}
+
+/* --- the dense layout -------------------------------------------------------------------------------------------------------------- */
+
+#define COLUMNS 256 /* of a block: its part of a row is a few cache lines, and its sums stay in the nearest cache */
+
+void split(const void *pre, int64_t bf16, const float *threshold, int64_t each, float *values, uint8_t *mask, int64_t B, int64_t F,
+           int64_t threads)
+{
+    EACH_ROW
+    for (int64_t b = 0; b < B; b++) {
+        const void *x = row_of(pre, (int)bf16, F, b);
+        float *v = values + b * F;
+        uint8_t *m = mask + b * F;
+        if (bf16)
+            for (int64_t i = 0; i < F; i++) {
+                float value = at(x, 1, i);
+                m[i] = value > threshold[i * each];
+                v[i] = m[i] ? value : 0;
+            }
+        else
+            for (int64_t i = 0; i < F; i++) {
+                float value = at(x, 0, i);
+                m[i] = value > threshold[i * each];
+                v[i] = m[i] ? value : 0;
+            }
+    }
+}
+
+void select_(const uint8_t *mask, const float *x, float *out, float *sums, int64_t B, int64_t F, int64_t threads)
+{
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t from = 0; from < F; from += COLUMNS) {
+        int64_t n = least_of(COLUMNS, F - from);
+        float sum[COLUMNS] = {0};
+        for (int64_t b = 0; b < B; b++) {
+            const uint8_t *m = mask + b * F + from;
+            const float *g = x + b * F + from;
+            float *o = out + b * F + from;
+            for (int64_t i = 0; i < n; i++) {
+                float value = m[i] ? g[i] : 0;
+                o[i] = value;
+                sum[i] += value;
+            }
+        }
+        memcpy(sums + from, sum, (size_t)n * sizeof(float));
+    }
+}

@@ -1,0 +1,325 @@
+"""The compiled ops against their plain meaning, in float64 where they sum. B tokens, D d_in, F latents, N entries, R bags, S SAEs."""
+
+import ctypes
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from monosemy.ops import compiled
+from monosemy.ops import torch as plain
+from monosemy.ops.entries import Entries
+
+built = pytest.mark.skipif(not compiled.available(), reason="no C compiler here")
+linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process has loaded is known on Linux")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def equal(got, wanted):
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (got, wanted)
+
+
+def close(got, wanted):
+    assert got.dtype == torch.float32 and got.shape == wanted.shape
+    if wanted.numel():
+        assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@pytest.fixture
+def as_many_threads():
+    """What sets the number of threads; it is as before after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# --- selections ----------------------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "normal": lambda x: x,
+    "integers": lambda x: x.round(),
+    "equal": lambda x: torch.ones_like(x),
+    "zeros of both signs": lambda x: x.relu() * x.roll(1).sign(),
+    "infinities": lambda x: torch.where(x > 0.5, x, -torch.inf).where(x < 1.5, torch.inf),
+    "one loud token": lambda x: torch.cat([x[:1] + 9, x[1:]]),
+}
+SHAPES = [(1, 1), (3, 64), (5, 7), (33, 130), (2, 5000), (70, 1025)]
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize(("B", "F"), SHAPES)
+def test_selections_are_exact(B, F, values, dtype):
+    pre_BF = VALUES[values](draw(B, F)).to(dtype)
+    for k in {1, 2, max(F // 300, 1), max(F // 9, 1), F}:
+        equal(compiled.top_k(pre_BF, k), plain.top_k(pre_BF, k))
+        equal(compiled.batch_top_k(pre_BF, B * k), plain.batch_top_k(pre_BF, B * k))
+    equal(compiled.batch_top_k(pre_BF, 1), plain.batch_top_k(pre_BF, 1))
+    for threshold in (0.0, -0.0, 0.3, -1, torch.tensor(0.7), 1e9, -torch.inf, draw(F, seed=1)):
+        equal(compiled.above(pre_BF, threshold), plain.above(pre_BF, threshold))
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("among", ["none", "one", "some", "all"])
+def test_top_k_among_some_latents(among, values, dtype):
+    B, F = 9, 1025
+    pre_BF = VALUES[values](draw(B, F)).to(dtype)
+    among_F = {"none": torch.zeros(F), "one": torch.arange(F) == 700, "some": draw(F, seed=1) > 0, "all": torch.ones(F)}[among].bool()
+    latents_M = among_F.nonzero().squeeze(1)
+    for k in (1, 3, 80, F):
+        latents_N, starts_B1, values_N = compiled.top_k(pre_BF, k, among_F)
+        columns = plain.top_k(pre_BF[:, latents_M], min(k, len(latents_M)))
+        equal((latents_N, starts_B1, values_N), (latents_M[columns.latents_N].int(), columns.starts_B1, columns.values_N))
+
+
+@built
+def test_what_is_not_a_number_is_survived():
+    pre_BF = draw(20, 600)
+    pre_BF[draw(20, 600, seed=1) > 0.5] = torch.nan
+    pre_BF[:4] = -torch.tensor(torch.nan)
+    for picked, n in ((compiled.top_k(pre_BF, 9), 180), (compiled.batch_top_k(pre_BF, 500), 500), (compiled.top_k(pre_BF, 600), 12_000)):
+        entries = Entries(picked.latents_N, picked.starts_B1, 600)
+        assert len(picked.latents_N) == n == picked.starts_B1[-1]
+        assert (entries.bags_N * 600 + entries.latents_N).diff().min() > 0 and entries.latents_N.max() < 600
+    assert compiled.above(pre_BF, torch.nan).starts_B1.max() == 0
+
+
+# --- sums over entries ---------------------------------------------------------------------------------------------------------
+
+
+def entries_of(mask_BF, bags=1):
+    """The set places of a mask; each token's in so many bags of equal ranges of latents."""
+    B, F = mask_BF.shape
+    tokens_N, latents_N = mask_BF.nonzero().unbind(1)
+    places_N = tokens_N * bags + latents_N * bags // F
+    return Entries(latents_N.int(), torch.searchsorted(places_N, torch.arange(B * bags + 1), out_int32=True), F)
+
+
+MASKS = {
+    "some": lambda B, F: draw(B, F, seed=1) > 1,
+    "none": lambda B, F: torch.zeros(B, F, dtype=torch.bool),
+    "all": lambda B, F: torch.ones(B, F, dtype=torch.bool),
+    "one latent always": lambda B, F: (draw(B, F, seed=1) > 2) | (torch.arange(F) == F // 2),
+    "every other token": lambda B, F: (draw(B, F, seed=1) > 0) & (torch.arange(B)[:, None] % 2 == 0),
+}
+
+
+@built
+@pytest.mark.parametrize("bags", [1, 3])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("B", "D", "F"), [(1, 1, 1), (5, 3, 7), (33, 17, 130), (700, 41, 19), (64, 24, 96)])
+def test_sums_are_the_plain_ones(B, D, F, mask, bags):
+    e = entries_of(MASKS[mask](B, F), bags)
+    vars(e)["by_latent"] = compiled.group(e.latents_N, e.starts_R1, F)
+    equal(e.by_latent, plain.group(e.latents_N, e.starts_R1, F))
+    values_N, W_FD, g_RD = draw(len(e.latents_N), seed=2), draw(F, D, seed=3), draw(B * bags, D, seed=4)
+    doubles = values_N.double(), W_FD.double(), g_RD.double()
+
+    close(compiled.sum_by_latent(values_N, e), plain.sum_by_latent(doubles[0], e))
+    close(compiled.decode(values_N, W_FD, e), plain.decode(*doubles[:2], e))
+    for got, wanted in zip(compiled.encode_backward(values_N, g_RD, e), plain.encode_backward(doubles[0], doubles[2], e), strict=True):
+        close(got, wanted)
+    d_values_N, d_W_FD = plain.decode_backward(doubles[2], *doubles[:2], e, weight=True)
+    got, got_W_FD = compiled.decode_backward(g_RD, values_N, W_FD, e, weight=True)
+    close(got, d_values_N)
+    close(got_W_FD, d_W_FD)
+    got, nothing = compiled.decode_backward(g_RD, values_N, W_FD, e, weight=False)
+    close(got, d_values_N)
+    assert nothing is None
+
+
+# --- the update ----------------------------------------------------------------------------------------------------------------
+
+
+def adam(ops, dtype, shape, constraint, *, beta1, shadow, steps=3):
+    """Parameters, moments and gradient norms after some steps, of which the second SAE has its second refused."""
+    S = shape[0]
+    p = draw(*shape).to(dtype)
+    if constraint != "free":
+        p /= p.norm(dim=-1, keepdim=True)
+    m, v = torch.zeros_like(p) if beta1 else None, torch.zeros_like(p)
+    copy = p.bfloat16() if shadow else None
+    steps_S, norms = torch.zeros(S), []
+    for step in range(steps):
+        grads = [draw(*shape[1:], seed=10 * step + s + 1).to(dtype) for s in range(S)]
+        norms.append(ops.square_norms(p, grads, constraint))
+        scale_S = torch.linspace(0.5, 1, S)
+        if step == 1 and S > 1:
+            scale_S[1] = torch.nan
+        steps_S += scale_S.isfinite()
+        ops.update(
+            p,
+            grads,
+            m,
+            v,
+            copy,
+            lr_S=torch.linspace(1e-3, 1e-2, S),
+            scale_S=scale_S,
+            steps_S=steps_S,
+            betas=(beta1, 0.999),
+            eps=1e-8,
+            constraint=constraint,
+        )
+    return {"p": p, "m": m, "v": v, "norms": torch.stack(norms), "shadow": copy}
+
+
+@built
+@pytest.mark.parametrize(
+    ("shape", "constraint"),
+    [
+        *(((S, 130, C), constraint) for S in (1, 3) for C in (5, 24) for constraint in ("free", "project", "constrain")),
+        ((1, 1, 1), "free"),
+        ((3, 2500), "free"),
+        ((1, 3), "free"),
+    ],
+)
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("shadow", [False, True])
+def test_updates_are_the_plain_ones(shape, constraint, beta1, shadow):
+    got = adam(compiled, torch.float32, shape, constraint, beta1=beta1, shadow=shadow)
+    wanted = adam(plain, torch.float64, shape, constraint, beta1=beta1, shadow=shadow)
+    for name in ("p", "v", "norms", *(["m"] if beta1 else [])):
+        close(got[name], wanted[name])
+    if shadow:
+        assert torch.equal(got["shadow"], got["p"].bfloat16())
+
+
+@built
+def test_a_row_that_is_not_finite_stays_one_row():
+    p, v, shadow = draw(1, 40, 9), torch.zeros(1, 40, 9), torch.zeros(1, 40, 9, dtype=torch.bfloat16)
+    g = draw(40, 9, seed=1)
+    g[7, 3] = torch.inf
+    assert not compiled.square_norms(p, [g], "free").isfinite()
+    numbers = {n: torch.ones(1) for n in ("lr_S", "scale_S", "steps_S")}
+    compiled.update(p, [g], None, v, shadow, **numbers, betas=(0.0, 0.999), eps=1e-8, constraint="project")
+    assert p.isfinite().all(2)[0].tolist() == shadow.isfinite().all(2)[0].tolist() == [r != 7 for r in range(40)]
+    assert torch.equal(shadow.isnan(), p.isnan())
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------------------
+
+
+@built
+def test_the_number_of_threads_changes_no_bit(as_many_threads):
+    B, D, F = 600, 33, 300
+    pre_BF, W_FD = draw(B, F), draw(F, D, seed=1)
+    pre_BF[:, 5] += 9  # a latent on every token
+
+    def everything():
+        picked = compiled.batch_top_k(pre_BF, B * 9)
+        e = Entries(picked.latents_N, picked.starts_B1, F)
+        decoded_BD = compiled.decode(picked.values_N, W_FD, e)
+        d_values_N, d_W_FD = compiled.decode_backward(decoded_BD, picked.values_N, W_FD, e, weight=True)
+        after = adam(compiled, torch.float32, (2, 130, 24), "project", beta1=0.9, shadow=False)
+        d_W_enc_FD, d_b_F = compiled.encode_backward(d_values_N, decoded_BD, e)
+        selected = [*picked, *compiled.top_k(pre_BF, 4), *compiled.above(pre_BF, 1)]
+        return [*selected, *e.by_latent, decoded_BD, d_values_N, d_W_FD, d_W_enc_FD, d_b_F, after["p"], after["norms"]]
+
+    as_many_threads(1)
+    wanted = everything()
+    for n in (2, 3):
+        as_many_threads(n)
+        equal(everything(), wanted)
+
+
+@built
+def test_arguments_are_named_when_they_do_not_fit():
+    e = entries_of(draw(4, 6) > 0)
+    values_N = draw(len(e.latents_N))
+    for W_FD in (draw(6, 4).double(), draw(4, 6).T):
+        with pytest.raises(AssertionError, match="W_FD"):
+            compiled.decode(values_N, W_FD, e)
+    with pytest.raises(AssertionError, match="pre_BF"):
+        compiled.top_k(draw(4, 6).half(), 2)
+
+
+@built
+@linux
+def test_torchs_own_threads_are_used(as_many_threads):
+    library = compiled._library()
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line.rsplit("/")[-1]}
+    assert len(loaded) == 1, loaded
+    for n in (1, 2):
+        as_many_threads(n)
+        assert library.omp_get_max_threads() == n
+
+
+# --- building -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def afresh(tmp_path, monkeypatch):
+    """Nothing is built or loaded yet, and the cache is an empty folder."""
+    monkeypatch.setenv("MONOSEMY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MONOSEMY_COMPILED", raising=False)
+    for cached in (compiled.available, compiled._library):
+        cached.cache_clear()
+    yield tmp_path / "cache"
+    for cached in (compiled.available, compiled._library):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def small(afresh, tmp_path, monkeypatch):
+    """Another source, which is quickly built."""
+    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "small.c")
+    compiled.SOURCE.write_text("int answer(void) { return 42; }\n")
+    return afresh
+
+
+@built
+def test_processes_may_build_at_once(small):
+    code = "import sys, pathlib; from monosemy.ops import compiled as c; c.SOURCE = pathlib.Path(sys.argv[1]); print(c._library().answer())"
+    command = [sys.executable, "-c", code, str(compiled.SOURCE)]
+    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in racing:
+        out, err = process.communicate()
+        assert out == "42\n", err
+    assert [path.suffix for path in small.iterdir()] == [".so"]
+
+
+@built
+def test_a_damaged_library_is_built_again(small):
+    path = compiled._built()
+    whole, inode = path.read_bytes(), path.stat().st_ino
+    assert compiled._built() == path and path.stat().st_ino == inode, "what is whole is not built again"
+    for damaged in (whole[: len(whole) // 2], b"\0" * len(whole), b""):
+        path.write_bytes(damaged)
+        assert compiled._built().read_bytes() == whole
+    assert [p.read_bytes() for p in small.iterdir()] == [whole]
+    assert ctypes.CDLL(str(path)).answer() == 42
+
+
+@built
+def test_what_was_made_of_another_source_or_by_another_compiler_is_left(small, monkeypatch):
+    paths = [compiled._built()]
+    monkeypatch.setenv("CC", "cc -DANOTHER")
+    paths += [compiled._built()]
+    compiled.SOURCE.write_text("int answer(void) { return 43; }\n")
+    paths += [compiled._built()]
+    assert len(set(paths)) == 3 and set(small.iterdir()) == set(paths)
+    assert [ctypes.CDLL(str(path)).answer() for path in paths] == [42, 42, 43]
+
+
+@pytest.mark.parametrize(("compiler", "cause"), [("no-such-compiler", "no-such-compiler"), ("cc -no-such-option", "no-such-option")])
+def test_without_a_compiler_slower_ops_run(afresh, monkeypatch, caplog, compiler, cause):
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.WARNING):
+        assert not compiled.available()
+        assert not compiled.available()
+    (record,) = caplog.records
+    assert cause in record.getMessage()
+
+
+def test_it_can_be_turned_off(afresh, monkeypatch, caplog):
+    monkeypatch.setenv("MONOSEMY_COMPILED", "0")
+    assert not compiled.available() and not caplog.records and not afresh.exists()
