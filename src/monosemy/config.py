@@ -138,6 +138,12 @@ class TrainConfig:
     """Steps between records in metrics.jsonl."""
     verbose: bool = False
     """Print a line for each SAE (L0, FVU, dead latents) at every record."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints to go on from; at the latest after ten minutes there is one."""
+    resume: bool = False
+    """Go on from the newest checkpoint in save_dir, as a run that is started again on its own folder does anyway."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: end that SAE's training with the weights before it, or pass without update."""
     save_checkpoints: bool = False
     """Also save each SAE at 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run, as trainer_i/checkpoints/ae_STEP.pt."""
     use_wandb: bool = False

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, invalid
+from monosemy.ops import Scratch
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
-from monosemy.training import Member, SAESpec
+from monosemy.training import Member, Numbers, OnNonfinite, SAESpec, stacks
 
 Record = dict[str, Any]
 
@@ -35,12 +38,15 @@ def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
     return specs
 
 
-@dataclass
 class Sweep:
     """SAEs in training, by site, on batches that all SAEs of a site share."""
 
-    members: dict[Any, list[Member]]
-    failed: dict[str, str] = field(default_factory=dict)  # member -> why it was stopped
+    def __init__(self, members: Mapping[Any, Sequence[Member]]) -> None:
+        self.members = members
+        self.stacks = stacks(member for group in members.values() for member in group)
+        self.failed: dict[str, str] = {}  # member -> why it was stopped
+        self._sent: list[tuple[int, int, Member, Numbers]] = []
+        self._on_record: Callable[[Record], None] = lambda record: None
 
     def run(
         self,
@@ -52,23 +58,46 @@ class Sweep:
         on_record: Callable[[Record], None] = lambda record: None,
         before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """Train for `steps` steps. A record of each SAE is made every `log_steps` steps and after the last; records only look.
+        """Train from step `start` to `steps`. A record of each SAE is made every `log_steps` steps and after the last; records only look.
 
-        An SAE whose loss is not finite is stopped and named in `failed`; the others go on.
+        On a GPU a record's numbers are read when the next one has been sent, so that no step waits for them. An SAE whose loss or
+        gradient is not finite keeps the weights that it had, and is named in `failed` when its numbers are read; the others go on.
         """
-        for step in range(start, steps):
-            before_step(step)
-            for site, x_BD in batches().items():
-                for member in self.members[site]:
-                    if member.name in self.failed:
-                        continue
-                    member.step(x_BD, step)
-                    if step % log_steps == 0 or step == steps - 1:
-                        record = member.record(x_BD)
-                        if not math.isfinite(record["loss"]):
-                            self.failed[member.name] = f"its loss was {record['loss']} at step {step}"
-                            continue
-                        on_record({"step": step, "tokens": (step + 1) * len(x_BD), "sae": member.name} | record)
+        self._on_record = on_record
+        site_of = {member.name: site for site, group in self.members.items() for member in group}
+        try:
+            for step in range(start, steps):
+                before_step(step)
+                of_site = batches()
+                for stack in self.stacks:
+                    stack.step({member.name: of_site[site_of[member.name]] for member in stack.members}, step)
+                if step % log_steps == 0 or step == steps - 1:
+                    self.settle()
+                    self._sent = [(step, len(x), m, m.record(x)) for site, x in of_site.items() for m in self.members[site]]
+                    if not any(stack.captured for stack in self.stacks):
+                        self.settle()
+        finally:
+            self.settle()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """By member, everything that its next step depends on."""
+        return {member.name: member.state() for group in self.members.values() for member in group}
+
+    def restore(self, kept: Checkpoint) -> None:
+        """Go on from a checkpoint of an equal sweep."""
+        self.failed = dict(kept.state["failed"])
+        for member in (member for group in self.members.values() for member in group):
+            member.restore(kept.member(member.name))
+
+    def settle(self) -> None:
+        """Read the numbers that are under way."""
+        while self._sent:
+            step, batch, member, late = self._sent.pop(0)
+            numbers, why = late.read()
+            if why:
+                self.failed.setdefault(member.name, why)
+            else:
+                self._on_record({"step": step, "tokens": (step + 1) * batch, "sae": member.name} | numbers)
 
 
 @dataclass(frozen=True)
@@ -92,6 +121,9 @@ def fit(
     bf16: bool = False,
     device: str | torch.device = "cpu",
     log_steps: int = 100,
+    on_nonfinite: OnNonfinite = "stop",
+    checkpoints: str | Path | None = None,
+    checkpoint_every: int = 1000,
     **schedule: Any,
 ) -> Fitted:
     """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model.
@@ -99,32 +131,62 @@ def fit(
     `steps` defaults to the number of batches, where they have one; `schedule` takes what `Schedule.of_run` does. With `normalize`
     the first batches (up to 100, which are then trained on) measure sqrt(E ||x||^2), which activations are divided by and which is
     folded into the SAEs' weights at the end.
+    `checkpoints` names a folder to keep checkpoints in, every `checkpoint_every` steps, and to go on from: batches must then be the
+    same ones again, and those that were trained on are passed over.
     Raises ValueError where the number of steps is not known, or batches are empty, not matrices of one width, or not finite.
     """
     if steps is None:
         if not hasattr(batches, "__len__"):
             raise invalid("steps", None, "a number of steps where the batches do not have a length", "pass steps=")
         steps = len(batches)  # type: ignore[arg-type]
+    store = Checkpoints(Path(checkpoints)) if checkpoints else None
+    kept = store.newest() if store else None
     source = iter(batches)
-    first = [_checked(x) for x in itertools.islice(source, min(100, steps))]
-    if not first:
-        raise invalid("batches", "empty", "at least one batch [B, D]", "pass activations")
-    factor = math.sqrt(sum(float(x.double().pow(2).sum()) for x in first) / sum(len(x) for x in first)) if normalize else 1.0
-    factor = factor or 1.0
-    plan = Schedule.of_run(steps, len(first[0]), recipe=recipe, **schedule)
-    members = [
-        Member(f"{i}", spec, first[0].shape[1], plan, device=device, recipe=recipe, bf16=bf16, norm_factor=factor)
-        for i, spec in enumerate(saes)
-    ]
-    stream = itertools.chain(first, (_checked(x) for x in source))
-    metrics: list[Record] = []
+    stream: Iterator[Tensor]
+    if kept:
+        start, factor, metrics, (B, D) = kept.step, kept.state["norm_factor"], kept.state["metrics"], kept.state["shape"]
+        stream = (_checked(x) for x in itertools.islice(source, start, None))
+    else:
+        first = [_checked(x) for x in itertools.islice(source, min(100, steps))]
+        if not first:
+            raise invalid("batches", "empty", "at least one batch [B, D]", "pass activations")
+        start, factor, metrics, (B, D) = 0, _norm_factor(first) if normalize else 1.0, [], first[0].shape
+        stream = itertools.chain(first, (_checked(x) for x in source))
+    plan = Schedule.of_run(steps, B, recipe=recipe, **schedule)
+    how: dict[str, Any] = {"device": device, "recipe": recipe, "bf16": bf16, "norm_factor": factor, "on_nonfinite": on_nonfinite}
+    scratch = Scratch()
+    members = [Member(f"{i}", spec, D, plan, scratch=scratch, **how) for i, spec in enumerate(saes)]
     sweep, status = Sweep({"": members}), "complete"
+    if kept:
+        sweep.restore(kept)
+
+    def before_step(step: int) -> None:
+        if store and (step % checkpoint_every == 0 or step == steps) and step > start:
+            sweep.settle()
+            store.save(step, sweep.state(), {"norm_factor": factor, "metrics": metrics, "shape": (B, D), "failed": sweep.failed})
+
     try:
-        sweep.run(lambda: {"": next(stream).to(device, torch.float32) / factor}, steps, log_steps=log_steps, on_record=metrics.append)
+        sweep.run(
+            lambda: {"": next(stream).to(device, torch.float32) / factor},
+            steps,
+            start=start,
+            log_steps=log_steps,
+            on_record=metrics.append,
+            before_step=before_step,
+        )
+        before_step(steps)
     except StopIteration:
         status = "stopped_early"
+    finally:
+        if store:
+            store.close()
     failed = {int(name): why for name, why in sweep.failed.items()}
     return Fitted([member.finished() for member in members], metrics, factor, "failed" if failed else status, failed)
+
+
+def _norm_factor(batches: Sequence[Tensor]) -> float:
+    """sqrt(E ||x||^2), or 1 where everything is zero."""
+    return math.sqrt(sum(float(x.double().pow(2).sum()) for x in batches) / sum(len(x) for x in batches)) or 1.0
 
 
 def _checked(x: Tensor) -> Tensor:
