@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint peers clean
+.PHONY: setup demo test lint peers bench certify clean
 
 setup: $(VENV)/.installed
 
@@ -19,12 +19,23 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# the proofs that take minutes
+certify: setup
+	$(BIN)/python -m pytest -m certify
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 peers: setup
 	peers/run
+
+# whole training steps beside those of the peers; makes their environments, wants the machine to itself
+bench: setup
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --dead 0.3
+	$(BIN)/python benchmarks/step.py --dense --peer dictionary_learning
+	$(BIN)/python benchmarks/end_to_end.py
 
 clean:
 	rm -rf $(VENV) .venv-* build src/*.egg-info
