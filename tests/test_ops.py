@@ -158,7 +158,7 @@ def test_the_two_layouts_agree(form, dtype, B, D, F):
         codes = codes.map(torch.mul, params[1])
         begins = torch.tensor([0, F // 2] if F > 1 else [0])
         loss = codes.decode(params[3]).square().sum() + codes.decode(params[3], begins)[0].square().sum()
-        loss = (loss + codes.total(lambda v, w: v.square() * w, params[1]).square()) / (B * F)
+        loss = (loss + codes.by_latent().square().sum() + codes.total(lambda v, w: v.square() * w, params[1]).square()) / (B * F)
         counts = {"size": codes.size(), "count": codes.count(), "of": codes.size_by_latent()}
         found = {"loss": loss.detach(), "smallest": codes.smallest(), **counts}
         results.append(found | gradients(loss, named))

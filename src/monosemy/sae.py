@@ -47,6 +47,10 @@ class Codes(ABC):
         """The sum over the support of the values, or of such a function of them."""
 
     @abstractmethod
+    def by_latent(self) -> Tensor:
+        """The sum of each latent's values, [F]."""
+
+    @abstractmethod
     def size_by_latent(self) -> Tensor:
         """On how many tokens the support has each latent, [F]."""
 
@@ -77,7 +81,13 @@ class DenseCodes(Codes):
         return DenseCodes(self.product, ops.map_dense(function, self.values, self.mask, self.product.buffer, *w_F), self.mask)
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
-        return self.values.sum() if function is None else ops.total_dense(function, self.values, self.mask, self.product.buffer, *w_F)
+        if function is None:
+            return self.values.sum()
+        values, *of_latents = (t if torch.is_grad_enabled() else t.detach() for t in (self.values, *w_F))
+        return ops.total_dense(function, values, self.mask, self.product.buffer, *of_latents)
+
+    def by_latent(self) -> Tensor:
+        return self.values.sum(0)
 
     def size_by_latent(self) -> Tensor:
         return ops.count_dense(self.mask)
@@ -109,6 +119,9 @@ class SparseCodes(Codes):
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
         return self.values.sum() if function is None else self._valid(self._of(function, *w_F)).sum()
+
+    def by_latent(self) -> Tensor:
+        return ops.sum_by_latent(self.values, self.entries)
 
     def _of(self, function: Callable[..., Tensor], *w_F: Tensor) -> Tensor:
         return function(self.values, *(ops.take(w, self.entries) for w in w_F))
