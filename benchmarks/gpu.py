@@ -562,6 +562,24 @@ def check_sums(report: Report, fast: Called) -> None:
     errors.tell(report)
 
 
+def check_dense(report: Report, fast: Called) -> None:
+    """The dense layout's two passes: what is above a threshold, and what a mask lets through, where it holds what is not a number too."""
+    device, errors = report.device, Errors()
+    B, F, _ = report.sizes.every
+    for pre_BF in preactivations(B, F, device).values():
+        for threshold in (0.0, torch.randn(F, device=device)):
+            values_BF, mask_BF = torch.empty_like(pre_BF), torch.empty_like(pre_BF, dtype=torch.bool)
+            wanted_values_BF, wanted_mask_BF = torch.empty_like(values_BF), torch.empty_like(mask_BF)
+            fast.split(pre_BF, threshold, values_BF, mask_BF)
+            plain.split(pre_BF, threshold, wanted_values_BF, wanted_mask_BF)
+            errors.places("split", (values_BF != wanted_values_BF).sum() + (mask_BF != wanted_mask_BF).sum())
+            x_BF = torch.where(mask_BF, torch.randn_like(pre_BF), torch.inf)
+            sums_F = fast.select(mask_BF, x_BF, values_BF)
+            errors.near("select", values_BF, torch.where(mask_BF, x_BF.double(), 0))
+            errors.near("select, sums", sums_F, torch.where(mask_BF, x_BF.double(), 0).sum(0))
+    errors.tell(report)
+
+
 def check_update(report: Report, fast: Called) -> None:
     """Three updates of three SAEs, the last of which is refused."""
     device, errors = report.device, Errors()
@@ -656,7 +674,7 @@ def checks(report: Report) -> None:
     torch.manual_seed(0)
     fast = Called(form(torch.zeros(1, device=report.device)))
     report.add("form of the ops", note=fast.module.__name__)
-    for check in (check_selections, check_sums, check_update):
+    for check in (check_selections, check_sums, check_dense, check_update):
         with report.case(check.__name__) as there_is_time:
             if there_is_time:
                 check(report, fast)

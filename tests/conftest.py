@@ -12,6 +12,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the package's own entry
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which then runs its kernels on the CPU
+
 WORDS = (
     "the a of to and in that it was for on are with as at be this from have or by one had not but what all were when we there can".split()
 )

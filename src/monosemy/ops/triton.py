@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from monosemy.ops.entries import Entries, Picked
-from monosemy.ops.torch import Constraint, select, split  # noqa: F401  (torch's own kernels do in the dense layout)
+from monosemy.ops.torch import Constraint
 
 # --- selections: the kernels --------------------------------------------------------------------------------------------------
 #
@@ -327,7 +327,8 @@ def _pick_kernel(
 @triton.jit
 def _over(x, allowed, cols, threshold, EACH: tl.constexpr):
     """Which values are above the threshold."""
-    return allowed & (x > tl.load(threshold + cols * EACH, mask=allowed, other=0).to(tl.float32))
+    limit = tl.load(threshold + cols, mask=allowed, other=0) if EACH else tl.load(threshold)
+    return allowed & (x > limit.to(tl.float32))
 
 
 @triton.jit
@@ -445,13 +446,17 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
     return picked
 
 
+def _there(threshold: Tensor | float, pre_BF: Tensor) -> Tensor:
+    """The threshold on the device; a single number as torch compares with it, rounded to the precision of what is compared."""
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((), threshold, device=pre_BF.device)
+    return threshold.contiguous() if threshold.ndim else threshold.to(pre_BF.dtype)
+
+
 def _count_above(pre_BF: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor, Tensor, dict[str, int]]:
     """How many of each token are above, and for `_above_kernel` the threshold on the device, the shares, and the constants."""
     _bits(pre_BF)
-    B, F = pre_BF.shape
-    if not isinstance(threshold, Tensor):
-        threshold = torch.full((), threshold, device=pre_BF.device)
-    threshold = threshold if threshold.ndim else threshold.to(pre_BF.dtype)  # as torch compares with a single number
+    (B, F), threshold = pre_BF.shape, _there(threshold, pre_BF)
     sizes = {"F": F, "M": _sizes(F, 1)[0], "EACH": threshold.ndim}
     numbers_B = torch.empty(B, dtype=torch.int32, device=pre_BF.device)
     (shares_BM,) = _room(pre_BF, sizes["M"])
@@ -650,6 +655,57 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tens
     return d_W_FD, sum_by_latent(g_N, e)
 
 
+# --- the dense layout ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _split_kernel(pre_BF, threshold, values_BF, mask_BF, F: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a block of a row where it is above the threshold, and where that is."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x, there = _in_row(pre_BF, None, row, cols, F)
+    over = _over(x, there, cols, threshold, EACH)
+    tl.store(values_BF + row * F + cols, tl.where(over, x, 0.0), mask=there)
+    tl.store(mask_BF + row * F + cols, over.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def _select_kernel(
+    mask_BF, x_BF, out_BF, parts_PF, B, stride_B, STRIDE_F: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write a block of some rows where the mask is set, and sum over the rows."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * ROWS
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(first, tl.minimum(first + ROWS, B)):
+        at = tl.cast(row, tl.int64) * F + cols
+        x = tl.load(x_BF + tl.cast(row, tl.int64) * stride_B + cols * STRIDE_F, mask=cols < F, other=0)
+        x = tl.where(tl.load(mask_BF + at, mask=cols < F, other=0) != 0, x, 0.0)
+        tl.store(out_BF + at, x, mask=cols < F)
+        total += x
+    tl.store(parts_PF + tl.program_id(1) * F + cols, total, mask=cols < F)
+
+
+def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> None:
+    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F]."""
+    _bits(pre_BF)
+    _floats(values_BF=values_BF)
+    (B, F), threshold, block = pre_BF.shape, _there(threshold, pre_BF), _block(2048, 1, 2048, pre_BF.shape[1])
+    mask = mask_BF.view(torch.uint8)
+    _split_kernel[(B, cdiv(F, block))](pre_BF, threshold, values_BF, mask, F=F, EACH=threshold.ndim, BLOCK=block)
+
+
+def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor) -> Tensor:
+    """Write x where the mask is set and zero elsewhere, whatever x is there; returns the sums over tokens, [F]. x may have any strides."""
+    _floats(out_BF=out_BF)
+    assert mask_BF.is_contiguous() and x_BF.dtype == torch.float32, "mask_BF: not contiguous, or x_BF: not float32"
+    (B, F), block = out_BF.shape, _block(512, 1, 512, out_BF.shape[1])
+    parts_PF = out_BF.new_empty(cdiv(B, 32), F)
+    grid, (stride_B, stride_F) = (cdiv(F, block), len(parts_PF)), x_BF.stride()
+    _select_kernel[grid](mask_BF.view(torch.uint8), x_BF, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=32, BLOCK=block)
+    return parts_PF.sum(0)
+
+
 # --- the update ---------------------------------------------------------------------------------------------------------------
 #
 # One launch for all SAEs: their parameters stand one behind the other, their gradients where autograd left them. R rows of C numbers.
@@ -826,12 +882,13 @@ def update(
 # --- ahead of time ------------------------------------------------------------------------------------------------------------
 
 _TYPES = {
-    "*u8": "among_F",
+    "*u8": "among_F mask_BF",
     "*i32": "starts_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B latents_N bags_N order_N starts_F1 starts_R1",
     "*i64": "table",
     "*bf16": "shadow",
-    "*fp32": "bounds_B values_N W_FD rows_RD out_RD d_values_N pieces_D sums_F p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
-    "i32": "n B F limit",
+    "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D sums_F "
+    "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
+    "i32": "n B F limit stride_B",
 }
 
 
@@ -870,6 +927,8 @@ def variants(D: int = 512, F: int = 16384, k: int = 80) -> list[Variant]:
         add(_pick_kernel, pre, among_F=None, **pick, num_warps=_warps(C))
         add(_count_above_kernel, pre, EACH=each, **row)
         add(_above_kernel, pre, EACH=each, **row | some)
+        add(_split_kernel, pre, F=F, EACH=each, BLOCK=_block(2048, 1, 2048, F))
+    add(_select_kernel, STRIDE_F=1, F=F, ROWS=32, BLOCK=_block(512, 1, 512, F))
     add(_bound_rows_kernel, among_F=None, BITS=16, **row)
     add(_list_kernel, among_F=None, F=F, C=C, M=M, **some)
     add(_starts_kernel, BLOCK=1024)
