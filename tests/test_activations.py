@@ -1,12 +1,16 @@
 """The stream: what enters batches, in which order, and that a state is enough to go on."""
 
 import json
+from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from monosemy.activations import SERVED, ActivationStream
 from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.rng import generator
 from monosemy.tokens import ContextStream, Source, StreamEnded
 
 SITES = [Site("resid_post", 0), Site("resid_post", 2), Site("mlp_out", 1)]
@@ -75,17 +79,197 @@ def test_a_site_does_not_depend_on_its_company(make):
     assert equal(together, alone)
 
 
-@pytest.mark.parametrize("position", [0, 1, 8, 9, 10, 23])
-def test_a_state_is_enough_to_go_on(make, position):
+def plainly(contexts, lm, sites, *, batch, contexts_per_forward, contexts_per_block, seed=0, keep_special=False, norm_multiple=10.0):
+    """(batch, the state after it) by definition: blocks read whole, one after the other, each permuted, cut and scaled."""
+    counts, factor, limit = Counter(), {}, {}
+    block, ended = -1, False
+    while not ended:
+        block, start, kept = block + 1, contexts.state(), {site: [] for site in sites}
+        for _ in range(-(-contexts_per_block // contexts_per_forward)):
+            try:
+                ids = contexts.next(contexts_per_forward)
+            except StreamEnded:
+                ended = True
+                break
+            keep = ~torch.isin(ids, contexts.special_ids) & (torch.arange(L) > 0) if not keep_special else torch.ones_like(ids).bool()
+            found = lm.activations(ids)
+            for site in sites:
+                kept[site].append(found[site][keep])
+            counts.update({"tokens": ids.numel(), "tokens left out as special": int((~keep).sum())})
+        batches = int(SERVED * sum(map(len, kept[sites[0]]))) // batch
+        ended |= not batches
+        served = {}
+        for site in sites if batches else ():
+            rows = torch.cat(kept[site])
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+            if block == 0:
+                limit[site] = norm_multiple * float(norms.median()) if norm_multiple else float("inf")
+                factor[site] = float(norms[norms <= limit[site]].double().pow(2).mean().sqrt())
+            calm = rows[norms <= limit[site]]
+            order = torch.randperm(len(calm), generator=generator(seed, "permutation", str(site), block))
+            served[site] = calm[order.repeat(2 * batch)][: batches * batch].float() / factor[site]
+            surplus = len(calm) - batches * batch
+            outliers = {f"{site}: rows": len(rows), f"{site}: norm outliers left out": len(rows) - len(calm)}
+            counts.update({**outliers, f"{site}: rows repeated": max(-surplus, 0), f"{site}: surplus rows": max(surplus, 0)})
+        norms = {"norm_factor": {str(s): v for s, v in factor.items()}, "norm_limit": {str(s): v for s, v in limit.items()}}
+        for i in range(batches):
+            state = {"block": block, "next": i + 1, "contexts": start, "counts": dict(counts), **norms}
+            yield {site: served[site][i * batch : (i + 1) * batch] for site in sites}, state
+
+
+@pytest.fixture
+def loud(lm, monkeypatch):
+    """One token in ten is a thousand times too large at the first site, and everything is in half precision at the second."""
+    real = lm.activations
+
+    def spiked(ids_BL):
+        found = real(ids_BL)
+        found[SITES[0]] = torch.where((ids_BL % 10 == 5)[..., None], 1000 * found[SITES[0]], found[SITES[0]])
+        found[SITES[1]] = found[SITES[1]].bfloat16()
+        return found
+
+    monkeypatch.setattr(lm, "activations", spiked)
+    return lm
+
+
+@pytest.mark.parametrize("documents", [30, 2])
+@pytest.mark.parametrize("more", [{}, {"keep_special": True, "norm_multiple": 0.0}], ids=["rules", "no rules"])
+@pytest.mark.parametrize(
+    ("batch", "contexts_per_forward", "contexts_per_block"),
+    [(64, 4, 40), (64, 1, 8), (7, 4, 12), (7, 4, 4), (250, 4, 40), (150, 7, 20), (550, 4, 40), (64, 1, 4)],
+)
+def test_a_ring_serves_what_whole_blocks_would(make, loud, tmp_path, batch, contexts_per_forward, contexts_per_block, more, documents):
+    """To the last bit, the last batch and the last count, whenever the rows were read."""
+    from tests.conftest import write_text
+
+    options = {"batch": batch, "contexts_per_forward": contexts_per_forward, "contexts_per_block": contexts_per_block, **more}
+    stream = make(file=write_text(tmp_path / "a.jsonl", documents=documents), **options)
+    contexts = make(file=tmp_path / "a.jsonl", **options).contexts
+    for batch, state in plainly(contexts, loud, SITES, **options):
+        got = stream.next()
+        assert list(got) == SITES and all(torch.equal(got[site], batch[site]) and got[site].dtype == torch.float32 for site in SITES)
+        assert stream.state() == state
+        assert stream.text_counts["tokens/" + str(tmp_path / "a.jsonl")] >= state["counts"]["tokens"]
+    for _ in range(2):
+        with pytest.raises(StreamEnded):
+            stream.next()
+    assert stream.text_counts == contexts.counts
+    again = make(file=tmp_path / "a.jsonl", **options)
+    again.restore(json.loads(json.dumps(stream.state())))
+    assert again.state() == stream.state()
+    with pytest.raises(StreamEnded):
+        again.next()
+
+
+def test_rows_are_repeated_where_a_site_lost_too_many(make, loud):
+    stream = make()
+    take(stream, 20)
+    assert stream.counts[f"{SITES[0]}: rows repeated"] > 50 and stream.counts[f"{SITES[0]}: surplus rows"] == 0
+
+
+def test_slots_are_allocated_once(make):
+    stream = make()
+    stream.next()
+    rings = {site: (ring.data_ptr(), ring.shape) for site, ring in stream._rings.items()}
+    take(stream, 60)
+    assert rings == {site: (ring.data_ptr(), ring.shape) for site, ring in stream._rings.items()}
+    assert {shape for _, shape in rings.values()} == {(44 * L, 24)}  # a block and one forward
+
+
+@pytest.fixture
+def forwards(lm, monkeypatch):
+    """A list that has an entry for each forward."""
+    real, seen = lm.activations, []
+    monkeypatch.setattr(lm, "activations", lambda ids_BL: [seen.append(ids_BL), real(ids_BL)][1])
+    return seen
+
+
+def test_forwards_are_spread_over_the_steps(make, forwards):
+    stream = make(batch=16)  # ten forwards and about 36 batches in a block
+    stream.next()
+    assert len(forwards) == 10
+    done = []
+    for _ in range(150):
+        forwards.clear()
+        stream.next()
+        done.append(len(forwards))
+    assert max(done) == 1 and 35 < sum(done) < 55
+    longest = max(map(len, "".join(map(str, done)).split("1")))
+    assert longest <= 6
+
+
+def test_a_batch_is_one_gather_and_one_division_for_each_site(make):
+    """What asks the host (nonzero, item, a copy) would make it wait for the GPU at every step."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op.name().removeprefix("aten::"))
+            return op(*args, **(kwargs or {}))
+
+    stream = make(contexts_per_forward=20)
+    take(stream, 3)
+    seen: list[str] = []
+    with Seen():
+        stream.next()
+    assert Counter(op for op in seen if op != "slice.Tensor") == {"index_select": len(SITES), "div.Tensor": len(SITES)}
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 5, 7, 8, 9, 10, 15, 16, 17, 18, 23, 31])
+def test_a_state_is_enough_to_go_on(make, loud, forwards, position):
     whole, stream = make(), make()
     wanted = take(whole, 40)
     take(stream, position)
     state = json.loads(json.dumps(stream.state()))
     again = make()
-    take(again, 3)
+    take(again, position % 3)
+    forwards.clear()
     again.restore(state)
-    assert equal(take(again, 40 - position), wanted[position:])
-    assert again.norm_factor == whole.norm_factor and again.counts == whole.counts
+    assert again.state() == state and [again.width(site) for site in SITES] == [24] * len(SITES)
+    first = [again.next()]
+    assert len(forwards) <= 10  # one block, even where the state is of a block's end
+    assert equal(first + take(again, 39 - position), wanted[position:])
+    assert again.state() == whole.state() and again.norm_factor == whole.norm_factor and again.text_counts == whole.text_counts
+
+
+def test_an_error_while_reading_ahead_costs_no_batch(make, monkeypatch):
+    """The state is that before the batch, and the next attempt goes on."""
+    wanted, stream = take(make(), 30), make()
+    real, calls = stream.contexts.next, iter(range(10**6))
+
+    def failing(n):
+        if next(calls) % 3 == 1:
+            raise ConnectionError("gone")
+        return real(n)
+
+    monkeypatch.setattr(stream.contexts, "next", failing)
+    got, errors = [], 0
+    while len(got) < 30:
+        before = stream.state()
+        try:
+            got.append(stream.next())
+        except ConnectionError:
+            errors += 1
+            assert stream.state() == before
+    assert errors > 5 and equal(got, wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_serves_the_same_however_busy_it_is(tiny_model, text_file):
+    """Forwards beside long steps, in a stream of their own: no slot is read before it is written, or written before it was read."""
+    lm = LanguageModel.load(str(tiny_model), SITES, device="cuda", dtype="float32")
+    tokenizer = load_tokenizer(str(tiny_model))
+    options = {"batch": B, "contexts_per_forward": 4, "contexts_per_block": 40}
+    plain = plainly(ContextStream([Source(str(text_file))], tokenizer, L), lm, SITES, **options)
+    wanted = [{site: x.cpu() for site, x in batch.items()} for batch, _ in islice(plain, 60)]
+    stream = ActivationStream(lm, ContextStream([Source(str(text_file))], tokenizer, L), SITES, **options)
+    load_DD, got = torch.randn(2048, 2048, device="cuda"), []
+    for _ in range(60):
+        got.append(stream.next())
+        for _ in range(20):
+            load_DD = (load_DD @ load_DD).tanh()
+    for x, y in zip(got, wanted, strict=True):
+        for site in SITES:
+            torch.testing.assert_close(x[site].cpu(), y[site], rtol=1e-5, atol=1e-6)
 
 
 def test_norm_outliers_are_left_out_and_counted(lm, make, monkeypatch):

