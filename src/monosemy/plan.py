@@ -14,6 +14,7 @@ from typing import Any
 
 from monosemy.config import TrainConfig, architecture_names, invalid
 from monosemy.lm import ModelInfo, Site, check_sites, describe
+from monosemy.memory import Estimate, estimate
 from monosemy.recipe import RECIPES
 from monosemy.schedule import Schedule
 from monosemy.tokens import check_sources
@@ -37,6 +38,8 @@ NOT_THE_RUN = {
     "wandb_entity",
     "hf_repo_id",
     "verbose",
+    "resume",
+    "checkpoint_every",
 }  # same run with other values
 
 
@@ -89,19 +92,19 @@ class Plan:
             * sum(len(c.sparsities(a)) for a in c.architectures)
         )
 
+    @cached_property
+    def gpu(self) -> bool:
+        return _has_gpu(self.config.device)
+
+    @cached_property
+    def memory(self) -> Estimate:
+        return estimate(self.config, self.model, self.sites, contexts_per_block=self.contexts_per_block, steps=self.steps, gpu=self.gpu)
+
     def describe(self) -> str:
         """The grid and the budget, in words."""
         c, D = self.config, self.model.d_model
-        per_width = self.saes_per_site() // len(c.dictionary_widths)
-        parameters = len(self.sites) * per_width * sum(2 * F * D + 2 * F + D for F in c.dictionary_widths)
-        width = 4 if c.dtype == "float32" else 2
         depths = [site.depth for site in self.sites]
         layers = self.model.num_layers if None in depths else max(d for d in depths if d is not None)
-        gib = 2**30
-        state = parameters * 16  # weights, gradients, two moments
-        model = self.model.parameters(layers) * width
-        block = self.contexts_per_block * (c.context_length or 1) * D * width * len(self.sites)
-        work = 6 * (c.sae_batch_size or 1) * max(c.dictionary_widths) * 4
         grid = "\n".join(f"  {a:24} {', '.join(f'{v:g}' for v in c.sparsities(a))}" for a in c.architectures)
         return (
             f"{self.model.name}: {layers} of {self.model.num_layers} layers, {D} wide, in {c.dtype}\n"
@@ -111,8 +114,7 @@ class Plan:
             f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * (c.sae_batch_size or 1):,} for each SAE\n"
             f"text: {c.dataset}{f' and {c.chat_dataset}' if c.mixed_dataset else ''}, contexts of {c.context_length}, "
             f"{self.contexts_per_block} to a block; evaluation on {c.eval_num_inputs} held-out contexts\n"
-            f"memory while training, about: model {model / gib:.2f} + SAEs {state / gib:.2f} + block {block / gib:.2f} + step {work / gib:.2f} "
-            f"= {(model + state + block + work) / gib:.1f} GiB\n"
+            f"{self.memory}\n"
             f"folder: {self.folder}"
         )
 
@@ -175,7 +177,16 @@ def _check_values(c: TrainConfig) -> None:
             raise invalid(field, values, "different values", "take the repeated ones out")
     at_least_one = {
         n: getattr(c, n)
-        for n in ("num_tokens", "sae_batch_size", "llm_batch_size", "buffer_tokens", "eval_num_inputs", "eval_spliced_inputs", "log_steps")
+        for n in (
+            "num_tokens",
+            "sae_batch_size",
+            "llm_batch_size",
+            "buffer_tokens",
+            "eval_num_inputs",
+            "eval_spliced_inputs",
+            "log_steps",
+            "checkpoint_every",
+        )
     }
     for field, value in at_least_one.items() | {("dictionary_widths", w) for w in c.dictionary_widths}:
         if value is not None and value < 1:

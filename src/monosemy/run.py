@@ -6,17 +6,20 @@ RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sa
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
 import platform
-import resource
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,11 +28,14 @@ from tqdm import tqdm
 
 from monosemy import formats
 from monosemy.activations import ActivationStream
+from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, invalid
 from monosemy.evaluation import evaluate, seed_results, table
 from monosemy.formats import dictionary_learning
 from monosemy.hub import Uploader
 from monosemy.lm import LanguageModel, load_tokenizer
+from monosemy.memory import high_water, size, tensor_bytes
+from monosemy.ops import Scratch
 from monosemy.plan import Plan, make, replan
 from monosemy.recipe import RECIPES
 from monosemy.report import plots
@@ -41,7 +47,8 @@ from monosemy.training import Member
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
+CHECKPOINT_SECONDS = 600  # between two checkpoints at most
+SNAPSHOT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
 
 
 class Run:
@@ -54,8 +61,8 @@ class Run:
         self.trackers: list[Tracker] = []
         self.uploader: Uploader | None = None
 
-    def open(self, members: Mapping[Any, list[Member]], facts: dict[str, Any]) -> None:
-        """Write down what will be done, before the first step."""
+    def open(self, members: Mapping[Any, Sequence[Member]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
+        """Write down what will be done, before the first step; of a run that goes on, what was recorded after its checkpoint is cut off."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         self.facts = {
@@ -67,7 +74,8 @@ class Run:
             **facts,
         }
         self.write_facts({})
-        (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.truncate(kept.state["metrics_bytes"] if kept else 0)
         self.write_status("running", saes={member.name: "running" for group in members.values() for member in group})
         if c.use_wandb:
             self.trackers.append(Wandb(c.wandb_project, entity=c.wandb_entity, group=self.folder.absolute().name, folder=self.folder))
@@ -100,6 +108,12 @@ class Run:
         self.status = {"status": status, "reason": reason, "saes": self.status["saes"] | (saes or {})}
         formats.write_json(self.folder / "status.json", self.status)
 
+    def write_memory(self, of: str, predicted: int, **more: Any) -> None:
+        """Note the bytes that were predicted for a part of the run, and the most that were taken until now."""
+        measured = _peak_memory(self.plan)
+        self.write_facts({"memory": self.facts.get("memory", {}) | more | {of: {"predicted": predicted, "measured": measured}}})
+        log.info("memory of the %s: %s at most, %s predicted", of, size(measured), size(predicted))
+
     def record(self, record: Record) -> None:
         """One line of metrics.jsonl, mirrored to the trackers."""
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -118,6 +132,7 @@ class Run:
 def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     """Train, evaluate, plot and upload as a configuration says. Returns the run's folder and its status.
 
+    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never stopped.
     Status is "complete", "stopped_early" (the text ran out; what was trained is saved), or "failed" (an SAE did not stay finite).
     Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError for a hub that is out of reach.
     """
@@ -133,15 +148,23 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     train_text, held_out = (_contexts(c, tokenizer, split) for split in ("train", "held_out"))
     lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
     stream = _activations(plan, lm, train_text)
+    checkpoints = Checkpoints(plan.folder / "checkpoints")
     try:
-        with Progress(plan, stream) as progress:
-            first = _first_batch(c, stream)
-            members = _members(plan, stream, first, init_from)
-            run.open(members, {"model": _model_facts(plan, lm), **_norms(stream)})
-            status, reason = _train(run, Sweep(members), stream, first, progress)
-        del lm, stream, members, first, progress  # the whole model takes their place
+        with Progress(plan, stream) as progress, Interrupts() as interrupts:
+            started, kept = time.monotonic(), checkpoints.newest()
+            ready = [] if kept else [_first_batch(c, stream)]
+            if kept:
+                log.info("going on from %s", kept.folder)
+                stream.restore(kept.state["stream"])
+            sweep = Sweep(_members(plan, stream, init_from))
+            run.open(sweep.members, {"model": _model_facts(plan, lm), **_norms(stream)}, kept)
+            status, reason = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
+            run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
+        del lm, stream, sweep, ready, progress  # the whole model takes their place
+        gc.collect()  # members and their stacks hold each other
         rows = _evaluate(run, held_out)
         plots.write(run.folder, rows)
+        run.write_memory("run", plan.memory.peak)
     except BaseException as error:
         if run.facts:  # before the folder was opened there is nothing to tell
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -149,6 +172,8 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
             run.write_status(state, f"{type(error).__name__}: {error}", unfinished)
             run.close(state)
         raise
+    finally:
+        checkpoints.close()
     run.write_status(status, reason)
     run.close(status)
     print(table(rows))
@@ -195,19 +220,21 @@ def _first_batch(c: TrainConfig, stream: ActivationStream) -> dict[Any, Tensor]:
         raise invalid("dataset", c.dataset, allowed, f"give more ({ended})") from ended
 
 
-def _members(plan: Plan, stream: ActivationStream, first: Mapping[Any, Tensor], init_from: SAE | None) -> dict[Any, list[Member]]:
-    c = plan.config
+def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[Member]]:
+    c, scratch = plan.config, Scratch()
     return {
         site: [
             Member(
                 f"{site.folder}/trainer_{i}",
                 spec,
-                first[site].shape[1],
+                stream.width(site),
                 plan.schedule,
                 device=stream.lm.device,
                 recipe=RECIPES[c.recipe],
                 bf16=c.precision == "bf16",
                 norm_factor=stream.norm_factor[site],
+                on_nonfinite=c.on_nonfinite,
+                scratch=scratch,
             )
             for i, spec in enumerate(grid(c, init_from))
         ]
@@ -219,21 +246,54 @@ def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
     return {name: {str(site): v for site, v in getattr(stream, name).items()} for name in ("norm_factor", "norm_limit")}
 
 
-def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progress: Progress) -> tuple[str, str]:
-    """The loop, and what is saved of it."""
+def _train(
+    run: Run,
+    sweep: Sweep,
+    stream: ActivationStream,
+    ready: list[dict[Any, Tensor]],
+    kept: Checkpoint | None,
+    started: float,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    interrupts: Interrupts,
+) -> tuple[str, str]:
+    """The loop, and what is saved of it. `ready` holds the first batch where it was read already; `started` is when the reading began."""
     c, plan = run.config, run.plan
-    ready = [first]
-    checkpoints = {int(share * plan.steps) for share in CHECKPOINT_SHARES} if c.save_checkpoints else set()
-    done = 0
+    members = [member for group in sweep.members.values() for member in group]
+    snapshots = {int(share * plan.steps) for share in SNAPSHOT_SHARES} if c.save_checkpoints else set()
+    start, before = 0, 0.0
+    if kept:
+        start, before = kept.step, kept.state["seconds"]
+        sweep.restore(kept)
+    done, last_kept = start, time.monotonic()
+
+    def keep() -> None:
+        nonlocal last_kept
+        sweep.settle()
+        state = {
+            "stream": stream.state(),
+            "metrics_bytes": (run.folder / "metrics.jsonl").stat().st_size,
+            "failed": sweep.failed,
+            "seconds": before + time.monotonic() - started,
+        }
+        try:
+            checkpoints.wait()
+        except OSError as error:  # what was kept earlier is whole, and training need not end for it
+            log.error("the last checkpoint could not be written: %s", error)
+        checkpoints.save(done, sweep.state(), state)
+        last_kept = time.monotonic()
 
     def before_step(step: int) -> None:
         nonlocal done
         done = step
         progress.step(step)
-        for member in (m for group in sweep.members.values() for m in group if step in checkpoints):
-            folder = run.folder / member.name / "checkpoints"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(dictionary_learning.state_dict(member.finished()), folder / f"ae_{step}.pt")
+        if step in snapshots:
+            for member in members:
+                _snapshot(run.folder / member.name / "checkpoints" / f"ae_{step}.pt", member, checkpoints)
+        due = step % c.checkpoint_every == 0 or time.monotonic() - last_kept > CHECKPOINT_SECONDS
+        if (due or interrupts.asked) and step > start:
+            keep()
+        interrupts.obey()
 
     about = {m.name: {"site": str(site), "architecture": m.sae.name} for site, group in sweep.members.items() for m in group}
 
@@ -241,15 +301,20 @@ def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progre
         run.record(record | about[record["sae"]])
         progress.record(record)
 
-    status, reason, started = "complete", "", time.monotonic()
+    status, reason = "complete", ""
     try:
         sweep.run(
-            lambda: ready.pop() if ready else stream.next(), plan.steps, log_steps=c.log_steps, on_record=on_record, before_step=before_step
+            lambda: ready.pop() if ready else stream.next(),
+            plan.steps,
+            start=start,
+            log_steps=c.log_steps,
+            on_record=on_record,
+            before_step=before_step,
         )
         done = plan.steps
     except StreamEnded as ended:
         status, reason = "stopped_early", f"after {done} of {plan.steps} steps: {ended}"
-    seconds = time.monotonic() - started
+    seconds = before + time.monotonic() - started
     if sweep.failed:
         status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
     tokens = done * (c.sae_batch_size or 1)
@@ -260,7 +325,7 @@ def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progre
                 "tokens": tokens,
                 "seconds": round(seconds, 1),
                 "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                "peak_memory_gb": round(_peak_memory() / 1e9, 2),
+                "peak_memory_gb": round(_peak_memory(plan) / 1e9, 2),
             },
             "data": {"contexts": dict(stream.contexts.counts), "activations": dict(stream.counts)},
         }
@@ -275,6 +340,18 @@ def _train(run: Run, sweep: Sweep, stream: ActivationStream, first: dict, progre
             if run.uploader is not None:
                 run.uploader.submit(member.name)
     return status, reason
+
+
+def _snapshot(path: Path, member: Member, checkpoints: Checkpoints) -> None:
+    """Have the SAE as it is now written in dictionary_learning's layout."""
+    state = dictionary_learning.state_dict(member.finished())
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    checkpoints.submit(write)
 
 
 def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
@@ -386,6 +463,34 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
     return rows
 
 
+class Interrupts:
+    """While it is entered, the first SIGINT or SIGTERM only asks, to be obeyed between two steps; a second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():  # only there can signals be taken
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        self.asked = signal.Signals(number)
+        log.warning("%s: saving a checkpoint first; once more to stop at once", self.asked.name)
+
+    def obey(self) -> None:
+        """Raises KeyboardInterrupt with the signal's name, where one asked for it."""
+        if self.asked:
+            raise KeyboardInterrupt(self.asked.name)
+
+
 class Progress:
     """One bar with tokens per second and the time left, on a terminal; nothing where there is none."""
 
@@ -440,12 +545,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _peak_memory() -> int:
-    """The most bytes that this process has held: of the GPU's memory where one is used, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _peak_memory(plan: Plan) -> int:
+    """The most bytes that were held at a time: of the GPU's memory where one is used, else resident."""
+    return high_water(torch.cuda if plan.gpu and torch.cuda.is_available() else None)
+
+
+def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
+    """What an SAE in training takes, by architecture and width."""
+    members = {(m.sae.name, m.sae.d_sae): m for group in sweep.members.values() for m in group}
+    measured = {key: tensor_bytes(m.stack, apart=[m.scratch]) // len(m.stack.members) for key, m in members.items()}
+    return {f"{name}, {width}": {"predicted": n, "measured": measured[name, width]} for (name, width), n in plan.memory.saes.items()}
 
 
 def _where(folder: Path) -> str:
