@@ -60,9 +60,10 @@ def trained(spec: SAESpec, batches: list[Tensor]) -> tuple[float, float, float, 
     with torch.no_grad():
         for x_BD in batches[STEPS:]:
             codes = member.sae.codes(x_BD, at)
-            parts = member.sae.loss(x_BD, codes, at)
+            f = member.sae.active(codes)
+            parts = member.sae.loss(x_BD, codes, f, at)
             variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
-            sums += torch.stack([parts["loss"], parts["mse"], variance, member.sae.active(codes).count().sum() / len(x_BD)])
+            sums += torch.stack([parts["loss"], parts["mse"], variance, f.count().sum() / len(x_BD)])
     loss, mse, variance, l0 = (sums / len(batches[STEPS:])).tolist()
     return member.lr, loss, mse / variance, l0
 
