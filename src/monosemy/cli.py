@@ -1,6 +1,6 @@
 """The command line: flags to a configuration, errors to exit codes. torch is imported only once everything has been checked.
 
-Exit codes: 0 complete, 1 failed, 2 input, 3 stopped early, 130 and 143 signals.
+Exit codes: 0 complete, 1 failed, 2 input, 3 stopped early, 75 try again, 130 and 143 signals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from monosemy.config import TrainConfig, architecture_names, invalid
+from monosemy.config import TrainConfig, TryAgain, architecture_names, invalid
 
 EXIT = {"complete": 0, "failed": 1, "stopped_early": 3}
 USAGE = """usage: monosemy COMMAND ...
@@ -47,6 +47,9 @@ def _guarded(job: Callable[[], int]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         return job()
+    except TryAgain as error:
+        print(f"error: {error}\nThe same command again goes on from the last checkpoint.", file=sys.stderr)
+        return 75
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,10 @@ def invalid(field: str, value: object, allowed: str, remedy: str) -> ValueError:
     return ValueError(f"{field} is {value!r}; allowed: {allowed}. {remedy[:1].upper()}{remedy[1:]}.")
 
 
+class TryAgain(ConnectionError):
+    """Something outside broke off. What was done is kept, and the same command goes on from it."""
+
+
 def architecture_names() -> tuple[str, ...]:
     """The architectures that come with the package: the files of its folder."""
     folder = Path(__file__).parent / "architectures"

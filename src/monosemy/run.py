@@ -29,7 +29,7 @@ from tqdm import tqdm
 from monosemy import formats
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
-from monosemy.config import TrainConfig, invalid
+from monosemy.config import TrainConfig, TryAgain, invalid
 from monosemy.evaluation import evaluate, seed_results, table
 from monosemy.formats import dictionary_learning
 from monosemy.hub import Uploader
@@ -145,7 +145,8 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         return plan.folder, "complete"
     init_from = formats.load(c.init_from) if c.init_from else None
     tokenizer = load_tokenizer(c.model_name, c.revision)
-    train_text, held_out = (_contexts(c, tokenizer, split) for split in ("train", "held_out"))
+    # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
+    train_text, held_out = _contexts(c, tokenizer, "train", workers=2 if plan.gpu else 0), _contexts(c, tokenizer, "held_out")
     lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
     stream = _activations(plan, lm, train_text)
     checkpoints = Checkpoints(plan.folder / "checkpoints")
@@ -160,14 +161,14 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
             run.open(sweep.members, {"model": _model_facts(plan, lm), **_norms(stream)}, kept)
             status, reason = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
             run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
-        del lm, stream, sweep, ready, progress  # the whole model takes their place
+        del lm, stream, train_text, sweep, ready, progress  # the whole model takes their place
         gc.collect()  # members and their stacks hold each other
         rows = _evaluate(run, held_out)
         plots.write(run.folder, rows)
         run.write_memory("run", plan.memory.peak)
     except BaseException as error:
         if run.facts:  # before the folder was opened there is nothing to tell
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            state = "interrupted" if isinstance(error, KeyboardInterrupt | TryAgain) else "failed"
             unfinished = {name: state for name, was in run.status["saes"].items() if was == "running"}
             run.write_status(state, f"{type(error).__name__}: {error}", unfinished)
             run.close(state)
@@ -183,7 +184,7 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     return run.folder, status
 
 
-def _contexts(c: TrainConfig, tokenizer: Any, split: Any) -> ContextStream:
+def _contexts(c: TrainConfig, tokenizer: Any, split: Any, workers: int = 0) -> ContextStream:
     return ContextStream(
         sources_of(c),
         tokenizer,
@@ -193,6 +194,7 @@ def _contexts(c: TrainConfig, tokenizer: Any, split: Any) -> ContextStream:
         held_out_fraction=c.held_out_fraction,
         system_prompt_to_remove=c.system_prompt_to_remove,
         system_prompt_removal_freq=c.system_prompt_removal_freq,
+        workers=workers,
     )
 
 
@@ -312,6 +314,9 @@ def _train(
             before_step=before_step,
         )
         done = plan.steps
+    except TryAgain:
+        keep()
+        raise
     except StreamEnded as ended:
         status, reason = "stopped_early", f"after {done} of {plan.steps} steps: {ended}"
     seconds = before + time.monotonic() - started
@@ -327,7 +332,7 @@ def _train(
                 "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
                 "peak_memory_gb": round(_peak_memory(plan) / 1e9, 2),
             },
-            "data": {"contexts": dict(stream.contexts.counts), "activations": dict(stream.counts)},
+            "data": {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)},
         }
     )
     for site, group in sweep.members.items():

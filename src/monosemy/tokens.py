@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from monosemy import assets
 from monosemy.ahead import Ahead
-from monosemy.config import invalid
+from monosemy.config import TryAgain, invalid
 from monosemy.rng import fraction
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class DatasetUnavailable(ConnectionError):
     """A data set on the hub cannot be reached, or not by this user."""
 
 
-class StreamBroken(ConnectionError):
+class StreamBroken(TryAgain):
     """A data set on the hub broke off while it was being read, and did not come back. A later attempt goes on at the same row."""
 
 
