@@ -565,7 +565,7 @@ def check_sums(report: Report, fast: Called) -> None:
 def check_dense(report: Report, fast: Called) -> None:
     """The dense layout's two passes: what is above a threshold, and what a mask lets through, where it holds what is not a number too."""
     device, errors = report.device, Errors()
-    B, F, _ = report.sizes.every
+    B, F = report.sizes.every
     for pre_BF in preactivations(B, F, device).values():
         for threshold in (0.0, torch.randn(F, device=device)):
             values_BF, mask_BF = torch.empty_like(pre_BF), torch.empty_like(pre_BF, dtype=torch.bool)
