@@ -570,13 +570,15 @@ def check_dense(report: Report, fast: Called) -> None:
         for threshold in (0.0, torch.randn(F, device=device)):
             values_BF, mask_BF = torch.empty_like(pre_BF), torch.empty_like(pre_BF, dtype=torch.bool)
             wanted_values_BF, wanted_mask_BF = torch.empty_like(values_BF), torch.empty_like(mask_BF)
-            fast.split(pre_BF, threshold, values_BF, mask_BF)
-            plain.split(pre_BF, threshold, wanted_values_BF, wanted_mask_BF)
+            of_latents = fast.split(pre_BF, threshold, values_BF, mask_BF)
+            for got, wanted in zip(of_latents, plain.split(pre_BF, threshold, wanted_values_BF, wanted_mask_BF), strict=True):
+                errors.near("split, sums", got, wanted)
             errors.places("split", (values_BF != wanted_values_BF).sum() + (mask_BF != wanted_mask_BF).sum())
             x_BF = torch.where(mask_BF, torch.randn_like(pre_BF), torch.inf)
             sums_F = fast.select(mask_BF, x_BF, values_BF)
             errors.near("select", values_BF, torch.where(mask_BF, x_BF.double(), 0))
             errors.near("select, sums", sums_F, torch.where(mask_BF, x_BF.double(), 0).sum(0))
+            errors.places("count_positive", (fast.count_positive(values_BF) != (values_BF > 0).sum(0)).sum())
     errors.tell(report)
 
 

@@ -251,9 +251,11 @@ def test_split(B, F, threshold, dtype):
     pre[0, 0] = 0.3
     values, mask = torch.full((B, F), torch.nan), torch.zeros(B, F, dtype=torch.bool)
     here = [pre.to(DEVICE), threshold.to(DEVICE) if isinstance(threshold, torch.Tensor) else threshold, values.to(DEVICE), mask.to(DEVICE)]
-    fast.split(*here)
-    plain.split(pre, threshold, values, mask)
+    sums_F, counts_F = fast.split(*here)
+    wanted_sums_F, wanted_counts_F = plain.split(pre, threshold, values, mask)
     assert torch.equal(here[2].cpu(), values) and torch.equal(here[3].cpu(), mask)
+    close(sums_F, wanted_sums_F)
+    assert torch.equal(counts_F.cpu(), wanted_counts_F) and torch.equal(fast.count_positive(here[2]).cpu(), (values > 0).sum(0))
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "one number"])
@@ -267,9 +269,10 @@ def test_select(B, F, layout):
     out, wanted_out = torch.full((B, F), torch.nan), torch.zeros(B, F, dtype=torch.float64)
     here = out.to(DEVICE)
     x_BF = x.float().to(DEVICE) if layout == "rows" else x.float().expand(B, F).to(DEVICE)
-    sums_F = fast.select(mask.to(DEVICE), x_BF, here)
-    close(sums_F, plain.select(mask, x, wanted_out))
-    close(here, wanted_out)
+    for add_F in (None, draw(F, seed=2)):
+        sums_F = fast.select(mask.to(DEVICE), x_BF, here, None if add_F is None else add_F.float().to(DEVICE))
+        close(sums_F, plain.select(mask, x, wanted_out, add_F))
+        close(here, wanted_out)
 
 
 # --- the update ---------------------------------------------------------------------------------------------------------------

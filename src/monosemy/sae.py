@@ -13,6 +13,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,11 @@ class Codes(ABC):
 
     product: Product
     values: Tensor
+
+    @cached_property
+    def noted(self) -> dict[str, Tensor]:
+        """What an objective has computed of these codes and `observe` will need again."""
+        return {}
 
     @property
     def tokens(self) -> int:
@@ -75,25 +81,30 @@ class Codes(ABC):
 class DenseCodes(Codes):
     product: Product
     values: Tensor  # [B, F], zero off the support
+    again: Tensor  # the same, for functions of them: its gradient is told apart from the decoder's
     mask: Tensor  # [B, F]
+    counts: Tensor  # on how many tokens the support has each latent, [F]
+    sums: Tensor | None = None  # of each latent's values, [F], where they are known
+    positive: bool = False  # whether all values on the support are
 
     def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> DenseCodes:
-        return DenseCodes(self.product, ops.map_dense(function, self.values, self.mask, self.product.buffer, *w_F), self.mask)
+        mapped = ops.map_dense(function, self.again, self.mask, self.product.buffer, *w_F)
+        return DenseCodes(self.product, mapped, mapped, self.mask, self.counts)
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
         if function is None:
-            return self.values.sum()
-        values, *of_latents = (t if torch.is_grad_enabled() else t.detach() for t in (self.values, *w_F))
+            return self.by_latent().sum()
+        values, *of_latents = (t if torch.is_grad_enabled() else t.detach() for t in (self.again, *w_F))
         return ops.total_dense(function, values, self.mask, self.product.buffer, *of_latents)
 
     def by_latent(self) -> Tensor:
-        return self.values.sum(0)
+        return self.values.sum(0) if self.sums is None else self.sums
 
     def size_by_latent(self) -> Tensor:
-        return ops.count_dense(self.mask)
+        return self.counts
 
     def count(self) -> Tensor:
-        return ops.count_dense(self.values)
+        return self.counts if self.positive else ops.count_positive(self.values)
 
     def size(self) -> Tensor:
         return self.size_by_latent().sum()
@@ -103,7 +114,7 @@ class DenseCodes(Codes):
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
         if begins_G is None:
-            return ops.decode_dense(self.values, W_FD, bf16=self.product.bf16)
+            return ops.decode_dense(self.values, W_FD, self.product.buffer, bf16=self.product.bf16)
         ends = [*begins_G.tolist()[1:], len(W_FD)]
         return torch.stack([self.values[:, a:b] @ W_FD[a:b] for a, b in zip(begins_G.tolist(), ends, strict=True)])
 
@@ -206,8 +217,9 @@ class Product:
         """Everything above a threshold: a number, or one for each latent [F]."""
         if sparse:
             return self._codes(ops.above(self.pre_BF, threshold, self.capacity), padded=True)
-        values_BF, mask_BF = ops.encode_dense(*self.weights, self.centred_BD, self.pre_BF, threshold, self.buffer, bf16=self.bf16)
-        return DenseCodes(self, values_BF, mask_BF)
+        made = ops.encode_dense(*self.weights, self.centred_BD, self.pre_BF, threshold, self.buffer, bf16=self.bf16)
+        values_BF, again_BF, mask_BF, sums_F, counts_F = made
+        return DenseCodes(self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive=not isinstance(threshold, Tensor) and threshold >= 0)
 
     def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
         """The k largest of each token among the latents of a mask [F], or all of them where they are fewer."""
@@ -246,10 +258,10 @@ class SAE(nn.Module, ABC):
     clip: ClassVar[float | None] = 1.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     short_run_lr: ClassVar[float] = 4e-3  # what suits a run of a few hundred steps (docs/log.md)
-    pre_bias: ClassVar[bool] = True  # the encoder sees x - b_dec
+    pre_bias: bool = True  # the encoder sees x - b_dec; another tool's SAE may say otherwise than its kind
     always_sparse: ClassVar[bool] = False
     scaled: ClassVar[tuple[str, ...]] = ("b_enc_F", "b_dec_D")  # what carries the units of the activations
-    modes: ClassVar[tuple[str, ...]] = ("default",)
+    modes: tuple[str, ...] = ("default",)  # the first is what `encode` does where none is named
 
     @dataclass(frozen=True)
     class Settings:
@@ -321,7 +333,8 @@ class SAE(nn.Module, ABC):
         `mode="top_k"` selects as in training (the k largest of each token, or of the batch) instead of by the running threshold.
         Raises ValueError for a mode that the architecture does not have, and for the two together.
         """
-        if mode is not None and mode not in self.modes:
+        mode = mode or self.modes[0]
+        if mode not in self.modes:
             raise invalid("mode", mode, f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
         if mode == "top_k" and latents is not None:
             raise invalid(
@@ -355,6 +368,18 @@ class SAE(nn.Module, ABC):
         self.W_dec_FD.div_(norm_F[:, None])
         self.W_enc_FD.mul_(norm_F[:, None])
         self.b_enc_F.mul_(norm_F)
+
+    @torch.no_grad()
+    def centre_(self, pre_bias: bool) -> None:
+        """Have the encoder see x - b_dec, or x itself; the function of x stays as it is, to rounding."""
+        if pre_bias != self.pre_bias:
+            moved_F = (self.W_enc_FD.double() @ self.b_dec_D.double()).float()
+            self.shift_encoder_(moved_F if pre_bias else -moved_F)
+            self.pre_bias = pre_bias
+
+    def shift_encoder_(self, shift_F: Tensor) -> None:
+        """Add to x W_enc^T, [F], wherever it is used."""
+        self.b_enc_F.add_(shift_F)
 
 
 REGISTRY: dict[str, type[SAE]] = {}

@@ -10,9 +10,9 @@ from torch.autograd import Function
 from monosemy.sae import SAE, Codes, Moment, register, uniform, unit
 
 
-def _near(distance: Tensor, bandwidth: float) -> Tensor:
-    """The rectangle kernel: 1 within half a bandwidth of the threshold."""
-    return (distance.abs() < bandwidth / 2).to(distance.dtype)
+def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
+    """g times the rectangle kernel: within half a bandwidth of the threshold, 0 elsewhere, in one pass."""
+    return torch.ops.aten.hardtanh_backward(g, distance, -bandwidth / 2, bandwidth / 2)
 
 
 class _Jump(Function):
@@ -22,13 +22,14 @@ class _Jump(Function):
     def forward(ctx: Any, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(v, threshold)
         ctx.bandwidth = bandwidth
-        return v * (v > threshold)
+        return torch.ops.aten.threshold_backward(v, v - threshold, 0)  # v where v > threshold, in one pass
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         v, threshold = ctx.saved_tensors
-        d_threshold = -threshold / ctx.bandwidth * _near(v - threshold, ctx.bandwidth) * g
-        return g * (v > threshold), d_threshold.sum_to_size(threshold.shape), None
+        distance = v - threshold
+        near = _near(g, distance, ctx.bandwidth).sum_to_size(threshold.shape)
+        return torch.ops.aten.threshold_backward(g, distance, 0), near * (-threshold / ctx.bandwidth), None
 
 
 class _Step(Function):
@@ -43,8 +44,8 @@ class _Step(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
         v, threshold = ctx.saved_tensors
-        d_threshold = -_near(v - threshold, ctx.bandwidth) / ctx.bandwidth * g
-        return None, d_threshold.sum_to_size(threshold.shape), None
+        near = _near(g.expand_as(v), v - threshold, ctx.bandwidth).sum_to_size(threshold.shape)
+        return None, near / -ctx.bandwidth, None
 
 
 @register

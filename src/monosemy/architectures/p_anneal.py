@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monosemy import ops
 from monosemy.sae import SAE, Codes, Moment, register, reset_relu
 
 
@@ -77,15 +78,17 @@ class PAnneal(SAE):
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
         p, _ = self.p(at)
-        lp = f.total(lambda f: f**p) / len(x_BD)
+        sum_p = f.total(lambda f: ops.power(f, p))
+        f.noted["sum of f^p"] = sum_p.detach()  # for `observe`
+        lp = sum_p / len(x_BD)
         return {"loss": mse + self.coefficient * at.sparsity * lp, "mse": mse, "lp": lp}
 
     @torch.no_grad()
     def observe(self, codes: Codes, at: Moment) -> None:
-        p, p_next = self.p(at)
+        _, p_next = self.p(at)
         if p_next is None:
             return
-        sums = torch.stack([codes.total(lambda f, q=q: f**q) for q in (p, p_next)])
+        sums = torch.stack([codes.noted["sum of f^p"], codes.total(lambda f: ops.power(f, p_next))])
         self.queue_Q2.copy_(torch.cat([self.queue_Q2[1:], sums[None]]))
         if at.step in self.annealing(at)[0]:
             now, then = self.queue_Q2.sum(0)  # slots that are not filled yet hold zeros and do not move the ratio

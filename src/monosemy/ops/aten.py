@@ -84,14 +84,19 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tens
     return _by_latent(g_N, x_BD, e), sum_by_latent(g_N, e)
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> None:
+def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
     """A few rows at a time, which stay in the cache."""
-    for rows in by_rows(pre_BF):
-        plain.split(pre_BF[rows], threshold, values_BF[rows], mask_BF[rows])
+    parts = [plain.split(pre_BF[rows], threshold, values_BF[rows], mask_BF[rows]) for rows in by_rows(pre_BF)]
+    sums, counts = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    return sums, counts
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor) -> Tensor:
-    return torch.stack([plain.select(mask_BF[rows], x_BF[rows], out_BF[rows]) for rows in by_rows(x_BF)]).sum(0)
+def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+    return torch.stack([plain.select(mask_BF[rows], x_BF[rows], out_BF[rows], add_F) for rows in by_rows(x_BF)]).sum(0)
+
+
+def count_positive(x_BF: Tensor) -> Tensor:
+    return torch.stack([plain.count_positive(x_BF[rows]) for rows in by_rows(x_BF)]).sum(0)
 
 
 def _radial(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:

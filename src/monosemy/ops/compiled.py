@@ -217,22 +217,31 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tens
 # --- the dense layout -----------------------------------------------------------------------------------------------------------
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> None:
+def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
     bf16 = _kind(pre_BF)
     _check(torch.float32, values_BF=values_BF)
     _check(torch.bool, mask_BF=mask_BF)
     each = isinstance(threshold, Tensor) and threshold.ndim == 1
     limits = threshold.float().contiguous() if isinstance(threshold, Tensor) else torch.tensor(float(threshold))
-    _call("split", pre_BF, bf16, limits, each, values_BF, mask_BF, *pre_BF.shape)
+    sums_F, counts_F = torch.empty(2, pre_BF.shape[1])
+    _call("split", pre_BF, bf16, limits, each, values_BF, mask_BF, sums_F, counts_F, *pre_BF.shape)
+    return sums_F, counts_F
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor) -> Tensor:
+def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
     x_BF = x_BF.contiguous()
-    _check(torch.float32, x_BF=x_BF, out_BF=out_BF)
+    _check(torch.float32, x_BF=x_BF, out_BF=out_BF, add_F=add_F)
     _check(torch.bool, mask_BF=mask_BF)
     sums_F = torch.empty(x_BF.shape[1])
-    _call("select_", mask_BF, x_BF, out_BF, sums_F, *x_BF.shape)
+    _call("select_", mask_BF, x_BF, add_F, out_BF, sums_F, *x_BF.shape)
     return sums_F
+
+
+def count_positive(x_BF: Tensor) -> Tensor:
+    _check(torch.float32, x_BF=x_BF)
+    counts_F = torch.empty(x_BF.shape[1])
+    _call("count_positive", x_BF, counts_F, *x_BF.shape)
+    return counts_F
 
 
 # --- the update ---------------------------------------------------------------------------------------------------------------

@@ -165,19 +165,26 @@ class _EncodeDense(Function):
         threshold: Tensor | float,
         buffer: Buffer,
         bf16: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         values_BF, mask_BF = buffer(W_FD), buffer(W_FD, torch.bool)
-        form(W_FD).split(pre_BF, threshold, values_BF, mask_BF)
+        sums_F, counts_F = form(W_FD).split(pre_BF, threshold, values_BF, mask_BF)
         ctx.save_for_backward(W_FD, x_BD, mask_BF)
-        ctx.mark_non_differentiable(mask_BF)
+        ctx.mark_non_differentiable(mask_BF, counts_F)
+        ctx.set_materialize_grads(False)
         ctx.bf16, ctx.buffer = bf16, buffer
-        return values_BF, mask_BF
+        return values_BF, values_BF.view_as(values_BF), mask_BF, sums_F.to(W_FD.dtype), counts_F
 
     @staticmethod
-    def backward(ctx: Any, g_BF: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         W_FD, x_BD, mask_BF = ctx.saved_tensors
-        d_BF = ctx.buffer(g_BF)
-        d_b_F = form(W_FD).select(mask_BF, g_BF, d_BF)  # what is infinite off the support (p < 1) does not count
+        first_BF, second_BF, _, g_F, _ = grads
+        d_BF = ctx.buffer(W_FD)
+        if first_BF is None or second_BF is None:
+            g_BF = next((g for g in (first_BF, second_BF) if g is not None), W_FD.new_zeros(()).expand(mask_BF.shape))
+        else:
+            g_BF = torch.add(first_BF, second_BF, out=d_BF)
+        # what is infinite off the support (p < 1) does not count
+        d_b_F = form(W_FD).select(mask_BF, g_BF, d_BF, None if g_F is None else g_F.contiguous())
         d_BF, x_BD = _operands(ctx.bf16, d_BF, x_BD)
         d_b_dec_D = -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None
         return (d_BF.T @ x_BD).to(W_FD.dtype), d_b_F, d_b_dec_D, None, None, None, None, None
@@ -193,29 +200,54 @@ def encode_dense(
     buffer: Buffer,
     *,
     bf16: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The pre-activations above a threshold and zero elsewhere, and where that is, both [B, F]: `encode_sparse` in the dense layout."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The pre-activations above a threshold and zero elsewhere, [B, F]: `encode_sparse` in the dense layout.
+
+    They come twice, for two uses, whose gradients are then added in an array that is lent. With them comes where they are above, [B, F],
+    and of each latent the sum of its values, which costs its gradient no pass of its own, and on how many tokens it is above, [F].
+    """
     return _EncodeDense.apply(W_FD, b_F, b_dec_D, centred_BD, pre_BF, threshold, buffer, bf16)
 
 
 def _gradients(
-    function: Callable[..., Tensor], g_BF: Tensor, values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, w_F: Sequence[Tensor]
+    function: Callable[..., Tensor], g_BF: Tensor | None, values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, w_F: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """The sum of a function over a mask, and what its gradient g becomes for the values and for numbers of each latent, by autograd."""
+    """What a function's gradient g becomes for the values and for numbers of each latent, by autograd; without g, the sum's, and the sum."""
     d_BF, d_w_F, total = buffer(values_BF), [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
+    one = values_BF.new_ones(())
     d_values = None
     for rows in by_rows(values_BF):
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (values_BF[rows], *w_F)]
             made = function(*inputs)
-        total += form(made).select(mask_BF[rows], made.detach(), d_BF[rows]).sum()
-        form(made).select(mask_BF[rows], g_BF[rows], d_BF[rows])
+        if g_BF is None:
+            total += form(made).select(mask_BF[rows], made.detach(), d_BF[rows]).sum()
+        form(made).select(mask_BF[rows], one.expand(made.shape) if g_BF is None else g_BF[rows], d_BF[rows])
         d_values, *parts = torch.autograd.grad(made, inputs, d_BF[rows], allow_unused=True)
         for d_F, part_F in zip(d_w_F, parts, strict=True):
             d_F += 0 if part_F is None else part_F
         if d_values is not None:
             d_BF[rows] = d_values
     return total, None if d_values is None else d_BF, d_w_F
+
+
+class _Power(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        x_p = x**p
+        ctx.save_for_backward(x, x_p)
+        ctx.p = p
+        return x_p
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        x, x_p = ctx.saved_tensors
+        return (x_p / x).mul_(g).mul_(ctx.p), None
+
+
+def power(x: Tensor, p: float) -> Tensor:
+    """x^p of positive x, elementwise; its gradient p x^p / x needs no power of its own."""
+    return _Power.apply(x, p)
 
 
 class _MapDense(Function):
@@ -240,11 +272,12 @@ class _TotalDense(Function):
     def forward(ctx: Any, function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
         """With the gradient at once, which is the same but for a factor whatever comes after."""
         if not any(ctx.needs_input_grad):
-            out_BF = buffer(values_BF)
-            parts = [form(values_BF).select(mask_BF[rows], function(values_BF[rows], *w_F), out_BF[rows]) for rows in by_rows(values_BF)]
-            return torch.stack(parts).sum()
-        ones_BF = values_BF.new_ones(()).expand_as(values_BF)
-        total, d_BF, d_w_F = _gradients(function, ones_BF, values_BF, mask_BF, buffer, w_F)
+            total, out_BF = values_BF.new_zeros(()), buffer(values_BF)
+            for rows in by_rows(values_BF):
+                made = function(values_BF[rows], *w_F)
+                total += form(made).select(mask_BF[rows], made, out_BF[: len(made)]).sum()
+            return total
+        total, d_BF, d_w_F = _gradients(function, None, values_BF, mask_BF, buffer, w_F)
         ctx.buffer, ctx.through_values = buffer, d_BF is not None
         ctx.save_for_backward(*d_w_F, *([] if d_BF is None else [d_BF]))
         return total
@@ -267,30 +300,27 @@ def total_dense(function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Ten
 
 
 @torch.no_grad()
-def count_dense(values_BF: Tensor) -> Tensor:
-    """On how many tokens each latent is positive, float [F]."""
-    count_F = torch.zeros(values_BF.shape[1], device=values_BF.device)
-    for rows in by_rows(values_BF):
-        count_F += (values_BF[rows] > 0).to(torch.float32).sum(0)
-    return count_F
+def count_positive(values_BF: Tensor) -> Tensor:
+    """On how many tokens each latent is positive, float32 [F]."""
+    return form(values_BF).count_positive(values_BF)
 
 
 class _DecodeDense(Function):
     @staticmethod
-    def forward(ctx: Any, values_BF: Tensor, W_FD: Tensor, bf16: bool) -> Tensor:
+    def forward(ctx: Any, values_BF: Tensor, W_FD: Tensor, buffer: Buffer, bf16: bool) -> Tensor:
         v_BF, w_FD = _operands(bf16, values_BF, W_FD)
         ctx.save_for_backward(v_BF, w_FD)
-        ctx.bf16, ctx.dtype = bf16, W_FD.dtype
+        ctx.bf16, ctx.dtype, ctx.buffer = bf16, W_FD.dtype, buffer
         return (v_BF @ w_FD).to(W_FD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         v_BF, w_FD = ctx.saved_tensors
         (g_BD,) = _operands(ctx.bf16, g_BD)
         d_W_FD = (v_BF.T @ g_BD).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return (g_BD @ w_FD.T).to(ctx.dtype), d_W_FD, None
+        return torch.mm(g_BD, w_FD.T, out=ctx.buffer(g_BD)).to(ctx.dtype), d_W_FD, None, None
 
 
-def decode_dense(values_BF: Tensor, W_FD: Tensor, *, bf16: bool = False) -> Tensor:
+def decode_dense(values_BF: Tensor, W_FD: Tensor, buffer: Buffer, *, bf16: bool = False) -> Tensor:
     """values W, [B, D]: `decode` in the dense layout. With `bf16` its products, of the backward pass too, are of bfloat16 operands."""
-    return _DecodeDense.apply(values_BF, W_FD, bf16)
+    return _DecodeDense.apply(values_BF, W_FD, buffer, bf16)

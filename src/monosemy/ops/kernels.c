@@ -622,41 +622,70 @@ void update(float *p, const float *const *grads, float *m, float *v, uint16_t *s
 
 #define COLUMNS 256 /* of a block: its part of a row is a few cache lines, and its sums stay in the nearest cache */
 
-void split(const void *pre, int64_t bf16, const float *threshold, int64_t each, float *values, uint8_t *mask, int64_t B, int64_t F,
-           int64_t threads)
+INLINE void split_block(const void *pre, int bf16, const float *limit, float *values, uint8_t *mask, float *sums, float *counts, int64_t B,
+                        int64_t F, int64_t from, int64_t n)
 {
-    EACH_ROW
+    float sum[COLUMNS] = {0}, count[COLUMNS] = {0};
     for (int64_t b = 0; b < B; b++) {
-        const void *x = row_of(pre, (int)bf16, F, b);
-        float *v = values + b * F;
-        uint8_t *m = mask + b * F;
-        if (bf16)
-            for (int64_t i = 0; i < F; i++) {
-                float value = at(x, 1, i);
-                m[i] = value > threshold[i * each];
-                v[i] = m[i] ? value : 0;
-            }
-        else
-            for (int64_t i = 0; i < F; i++) {
-                float value = at(x, 0, i);
-                m[i] = value > threshold[i * each];
-                v[i] = m[i] ? value : 0;
-            }
+        const void *x = row_of(pre, bf16, F, b);
+        float *v = values + b * F + from;
+        uint8_t *m = mask + b * F + from;
+        for (int64_t i = 0; i < n; i++) {
+            float value = at(x, bf16, from + i);
+            int over = value > limit[i];
+            m[i] = (uint8_t)over;
+            v[i] = value = over ? value : 0;
+            sum[i] += value;
+            count[i] += (float)over;
+        }
     }
+    memcpy(sums + from, sum, (size_t)n * sizeof(float));
+    memcpy(counts + from, count, (size_t)n * sizeof(float));
 }
 
-void select_(const uint8_t *mask, const float *x, float *out, float *sums, int64_t B, int64_t F, int64_t threads)
+void split(const void *pre, int64_t bf16, const float *threshold, int64_t each, float *values, uint8_t *mask, float *sums, float *counts,
+           int64_t B, int64_t F, int64_t threads)
 {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t from = 0; from < F; from += COLUMNS) {
         int64_t n = least_of(COLUMNS, F - from);
-        float sum[COLUMNS] = {0};
+        float limit[COLUMNS];
+        for (int64_t i = 0; i < n; i++)
+            limit[i] = threshold[(from + i) * each];
+        if (bf16)
+            split_block(pre, 1, limit, values, mask, sums, counts, B, F, from, n);
+        else
+            split_block(pre, 0, limit, values, mask, sums, counts, B, F, from, n);
+    }
+}
+
+void count_positive(const float *x, float *counts, int64_t B, int64_t F, int64_t threads)
+{
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t from = 0; from < F; from += COLUMNS) {
+        int64_t n = least_of(COLUMNS, F - from);
+        float count[COLUMNS] = {0};
+        for (int64_t b = 0; b < B; b++)
+            for (int64_t i = 0; i < n; i++)
+                count[i] += (float)(x[b * F + from + i] > 0);
+        memcpy(counts + from, count, (size_t)n * sizeof(float));
+    }
+}
+
+void select_(const uint8_t *mask, const float *x, const float *add, float *out, float *sums, int64_t B, int64_t F, int64_t threads)
+{
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t from = 0; from < F; from += COLUMNS) {
+        int64_t n = least_of(COLUMNS, F - from);
+        float sum[COLUMNS] = {0}, more[COLUMNS] = {0};
+        if (add)
+            memcpy(more, add + from, (size_t)n * sizeof(float));
         for (int64_t b = 0; b < B; b++) {
             const uint8_t *m = mask + b * F + from;
             const float *g = x + b * F + from;
             float *o = out + b * F + from;
             for (int64_t i = 0; i < n; i++) {
-                float value = m[i] ? g[i] : 0;
+                float value = m[i] ? g[i] + more[i] : 0;
                 o[i] = value;
                 sum[i] += value;
             }

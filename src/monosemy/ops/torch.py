@@ -78,15 +78,23 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tens
 # --- the dense layout -----------------------------------------------------------------------------------------------------------
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> None:
-    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F]."""
+def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
+    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F].
+
+    Returns the sum of each latent's values, and on how many tokens it is above, float32, both [F].
+    """
     torch.gt(pre_BF, threshold, out=mask_BF)
-    values_BF.copy_(torch.where(mask_BF, pre_BF, 0))
+    return values_BF.copy_(torch.where(mask_BF, pre_BF, 0)).sum(0), mask_BF.sum(0).float()
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor) -> Tensor:
-    """Write x where the mask is set and zero elsewhere, whatever x is there; returns the sums over tokens, [F]."""
-    return out_BF.copy_(torch.where(mask_BF, x_BF, 0)).sum(0)
+def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+    """Write x, plus a number of each latent, where the mask is set and zero elsewhere, whatever x is there; returns the sums, [F]."""
+    return out_BF.copy_(torch.where(mask_BF, x_BF if add_F is None else x_BF + add_F, 0)).sum(0)
+
+
+def count_positive(x_BF: Tensor) -> Tensor:
+    """On how many tokens each latent is positive, float32 [F]."""
+    return (x_BF > 0).sum(0).float()
 
 
 # --- the update ---------------------------------------------------------------------------------------------------------------

@@ -671,39 +671,47 @@ def _split_kernel(pre_BF, threshold, values_BF, mask_BF, F: tl.constexpr, EACH: 
 
 @triton.jit
 def _select_kernel(
-    mask_BF, x_BF, out_BF, parts_PF, B, stride_B, STRIDE_F: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    mask_BF, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write a block of some rows where the mask is set, and sum over the rows."""
+    """Write a block of some rows, plus a number of each column, where the mask is set, and sum over the rows."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(1) * ROWS
     total = tl.zeros([BLOCK], tl.float32)
+    add = total if add_F is None else tl.load(add_F + cols, mask=cols < F, other=0)
     for row in range(first, tl.minimum(first + ROWS, B)):
         at = tl.cast(row, tl.int64) * F + cols
         x = tl.load(x_BF + tl.cast(row, tl.int64) * stride_B + cols * STRIDE_F, mask=cols < F, other=0)
-        x = tl.where(tl.load(mask_BF + at, mask=cols < F, other=0) != 0, x, 0.0)
+        x = tl.where(tl.load(mask_BF + at, mask=cols < F, other=0) != 0, x + add, 0.0)
         tl.store(out_BF + at, x, mask=cols < F)
         total += x
     tl.store(parts_PF + tl.program_id(1) * F + cols, total, mask=cols < F)
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> None:
-    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F]."""
+def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
+    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F]; their sums and counts."""
     _bits(pre_BF)
     _floats(values_BF=values_BF)
     (B, F), threshold, block = pre_BF.shape, _there(threshold, pre_BF), _block(2048, 1, 2048, pre_BF.shape[1])
     mask = mask_BF.view(torch.uint8)
     _split_kernel[(B, cdiv(F, block))](pre_BF, threshold, values_BF, mask, F=F, EACH=threshold.ndim, BLOCK=block)
+    return values_BF.sum(0), mask_BF.sum(0, dtype=torch.float32)
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor) -> Tensor:
-    """Write x where the mask is set and zero elsewhere, whatever x is there; returns the sums over tokens, [F]. x may have any strides."""
+def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+    """Write x, plus a number of each latent, where the mask is set and zero elsewhere; returns the sums, [F]. x may have any strides."""
     _floats(out_BF=out_BF)
     assert mask_BF.is_contiguous() and x_BF.dtype == torch.float32, "mask_BF: not contiguous, or x_BF: not float32"
     (B, F), block = out_BF.shape, _block(512, 1, 512, out_BF.shape[1])
     parts_PF = out_BF.new_empty(cdiv(B, 32), F)
     grid, (stride_B, stride_F) = (cdiv(F, block), len(parts_PF)), x_BF.stride()
-    _select_kernel[grid](mask_BF.view(torch.uint8), x_BF, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=32, BLOCK=block)
+    mask = mask_BF.view(torch.uint8)
+    _select_kernel[grid](mask, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=32, BLOCK=block)
     return parts_PF.sum(0)
+
+
+def count_positive(x_BF: Tensor) -> Tensor:
+    """On how many tokens each latent is positive, float32 [F]."""
+    return (x_BF > 0).sum(0, dtype=torch.float32)
 
 
 # --- the update ---------------------------------------------------------------------------------------------------------------
@@ -886,7 +894,7 @@ _TYPES = {
     "*i32": "starts_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B latents_N bags_N order_N starts_F1 starts_R1",
     "*i64": "table",
     "*bf16": "shadow",
-    "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D sums_F "
+    "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D sums_F add_F "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
     "i32": "n B F limit stride_B",
 }
@@ -928,7 +936,8 @@ def variants(D: int = 512, F: int = 16384, k: int = 80) -> list[Variant]:
         add(_count_above_kernel, pre, EACH=each, **row)
         add(_above_kernel, pre, EACH=each, **row | some)
         add(_split_kernel, pre, F=F, EACH=each, BLOCK=_block(2048, 1, 2048, F))
-    add(_select_kernel, STRIDE_F=1, F=F, ROWS=32, BLOCK=_block(512, 1, 512, F))
+    for given in ({}, {"add_F": None}):
+        add(_select_kernel, STRIDE_F=1, F=F, ROWS=32, BLOCK=_block(512, 1, 512, F), **given)
     add(_bound_rows_kernel, among_F=None, BITS=16, **row)
     add(_list_kernel, among_F=None, F=F, C=C, M=M, **some)
     add(_starts_kernel, BLOCK=1024)
