@@ -19,13 +19,10 @@ from monosemy.ops import compiled
 from monosemy.ops import torch as plain
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
-from monosemy.training import LOOK_EVERY, SPARSE_BELOW, Member, SAESpec
-
-pytestmark = pytest.mark.certify  # minutes in all
+from monosemy.training import LOOK_EVERY, SPARSE_BELOW, Member, SAESpec, Stack
 
 FAST = "compiled" if compiled.available() else "aten"
 RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu")
-NORM = "torch's vector_norm of a whole matrix adds its squares up one by one in float32 (aten.py, _square_norm)"
 every = pytest.mark.parametrize("name", sorted(SETTINGS))
 relu = pytest.mark.parametrize("name", RELU)
 
@@ -71,7 +68,7 @@ def test_a_step_from_every_state(large: Data, name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("constraint", ["free", "project"])
-@pytest.mark.parametrize("form", [FAST, pytest.param("aten", marks=pytest.mark.xfail(strict=FAST != "aten", reason=NORM))])
+@pytest.mark.parametrize("form", sorted({FAST, "aten"}))
 def test_the_norm_that_clips_is_exact_at_a_real_width(form: str, constraint: ops.Constraint) -> None:
     draw = torch.Generator().manual_seed(0)
     p, g = (torch.randn(1, 4096, 576, generator=draw) for _ in range(2))
@@ -160,12 +157,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-ONE_SUM = "a total over a list of entries is torch's sum, whose order follows the threads (sae.py, SparseCodes.total)"
-UNALIGNED = (
-    "torch's dot products follow the alignment of an SAE's rows in the stack's arrays (aten.py, decode_backward; training.py, stacks)"
-)
-
-
 @every
 def test_two_runs_are_one(name: str) -> None:
     assert equal(trained(name, (60, 13, 41), 24), trained(name, (60, 13, 41), 24))
@@ -173,10 +164,8 @@ def test_two_runs_are_one(name: str) -> None:
 
 @pytest.mark.skipif(FAST != "compiled", reason="only the compiled ops promise it")
 @pytest.mark.parametrize(("name", "sparse"), [*((n, True) for n in sorted(SETTINGS)), *((n, False) for n in RELU)])
-def test_bits_do_not_follow_the_threads(threads: None, request: pytest.FixtureRequest, name: str, sparse: bool) -> None:
+def test_bits_do_not_follow_the_threads(threads: None, name: str, sparse: bool) -> None:
     """The compiled ops promise it. Of torch's own, the encoder's product and those of the dense layout were found to keep it."""
-    if name == "p_anneal" and sparse:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=ONE_SUM))
     ends = []
     for n in (1, 2):
         torch.set_num_threads(n)
@@ -186,7 +175,7 @@ def test_bits_do_not_follow_the_threads(threads: None, request: pytest.FixtureRe
     assert equal(*ends)
 
 
-@pytest.mark.parametrize("form", [FAST, pytest.param("aten", marks=pytest.mark.xfail(strict=FAST != "aten", reason=UNALIGNED))])
+@pytest.mark.parametrize("form", sorted({FAST, "aten"}))
 def test_company_and_logging_change_no_bit(form: str) -> None:
     """Each SAE alone, never logged, and in a sweep of all architectures, each twice, logged at every step; no size is round."""
     shape, scratch, steps = (60, 13, 41), ops.Scratch(), iter(range(60))
@@ -195,8 +184,19 @@ def test_company_and_logging_change_no_bit(form: str) -> None:
         crowd = [begun(name, shape, seed=seed, tag=f"{name} {seed}", scratch=scratch) for name in SETTINGS for seed in (1, 0)]
         Sweep({"": crowd}).run(lambda: {"": of[next(steps) % len(of)]}, 60, log_steps=1)
         for m in crowd[1::2]:
-            assert m.place % 2, "it shares its arrays with another"
             assert equal(m, trained(m.sae.name, shape)), m.sae.name
+
+
+@pytest.mark.skipif(FAST != "compiled", reason="only the compiled ops promise it")
+@every
+def test_company_in_one_array_changes_no_bit(name: str) -> None:
+    """As a GPU has them: SAEs of one shape as parts of the same arrays."""
+    shape = (60, 13, 41)
+    pair, of = [begun(name, shape, seed=seed, tag=f"{name} {seed}") for seed in (1, 0)], batches(*shape[:2])
+    stack = Stack(pair)
+    for step in range(60):
+        stack.step({m.name: of[step % len(of)] for m in pair}, step)
+    assert equal(pair[1], trained(name, shape))
 
 
 @pytest.mark.certify
@@ -292,7 +292,6 @@ def test_the_change_of_layout_shows_in_no_loss(small: Data, name: str) -> None:
     assert changes == [200]
 
 
-@pytest.mark.xfail(strict=True, reason="full() refuses steps on a CPU too, where no list has a fixed length (training.py, Member.full)")
 def test_on_a_cpu_a_rise_of_l0_costs_no_update() -> None:
     """The sparse layout trains on whatever is active there, as the dense one does."""
     for step, m in falling("standard", 0, 150):

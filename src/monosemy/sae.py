@@ -129,7 +129,8 @@ class SparseCodes(Codes):
         return SparseCodes(self.product, self._valid(self._of(function, *w_F)), self.entries)
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
-        return self.values.sum() if function is None else self._valid(self._of(function, *w_F)).sum()
+        values = self.values if function is None else self._valid(self._of(function, *w_F))
+        return ops.sum_by_latent(values, self.entries).sum()  # whose order no number of threads changes
 
     def by_latent(self) -> Tensor:
         return ops.sum_by_latent(self.values, self.entries)

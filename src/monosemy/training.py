@@ -5,6 +5,7 @@ B tokens, D d_in, F d_sae, S members of a stack.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +48,9 @@ class SAESpec:
         if self.init_from is None:
             sae.reset(torch.Generator().manual_seed(self.seed))
             return sae
-        given = self.init_from.state_dict()
+        begin = copy.deepcopy(self.init_from)
+        begin.centre_(sae.pre_bias)
+        given = begin.state_dict()
         for name, tensor in sae.state_dict().items():
             if name in given and given[name].shape != tensor.shape:
                 raise invalid(
@@ -131,8 +134,9 @@ class Member:
                 room_left = not self.capacity or active * len(x_BD) < self.capacity
                 self.sparse = room_left and active < SPARSE_BELOW[x_BD.device.type] * self.sae.d_sae
                 room = min(ROOM * 2 ** math.ceil(math.log2(active + 1)), self.sae.d_sae) * len(x_BD)
-                # few different capacities: each is a phase of its own
-                self.capacity = max(room, self.capacity if self.capacity <= 2 * room else 0) if self.sparse else 0
+                # a GPU's lists have a fixed length, and few different ones, for each is a phase of its own
+                kept = max(room, self.capacity if self.capacity <= 2 * room else 0)
+                self.capacity = kept if self.sparse and x_BD.is_cuda else 0
 
     def phase(self, step: int) -> tuple[Any, ...]:
         """What decides which operations a step runs: with an equal phase they are the same ones on other numbers."""
@@ -319,13 +323,16 @@ class Stack:
 
 
 def stacks(members: Iterable[Member]) -> list[Stack]:
-    """Put members that can share arrays into stacks, as many into each as gradients may be held of at once."""
+    """Put members that can share arrays into stacks, as many into each as gradients may be held of at once.
+
+    On a CPU each stays alone: nothing is gained by company there, and where an array begins may show in the last bit of torch's sums.
+    """
     kinds: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         kinds.setdefault(Stack.kind(member), []).append(member)
     found = []
     for group in kinds.values():
         bytes_of_one = sum(p.numel() * p.element_size() for p in group[0].sae.parameters())
-        size = max(GRADIENTS_AT_ONCE // bytes_of_one, 1)
+        size = max(GRADIENTS_AT_ONCE // bytes_of_one, 1) if group[0].bad.is_cuda else 1
         found += [Stack(group[i : i + size]) for i in range(0, len(group), size)]
     return found

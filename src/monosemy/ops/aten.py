@@ -110,7 +110,7 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 
 
 def _square_norm(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
-    square = torch.linalg.vector_norm(g_RC).square()
+    square = torch.linalg.vecdot(g_RC, g_RC).sum()  # vector_norm would add the squares of all of it up one by one
     if constraint == "free":
         return square
     radial_R, along_R = _radial(p_RC, g_RC, constraint), torch.linalg.vecdot(g_RC, p_RC)
