@@ -1,0 +1,400 @@
+"""One self-contained page of one run or several: `write` gives report.html, which opens from disk and asks the network for nothing.
+
+The skeleton and the table are in the HTML; everything else lies in blocks, typed columns that are compressed and in base64, and is drawn
+by report.js when it is opened. Numbers of `rows.jsonl` are made into text here and nowhere else.
+
+P latents with a page, F latents of an SAE.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from monosemy.assets import cache_folder
+from monosemy.files import beside
+from monosemy.report import plots
+from monosemy.report.plots import Row
+
+LIMIT = 14_500_000  # bytes of a report; latents lose their pages until it fits
+POINTS = 200  # of a training curve
+LOOKS = {  # light, dark, marker: one hue in both themes, apart under every kind of colour blindness
+    "standard": ("#656169", "#7a8687", "circle"),
+    "standard_new": ("#0093fd", "#b7ddfe", "square"),
+    "gated": ("#7f2532", "#c04262", "triangle-up"),
+    "p_anneal": ("#bb7aa3", "#e3aab8", "triangle-down"),
+    "jump_relu": ("#f45c13", "#ec7a08", "diamond"),
+    "top_k": ("#4c8562", "#2cc073", "plus"),
+    "batch_top_k": ("#054972", "#356de7", "x"),
+    "matryoshka_batch_top_k": ("#694cd1", "#a995d3", "star"),
+}
+MARKERS = {  # paths in [-1, 1] for what is no shape of Vega's own; all of about one area
+    "circle": "M.9,0A.9,.9 0 1,1 -.9,0A.9,.9 0 1,1 .9,0Z",
+    "square": "M-.8,-.8H.8V.8H-.8Z",
+    "triangle-up": "M0,-1L1,.8H-1Z",
+    "triangle-down": "M0,1L1,-.8H-1Z",
+    "diamond": "M0,-1.1L1.1,0L0,1.1L-1.1,0Z",
+    "plus": "M-.35,-1H.35V-.35H1V.35H.35V1H-.35V.35H-1V-.35H-.35Z",
+    "x": "M-1,-.5L-.5,-1L0,-.5L.5,-1L1,-.5L.5,0L1,.5L.5,1L0,.5L-.5,1L-1,.5L-.5,0Z",
+    "star": "M0,-1.2L.3,-.4L1.15,-.37L.48,.16L.7,.97L0,.5L-.7,.97L-.48,.16L-1.15,-.37L-.3,-.4Z",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of the table: its key in a row, its name, what it says, and how it is printed."""
+
+    key: str
+    label: str
+    about: str
+    digits: int | None = None  # after the point; None: a whole number
+    low: str = ""  # keys of its interval
+    high: str = ""
+    plotted: str = ""  # "linear" or "log" where it can be an axis
+    mark: str = ""  # a key that puts a star behind it
+
+    def text(self, row: Row) -> str:
+        value = _finite(row, self.key)
+        if value is None:
+            return "-"
+        low, high = _finite(row, self.low), _finite(row, self.high)
+        star = "*" if row.get(self.mark) else ""
+        return self._one(value) + star + (f" [{self._one(low)}, {self._one(high)}]" if low is not None and high is not None else "")
+
+    def _one(self, value: float) -> str:
+        return f"{value:,.0f}" if self.digits is None else f"{value:,.{self.digits}f}"
+
+
+COLUMNS = (
+    Column("l0", "L0", "How many latents are active on an average token.", 1, plotted="log"),
+    Column(
+        "loss_recovered_zero",
+        "Loss recovered",
+        "With the SAE's reconstruction in the place of the activations: 1 as the untouched model predicts, 0 as with the activations set "
+        "to zero. In brackets: where 95 of 100 re-draws of the held-out text would fall.",
+        4,
+        "loss_recovered_zero_low",
+        "loss_recovered_zero_high",
+        "linear",
+    ),
+    Column("ce_diff", "CE diff", "How much worse the model's next-token prediction gets, in nats per token.", 4, plotted="log"),
+    Column("kl", "KL", "How far the model's next-token probabilities move, in nats per token; 0 is not at all.", 4, plotted="log"),
+    Column(
+        "fvu",
+        "FVU",
+        "Share of the activations' variance that the SAE misses; 0 is perfect, 1 no better than their mean. A star: over 1.2 times what "
+        "exact top-k would miss.",
+        4,
+        plotted="log",
+        mark="threshold_flag",
+    ),
+    Column("cossim", "Cosine", "Mean cosine of activations and reconstructions.", 4, plotted="linear"),
+    Column("never_fired", "Never fired", "Latents that are active on none of the held-out tokens.", plotted="linear"),
+    Column("dense", "Dense", "Latents that are active on more than 10 % of the tokens."),
+    Column("always_on", "Always on", "Latents that are active on more than half of the tokens."),
+    Column("near_copies", "Near copies", "Latents whose decoder has a cosine over 0.9 with another latent's."),
+    Column("copies", "Copies", "Latents whose decoder has a cosine over 0.999 with another latent's."),
+    Column("encoder_decoder_cosine", "Enc-dec cosine", "Mean cosine of a latent's encoder and decoder: does it read what it writes?", 3),
+    Column("probing_auc_top_1", "Probe, 1 latent", "Mean AUC of probes that tell classes of texts apart by one latent.", 3),
+    Column("probing_auc_top_5", "Probe, 5 latents", "The same by five latents.", 3),
+    Column("probing_auc_llm", "Probe, no SAE", "The same by the activations themselves.", 3),
+)
+
+
+class DoesNotFit(ValueError):
+    """No report below the limit can be made."""
+
+
+def write(
+    folders: Sequence[str | Path], out: str | Path | None = None, *, latents: int | None = None, status: tuple[str, str] | None = None
+) -> Path:
+    """Write the report of one run or several, into the first one's folder where nothing else is said. Returns its path.
+
+    `latents` limits the pages of each SAE; `status` is that of a run which is about to end.
+    Raises ValueError for runs that cannot be told apart, and where no page below `LIMIT` can be made.
+    """
+    runs = [_Run(Path(folder), status) for folder in folders]
+    names = _names([run.folder for run in runs])
+    path = Path(out) if out else runs[0].folder / "report.html"
+    pages = max((sae.pages for run in runs for sae in run.saes), default=0)
+    pages = pages if latents is None else min(pages, latents)
+    html = _html(runs, names, pages)
+    while len(html) > LIMIT and pages:
+        pages = int(pages * min(0.9, LIMIT / len(html))) if pages > 8 else 0
+        html = _html(runs, names, pages)
+    if len(html) > LIMIT:
+        raise DoesNotFit(f"a report of {len(runs)} runs takes {len(html):,} bytes even without pages for latents; name fewer runs")
+    with beside(path, len(html)) as part:
+        part.write_bytes(html)
+    return path
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------------------
+
+
+class _Latents:
+    """One SAE's latents.npz, or what stands for it where nothing was gathered."""
+
+    def __init__(self, row: Row, path: Path) -> None:
+        self.row = row
+        self.facts: dict[str, Any] = {}
+        self.columns: dict[str, np.ndarray] = {}
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as file:
+                self.facts = json.loads(str(file["facts"]))
+                self.columns = {name: file[name] for name in file.files if name != "facts"}
+        self.pages = len(self.columns.get("page_latent", ()))
+
+    def block(self, pages: int, renumbered: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns as the page has them: the first pages only, places by the contexts that are kept, numbers no finer than is shown."""
+        packed: dict[str, np.ndarray] = {}
+        for name, column in self.columns.items():
+            if name.startswith("page_"):
+                column = column[:pages]
+            if name in ("enc_dec", "near_cosine", "page_near_cosine"):
+                column = np.round(100 * column).astype(np.int8)
+            elif column.dtype == np.float32:
+                column = _shortened(column)
+            elif name == "page_shade":
+                column = (column.astype(np.uint16) + 7) // 8
+                column = column.astype(np.uint8)
+            elif name == "page_at":
+                column = np.where(column >= 0, renumbered[np.maximum(column, 0)], -1).astype(np.int32)
+            packed[name] = column
+        return packed
+
+
+class _Run:
+    def __init__(self, folder: Path, status: tuple[str, str] | None) -> None:
+        self.folder = folder
+        self.facts = _json(folder / "run.json")
+        told = _json(folder / "status.json")
+        self.status: str
+        self.reason: str
+        self.status, self.reason = status or (told.get("status", "unknown"), told.get("reason", ""))
+        self.rows = plots.read_lines(folder / "rows.jsonl")
+        self.records = [record for record in plots.read_lines(folder / "metrics.jsonl") if "sae" in record]
+        self.saes = [_Latents(row, folder / row["sae"] / "latents.npz") for row in self.rows]
+        self.text: dict[str, np.ndarray] = {}
+        self.text_facts: dict[str, Any] = {}
+        if (folder / "eval_text.npz").is_file():
+            with np.load(folder / "eval_text.npz", allow_pickle=False) as file:
+                self.text_facts = json.loads(str(file["facts"]))
+                self.text = {name: file[name] for name in file.files if name != "facts"}
+
+    def kept_text(self, pages: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The text of the contexts that the pages show, with its vocabulary, and where each of its places went."""
+        ids_CL = self.text.get("ids", np.zeros((0, 1), np.uint32))
+        L = ids_CL.shape[1]
+        at = [sae.columns["page_at"][:pages].ravel() for sae in self.saes if "page_at" in sae.columns]
+        contexts = np.unique(np.concatenate([a[a >= 0] // L for a in at])) if at else np.zeros(0, np.int64)
+        new_C = np.zeros(max(len(ids_CL), 1), np.int64)
+        new_C[contexts] = np.arange(len(contexts))
+        renumbered = (new_C[:, None] * L + np.arange(L)).ravel()
+        vocabulary = {name: column for name, column in self.text.items() if name != "ids"}
+        # ids become places in the vocabulary, which are smaller numbers
+        places = np.searchsorted(self.text["token_ids"], ids_CL[contexts]) if "ids" in self.text else ids_CL
+        return vocabulary | {"ids": places.astype(np.uint32)}, renumbered
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What the runs are called: as much of their paths' ends as tells them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"runs are {[str(folder) for folder in folders]}; allowed: each folder once. Name each run once.")
+
+
+# --- what is written -------------------------------------------------------------------------------------------------------------
+
+
+def _html(runs: Sequence[_Run], names: Sequence[str], pages: int) -> bytes:
+    blocks: dict[str, str] = {}
+    layouts: dict[str, Any] = {}
+
+    def put(name: str, columns: Mapping[str, np.ndarray]) -> None:
+        blocks[name], layouts[name] = pack(columns)
+
+    saes: list[dict[str, Any]] = []
+    for r, run in enumerate(runs):
+        text, renumbered = run.kept_text(pages)
+        put(f"text{r}", text)
+        for sae in run.saes:
+            if sae.columns:
+                put(f"sae{len(saes)}", sae.block(pages, renumbered))
+            saes.append(_sae(len(saes), r, names[r], sae, run))
+    overview = {
+        "saes": saes,
+        "runs": [_run(run, name) for run, name in zip(runs, names, strict=True)],
+        "columns": [{"key": c.key, "label": c.label, "about": c.about, "scale": c.plotted} for c in COLUMNS],
+        "looks": {name: dict(zip(("light", "dark", "marker"), _look(name, runs), strict=True)) for name in _architectures(runs)},
+        "markers": MARKERS,
+        "pages": pages,
+    }
+    put("overview", {"json": np.frombuffer(json.dumps(overview, allow_nan=False).encode(), np.uint8)})
+    room = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    folder = files(__package__)
+    html = room.from_string((folder / "report.html.jinja").read_text("utf-8")).render(
+        runs=overview["runs"],
+        saes=saes,
+        columns=[column for column in COLUMNS if any(_finite(sae["row"], column.key) is not None for sae in saes)],
+        looks=overview["looks"],
+        markers=MARKERS,
+        title=", ".join(names),
+        style=Markup((folder / "report.css").read_text("utf-8")),
+        script=Markup((folder / "report.js").read_text("utf-8")),
+        library=Markup(_library()),
+        blocks=blocks,
+        layouts=layouts,
+    )
+    return html.encode("utf-8", "replace")
+
+
+def pack(columns: Mapping[str, np.ndarray]) -> tuple[str, list[Any]]:
+    """Columns as one compressed block in base64, and its layout: [name, type, shape, first byte] of each.
+
+    Numbers of several bytes lie as planes, all first bytes, then all second ones: what is alike then lies together.
+    """
+    raw, layout = bytearray(), []
+    for name, column in columns.items():
+        layout.append([name, column.dtype.str[1:], list(column.shape), len(raw)])
+        raw += np.ascontiguousarray(column).reshape(-1).view(np.uint8).reshape(-1, column.itemsize).T.tobytes()
+    return base64.b64encode(gzip.compress(bytes(raw), 7, mtime=0)).decode(), layout
+
+
+def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, Any]:
+    row = sae.row
+    setting = (
+        f"{row['sparsity_setting']} {row['sparsity']:g}" if _finite(row, "sparsity") is not None and row.get("sparsity_setting") else ""
+    )
+    return {
+        "number": number,
+        "run": r,
+        "name": row["sae"],
+        "path": f"{run}/{row['sae']}",
+        "site": row["site"],
+        "layer": row.get("layer"),
+        "architecture": row["architecture"],
+        "width": row.get("d_sae"),
+        "setting": setting,
+        "status": row.get("status", ""),
+        "row": {key: _finite(row, key) if isinstance(value, int | float) else value for key, value in row.items()},
+        "text": {column.key: column.text(row) for column in COLUMNS},
+        "facts": sae.facts,
+        "gathered": bool(sae.columns),
+        "logits": "page_promotes" in sae.columns,
+        "curves": _curves([record for record in of.records if record["sae"] == row["sae"]]),
+    }
+
+
+def _run(run: _Run, name: str) -> dict[str, Any]:
+    """What is told of a run, and its provenance as (label, text)."""
+    facts, config = run.facts, run.facts.get("config", {})
+    training, model, memory = facts.get("training", {}), facts.get("model", {}), facts.get("memory", {})
+    rows = run.rows
+
+    def number(value: Any, unit: str = "", digits: int = 0) -> str:
+        return f"{value:,.{digits}f}{unit}" if isinstance(value, int | float) else ""
+
+    cost = {
+        "Training tokens": number(training.get("tokens")),
+        "Tokens per second": number(training.get("tokens_per_second")),
+        "Training time": number(training["seconds"] / 3600, " h", 2) if "seconds" in training else "",
+        "Peak memory": number(training.get("peak_memory_gb"), " GB", 2),
+        "Peak memory of the whole run": number(memory.get("run", {}).get("measured", 0) / 1e9, " GB", 2) if "run" in memory else "",
+        "Held-out tokens": number(rows[0].get("tokens")) if rows else "",
+        "Held-out tokens with the SAEs in place": number(rows[0].get("spliced_tokens")) if rows else "",
+        "Gathering latents": number(run.text_facts.get("gather_seconds"), " s", 1),
+        "Latents' pages": number(run.text_facts.get("pages_seconds"), " s", 1),
+        "Memory of what was gathered": number(run.text_facts["state_bytes"] / 1e6, " MB", 1) if run.text_facts else "",
+    }
+    source = {
+        "Model": model.get("name", config.get("model_name", "")),
+        "Revision": model.get("revision") or "",
+        "Type": model.get("type", ""),
+        "Precision": model.get("dtype", ""),
+        "Device": model.get("device", ""),
+        "Text": config.get("dataset", ""),
+        "Seed of the data": str(config.get("data_seed", "")),
+        "Recipe": config.get("recipe", ""),
+        "Started": facts.get("started", ""),
+        "Command": " ".join(map(str, facts.get("command", []))),
+        **{f"Version of {name}": version for name, version in facts.get("versions", {}).items()},
+    }
+    return {
+        "name": name,
+        "status": run.status,
+        "reason": run.reason,
+        "saes": len(rows),
+        "model": source["Model"],
+        "sites": len({row["site"] for row in rows}),
+        "architectures": len({row["architecture"] for row in rows}),
+        "cost": {label: text for label, text in cost.items() if text},
+        "source": {label: str(text) for label, text in source.items() if text not in ("", None)},
+        "text": "ids" in run.text,
+        "context_length": run.text_facts.get("context_length"),
+    }
+
+
+def _curves(records: Sequence[Row]) -> dict[str, list[Any]]:
+    """Measures against training tokens, at most POINTS of them, evenly thinned."""
+    keep = records[:: math.ceil(len(records) / POINTS)] if records else []
+    keys = ("tokens", "loss", "fvu", "l0", "dead")
+    return {key: [_finite(record, key) for record in keep] for key in keys}
+
+
+def _architectures(runs: Sequence[_Run]) -> list[str]:
+    present = {row["architecture"] for run in runs for row in run.rows}
+    return [name for name in LOOKS if name in present] + sorted(present - set(LOOKS))
+
+
+def _look(name: str, runs: Sequence[_Run]) -> tuple[str, str, str]:
+    """An architecture that is not in the table is grey, and takes the markers from the end."""
+    if name in LOOKS:
+        return LOOKS[name]
+    strangers = [other for other in _architectures(runs) if other not in LOOKS]
+    return "#6b6b6b", "#9a9a9a", list(MARKERS)[-1 - strangers.index(name) % len(MARKERS)]
+
+
+def _finite(row: Mapping[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _shortened(x: np.ndarray) -> np.ndarray:
+    """Floats with 11 of their 23 bits after the point, rounded: three digits, and half the size once compressed."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FF + ((bits >> 12) & 1)) & np.uint32(0xFFFFF000)).view(np.float32)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script. vl-convert has them and takes seconds to join them, so the result is kept."""
+    kept = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
+    if not kept.is_file():
+        import vl_convert
+
+        bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for a snippet
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_name(f"{kept.name}.{os.getpid()}")
+        part.write_text(bundle, encoding="utf-8")
+        part.replace(kept)
+    return kept.read_text(encoding="utf-8").replace("</script", "<\\/script").replace("<!--", "<\\!--")
