@@ -93,9 +93,10 @@ def train(folder: Path) -> None:
 
 @torch.no_grad()
 def reconstruct(folder: Path) -> None:
-    x = load_file(folder / "x.safetensors")["x"]
+    x_BD = load_file(folder / "x.safetensors")["x"]
     for path in sorted(folder.glob("*/ae.pt")):
         sae, _ = load_dictionary(str(path.parent), device="cpu")
+        x = x_BD[:, : sae.activation_dim].contiguous()
         if isinstance(sae, (AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE)):
             modes = {mode: sae.decode(sae.encode(x, use_threshold=mode == "threshold")) for mode in ("threshold", "top_k")}
         else:

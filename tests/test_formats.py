@@ -134,7 +134,7 @@ def test_a_missing_or_damaged_config_is_said(folder, format, config):
         formats.load(folder, format=format)
 
 
-@pytest.mark.parametrize("format", [None, "dictionary_learning", "monosemy"])
+@pytest.mark.parametrize("format", [None, *formats.FORMATS])
 def test_what_is_no_folder_of_an_sae_is_said(tmp_path, format):
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder").mkdir()
@@ -144,8 +144,8 @@ def test_what_is_no_folder_of_an_sae_is_said(tmp_path, format):
 
 
 def test_an_unknown_format_is_said(folder):
-    with pytest.raises(ValueError, match="format is 'sae_lens'; allowed: monosemy, dictionary_learning"):
-        formats.load(folder, format="sae_lens")
+    with pytest.raises(ValueError, match="format is 'pickle'; allowed: native, dictionary_learning"):
+        formats.load(folder, format="pickle")
 
 
 DAMAGES = {
@@ -158,7 +158,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize(("format", "file"), [("monosemy", "sae.safetensors"), ("dictionary_learning", "ae.pt")])
+@pytest.mark.parametrize(("format", "file"), [("native", "sae.safetensors"), ("dictionary_learning", "ae.pt")])
 def test_missing_or_damaged_weights_are_said(folder, format, file, damage):
     damage(folder / file)
     with pytest.raises(ValueError, match=r"sae\.safetensors|ae\.pt"):
@@ -196,8 +196,9 @@ def test_tensors_must_fit(name, tmp_path):
     [
         {"trainer": "text"},
         {"trainer": None},
-        {"trainer__trainer_class": "CrossCoderTrainer"},
-        {"trainer__trainer_class": None},
+        {"trainer__trainer_class": "CrossCoderTrainer", "trainer__dict_class": "CrossCoder"},
+        {"trainer__trainer_class": None, "trainer__dict_class": None},
+        {"trainer__k": 7},
         {"trainer__activation_dim": None},
         {"trainer__dict_size": None},
         {"trainer__dict_size": "wide"},
@@ -301,7 +302,7 @@ def test_a_save_that_fails_leaves_no_file_half_written(folder, tmp_path, monkeyp
     target = folder if again else tmp_path / "new"
     with monkeypatch.context():
         disk_full(n)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="make room"):
             formats.save(new, target, {"status": "complete"})
     monkeypatch.undo()
     for file, read in (("sae.safetensors", load_file), ("ae.pt", torch.load), ("config.json", lambda path: json.loads(path.read_text()))):

@@ -56,6 +56,10 @@ class Gated(SAE):
         loss = mse + self.settings.l1_penalty * at.sparsity * l1 + gate_mse
         return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}
 
+    def shift_encoder_(self, shift_F: Tensor) -> None:
+        self.b_enc_F.add_(shift_F)
+        self.b_mag_F.add_(self.r_mag_F.exp() * shift_F)
+
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         e_BF = pre_BF - self.b_enc_F[latents]
         magnitude_BF = (self.r_mag_F[latents].exp() * e_BF + self.b_mag_F[latents]).relu()

@@ -1,118 +1,235 @@
-"""The folder of an SAE: written once here, and read from ours and from others' layouts.
+"""The folder of an SAE: ours, which is written and read, and those of other tools, which are read and written in their own layout.
 
-sae.safetensors  config.json     ours; config.json also has the "trainer" and "buffer" entries of dictionary_learning
-ae.pt                            the same SAE as dictionary_learning's state dict
+sae.safetensors  config.json      ours; config.json also has the "trainer" and "buffer" entries of dictionary_learning
+ae.pt                             beside it in a run, the same SAE as dictionary_learning's state dict
+monosemy.json                     in a folder converted to another tool's layout: all that the layout has no place for
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import base64
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from monosemy.config import invalid
-from monosemy.formats import dictionary_learning
-from monosemy.sae import SAE, architecture
+from monosemy.files import beside, write_json
+from monosemy.formats import dictionary_learning, gemma_scope, sae_lens, sparsify, untrusted
+from monosemy.formats.parts import Parts, text
+from monosemy.sae import SAE
 
-FORMATS = ("monosemy", "dictionary_learning")
+FORMATS = ("native", "dictionary_learning", "sae_lens", "sparsify", "gemma_scope")
+TARGETS = FORMATS[:-1]
+KEPT = "monosemy.json"
+
+_OTHERS = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify, "gemma_scope": gemma_scope}
+_WRITERS = {"dictionary_learning": dictionary_learning.write, "sae_lens": sae_lens.write, "sparsify": sparsify.write}
+_ABOUT_THE_SAE = ("format", "version", "architecture", "d_in", "d_sae", "settings", "pre_bias", "files", "from", "tensors")
 
 
 def save(sae: SAE, folder: str | Path, config: dict[str, Any]) -> None:
-    """Write a finished SAE with its configuration; each file is written beside and renamed, config.json last."""
+    """Write a finished SAE with its configuration; each file is written beside and renamed, config.json last. Raises DiskFull."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(sae.settings).items()}
-    ours = {"format": "monosemy", "version": 1, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "settings": settings}
-    save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, _beside(folder / "sae.safetensors"))
-    _beside(folder / "sae.safetensors").replace(folder / "sae.safetensors")
+    _write_tensors(sae, folder)
     if sae.name in dictionary_learning.LAYOUTS:
-        torch.save(dictionary_learning.state_dict(sae), _beside(folder / "ae.pt"))
-        _beside(folder / "ae.pt").replace(folder / "ae.pt")
-    write_json(folder / "config.json", ours | config)
+        with beside(folder / "ae.pt", _bytes(sae)) as part:
+            torch.save(dictionary_learning.state_dict(sae), part)
+    write_json(folder / "config.json", _about(sae) | config)
 
 
 def load(folder: str | Path, format: str | None = None, *, unfinished: bool = False) -> SAE:
     """The SAE in a folder, for raw activations [.., d_in], in evaluation mode on the CPU.
 
-    Without `format` only layouts that need no unpickling are looked for; "dictionary_learning" opens its `ae.pt`, restricted to tensors.
-    Raises ValueError for a folder that holds no SAE or a damaged one, and for one of a run that did not complete unless `unfinished`.
+    Ours, SAELens', sparsify's and Gemma Scope's layouts are told apart by their files, none of which is unpickled. "dictionary_learning"
+    opens an `ae.pt`, restricted to tensors, and is never guessed.
+    Raises ValueError for a folder that holds no SAE or a damaged one, for one that is computed otherwise here, and for one of a run
+    that did not complete unless `unfinished`.
     """
+    return read(folder, format, unfinished=unfinished)[0]
+
+
+def read(folder: str | Path, format: str | None = None, *, unfinished: bool = False) -> tuple[SAE, dict[str, Any]]:
+    """`load`, and what the folder says of the SAE: its site, model, status, ... where known."""
+    parts = _parts(Path(folder), format, unfinished)
+    sae = parts.build()
+    if sae.constraint == "free" and not torch.allclose(torch.linalg.vector_norm(sae.W_dec_FD, dim=1), torch.ones(()), atol=1e-5):
+        sae.unit_decoder_()
+    return sae, parts.config
+
+
+def detect(folder: str | Path) -> str:
+    """Which of FORMATS a folder is, by the names of its files. Raises ValueError for none, and for one that needs unpickling."""
     folder = Path(folder)
+
+    def has(name: str) -> bool:
+        return (folder / name).is_file()
+
+    if has("sae.safetensors"):
+        return "sparsify" if has("cfg.json") and not has("config.json") else "native"
+    if has("sae_weights.safetensors"):
+        return "sae_lens"
+    if has("params.npz"):
+        return "gemma_scope"
+    if has("ae.pt"):
+        raise invalid(
+            "format",
+            None,
+            '"dictionary_learning" for a folder with an ae.pt',
+            'pass format="dictionary_learning" if you trust where it comes from (--format dictionary_learning)',
+        )
+    raise invalid(
+        "folder",
+        str(folder),
+        "a folder with sae.safetensors or sae_weights.safetensors and its config.json or cfg.json, or with a params.npz",
+        "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0",
+    )
+
+
+def convert(source: str | Path, target: str | Path, to: str, *, format: str | None = None, unfinished: bool = False) -> None:
+    """Write the SAE in one folder to a new one in another tool's layout.
+
+    What the layout has no place for goes to monosemy.json beside it, with which the SAE is read again as it was, to the bit.
+    Raises ValueError where that tool would compute something else, for what `load` refuses, and for a target that is not empty.
+    """
+    source, target = Path(source), Path(os.path.abspath(target))
+    if to not in TARGETS:
+        raise invalid("to", to, ", ".join(TARGETS), "these layouts can be written")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise invalid("target", str(target), "a new or empty folder", "name another; nothing is overwritten")
+    parts = _parts(source, format, unfinished)
+    sae = parts.build()
+    if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
+        raise invalid("source", str(source), "weights that are finite", "there is nothing to convert in an SAE that diverged")
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        if to == "native":
+            _write_tensors(sae, part)
+            write_json(part / "config.json", _about(sae) | parts.config)
+        else:
+            _WRITERS[to](sae, parts.config, part)
+            _keep(sae, parts.config, part, to)
+        part.replace(target)
+    except OSError as error:
+        raise invalid("target", str(target), "a folder that can be written", f"check permissions and space ({error.strerror})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------------
+
+
+def _parts(folder: Path, format: str | None, unfinished: bool) -> Parts:
+    """What lies in a folder, with what was kept beside another tool's layout."""
     if format is not None and format not in FORMATS:
         raise invalid("format", format, ", ".join(FORMATS), "leave it out to have it detected")
-    config = _read_config(folder)
-    status = config.get("status", "complete")
+    format = format or detect(folder)
+    parts = _native(folder) if format == "native" else _OTHERS[format].read(folder)
+    if format != "native" and (folder / KEPT).exists():
+        parts = _restored(parts, folder, format)
+    status = _status(folder, parts.config)
     if status != "complete" and not unfinished:
         raise invalid(
             "folder", str(folder), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is"
         )
-    if format == "dictionary_learning":
-        return dictionary_learning.from_folder(config, _unpickle(folder / "ae.pt"))
-    if not (folder / "sae.safetensors").exists():
-        if (folder / "ae.pt").exists():
-            raise invalid(
-                "format",
-                format,
-                '"dictionary_learning" for a folder with an ae.pt',
-                'pass format="dictionary_learning" if you trust where it comes from',
-            )
-        raise invalid(
-            "folder",
-            str(folder),
-            "a folder with sae.safetensors and config.json",
-            "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0",
-        )
-    return _native(folder, config)
+    return parts
 
 
-def _native(folder: Path, config: dict[str, Any]) -> SAE:
-    path = folder / "sae.safetensors"
+def _native(folder: Path) -> Parts:
+    config = untrusted.json_object(folder / "config.json")
+    tensors = untrusted.safetensors(folder / "sae.safetensors")
+    return _described(config, tensors, "sae.safetensors and config.json")
+
+
+def _described(about: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Parts:
+    """Tensors with the description that `_about` made."""
+    for key in ("architecture", "d_in", "d_sae", "settings"):
+        if key not in about:
+            raise invalid(where, f"no {key}", "the configuration that was saved with these weights", "copy both again")
+    pre_bias = about.get("pre_bias")
+    if pre_bias is not None and not isinstance(pre_bias, bool):
+        raise invalid(f"{where}: pre_bias", str(pre_bias)[:80], "true or false", "copy the folder again")
+    config = {key: value for key, value in about.items() if key not in _ABOUT_THE_SAE}
+    if not _is_origin(config.get("origin", {})):
+        raise invalid(f"{where}: origin", str(config["origin"])[:80], "a format and its configuration", "copy the folder again")
+    shape = (about["architecture"], about["d_in"], about["d_sae"], about["settings"])
+    return Parts(*shape, tensors, where, pre_bias, config)
+
+
+def _is_origin(origin: Any) -> bool:
+    return origin == {} or (isinstance(origin, dict) and origin.get("format") in _OTHERS and isinstance(origin.get("config"), dict))
+
+
+def _restored(parts: Parts, folder: Path, format: str) -> Parts:
+    """The SAE that was converted to this folder: what it has no place for is in monosemy.json."""
+    kept = untrusted.json_object(folder / KEPT)
+    if kept.get("files") != {name: untrusted.sha256(folder / name) for name in _OTHERS[format].FILES}:
+        remedy = f"take {KEPT} away to read the folder as it is, without what its layout has no place for"
+        raise invalid(f"{KEPT}: files", "of other files", "the digests of the files beside it, which have changed since", remedy)
+    tensors = kept.get("tensors")
+    if not isinstance(tensors, dict) or not isinstance(kept.get("from"), list):
+        raise invalid(KEPT, "no tensors", "what `monosemy convert` wrote", "convert again")
+    found = {name: tensor for name, tensor in parts.tensors.items() if name in kept["from"]}
+    return _described(kept, found | {name: _decoded(value) for name, value in tensors.items()}, KEPT)
+
+
+def _status(folder: Path, config: dict[str, Any]) -> str:
+    """complete, or what its run says of the SAE instead."""
+    own = config.get("status", "complete")
+    if own != "complete":
+        return str(own)[:80]
+    run = folder.absolute().parent.parent
+    if not (run / "status.json").is_file():
+        return "complete"
+    saes = untrusted.json_object(run / "status.json").get("saes")
+    state = saes.get(f"{folder.absolute().parent.name}/{folder.absolute().name}") if isinstance(saes, dict) else None
+    return text(state) or "complete"
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------------
+
+
+def _about(sae: SAE) -> dict[str, Any]:
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(sae.settings).items()}
+    about = {"format": "monosemy", "version": 1, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "settings": settings}
+    return about if sae.pre_bias == type(sae).pre_bias else about | {"pre_bias": sae.pre_bias}
+
+
+def _write_tensors(sae: SAE, folder: Path) -> None:
+    with beside(folder / "sae.safetensors", _bytes(sae)) as part:
+        save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, part)
+
+
+def _bytes(sae: SAE) -> int:
+    return sum(tensor.nbytes for tensor in sae.state_dict().values()) + (1 << 14)
+
+
+def _keep(sae: SAE, config: dict[str, Any], folder: Path, to: str) -> None:
+    """Write monosemy.json: the configuration, and every tensor that does not come back from the folder as it went in."""
+    back = _OTHERS[to].read(folder).tensors
+    state = sae.state_dict()
+    same = [name for name, tensor in state.items() if name in back and torch.equal(back[name].to(tensor.dtype), tensor)]
+    tensors = {name: _encoded(tensor) for name, tensor in state.items() if name not in same}
+    assert not tensors.keys() & {"W_enc_FD", "W_dec_FD"}, "the layout lost weights"
+    digests = {name: untrusted.sha256(folder / name) for name in _OTHERS[to].FILES}
+    write_json(folder / KEPT, _about(sae) | config | {"files": digests, "from": same, "tensors": tensors})
+
+
+def _encoded(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "float32": base64.b64encode(tensor.float().numpy().tobytes()).decode()}
+
+
+def _decoded(value: Any) -> Tensor:
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise invalid("sae.safetensors", str(path), "a whole safetensors file", f"copy it again ({error})") from error
-    try:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
-        sae = architecture(str(config["architecture"]))(int(config["d_in"]), int(config["d_sae"]), **settings)
-        sae.load_state_dict(tensors)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise invalid(
-            "config.json", str(folder / "config.json"), "the configuration that was saved with these weights", f"copy both again ({error})"
-        ) from error
-    return sae.requires_grad_(False).eval()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise invalid("folder", str(folder), "a folder with a config.json", f"name an SAE's own folder ({error})") from error
-    if not isinstance(config, dict):
-        raise invalid("config.json", str(path), "a JSON object", "copy it again")
-    return config
-
-
-def _unpickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise invalid("ae.pt", str(path), "a state dict of tensors and nothing else", f"check where it comes from ({error})") from error
-    if not isinstance(state, dict):
-        raise invalid("ae.pt", str(path), "a state dict of tensors", "check where it comes from")
-    return state
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside and rename, so that a reader sees the old file or the new one."""
-    _beside(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _beside(path).replace(path)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+        numbers = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4").copy()
+        return torch.from_numpy(numbers).reshape([int(n) for n in value["shape"]])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise invalid(f"{KEPT}: tensors", str(value)[:80], "a shape and its numbers", "convert again") from error

@@ -6,14 +6,22 @@ W_enc [D, F] and W_dec [F, D]. D d_in, F d_sae.
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from monosemy.config import invalid
-from monosemy.sae import SAE, architecture
+from monosemy.formats import untrusted
+from monosemy.formats.parts import Parts, dtype_of, renamed, text, whole, written
+from monosemy.sae import SAE
+
+FILES = ("ae.pt", "config.json")
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class _Layout:
 _LINEAR = {"W_enc_FD": "encoder.weight", "W_dec_FD": "decoder.weight'"}
 _RELU = _LINEAR | {"b_enc_F": "encoder.bias", "b_dec_D": "bias"}
 _TOPK = _LINEAR | {"b_enc_F": "encoder.bias", "b_dec_D": "b_dec", "threshold": "threshold"}
+_UNCENTRED = _RELU | {"b_dec_D": "decoder.bias"}  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
 _PLAIN = {"W_enc_FD": "W_enc'", "W_dec_FD": "W_dec", "b_enc_F": "b_enc", "b_dec_D": "b_dec"}
 _GATED = _LINEAR | {"b_enc_F": "gate_bias", "b_mag_F": "mag_bias", "r_mag_F": "r_mag", "b_dec_D": "decoder_bias"}
 _K = {"k": "k", "auxk_alpha": "auxk_alpha"}
@@ -65,13 +74,10 @@ LAYOUTS = {
 }
 
 
-def state_dict(sae: SAE) -> dict[str, Tensor]:
-    """The SAE's tensors under the names and in the shapes of dictionary_learning's class."""
-    layout, ours = LAYOUTS[sae.name], sae.state_dict()
-    state = {
-        theirs.rstrip("'"): (ours[name].T if theirs.endswith("'") else ours[name]).detach().contiguous().clone()
-        for name, theirs in layout.tensors.items()
-    }
+def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
+    """The SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow type where nothing is lost."""
+    layout = LAYOUTS[sae.name]
+    state = written(sae, layout.tensors if _as_layout(sae) else _UNCENTRED, dtype)
     if "k" in layout.settings:
         state["k"] = torch.tensor(sae.settings.k, dtype=torch.int)
     if sae.name == "matryoshka_batch_top_k":
@@ -79,21 +85,67 @@ def state_dict(sae: SAE) -> dict[str, Tensor]:
     return state
 
 
-def load_state(sae: SAE, state: dict[str, Tensor]) -> None:
-    """Copy tensors of dictionary_learning's class into the SAE. Raises ValueError where one is missing or has another shape."""
-    for name, theirs in LAYOUTS[sae.name].tensors.items():
-        target = sae.get_parameter(name) if name in dict(sae.named_parameters()) else sae.get_buffer(name)
-        source = state.get(theirs.rstrip("'"))
-        source = source.T if isinstance(source, Tensor) and theirs.endswith("'") else source
-        if not isinstance(source, Tensor) or source.shape != target.shape:
-            found = "missing" if source is None else f"of shape {tuple(getattr(source, 'shape', ()))}"
-            raise invalid(
-                f"ae.pt: {theirs.rstrip(chr(39))}",
-                found,
-                f"a tensor of shape {tuple(target.shape)}",
-                "check that config.json belongs to this file",
-            )
-        target.data.copy_(source)
+def read(folder: Path) -> Parts:
+    """The SAE that a config.json and an ae.pt describe. Raises ValueError for a class that is not known."""
+    config = untrusted.json_object(folder / "config.json")
+    trainer = config["trainer"] if isinstance(config.get("trainer"), dict) else {}
+    name, layout = _layout(trainer)
+    state = untrusted.state_dict(folder / "ae.pt")
+    settings = {ours: trainer[theirs] for ours, theirs in layout.settings.items() if theirs in trainer}
+    if "k" in state and state["k"].flatten().tolist() != [settings.get("k")]:
+        raise invalid("config.json: k", str(settings.get("k"))[:80], "the k that is in ae.pt", "check that config.json belongs to it")
+    names = _UNCENTRED if trainer.get("dict_class") == "AutoEncoderNew" and layout.tensors is _RELU else layout.tensors
+    tensors = renamed(state, names, "ae.pt")
+    shared = {key: value for key, value in config.items() if key in ("status", "norm_factor")}
+    shared |= {"site": _site(trainer), "model": text(trainer.get("lm_name")), "dtype": dtype_of(tensors)}
+    return Parts(
+        name,
+        whole(trainer, "activation_dim", "config.json: trainer"),
+        whole(trainer, "dict_size", "config.json: trainer"),
+        settings,
+        tensors,
+        "ae.pt",
+        False if names is _UNCENTRED else None,
+        shared | {"origin": {"format": "dictionary_learning", "config": config}},
+        optional=("coefficient", "queue_Q2"),
+        names=names,
+    )
+
+
+def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
+    """Write an SAE as trainSAE would. Raises ValueError for one that dictionary_learning would compute differently."""
+    if sae.name not in LAYOUTS:
+        raise invalid("architecture", sae.name, f"for dictionary_learning: {', '.join(LAYOUTS)}", "it has no class that computes it")
+    layout = LAYOUTS[sae.name]
+    if layout.tensors is not _RELU and not _as_layout(sae):
+        sae = copy.deepcopy(sae)
+        sae.centre_(type(sae).pre_bias)
+    if layout.tensors is _RELU and _as_layout(sae) and not bool((sae.W_dec_FD != 0).any(1).all()):
+        reason = "dictionary_learning divides by them when it opens the file, and gives NaN"
+        raise invalid("W_dec_FD", "rows of zeros", "decoder rows of a length above 0", reason)
+    torch.save(state_dict(sae, config.get("dtype")), folder / "ae.pt")
+    origin = config.get("origin", {})
+    if origin.get("format") == "dictionary_learning":
+        theirs = origin["config"]
+    else:
+        theirs = {key: config[key] for key in ("trainer", "buffer") if isinstance(config.get(key), dict)}
+        about = {"lm_name": config.get("model"), "layer": _layer(config.get("site")), "submodule_name": _folder(config.get("site"))}
+        theirs["trainer"] = entry(sae) | about | theirs.get("trainer", {})
+    (folder / "config.json").write_text(json.dumps(theirs, indent=2), encoding="utf-8")
+
+
+def entry(sae: SAE) -> dict[str, Any]:
+    """What the "trainer" entry of config.json says of the SAE itself."""
+    layout = LAYOUTS[sae.name]
+    settings = {theirs: getattr(sae.settings, ours) for ours, theirs in layout.settings.items()}
+    return {
+        "trainer_class": layout.trainer_class,
+        "dict_class": layout.dict_class if layout.tensors is not _RELU or _as_layout(sae) else "AutoEncoderNew",
+        "activation_dim": sae.d_in,
+        "dict_size": sae.d_sae,
+        "wandb_name": layout.wandb_name,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
+    }
 
 
 def trainer_config(
@@ -109,27 +161,18 @@ def trainer_config(
     device: str,
 ) -> dict[str, Any]:
     """The "trainer" entry of config.json, with the keys that the architecture's trainer writes and those that it forgets."""
-    layout = LAYOUTS[sae.name]
-    config: dict[str, Any] = {
-        "trainer_class": layout.trainer_class,
-        "dict_class": layout.dict_class,
-        "activation_dim": sae.d_in,
-        "dict_size": sae.d_sae,
+    config = entry(sae) | {
         "lr": lr,
         "seed": seed,
         "steps": steps,
         "layer": layer,
         "lm_name": lm_name,
-        "wandb_name": layout.wandb_name,
         "submodule_name": submodule_name,
         "device": device,
         "warmup_steps": schedule["warmup_steps"],
         "decay_start": schedule["decay_start"],
     }
-    for ours, theirs in layout.settings.items():
-        value = getattr(sae.settings, ours)
-        config[theirs] = list(value) if isinstance(value, tuple) else value
-    if sae.modes == ("threshold", "top_k"):
+    if "k" in LAYOUTS[sae.name].settings:
         config |= {"threshold_beta": schedule["threshold_beta"], "threshold_start_step": schedule["threshold_start_step"]}
         config |= {"top_k_aux": sae.d_in // 2} if sae.name != "top_k" else {}
     else:
@@ -144,24 +187,34 @@ def trainer_config(
     return config
 
 
-def from_folder(config: dict[str, Any], state: dict[str, Tensor]) -> SAE:
-    """The SAE that a config.json and an ae.pt describe. Raises ValueError for a class that is not known."""
-    trainer = config.get("trainer") if isinstance(config, dict) else None
-    trainer = trainer if isinstance(trainer, dict) else {}
+def _as_layout(sae: SAE) -> bool:
+    """Whether the encoder sees what the class's does."""
+    return sae.pre_bias == type(sae).pre_bias
+
+
+def _layout(trainer: dict[str, Any]) -> tuple[str, _Layout]:
+    """The architecture by its trainer's class, or where that is another's, by its dictionary's."""
     by_class = {layout.trainer_class: name for name, layout in LAYOUTS.items()}
-    name = by_class.get(str(trainer.get("trainer_class")))
+    by_dict = {layout.dict_class: name for name, layout in LAYOUTS.items() if layout.tensors is not _RELU}
+    by_dict |= {"AutoEncoder": "standard", "AutoEncoderNew": "standard_new"}
+    name = by_class.get(str(trainer.get("trainer_class"))) or by_dict.get(str(trainer.get("dict_class")))
     if name is None:
-        raise invalid("config.json: trainer_class", trainer.get("trainer_class"), ", ".join(by_class), "check that this is an SAE's folder")
-    layout = LAYOUTS[name]
-    settings = {ours: trainer[theirs] for ours, theirs in layout.settings.items() if theirs in trainer}
-    settings = {ours: tuple(value) if isinstance(value, list) else value for ours, value in settings.items()}
-    try:
-        sae = architecture(name)(int(trainer["activation_dim"]), int(trainer["dict_size"]), **settings)
-    except (KeyError, TypeError, ValueError) as error:
-        raise invalid(
-            "config.json: trainer", layout.trainer_class, "the entry that its trainer wrote", f"copy the folder again ({error})"
-        ) from error
-    load_state(sae, state)
-    if sae.constraint == "free":
-        sae.unit_decoder_()
-    return sae.requires_grad_(False).eval()
+        found = str(trainer.get("trainer_class"))[:80]
+        raise invalid("config.json: trainer_class", found, ", ".join(by_class), "check that this is an SAE's folder")
+    return name, LAYOUTS[name]
+
+
+def _site(trainer: dict[str, Any]) -> str | None:
+    if match := re.fullmatch(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d{1,4})", str(trainer.get("submodule_name"))[:100]):
+        return f"{match[1]}.{match[2]}"
+    layer = trainer.get("layer")
+    return f"resid_post.{layer}" if type(layer) is int and 0 <= layer < 10_000 and text(trainer.get("submodule_name")) is None else None
+
+
+def _layer(site: str | None) -> int | None:
+    match = re.search(r"\.(\d+)(\.|$)", site or "")
+    return int(match[1]) if match else None
+
+
+def _folder(site: str | None) -> str | None:
+    return re.sub(r"^(\w+)\.(\d+)$", r"\1_layer_\2", site) if site else None

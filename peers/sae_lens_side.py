@@ -1,0 +1,74 @@
+"""SAELens' side, run by the interpreter of its own environment: files are all that passes between it and us.
+
+    sae_lens_side.py write FOLDER          its SAEs, with random weights, written to FOLDER/NAME by its own save_model and save_inference_model
+    sae_lens_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs FOLDER/x.safetensors
+
+Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its reconstruction x_hat [B, D].
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from sae_lens import SAE
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file, save_file
+
+B, D, F = 16, 8, 24
+SIZES = {"d_in": D, "d_sae": F}
+ABOUT = {"model_name": "EleutherAI/pythia-70m-deduped", "hook_name": "blocks.3.hook_resid_post", "context_size": 128, "prepend_bos": True}
+BATCH = {"k": 4, "decoder_init_norm": None}
+MADE = {
+    "standard": (StandardSAE, StandardSAEConfig, {}),
+    "standard_uncentred": (StandardSAE, StandardSAEConfig, {"apply_b_dec_to_input": False}),
+    "standard_bfloat16": (StandardSAE, StandardSAEConfig, {"dtype": "bfloat16"}),
+    "gated": (GatedSAE, GatedSAEConfig, {}),
+    "gated_uncentred": (GatedSAE, GatedSAEConfig, {"apply_b_dec_to_input": False}),
+    "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig, {"apply_b_dec_to_input": False}),
+    "jumprelu_centred": (JumpReLUSAE, JumpReLUSAEConfig, {}),
+    "topk": (TopKSAE, TopKSAEConfig, {"k": 4}),
+    "topk_uncentred": (TopKSAE, TopKSAEConfig, {"k": 4, "apply_b_dec_to_input": False}),
+    "topk_rescaled": (TopKSAE, TopKSAEConfig, {"k": 4, "rescale_acts_by_decoder_norm": True}),
+    "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, BATCH),
+    "matryoshka": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig, BATCH | {"matryoshka_widths": [8, F]}),
+}
+
+
+@torch.no_grad()
+def write(folder: Path) -> None:
+    draw = torch.Generator().manual_seed(3)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (kind, config, settings) in MADE.items():
+        sae = kind(config(**SIZES, **settings, metadata=SAEMetadata(**ABOUT)))
+        for name_of, tensor in sae.state_dict().items():
+            drawn = 0.4 * torch.randn(tensor.shape, generator=draw)
+            tensor.copy_(drawn.abs() if "threshold" in name_of else drawn)
+        if hasattr(sae, "save_inference_model"):
+            sae.save_inference_model(folder / name)
+        else:
+            sae.save_model(folder / name)
+    save_file({"x": torch.randn(B, D, generator=draw)}, folder / "x.safetensors")
+
+
+@torch.no_grad()
+def reconstruct(folder: Path) -> None:
+    x_BD = load_file(folder / "x.safetensors")["x"]
+    for path in sorted(folder.glob("*/cfg.json")):
+        sae = SAE.load_from_disk(path.parent)
+        x = x_BD[:, : sae.cfg.d_in]
+        f = sae.encode(x)
+        made = {"x": x, "f": f, "x_hat": sae.decode(f)}
+        save_file({name: tensor.float().contiguous() for name, tensor in made.items()}, path.parent / "reconstruction.safetensors")
+
+
+if __name__ == "__main__":
+    command, folder = sys.argv[1], Path(sys.argv[2])
+    if command == "write":
+        write(folder)
+    reconstruct(folder)

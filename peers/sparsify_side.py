@@ -1,0 +1,50 @@
+"""sparsify's side, run by the interpreter of its own environment: files are all that passes between it and us.
+
+    sparsify_side.py write FOLDER          its SAE, with random weights, written to FOLDER/layers.3 by its own save_to_disk; a bfloat16 one beside
+    sparsify_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs FOLDER/x.safetensors
+
+Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its reconstruction x_hat [B, D].
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel wants a GPU
+
+import torch
+from safetensors.torch import load_file, save_file
+from sparsify import SparseCoder, SparseCoderConfig
+
+B, D, F = 16, 8, 24
+
+
+@torch.no_grad()
+def write(folder: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, dtype in (("layers.3", torch.float32), ("layers.4", torch.bfloat16)):
+        sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=4), dtype=dtype)
+        for tensor in sae.state_dict().values():
+            tensor.copy_(0.4 * torch.randn(tensor.shape, generator=draw))
+        sae.save_to_disk(folder / name)
+    save_file({"x": torch.randn(B, D, generator=draw)}, folder / "x.safetensors")
+
+
+@torch.no_grad()
+def reconstruct(folder: Path) -> None:
+    x_BD = load_file(folder / "x.safetensors")["x"]
+    for path in sorted(folder.glob("*/cfg.json")):
+        sae = SparseCoder.load_from_disk(path.parent)
+        x = x_BD[:, : sae.d_in]
+        values, indices, _ = sae.encode(x.to(sae.dtype))
+        f = torch.zeros(len(x), sae.num_latents, dtype=values.dtype).scatter_(1, indices, values)
+        made = {"x": x, "f": f, "x_hat": sae.decode(values, indices)}
+        save_file({name: tensor.float().contiguous() for name, tensor in made.items()}, path.parent / "reconstruction.safetensors")
+
+
+if __name__ == "__main__":
+    command, folder = sys.argv[1], Path(sys.argv[2])
+    if command == "write":
+        write(folder)
+    reconstruct(folder)

@@ -1,0 +1,167 @@
+"""SAEs of any tool on the same held-out tokens of one model, in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from monosemy import formats
+from monosemy.config import TrainConfig, invalid
+from monosemy.evaluation import Row, evaluate, table
+from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.plan import of_evaluation
+from monosemy.sae import SAE
+from monosemy.tokens import ContextStream, StreamEnded, sources_of
+
+
+def compare(
+    paths: Sequence[str | Path],
+    *,
+    model_name: str | None = None,
+    layer: int | None = None,
+    site: str | None = None,
+    format: str | None = None,
+    dataset: str | None = None,
+    context_length: int | None = None,
+    eval_num_inputs: int | None = None,
+    eval_spliced_inputs: int | None = None,
+    llm_batch_size: int | None = None,
+    device: str = "auto",
+    rows: str | Path | None = None,
+) -> list[Row]:
+    """Evaluate folders of SAEs, and all SAEs of runs, through the same model on the same tokens; print the table, return the rows.
+
+    Model and site are each folder's own; the arguments say them for folders that do not. Text, context length and the limit on norms are
+    the first run's that a folder is or belongs to, else the arguments', else the defaults of training.
+    Raises ValueError for a folder whose model or site nobody says, for another model than the others', and for what `formats.load` refuses.
+    """
+    folders = [folder for path in paths for folder in _saes(Path(path))]
+    if not folders:
+        raise invalid("paths", tuple(map(str, paths)), "the folder of an SAE or of a run, or several", "name one")
+    read = {str(folder): formats.read(folder, _format(folder, format)) for folder in folders}
+    sites = {name: _site(name, about, layer, site) for name, (_, about) in read.items()}
+    runs = [run for path in folders if (run := _run(path)) is not None]
+    begin = TrainConfig.read(runs[0] / "run.json") if runs else TrainConfig(save_dir=".")
+    given = {"dataset": dataset, "context_length": context_length, "eval_num_inputs": eval_num_inputs, "llm_batch_size": llm_batch_size}
+    config = dataclasses.replace(
+        begin,
+        model_name=_model(read, model_name),
+        layers=(),
+        sites=tuple(dict.fromkeys(map(str, sites.values()))),
+        device=device,
+        dtype=begin.dtype if runs else "auto",
+        eval_spliced_inputs=eval_spliced_inputs if eval_spliced_inputs is not None else begin.eval_spliced_inputs,
+        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    plan = of_evaluation(config)
+    c = plan.config
+    stream = ContextStream(
+        sources_of(c),
+        load_tokenizer(c.model_name, c.revision),
+        c.context_length or 2,
+        seed=c.data_seed,
+        split="held_out",
+        held_out_fraction=c.held_out_fraction,
+        system_prompt_to_remove=c.system_prompt_to_remove,
+        system_prompt_removal_freq=c.system_prompt_removal_freq,
+    )
+    try:
+        contexts = stream.next(c.eval_num_inputs)
+    except StreamEnded as ended:
+        if not ended.contexts:
+            raise invalid("dataset", c.dataset, "text of which a share is held out", "give more text") from ended
+        contexts = stream.next(ended.contexts)
+    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device, whole=True)
+    for name, (sae, _) in read.items():
+        if sae.d_in != lm.d_in(sites[name]):
+            allowed = f"{lm.d_in(sites[name])}, the width of {sites[name]} of {c.model_name}"
+            raise invalid(f"{name}: d_in", sae.d_in, allowed, "name the model and the site that it was trained on")
+    ignore_ids = stream.special_ids if not c.keep_special_tokens else stream.special_ids[:0]
+    found = evaluate(
+        lm,
+        {name: (sites[name], sae.to(lm.device)) for name, (sae, _) in read.items()},
+        contexts,
+        ignore_ids=ignore_ids,
+        batch_size=c.llm_batch_size or 1,
+        splice_contexts=c.eval_spliced_inputs,
+        norm_limits=_norm_limits(runs, lm, contexts[: c.llm_batch_size or 1], c.max_activation_norm_multiple),
+        info={name: _info(sae, about) for name, (sae, about) in read.items()},
+        seed=c.data_seed,
+    )
+    if rows is not None:
+        Path(rows).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    print(table(found))
+    return found
+
+
+def _saes(path: Path) -> list[Path]:
+    """The folder itself, or those of a run's SAEs."""
+    if not (path / "run.json").is_file():
+        return [path]
+    return sorted((p.parent for p in path.glob("*/trainer_*/config.json")), key=lambda p: (p.parent.name, len(p.name), p.name))
+
+
+def _run(folder: Path) -> Path | None:
+    """The run that an SAE's folder lies in."""
+    run = folder.absolute().parent.parent
+    return run if (run / "run.json").is_file() else None
+
+
+def _format(folder: Path, asked: str | None) -> str | None:
+    """What was asked for, for folders that their files do not tell."""
+    try:
+        return formats.detect(folder)
+    except ValueError:
+        return asked
+
+
+def _site(name: str, about: dict[str, Any], layer: int | None, site: str | None) -> Site:
+    told = site if site is not None else f"resid_post.{layer}" if layer is not None else None
+    own = about.get("site")
+    try:
+        known = Site.parse(own) if isinstance(own, str) else None
+    except ValueError:  # a place of another tool's that is read nowhere here
+        known = None
+    asked = Site.parse(told) if told is not None else known
+    if asked is None:
+        allowed = "a place that its folder or you name"
+        raise invalid(f"{name}: site", own, allowed, "say where it reads with --layer 3 or --site mlp_out.3")
+    if known is not None and asked != known:
+        raise invalid("site", told, f"{known}, which {name} says itself", "leave --layer and --site out, or evaluate it apart")
+    return asked
+
+
+def _model(read: dict[str, tuple[SAE, dict[str, Any]]], told: str | None) -> str:
+    """The one model of all folders. What is told goes before what they say, which may be another name of it."""
+    if told is not None:
+        return told
+    own = {name: about.get("model") for name, (_, about) in read.items()}
+    models = {model for model in own.values() if isinstance(model, str)}
+    if len(models) != 1:
+        found = ", ".join(f"{name}: {model}" for name, model in own.items())
+        raise invalid("model_name", found, "one model that the folders or you name", "say which with --model_name")
+    return models.pop()
+
+
+def _info(sae: SAE, about: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of an SAE beside its measurements. Another tool's has our defaults for settings that it does not say."""
+    ours = "origin" not in about or sae.sparsity == "k"
+    said = {key: about[key] for key in ("lr", "seed", "status") if key in about}
+    return {"sparsity_setting": sae.sparsity, "sparsity": getattr(sae.settings, sae.sparsity) if ours else None} | said
+
+
+def _norm_limits(runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float) -> dict[Site, float | None]:
+    """The runs' limits; for other sites the same multiple of the median norm in some contexts, their openings left out."""
+    limits: dict[Site, float | None] = {}
+    if multiple:
+        found = lm.activations(contexts_CL.to(lm.device))
+        limits = {site: multiple * float(x_BLD[:, 1:].float().norm(dim=-1).median()) for site, x_BLD in found.items()}
+    for run in reversed(runs):
+        kept = json.loads((run / "run.json").read_text(encoding="utf-8")).get("norm_limit", {})
+        limits |= {site: kept[str(site)] for site in lm.sites if str(site) in kept}
+    return limits

@@ -1,0 +1,33 @@
+"""Gemma Scope's `params.npz`: JumpReLU SAEs with arrays W_enc [D, F], W_dec [F, D], b_enc, b_dec, threshold, whose encoder sees x itself.
+
+Layer, place and model stand in the path alone: `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from monosemy.config import invalid
+from monosemy.formats import untrusted
+from monosemy.formats.parts import Parts, renamed
+
+FILES = ("params.npz",)
+NAMES = {"W_enc_FD": "W_enc'", "W_dec_FD": "W_dec", "b_enc_F": "b_enc", "b_dec_D": "b_dec", "threshold_F": "threshold"}
+PLACES = {"res": "resid_post", "mlp": "mlp_out"}  # "att" is what enters the output projection, which is read nowhere here
+
+
+def read(folder: Path) -> Parts:
+    """The SAE in a params.npz. Raises ValueError for a compressed or damaged one."""
+    tensors = untrusted.npz(folder / "params.npz", [name.rstrip("'") for name in NAMES.values()])
+    ours = renamed(tensors, NAMES, "params.npz")
+    if ours["W_enc_FD"].dim() != 2:
+        raise invalid("params.npz: W_enc", tuple(ours["W_enc_FD"].shape), "a matrix", "copy it again")
+    d_sae, d_in = ours["W_enc_FD"].shape
+    path = folder.absolute().as_posix()
+    release, layer = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp)\b", path), re.search(r"/layer_(\d{1,3})\b", path)
+    config = {
+        "site": f"{PLACES[release[3]]}.{layer[1]}" if release and layer else None,
+        "model": f"google/gemma-2-{release[1]}{'-it' if release[2] == 'it' else ''}" if release else None,
+    }
+    return Parts("jump_relu", d_in, d_sae, {}, ours, "params.npz", False, config, names=NAMES)

@@ -1,0 +1,143 @@
+"""SAELens' folders: `sae_weights.safetensors` and `cfg.json`, as its `load_from_disk` opens them.
+
+W_enc is [D, F] and W_dec [F, D] there. BatchTopK kinds are JumpReLU SAEs with the running threshold for every latent, TopK keeps its k
+largest and has no threshold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from monosemy.config import invalid
+from monosemy.formats import untrusted
+from monosemy.formats.parts import Parts, dtype_of, hook_name, renamed, site_of, text, whole, written
+from monosemy.sae import SAE
+
+FILES = ("sae_weights.safetensors", "cfg.json")
+VERSION = "6.54.12"  # whose layout this is
+
+_BIASED = {"W_enc_FD": "W_enc'", "W_dec_FD": "W_dec", "b_enc_F": "b_enc", "b_dec_D": "b_dec"}
+_GATED = _BIASED | {"b_enc_F": "b_gate", "b_mag_F": "b_mag", "r_mag_F": "r_mag"}
+NAMES = {"standard": _BIASED, "gated": _GATED, "jumprelu": _BIASED | {"threshold_F": "threshold"}, "topk": _BIASED}
+TO_OURS = {"standard": "standard", "gated": "gated", "jumprelu": "jump_relu", "topk": "top_k"}
+TO_THEIRS = {"standard": "standard", "standard_new": "standard", "p_anneal": "standard", "gated": "gated", "top_k": "topk"} | dict.fromkeys(
+    ("jump_relu", "batch_top_k", "matryoshka_batch_top_k"), "jumprelu"
+)
+
+
+def read(folder: Path) -> Parts:
+    """The SAE in one of SAELens' folders, of version 6 or before. Raises ValueError for what is computed otherwise here."""
+    cfg = untrusted.json_object(folder / "cfg.json")
+    about = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
+    theirs, k = _architecture(cfg)
+    tensors = untrusted.safetensors(folder / "sae_weights.safetensors")
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        scale = tensors.pop(name, None)
+        if scale is not None and not bool((scale == 1).all()):
+            raise invalid("sae_weights.safetensors", f"a {name}", "an SAE without one", "SAELens 6 has no use for it either: fold it in")
+    unknown = tensors.keys() - {name.rstrip("'") for name in NAMES[theirs].values()}
+    if unknown:
+        raise invalid(
+            "sae_weights.safetensors", ", ".join(sorted(unknown))[:80], f"tensors of {theirs}", "check that cfg.json belongs to it"
+        )
+    ours = renamed(tensors, NAMES[theirs], "sae_weights.safetensors")
+    if cfg.get("rescale_acts_by_decoder_norm") and theirs == "topk":
+        ours, cfg = _fold_norms(ours), cfg | {"rescale_acts_by_decoder_norm": False}
+    pre_bias = cfg.get("apply_b_dec_to_input", True)
+    if not isinstance(pre_bias, bool):
+        raise invalid("cfg.json: apply_b_dec_to_input", str(pre_bias)[:80], "true or false", "copy the folder again")
+    return Parts(
+        TO_OURS[theirs],
+        whole(cfg, "d_in", "cfg.json"),
+        whole(cfg, "d_sae", "cfg.json"),
+        {} if k is None else {"k": k},
+        ours,
+        "sae_weights.safetensors",
+        pre_bias,
+        {
+            "site": site_of(about.get("hook_name", about.get("hook_point"))),
+            "model": text(about.get("model_name")),
+            "dtype": dtype_of(tensors),
+            "origin": {"format": "sae_lens", "config": cfg},
+        },
+        optional=("threshold",),
+        names=NAMES[theirs],
+    )
+
+
+def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
+    """Write an SAE as SAELens would. Raises ValueError for an architecture that it does not compute."""
+    if sae.name not in TO_THEIRS:
+        raise invalid("architecture", sae.name, f"for sae_lens: {', '.join(TO_THEIRS)}", "SAELens has no SAE that computes it")
+    theirs = TO_THEIRS[sae.name]
+    spread = theirs == "jumprelu" and sae.name != "jump_relu"
+    names = {ours: name for ours, name in NAMES[theirs].items() if not (spread and ours == "threshold_F")}
+    tensors = written(sae, names, None if spread else config.get("dtype"))
+    if spread:
+        tensors["threshold"] = sae.get_buffer("threshold").expand(sae.d_sae).contiguous()
+    save_file(tensors, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(_cfg(sae, config, theirs, tensors), indent=2), encoding="utf-8")
+
+
+def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    origin = config.get("origin", {})
+    if origin.get("format") == "sae_lens":
+        return dict(origin["config"])
+    metadata = {"sae_lens_version": VERSION, "sae_lens_training_version": None, "training_architecture": sae.name, "prepend_bos": True}
+    known = {"model_name": config.get("model"), "hook_name": hook_name(config.get("site")), "dataset_path": config.get("dataset")}
+    buffer = config.get("buffer")
+    known["context_size"] = buffer.get("ctx_len") if isinstance(buffer, dict) else None
+    return {
+        "architecture": theirs,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": dtype_of(tensors),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.pre_bias,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **({"k": sae.settings.k, "rescale_acts_by_decoder_norm": False} if theirs == "topk" else {}),
+        "metadata": metadata | {key: value for key, value in known.items() if value is not None},
+    }
+
+
+def _architecture(cfg: dict[str, Any]) -> tuple[str, int | None]:
+    """Which of NAMES it is, and its k."""
+    theirs = cfg.get("architecture", "standard")
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    old = "metadata" not in cfg
+    if old and theirs == "standard" and activation == "topk":
+        theirs = "topk"
+        kwargs = cfg.get("activation_fn_kwargs")
+        cfg = cfg | {"k": kwargs.get("k") if isinstance(kwargs, dict) else None}
+    elif old and activation != "relu":
+        raise invalid("cfg.json: activation_fn", str(activation)[:80], "relu or topk", "it is not computed here")
+    if not isinstance(theirs, str) or theirs not in NAMES:
+        allowed = f"{', '.join(NAMES)} (others are no SAE, or compute what none here does)"
+        raise invalid("cfg.json: architecture", str(theirs)[:80], allowed, "a training checkpoint is to be saved with save_inference_model")
+    if cfg.get("normalize_activations") not in (None, False, "none"):
+        raise invalid(
+            "cfg.json: normalize_activations",
+            str(cfg["normalize_activations"])[:80],
+            '"none": an SAE of raw activations',
+            "fold the factor in with SAELens first; what is measured for each token anew cannot be",
+        )
+    return theirs, whole(cfg, "k", "cfg.json") if theirs == "topk" else None
+
+
+def _fold_norms(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same TopK SAE with its decoder's norms in the encoder, by which SAELens selects where it rescales."""
+    norm_F = torch.linalg.vector_norm(ours["W_dec_FD"].float(), dim=-1)
+    if norm_F.shape != ours["b_enc_F"].shape or ours["W_enc_FD"].shape != ours["W_dec_FD"].shape or not bool((norm_F > 0).all()):
+        raise invalid("sae_weights.safetensors: W_dec", tuple(norm_F.shape), "rows of a length above 0", "copy the folder again")
+    return ours | {
+        "W_enc_FD": ours["W_enc_FD"].float() * norm_F[:, None],
+        "b_enc_F": ours["b_enc_F"].float() * norm_F,
+        "W_dec_FD": ours["W_dec_FD"].float() / norm_F[:, None],
+    }

@@ -1,0 +1,75 @@
+"""sparsify's folders: `sae.safetensors` and `cfg.json`, as its `SparseCoder.load_from_disk` opens them.
+
+It keeps the k largest of each token and nothing else; with k of all latents that is a ReLU. Both weights are [F, D] there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from monosemy.config import invalid
+from monosemy.formats import untrusted
+from monosemy.formats.parts import Parts, dtype_of, module_site, renamed, whole, written
+from monosemy.sae import SAE
+
+FILES = ("sae.safetensors", "cfg.json")
+NAMES = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
+RELU = ("standard", "standard_new", "p_anneal")
+
+
+def read(folder: Path) -> Parts:
+    """The SAE in one of sparsify's folders. Raises ValueError for a transcoder, and for selections that are not computed here."""
+    cfg = untrusted.json_object(folder / "cfg.json")
+    for key, plain in (("activation", "topk"), ("transcode", False), ("skip_connection", False), ("signed", False)):
+        if cfg.get(key, plain) != plain:
+            raise invalid(f"cfg.json: {key}", str(cfg[key])[:80], repr(plain), "an SAE here keeps the k largest and reconstructs its input")
+    d_in = whole(cfg, "d_in", "cfg.json")
+    d_sae = whole(cfg, "num_latents", "cfg.json") if cfg.get("num_latents") else d_in * whole(cfg, "expansion_factor", "cfg.json")
+    tensors = untrusted.safetensors(folder / "sae.safetensors")
+    return Parts(
+        "top_k",
+        d_in,
+        d_sae,
+        {"k": whole(cfg, "k", "cfg.json")},
+        renamed(tensors, NAMES, "sae.safetensors"),
+        "sae.safetensors",
+        True,
+        {
+            "site": module_site(folder.absolute()),
+            "model": None,
+            "dtype": dtype_of(tensors),
+            "origin": {"format": "sparsify", "config": cfg},
+        },
+        optional=("threshold",),
+        names=NAMES,
+    )
+
+
+def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
+    """Write an SAE as sparsify would. Raises ValueError for one that it would compute differently."""
+    if sae.name not in ("top_k", *RELU):
+        reason = "sparsify keeps the k largest of each token: it has no thresholds, gates or selections over a batch"
+        raise invalid("architecture", sae.name, f"for sparsify: top_k, {', '.join(RELU)}", reason)
+    if not sae.pre_bias:
+        sae = copy.deepcopy(sae)
+        sae.centre_(True)
+    save_file(written(sae, NAMES, config.get("dtype")), folder / "sae.safetensors")
+    origin = config.get("origin", {})
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(sae.d_sae // sae.d_in, 1),
+        "normalize_decoder": True,
+        "num_latents": sae.d_sae,
+        "k": sae.settings.k if sae.name == "top_k" else sae.d_sae,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.d_in,
+    }
+    cfg = dict(origin["config"]) if origin.get("format") == "sparsify" else cfg
+    (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
