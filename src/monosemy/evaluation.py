@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from monosemy import rng
 from monosemy.config import invalid
+from monosemy.latents import ALWAYS, DENSE, Gathering
 from monosemy.lm import Clean, LanguageModel, Site
 
 if TYPE_CHECKING:
@@ -47,14 +48,17 @@ def evaluate(
     splice_contexts: int | None = None,
     norm_limits: Mapping[Site, float | None] | None = None,
     info: Mapping[str, Mapping[str, Any]] | None = None,
+    gather: Mapping[str, Gathering] | None = None,
     seed: int = 0,
+    sae_bench: bool = False,
 ) -> list[Row]:
     """A row for each SAE, in order; SAEs take raw activations and are on the model's device, in float32.
 
     The model runs `batch_size` contexts at a time; what lies before a site runs once for all its SAEs. Splicing costs each SAE (and each of
     its modes) a run of everything after the site: `splice_contexts` limits it to the first contexts, 0 leaves it out; the row counts the
     tokens of both. An SAE with a second mode has that mode's columns under its name: `top_k_fvu` beside `fvu`. `norm_limits` are norms of
-    activations, `info` adds columns to a row.
+    activations, `info` adds columns to a row; `gather` sees the codes of every SAE that it names, in the SAE's first mode.
+    With `sae_bench` zero ablation replaces every token, counted or not, and KL is also taken at a context's end: SAEBench's rules.
     Raises ValueError for a site that the model was not loaded with, contexts without a counted token, and a model that lacks its head or
     cannot be resumed where something is to be spliced.
     """
@@ -97,21 +101,30 @@ def evaluate(
             x_GLD = runs.activations(site)
             mask_GL = counted(ids_GL, x_GLD, site)
             x_ND = x_GLD[mask_GL].float()
+            at_N = first * L + mask_GL.flatten().nonzero()[:, 0]
             at_site[site].add(x_ND)
-            hats = {(name, mode): sums[name, mode].add(x_ND, saes[name][1], mode) for name in names for mode in saes[name][1].modes}
+            hats = {}
+            for name in names:
+                sae = saes[name][1]
+                for mode in sae.modes:
+                    seen = (gather or {}).get(name) if mode == sae.modes[0] else None
+                    hats[name, mode] = sums[name, mode].add(x_ND, sae, mode, seen, at_N)
             if first >= spliced:
                 continue
-            predicts_GL = mask_GL.clone()
-            predicts_GL[:, -1] = False
+            compared_GL = mask_GL.clone()
+            compared_GL[:, -1] &= sae_bench
             hidden: dict[Any, Tensor] = {}
             ablated: dict[Any, Tensor] = {"zero": x_ND * 0, "mean": at_site[site].mean_D.expand_as(x_ND)}
             for key, hat_ND in (ablated | hats).items():
                 replacement_GLD = x_GLD.clone()
                 replacement_GLD[mask_GL] = hat_ND.to(x_GLD.dtype)
-                hidden[key] = runs.resume(site, replacement_GLD)[predicts_GL]
-            where_P = first + predicts_GL.nonzero()[:, 0]
-            next_P = ids_GL.roll(-1, 1)[predicts_GL]
-            for key, rows_P, ce_P, kl_P in _losses(lm, runs.hidden()[predicts_GL], hidden, where_P, next_P):
+                if sae_bench and key == "zero":
+                    replacement_GLD.zero_()
+                hidden[key] = runs.resume(site, replacement_GLD)[compared_GL]
+            rows_P, at_P = compared_GL.nonzero(as_tuple=True)
+            where_P = torch.where(at_P < L - 1, first + rows_P, -1)
+            next_P = ids_GL.roll(-1, 1)[compared_GL]
+            for key, rows_P, ce_P, kl_P in _losses(lm, runs.hidden()[compared_GL], hidden, where_P, next_P):
                 losses = at_site[site].losses[key] if isinstance(key, str) else sums[key].losses
                 losses.add(rows_P, ce_P, kl_P)
 
@@ -133,6 +146,30 @@ def evaluate(
 def seed_results(row: Row) -> dict[str, Any]:
     """A row as the seed's `eval_results.json` nests it: its keys under its names, and ours beside them."""
     return {**row, "hyperparameters": {"n_inputs": row["n_inputs"], "context_length": row["context_length"]}}
+
+
+SAE_BENCH = {  # its core evaluation's categories and names -> ours; docs/sae-bench.md says where its formulas differ
+    "model_behavior_preservation": {"kl_div_with_ablation": "kl_zero", "kl_div_with_sae": "kl"},
+    "model_performance_preservation": {
+        "ce_loss_score": "loss_recovered_zero",
+        "ce_loss_with_ablation": "ce_zero",
+        "ce_loss_with_sae": "ce_spliced",
+        "ce_loss_without_sae": "ce_clean",
+    },
+    "reconstruction_quality": {"mse": "mse", "cossim": "cossim"},
+    "shrinkage": {"l2_ratio": "l2_ratio", "relative_reconstruction_bias": "relative_reconstruction_bias"},
+    "sparsity": {"l0": "l0", "l1": "l1_loss"},
+    "misc_metrics": {"frac_alive": "frac_alive"},
+}
+
+
+def sae_bench_results(row: Row) -> dict[str, dict[str, Any]]:
+    """A row under SAEBench's names, by its categories. Their values are comparable where the row was made with `sae_bench=True`."""
+    found = {category: {name: row[ours] for name, ours in names.items()} for category, names in SAE_BENCH.items()}
+    found["model_behavior_preservation"]["kl_div_score"] = None if row["kl"] is None else 1 - _ratio(row["kl"], row["kl_zero"])
+    found["reconstruction_quality"]["explained_variance"] = None if row["fvu"] is None else 1 - row["fvu"]
+    found["misc_metrics"]["freq_over_10_percent"] = row["dense"] / row["d_sae"]
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -199,7 +236,10 @@ def _check_resuming(lm: LanguageModel, ids_1L: Tensor, sites: Iterable[Site]) ->
 def _losses(
     lm: LanguageModel, clean_PD: Tensor, spliced_PD: Mapping[Any, Tensor], where_P: Tensor, next_P: Tensor
 ) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
-    """(which run, contexts, cross-entropies, KL(clean || run)) in pieces, of the clean run ("clean") and of every spliced one."""
+    """(which run, contexts, cross-entropies, KL(clean || run)) in pieces, of the clean run ("clean") and of every spliced one.
+
+    The context is -1 where nothing is predicted and the cross-entropy means nothing.
+    """
     for piece in torch.arange(len(next_P), device=next_P.device).split(max(1, HEAD_ELEMENTS // lm.config.vocab_size)):
         target_P1, rows_P = next_P[piece, None], where_P[piece]
         log_p_PV = lm.logits(clean_PD[piece]).float().log_softmax(-1)
@@ -230,14 +270,16 @@ class _Losses:
     """Cross-entropy by context, and KL."""
 
     def __init__(self, C: int, device: torch.device) -> None:
-        self.tokens = 0
+        self.tokens = self.kl_tokens = 0
         self.ce_C = torch.zeros(C, dtype=torch.float64, device=device)
         self.kl = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, rows_P: Tensor, ce_P: Tensor, kl_P: Tensor | None) -> None:
-        self.tokens += len(rows_P)
-        self.ce_C.index_add_(0, rows_P, ce_P.double())
+        predicts_P = rows_P >= 0
+        self.tokens += int(predicts_P.sum())
+        self.ce_C.index_add_(0, rows_P[predicts_P], ce_P[predicts_P].double())
         if kl_P is not None:
+            self.kl_tokens += len(kl_P)
             self.kl += kl_P.double().sum()
 
     @property
@@ -267,9 +309,11 @@ class _Sums:
         self.of: dict[str, Tensor] = {}
         self.losses = _Losses(C, device)
 
-    def add(self, x_ND: Tensor, sae: SAE, mode: str) -> Tensor:
+    def add(self, x_ND: Tensor, sae: SAE, mode: str, seen: Gathering | None, at_N: Tensor) -> Tensor:
         """Encode and decode counted tokens; returns the reconstruction [N, D]."""
         f_NF = sae.encode(x_ND, mode=mode)
+        if seen is not None:
+            seen.add(f_NF, at_N)
         hat_ND = sae.decode(f_NF)
         residual_ND = x_ND - hat_ND
         fired_NF = f_NF != 0
@@ -326,9 +370,9 @@ def _metrics(sums: _Sums, site: _SiteSums, weights_WC: Tensor) -> dict[str, Any]
         "ce_zero": zero.ce,
         "ce_mean": mean.ce,
         "ce_diff": spliced.ce - clean.ce,
-        "kl": _ratio(float(spliced.kl), spliced.tokens),
-        "kl_zero": _ratio(float(zero.kl), zero.tokens),
-        "kl_mean": _ratio(float(mean.kl), mean.tokens),
+        "kl": _ratio(float(spliced.kl), spliced.kl_tokens),
+        "kl_zero": _ratio(float(zero.kl), zero.kl_tokens),
+        "kl_mean": _ratio(float(mean.kl), mean.kl_tokens),
         "loss_recovered_zero": recovered["zero"],
         "loss_recovered_mean": recovered["mean"],
     }
@@ -339,6 +383,8 @@ def _metrics(sums: _Sums, site: _SiteSums, weights_WC: Tensor) -> dict[str, Any]
     bins = torch.bucketize(frequency_F[fires_F].log10(), edges, right=True)
     columns |= {
         "never_fired": int((~fires_F).sum()),
+        "dense": int((frequency_F > DENSE).sum()),
+        "always_on": int((frequency_F > ALWAYS).sum()),
         "firing_log10_edges": HISTOGRAM_EDGES,
         "firing_counts": torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) - 1).tolist(),
     }

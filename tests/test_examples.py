@@ -1,0 +1,113 @@
+"""Every example runs as its first lines say, on a tiny model or numbers of its own, and shows what it claims."""
+
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import monosemy
+from monosemy.sae import REGISTRY
+from tests.conftest import write_text
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def sae_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SAE trained for a moment on the tiny model."""
+    folder = tmp_path_factory.mktemp("run")
+    text = write_text(folder / "text.jsonl", documents=100)
+    config = monosemy.TrainConfig(
+        save_dir=str(folder / "saes"),
+        model_name=str(tiny_model),
+        layers=(1,),
+        architectures=("top_k",),
+        dictionary_widths=(48,),
+        target_l0s=(4,),
+        dataset=str(text),
+        num_tokens=3200,
+        sae_batch_size=64,
+        context_length=16,
+        held_out_fraction=0.2,
+        eval_num_inputs=2,
+        report_latents=0,
+    )
+    run, status = monosemy.train(config)
+    assert status == "complete"
+    return Path(run) / "resid_post_layer_1" / "trainer_0"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(name: str, *arguments: object) -> None:
+    """As `python examples/NAME.py ARGUMENTS`."""
+    before = sys.argv
+    sys.argv = [str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def test_read_latents(sae_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("read_latents", sae_folder, "the one that was not")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("'")[1] for line in lines] == ["the", "one", "that", "was", "not"]
+    assert all(re.search(r"cosine 0\.\d{3}  \d+: \d+\.\d\d", line) for line in lines)
+
+
+def test_the_latents_that_are_read_are_those_that_training_saw(sae_folder: Path, tiny_model: Path) -> None:
+    with torch.inference_mode():
+        f_LF = example("read_latents").main(str(sae_folder), "the one that was not")
+    site = monosemy.Site.parse("resid_post.1")
+    lm = monosemy.LanguageModel.load(str(tiny_model), [site])
+    words = ["<bos>", "the", "one", "that", "was", "not"]
+    from monosemy.lm import load_tokenizer
+
+    ids_1L = torch.tensor([load_tokenizer(str(tiny_model)).convert_tokens_to_ids(words)])
+    wanted_LF = monosemy.load(sae_folder).encode(lm.activations(ids_1L)[site][0, 1:])
+    assert torch.allclose(f_LF, wanted_LF, atol=1e-5) and (f_LF > 0).any(1).all()
+
+
+def test_steer(sae_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--latent", 3, "--text", "the one", "--tokens", 5]
+    command("steer", sae_folder, *arguments, "--strength", 0)
+    plain, steered = capsys.readouterr().out.splitlines()
+    assert plain.removeprefix("as it is: ") == steered.removeprefix("steered:  ")
+    command("steer", sae_folder, *arguments, "--strength", 1000)
+    assert capsys.readouterr().out.splitlines()[0] == plain
+    assert len({example("steer").main(str(sae_folder), latent, 1000.0, "the one", 5)[1] for latent in range(8)}) > 1
+
+
+def test_own_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("own_activations", "--folder", tmp_path, "--steps", 120)
+    found = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    module = example("own_activations")
+    chance = float((torch.nn.functional.normalize(torch.randn(module.TRUE, module.D), dim=1) @ module.made(1)[0].T).amax(0).mean())
+    assert len(found) == 2 and min(found) > chance + 0.15
+    assert monosemy.load(tmp_path / "sae_1").name == "standard"
+
+
+def test_new_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        command("new_architecture", "--steps", 150)
+    finally:
+        REGISTRY.pop("tanh", None)  # other tests go over the registry
+    shrinkage = {line.split()[0]: float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()}
+    assert shrinkage["tanh"] < shrinkage["standard"] - 0.01
+
+
+def test_every_example_is_tested() -> None:
+    tested = Path(__file__).read_text()
+    assert all(f"def test_{path.stem}(" in tested for path in EXAMPLES.glob("*.py"))
