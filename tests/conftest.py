@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -11,6 +12,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the package's own entry
 
 import pytest
 import torch
+
+from tests.certify import certified, pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
+from tests.faults import Faulty
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which then runs its kernels on the CPU
@@ -58,6 +62,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             p.data.mul_(4) if p.dim() > 1 else None  # further from linear than a fresh model
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    """Runs jobs in processes to which faults happen."""
+    server = Faulty(tmp_path_factory.mktemp("output"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

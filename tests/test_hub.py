@@ -25,14 +25,14 @@ TOKEN = "hf_" + "canary" * 5
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Repositories in memory. `faults` maps a piece of a path to the statuses with which its next requests are answered."""
+    """Repositories in memory. `faults` maps a piece of a path to what its next requests get: a status, "drop" or "garbage"."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
-        self.faults: dict[str, list[int]] = {}
+        self.faults: dict[str, list[int | str]] = {}
         self.requests: Counter[str] = Counter()
         self.tokens: set[str | None] = set()
         self.commits = 0
@@ -50,6 +50,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def fail(self, fault: int | str) -> None:
+        if isinstance(fault, int):
+            return self.answer({"error": "as told"}, fault)
+        if fault == "garbage":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>")
+        self.close_connection = True  # without a word, for "drop"
+
     def handle_request(self) -> None:
         hub, path = self.server, self.path
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -58,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             hub.tokens.add(self.headers.get("Authorization"))
         for piece, statuses in hub.faults.items():
             if piece in path and statuses:
-                return self.answer({"error": "as told"}, statuses.pop(0))
+                return self.fail(statuses.pop(0))
         if path == "/api/repos/create":
             name = f"me/{json.loads(body)['name']}"
             known = name in hub.repositories

@@ -9,11 +9,14 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "monosemy"
 FLOORS = {
+    "redact": -1,
     "config": 0,
     "rng": 0,
     "recipe": 0,
     "ahead": 0,
     "assets": 1,
+    "files": 1,
+    "interrupts": 1,
     "schedule": 1,
     "ops": 1,
     "graphs": 1,
@@ -25,6 +28,7 @@ FLOORS = {
     "architectures": 4,
     "activations": 3,
     "memory": 3,
+    "latents": 4,
     "formats": 5,
     "training": 5,
     "trackers": 3,
@@ -34,6 +38,8 @@ FLOORS = {
     "report": 6,
     "hub": 6,
     "run": 7,
+    "comparison": 7,
+    "probing": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 0,

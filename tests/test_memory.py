@@ -15,6 +15,7 @@ from monosemy import evaluation, memory, ops, training
 from monosemy.config import TrainConfig, architecture_names
 from monosemy.lm import LanguageModel, Site
 from monosemy.memory import lent_bytes, sae_bytes, step_bytes, tensor_bytes
+from monosemy.ops import entries
 from monosemy.plan import make
 from monosemy.recipe import MONOSEMY
 from monosemy.schedule import Schedule
@@ -91,7 +92,7 @@ def test_a_step_takes_what_was_said(name, bf16):
 def test_members_of_a_stack_are_counted_once():
     specs = [SAESpec("top_k", 256, 1e-3, seed, {"k": 8}) for seed in range(3)]
     members = [Member(str(s), spec, 32, Schedule.of_run(1000, 64, recipe=MONOSEMY)) for s, spec in enumerate(specs)]
-    [stack] = training.stacks(members)
+    stack = training.Stack(members)
     stack.step({member.name: torch.randn(64, 32) for member in members}, 0)
     assert abs(tensor_bytes(members[0].stack) - 3 * sae_bytes("top_k", 32, 256)) <= 3 * 64
 
@@ -104,7 +105,7 @@ def test_bytes_of_tensors_are_of_whole_storages():
 
 
 def test_limits_are_those_of_the_places_that_keep_them():
-    assert training.GRADIENTS_AT_ONCE == memory.GRADIENTS_AT_ONCE
+    assert (training.GRADIENTS_AT_ONCE, entries.IN_CACHE) == (memory.GRADIENTS_AT_ONCE, memory.IN_CACHE)
     assert (evaluation.SELECTION_TOKENS, evaluation.HEAD_ELEMENTS) == (memory.GROUP_TOKENS, memory.HEAD_ELEMENTS)
     assert memory.KINDS.keys() <= set(architecture_names())
 

@@ -214,14 +214,9 @@ def test_mixtures_sites_and_recipes(tiny_model, text_file, tmp_path):
 
 def test_wandb_and_a_dead_hub_cost_nothing(finished, tiny_model, text_file, tmp_path, monkeypatch, caplog):
     """Offline runs lie in the folder; the upload that failed names the command that repeats it; the weights are bit-equal."""
-    from functools import partial
-
-    from monosemy import hub
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("monosemy.run.Uploader", partial(hub.Uploader, waits=(0.01,)))
-    more = ["--use_wandb", "--hf_repo_id", "me/saes", "--layers", "2"]
+    more = ["--retry_seconds", "0.01", "--use_wandb", "--hf_repo_id", "me/saes", "--layers", "2"]
     assert train(tmp_path / "run", tiny_model, text_file, *more, architectures=["top_k"]) == 0
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert "monosemy push" in caplog.text and "me/saes" in caplog.text

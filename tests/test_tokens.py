@@ -677,7 +677,7 @@ def test_unreachable_hub_ends_within_seconds(offline):
 import sys, time
 from types import SimpleNamespace
 from monosemy.tokens import DatasetUnavailable, Source, _open, check_sources
-config = SimpleNamespace(model_name="gpt2", dataset="nobody/nothing", text_key="text", mixed_dataset=False, subset=None)
+config = SimpleNamespace(model_name="gpt2", dataset="nobody/nothing", text_key="text", mixed_dataset=False, subset=None, retry_seconds=())
 start = time.monotonic()
 for attempt in (lambda: check_sources(config), lambda: _open(Source("nobody/nothing"))):
     try:
@@ -718,8 +718,8 @@ class FakeHub(ThreadingHTTPServer):
 
     commit = "0123456789abcdef0123456789abcdef01234567"
 
-    def __init__(self, files):
-        super().__init__(("127.0.0.1", 0), HubHandler)
+    def __init__(self, files, handler):
+        super().__init__(("127.0.0.1", 0), handler)
         self.files, self.faults, self.stalled = files, iter(()), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -729,7 +729,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def answer(self, body=b"", status=200, **headers):
         self.send_response(status)
-        for name, value in {"X-Repo-Commit": self.server.commit, "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"X_Repo_Commit": self.server.commit, "Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -768,6 +768,7 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
 
+PAUSES = (0.01,) * 4
 MANY = [f"{i} {prose(10 + i % 30, i)}" for i in range(2000)]
 
 
@@ -780,11 +781,13 @@ def hub(monkeypatch, tmp_path):
     import fsspec
     import huggingface_hub
     from huggingface_hub import hf_file_system
+    from huggingface_hub.utils import _pagination
 
-    def start(kind):
+    def start(kind, documents=MANY, handler=HubHandler):
         for i in range(4):
-            write(tmp_path / "data", kind, MANY[i * 500 : (i + 1) * 500], str(i))
-        hub = FakeHub({f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").iterdir())})
+            n = len(documents) // 4
+            write(tmp_path / "data", kind, documents[i * n : (i + 1) * n], str(i))
+        hub = FakeHub({f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").iterdir())}, handler)
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()
         started.append((hub, thread))
@@ -795,12 +798,9 @@ def hub(monkeypatch, tmp_path):
 
     started: list = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.setattr(hf_file_system, "http_backoff", partial(hf_file_system.http_backoff, max_retries=0))
+    for module in (hf_file_system, _pagination):
+        monkeypatch.setattr(module, "http_backoff", partial(module.http_backoff, max_retries=0))
     monkeypatch.setattr(fsspec.spec.AbstractBufferedFile, "DEFAULT_BLOCK_SIZE", 512)  # or it would read files whole, ends and all
-    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
-    for name in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "READ_RATE_LIMIT_RETRY", "OPEN_RETRY"):
-        monkeypatch.setattr(datasets.config, f"STREAMING_{name}_INTERVAL", 0)
-    monkeypatch.setattr(tokens, "RETRY_SECONDS", (0.01,) * 4)
     yield start
     for hub, thread in started:
         hub.stalled.set()
@@ -813,7 +813,7 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("fault", [503, 404, 429, "drop", "stall"])
 def test_a_hub_that_fails_now_and_then_changes_nothing(tokenizer, hub, kind, fault, caplog):
     server = hub(kind)
-    stream = ContextStream([Source("me/texts")], tokenizer, 64)
+    stream = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)
     # a .jsonl file takes one request, a .parquet file two; an attempt to go on at a file's first row reads the files before it, too
     server.faults = cycle([None] * {".jsonl": 3, ".parquet": 5}[kind] + [fault])
     assert same(drain(stream), drain(ContextStream([Source("memory", documents=MANY)], tokenizer, 64)))
@@ -822,10 +822,10 @@ def test_a_hub_that_fails_now_and_then_changes_nothing(tokenizer, hub, kind, fau
 
 
 @pytest.mark.parametrize("fault", [503, "stall"])
-def test_a_hub_that_fails_at_the_start_is_unavailable(tokenizer, hub, fault):
+def test_a_hub_that_fails_at_the_start_is_told(tokenizer, hub, fault):
     hub(".parquet").faults = repeat(fault)
-    with pytest.raises(DatasetUnavailable, match="cannot reach the data set me/texts"):
-        ContextStream([Source("me/texts")], tokenizer, 64)
+    with pytest.raises(StreamBroken, match="me/texts cannot be opened .*; 4 attempts"):
+        ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
@@ -833,7 +833,7 @@ def test_a_hub_that_stays_away_is_told_and_the_next_attempt_goes_on(tokenizer, h
     monkeypatch.setattr(tokens, "READ_AHEAD", 1)
     server = hub(kind)
     expected = drain(ContextStream([Source("memory", documents=MANY)], tokenizer, 64))
-    stream = ContextStream([Source("me/texts")], tokenizer, 64)
+    stream = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)
     contexts = []
     server.faults = chain([None] * {".jsonl": 2, ".parquet": 5}[kind], repeat(503))
     with pytest.raises(StreamBroken, match=r"me/texts broke off at row 1,000 .*; 4 attempts") as broken:
@@ -845,7 +845,7 @@ def test_a_hub_that_stays_away_is_told_and_the_next_attempt_goes_on(tokenizer, h
     assert stream.state() == before and stream.counts == counts
     assert 997 < before["sources"][0]["position"]["n"] < 1000
     server.faults = iter(())
-    again = ContextStream([Source("me/texts")], tokenizer, 64)
+    again = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)
     again.restore(json.loads(json.dumps(before)))
     assert same(contexts + drain(again), expected)
     assert same(contexts + drain(stream), expected)
@@ -866,14 +866,13 @@ def brittle():
 def test_a_stream_that_breaks_off_goes_on_at_the_same_row(tokenizer, monkeypatch):
     from datasets import IterableDataset
 
-    monkeypatch.setattr(tokens, "RETRY_SECONDS", (0.001,) * 3)
     monkeypatch.setattr(tokens, "_hub_dataset", lambda source: IterableDataset.from_generator(brittle))
-    expected = with_states(ContextStream([Source("me/texts")], tokenizer, 16))
+    expected = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
     FAILURES.update({0: 3, 1: 1, 7: 3, 8: 3, 30: 2, 59: 3})
-    again = with_states(ContextStream([Source("me/texts")], tokenizer, 16))
+    again = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
     assert same([found[1:] for found in again], [found[1:] for found in expected]) and not any(FAILURES.values())
     FAILURES.update({0: 4, 30: 5})
-    stream, contexts, broken = ContextStream([Source("me/texts")], tokenizer, 16), [], []
+    stream, contexts, broken = ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16), [], []
     while len(broken) < 2:
         try:
             contexts += stream.next(1).tolist()
@@ -885,7 +884,7 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_row(tokenizer, monkeypatch
 
 def test_rows_on_the_hub_that_never_make_sense_are_told(tokenizer, hub):
     server = hub(".jsonl")
-    stream = ContextStream([Source("me/texts")], tokenizer, 16)
+    stream = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 16)
     server.files["data/1.jsonl"] = b'{"text": "a", }' * 200
     with pytest.raises(ValueError, match="dataset is 'me/texts'; allowed: rows that can be read; me/texts broke off at row 500"):
         stream.next(10**6)
@@ -897,6 +896,7 @@ def test_check_sources_looks_at_files_only(tmp_path):
     def check(**settings):
         config = {"model_name": "gpt2", "dataset": str(path), "text_key": "text", "mixed_dataset": False, "subset": None}
         config |= {"chat_dataset": str(write(tmp_path / "c", ".parquet", CHATS)), "chat_key": "conversation", "pretrain_frac": 0.9}
+        config |= {"retry_seconds": (1,)}
         tokens.check_sources(SimpleNamespace(**(config | settings)))
 
     check()

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from monosemy import trackers
-from monosemy.trackers import Wandb, without_secrets
+from monosemy.redact import without_secrets
+from monosemy.trackers import Wandb
 
 MEMBERS = [{"name": f"resid_post_layer_{layer}/trainer_0", "config": {"k": 32, "layer": layer}} for layer in (3, 9, 12)]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -123,12 +123,11 @@ def test_without_a_key_there_is_one_warning(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_a_server_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(trackers, "INIT_SECONDS", 3)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        tracker, seconds = mirror(tmp_path)
+        tracker, seconds = mirror(tmp_path, patience=3)
     assert seconds < 30
     assert len(warnings(caplog)) == 1 and "refused" in warnings(caplog)[0]
     assert tracker.unsent == 20

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monosemy.config import invalid
 from monosemy.lm import LanguageModel, Site
 from monosemy.rng import generator
 from monosemy.tokens import ContextStream, StreamEnded
@@ -161,11 +162,16 @@ class ActivationStream:
 
     def _ordered(self, site: Site, norm_R: Tensor) -> Tensor:
         """The slots of the rows that the site serves of a block, in their order. Rows of the next block take them as they come free."""
+        finite_R = norm_R.isfinite()
         if site not in self.norm_factor:
-            limit = self.norm_multiple * float(norm_R.median()) if self.norm_multiple else float("inf")
+            if not finite_R.any():
+                raise invalid("dtype", str(self.lm.dtype), f"a precision in which activations of {site} are finite", "try float32")
+            limit = self.norm_multiple * float(norm_R[finite_R].median()) if self.norm_multiple else float("inf")
             self.norm_limit[site] = limit
-            self.norm_factor[site] = float(norm_R[norm_R <= limit].double().pow(2).mean().sqrt()) or 1.0
-        kept = (norm_R <= self.norm_limit[site]).nonzero().squeeze(1)
+            self.norm_factor[site] = float(norm_R[finite_R & (norm_R <= limit)].double().pow(2).mean().sqrt()) or 1.0
+        kept = (finite_R & (norm_R <= self.norm_limit[site])).nonzero().squeeze(1)
+        if not len(kept):
+            kept = torch.arange(len(norm_R))  # a block without a sound row is served as it is, for its steps to be refused
         order = kept[torch.randperm(len(kept), generator=generator(self.seed, "permutation", str(site), self._block.number))]
         wanted = self._batches * self.batch
         self.counts[f"{site}: rows"] += len(norm_R)

@@ -92,6 +92,10 @@ def _work() -> None:
     os.dup2(2, 1)  # whatever is printed must not pass for an answer
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     sys.path[:], capacity = pickle.load(sys.stdin.buffer)
+    from monosemy.redact import Redacted  # only now it is known where
+
+    sys.stderr = Redacted(sys.stderr)  # type: ignore[assignment]
+    sys.stdout = sys.stderr
     made: queue.Queue[tuple[str, Any]] = queue.Queue(capacity)
     writer = threading.Thread(target=_write, args=(made, answers), daemon=True)
     writer.start()

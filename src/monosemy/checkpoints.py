@@ -8,12 +8,11 @@ Tensors are copied when a checkpoint is asked for and written by a thread, so th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,14 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from monosemy.files import room_for, sync
+
 log = logging.getLogger(__name__)
 
 KEEP = 2
 SPARE = 1 << 20  # bytes of a file system that small files and its own records may need
-
-
-class DiskFull(OSError):
-    """There is no room for a file. What was there before is whole."""
+SECONDS = 600  # between two checkpoints at most
 
 
 @dataclass(frozen=True)
@@ -53,44 +51,49 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """A run's checkpoints: written in the background, the newest whole one found again."""
+    """A run's checkpoints: written in the background, the newest whole one found again.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    What cannot be written is logged: the ones before are whole, and training need not end for it.
+    """
+
+    def __init__(self, folder: Path, every: int = 1000) -> None:
+        self.folder, self.every = folder, every
+        self.last, self.step = time.monotonic(), -1  # when and at which step one was made
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
-        self.pending: Future[None] | None = None
+        self.pending: list[Future[None]] = []
+
+    def due(self, step: int) -> bool:
+        """Whether one should be made before this step: every so many steps, and at the latest after ten minutes."""
+        return step % self.every == 0 or time.monotonic() - self.last > SECONDS
 
     def save(self, step: int, members: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Keep what the run is after `step` steps. Returns once it is copied; raises what the writing of the one before met."""
+        """Keep what the run is after `step` steps. Returns once it is copied, which waits for the one before to be written."""
         self.wait()
+        if step == self.step:
+            return
+        text = json.dumps({"step": step, **state})  # now: what it was made of goes on growing
         copies = {name: _copy(tensors) for name, tensors in members.items()}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        self.submit(lambda: self._write(step, copies, {"step": step, **state}))
+        self.submit(lambda: self._write(step, copies, text))
+        self.last, self.step = time.monotonic(), step
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have the thread write something else, after what it was asked for before."""
-        before = self.pending
-
-        def both() -> None:
-            if before is not None:
-                before.result()
-            job()
-
-        self.pending = self.thread.submit(both)
+        self.pending.append(self.thread.submit(job))
 
     def wait(self) -> None:
-        """Until everything is written. Raises DiskFull or OSError where it could not be."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
+        """Until everything is written."""
+        while self.pending:
+            try:
+                self.pending.pop(0).result()
+            except (OSError, SafetensorError) as error:
+                log.error("not written: %s", error)
 
     def close(self) -> None:
         """Write what is under way and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self.thread.shutdown()
+        self.wait()
+        self.thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are all as they were written; a damaged one is named and passed over."""
@@ -101,41 +104,36 @@ class Checkpoints:
             log.warning("%s is not whole and was passed over: %s", folder, why)
         return None
 
-    def _write(self, step: int, members: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def delete(self) -> None:
+        """Take all of them away."""
+        self.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, step: int, members: Mapping[str, Mapping[str, Tensor]], state: str) -> None:
         final = self.folder / f"step_{step:08d}"
         part = self.folder / f".{final.name}.part"
-        needed = sum(t.numel() * t.element_size() for tensors in members.values() for t in tensors.values()) + SPARE
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with room_for(final, sum(t.nbytes for tensors in members.values() for t in tensors.values()) + SPARE):
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                for name, tensors in members.items():
+                    save_file(dict(tensors), part / _file(name))
+                (part / "state.json").write_text(state, encoding="utf-8")
+                files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
+                for path in part.iterdir():
+                    sync(path)
+                (part / "complete.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
+                sync(part / "complete.json")
+                sync(part)
+                shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
+                part.rename(final)
+                sync(self.folder)
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(errno.ENOSPC, "no space")
-            part.mkdir()
-            for name, tensors in members.items():
-                save_file(dict(tensors), part / _file(name))
-            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
-            for path in part.iterdir():
-                _sync(path)
-            (part / "complete.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
-            _sync(part / "complete.json")
-            _sync(part)
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
-            _sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower():
-                free = shutil.disk_usage(self.folder).free
-                raise DiskFull(
-                    errno.ENOSPC, f"a checkpoint needs {needed:,} bytes and {free:,} are free; make room or move the run", str(final)
-                ) from error
-            raise
-        for old in sorted(self.folder.glob("step_*"))[:-KEEP]:
-            shutil.rmtree(old)
-        for litter in self.folder.glob(".step_*.part"):
-            shutil.rmtree(litter)
+        found = sorted(self.folder.glob("step_*"))
+        kept = [folder for folder in found if folder <= final][-KEEP:]  # a later one was passed over: the run went on from before it
+        for folder in {*found, *self.folder.glob(".step_*.part")}.difference(kept):
+            shutil.rmtree(folder)
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,15 +154,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Until the file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _damage(folder: Path) -> str | None:
     """What a checkpoint lacks to be whole, or None."""
     try:
@@ -174,5 +163,5 @@ def _damage(folder: Path) -> str | None:
             if path.parent != folder or path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
                 return f"{name} is not as it was written"
         return None if "state.json" in files else "state.json is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"

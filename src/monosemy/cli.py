@@ -9,28 +9,40 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import chain
 from types import FrameType
 from typing import Annotated
 
 import tyro
 
 from monosemy.config import TrainConfig, TryAgain, architecture_names, invalid
+from monosemy.redact import Redacted
 
 EXIT = {"complete": 0, "failed": 1, "stopped_early": 3}
 USAGE = """usage: monosemy COMMAND ...
 
   train    train, evaluate and plot SAEs (monosemy train --help lists every setting)
   eval     RUN: evaluate a run's SAEs again, on more text if asked
-  report   RUN: draw a run's plots again
+           FOLDER ...: evaluate SAEs of any tool, and runs' SAEs, on the same tokens, in one table
+  convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
+  report   RUN ...: write report.html of one run, or several side by side, and draw the plots again
   push     RUN OWNER/NAME: upload a run to the Hugging Face hub
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`monosemy train|eval|report|push ...`. Returns the exit code."""
+    """`monosemy train|eval|convert|report|push ...`. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "report": _report, "push": _push}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "convert": _convert,
+        "report": _report,
+        "push": _push,
+    }
     if command not in commands:
         asked = command in ("-h", "--help")
         print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
@@ -39,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(job: Callable[[], int]) -> int:
-    """Run a job with its errors as one clear line and their exit codes; what nobody foresaw keeps its traceback."""
+    """Run a job with its errors as one clear line and their exit codes; what nobody foresaw keeps its traceback. No secret is printed."""
+    with redirect_stdout(Redacted(sys.stdout)), redirect_stderr(Redacted(sys.stderr)):  # type: ignore[type-var]
+        return _told(job)
+
+
+def _told(job: Callable[[], int]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("monosemy").setLevel(logging.INFO)
     # Large arrays in large pages: without them every new one costs several times its use. Read when torch is imported.
@@ -54,7 +71,10 @@ def _guarded(job: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        return 143 if interrupt.args else 130
+        return 143 if "SIGTERM" in interrupt.args else 130
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -95,32 +115,104 @@ def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
 
 
 def _eval(arguments: list[str]) -> int:
-    def evaluate(run: Annotated[str, tyro.conf.Positional], eval_num_inputs: int | None = None, device: str = "auto") -> int:
-        """Evaluate a run's SAEs again and draw its plots.
+    def evaluate(
+        paths: Annotated[tuple[str, ...], tyro.conf.Positional],
+        eval_num_inputs: int | None = None,
+        device: str = "auto",
+        model_name: str | None = None,
+        layer: int | None = None,
+        site: str | None = None,
+        format: str | None = None,
+        dataset: str | None = None,
+        context_length: int | None = None,
+        eval_spliced_inputs: int | None = None,
+        llm_batch_size: int | None = None,
+        rows: str | None = None,
+        sparse_probing: bool = False,
+        probing_datasets: tuple[str, ...] = (),
+    ) -> int:
+        """Evaluate a run's SAEs again and draw its plots; or set SAEs of any tool beside each other, on the same tokens.
+
+        Model, site and text are what the folders say, or the run that one of them belongs to; flags say the rest.
 
         Args:
-            run: The run's folder.
+            paths: A run's folder alone; or folders of SAEs (ours, dictionary_learning's, SAELens', sparsify's, Gemma Scope's) and of runs.
             eval_num_inputs: Held-out contexts; as many as in the run where nothing is given.
             device: cpu, cuda, cuda:1, ...: a GPU where there is one.
+            model_name: The model of folders that do not name theirs.
+            layer: The layer whose residual stream they read, of folders that do not say.
+            site: Or another place, such as mlp_out.3.
+            format: dictionary_learning opens folders that hold nothing but an ae.pt, restricted to tensors.
+            dataset: Text, where no run says which.
+            context_length: Tokens of a context, where no run says.
+            eval_spliced_inputs: How many contexts also run through the rest of the model with each SAE in place; all where nothing is given.
+            llm_batch_size: Contexts of a forward pass of the model.
+            rows: A file for the rows, one JSON object a line.
+            sparse_probing: Add to a run's rows how well probes on 1, 2 and 5 latents tell pairs of classes of texts apart; needs sae-probes.
+            probing_datasets: Pairs of classes by sae-probes' names; all 113 where nothing is given.
         """
-        from monosemy.run import evaluate_run
+        told = {"model_name": model_name, "layer": layer, "site": site, "format": format, "dataset": dataset, "rows": rows}
+        told |= {"context_length": context_length, "eval_spliced_inputs": eval_spliced_inputs, "llm_batch_size": llm_batch_size}
+        if len(paths) == 1 and os.path.isfile(os.path.join(paths[0], "run.json")) and not any(v is not None for v in told.values()):
+            from monosemy.run import evaluate_run
 
-        evaluate_run(run, eval_num_inputs=eval_num_inputs, device=device)
+            if not sparse_probing or eval_num_inputs is not None or not os.path.isfile(os.path.join(paths[0], "rows.jsonl")):
+                evaluate_run(paths[0], eval_num_inputs=eval_num_inputs, device=device)
+            if sparse_probing:
+                from monosemy.probing import probe_run
+
+                probe_run(paths[0], probing_datasets, device=device)
+            return 0
+        if sparse_probing:
+            raise invalid("sparse_probing", sparse_probing, "left out for other than one run by itself", "name the run's folder alone")
+        from monosemy.comparison import compare
+
+        compare(paths, eval_num_inputs=eval_num_inputs, device=device, **told)  # type: ignore[arg-type]
         return 0
 
     return tyro.cli(evaluate, args=arguments, prog="monosemy eval", use_underscores=True)
 
 
-def _report(arguments: list[str]) -> int:
-    def report(run: Annotated[str, tyro.conf.Positional]) -> int:
-        """Draw the plots of a run again from its rows.jsonl and metrics.jsonl.
+def _convert(arguments: list[str]) -> int:
+    def convert(
+        folder: Annotated[str, tyro.conf.Positional],
+        out: Annotated[str, tyro.conf.Positional],
+        to: str,
+        format: str | None = None,
+        unfinished: bool = False,
+    ) -> int:
+        """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for goes to monosemy.json beside it.
 
         Args:
-            run: The run's folder.
+            folder: An SAE's own folder.
+            out: A new folder.
+            to: native, dictionary_learning, sae_lens or sparsify.
+            format: dictionary_learning opens a folder that holds nothing but an ae.pt, restricted to tensors; others are told by their files.
+            unfinished: Also an SAE whose training did not complete.
         """
-        from monosemy.report import plots
+        from monosemy import formats
 
-        for path in plots.write(_run_folder(run)):
+        formats.convert(folder, out, to, format=format, unfinished=unfinished)
+        print(out)
+        return 0
+
+    return tyro.cli(convert, args=arguments, prog="monosemy convert", use_underscores=True)
+
+
+def _report(arguments: list[str]) -> int:
+    def report(runs: Annotated[tuple[str, ...], tyro.conf.Positional], out: str | None = None, latents: int | None = None) -> int:
+        """Write report.html, one page of one run or several side by side, and draw each run's plots again.
+
+        Args:
+            runs: The runs' folders.
+            out: The page's file; report.html in the first run's folder where nothing is given.
+            latents: Pages of latents for each SAE, at most; as many as the run gathered where nothing is given.
+        """
+        from monosemy.report import page, plots
+
+        if not runs:
+            raise invalid("runs", runs, "the folder of a run, or several", "name the folder that --save_dir made")
+        for path in [page.write([_run_folder(run) for run in runs], out, latents=latents), *chain.from_iterable(map(plots.write, runs))]:
             print(path)
         return 0
 
@@ -128,20 +220,25 @@ def _report(arguments: list[str]) -> int:
 
 
 def _push(arguments: list[str]) -> int:
-    def push(run: Annotated[str, tyro.conf.Positional], repo_id: Annotated[str, tyro.conf.Positional]) -> int:
+    def push(
+        run: Annotated[str, tyro.conf.Positional],
+        repo_id: Annotated[str, tyro.conf.Positional],
+        retry_seconds: tuple[float, ...] = (1, 2, 4, 8, 16, 32),
+    ) -> int:
         """Upload a run to the Hugging Face hub, with a model card.
 
         Args:
             run: The run's folder.
             repo_id: OWNER/NAME; it is created if it does not exist.
+            retry_seconds: Pauses before further attempts.
         """
         from monosemy import hub
 
         try:
-            print(hub.push(_run_folder(run), repo_id))
+            print(hub.push(_run_folder(run), repo_id, waits=retry_seconds))
         except hub.UploadFailed as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return 75 if error.may_pass else 1
         return 0
 
     return tyro.cli(push, args=arguments, prog="monosemy push", use_underscores=True)

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from monosemy.redact import without_secrets
 
 
 def invalid(field: str, value: object, allowed: str, remedy: str) -> ValueError:
     """The error for input that cannot be used: which field, its value, what is allowed, and what to do."""
-    return ValueError(f"{field} is {value!r}; allowed: {allowed}. {remedy[:1].upper()}{remedy[1:]}.")
+    return ValueError(without_secrets(f"{field} is {value!r}; allowed: {allowed}. {remedy[:1].upper()}{remedy[1:]}."))
+
+
+def path_of(field: str, value: str) -> Path:
+    """A path as a user writes it, with ~ expanded. Raises ValueError for what no file can be called."""
+    try:
+        value.encode()
+        path = Path(value).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path  # whether it has to exist is for others to say
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, NUL, no UTF-8, a user's home that is not known
+        raise invalid(field, value, "a path", f"name another ({error})") from error
+    return path
 
 
 class TryAgain(ConnectionError):
@@ -84,6 +102,9 @@ class TrainConfig:
     """Share of the documents, by a hash of their text, that is kept for evaluation and never trained on."""
     data_seed: int = 0
     """Seed of everything about the order of data."""
+    retry_seconds: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 64, 64)
+    """Pauses before attempts to go on with a hub data set that broke off, or with an upload. Each row that arrives makes them begin anew;
+    after the last the run stops with exit code 75, and the same command goes on."""
 
     # --- activations ---
     num_tokens: int = 500_000_000
@@ -138,6 +159,10 @@ class TrainConfig:
     """Held-out contexts on which each SAE is evaluated."""
     eval_spliced_inputs: int | None = None
     """How many of them also run through the rest of the model with each SAE in place, for losses and KL: all where nothing is given."""
+    report_latents: int = 1000
+    """Latents of each SAE that get a page in report.html, a third of them drawn at random; 0 gathers nothing about latents."""
+    report_text: bool = True
+    """Write the held-out contexts in which latents are active into the report; without it, statistics and effects on logits alone."""
     log_steps: int = 100
     """Steps between records in metrics.jsonl."""
     verbose: bool = False
@@ -146,6 +171,8 @@ class TrainConfig:
     """Steps between checkpoints to go on from; at the latest after ten minutes there is one."""
     resume: bool = False
     """Go on from the newest checkpoint in save_dir, as a run that is started again on its own folder does anyway."""
+    keep_checkpoints: bool = False
+    """Leave those checkpoints in place once the run is complete; its exported SAEs remain in any case."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is not finite: end that SAE's training with the weights before it, or pass without update."""
     save_checkpoints: bool = False
@@ -162,16 +189,21 @@ class TrainConfig:
     """Check everything, print the grid and the budget of tokens and memory, and stop before any weights are loaded."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # JSON gives lists
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        for name, kind in _kinds().items():
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            if not _fits(getattr(self, name), kind):
+                raise invalid(name, value, _said(kind), "correct its type")
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
         """The configuration kept in a run.json. Raises ValueError where it is not one."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise invalid("config", str(path), "a run.json that an earlier run wrote", f"check the path ({error})") from error
         values = data.get("config", data) if isinstance(data, dict) else {}
         known = {f.name for f in dataclasses.fields(cls)}
@@ -189,3 +221,29 @@ class TrainConfig:
     def sparsities(self, architecture: str) -> tuple[float, ...]:
         """The values that a sweep gives an architecture's sparsity setting."""
         return tuple(getattr(self, f"{architecture}_penalties", self.target_l0s))
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of a setting's type; a whole number is also a float, a bool is no number."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):
+        return any(_fits(value, one) for one in get_args(kind))
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _said(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a list, each {_said(get_args(kind)[0])}"
+    if get_args(kind):
+        return " or ".join(map(_said, get_args(kind)))
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "nothing"}[kind]

@@ -19,14 +19,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monosemy.trackers import without_secrets
+from monosemy.redact import without_secrets
+from monosemy.tokens import limit_waits
 
 log = logging.getLogger(__name__)
 
 SAE_FILES = ("sae.safetensors", "config.json", "ae.pt", "eval_results.json")
 RUN_FILES = ("README.md", "run.json", "status.json", "metrics.jsonl", "rows.jsonl", "report.html", "plots/*.png", "plots/*.svg")
+UPLOADED = (*RUN_FILES, *SAE_FILES, *(f"*/{name}" for name in SAE_FILES))
 NOT_UPLOADED = ("checkpoints/*", "*/checkpoints/*", "wandb/*")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, each drawn from half to one and a half times that
+SILENCE = 60.0  # seconds without a byte after which a request has failed
 LONGEST_WAIT = 120.0  # whatever the hub's Retry-After asks for
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # models that come from a package, under their names on the hub
 PLOTS = {
@@ -45,7 +48,14 @@ REFUSALS = {
 
 
 class UploadFailed(RuntimeError):
-    """An upload that was refused, or failed as often as it was tried. The message ends with the command that repeats it."""
+    """An upload that was refused, or failed as often as it was tried. The message ends with the command that repeats it.
+
+    `may_pass`: whether the same upload may work in a while.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 def push(run_folder: str | Path, repo_id: str, *, waits: Sequence[float] = WAITS) -> str:
@@ -54,6 +64,7 @@ def push(run_folder: str | Path, repo_id: str, *, waits: Sequence[float] = WAITS
     Raises `UploadFailed`.
     """
     run_folder = Path(run_folder)
+    _refuse_links(run_folder, run_folder, repo_id)
     (run_folder / "README.md").write_text(model_card(run_folder, repo_id), encoding="utf-8")
     return upload(run_folder, repo_id, waits=waits)
 
@@ -78,28 +89,42 @@ def upload(folder: str | Path, repo_id: str, *, run_folder: str | Path | None = 
     root = folder if run_folder is None else Path(run_folder)
     if not folder.is_dir():
         raise _failure(root, repo_id, f"there is no folder {folder}")
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise _failure(root, repo_id, f"{folder} is not inside {root}")
     place = folder.resolve().relative_to(root.resolve()).as_posix()
+    _refuse_links(folder, root, repo_id)
     jitter = random.Random()  # its own, because the global generator belongs to the caller
     for wait in (*waits, None):
         try:
+            limit_waits(SILENCE)
             api = HfApi()
             api.create_repo(repo_id, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 path_in_repo=None if place == "." else place,
-                allow_patterns=[*RUN_FILES, *SAE_FILES, *(f"*/{name}" for name in SAE_FILES)],
+                allow_patterns=list(UPLOADED),
                 ignore_patterns=list(NOT_UPLOADED),
                 commit_message=f"Upload {root.resolve().name if place == '.' else place} with monosemy",
             )
             return str(commit.commit_url)
         except Exception as error:  # the hub library lets through those of its HTTP client, whichever that is; none is hidden
             if wait is None or not _may_pass(error):
-                raise _failure(root, repo_id, _reason(error)) from error
+                raise _failure(root, repo_id, _reason(error), _may_pass(error)) from error
             wait = max(wait * jitter.uniform(0.5, 1.5), min(_retry_after(error), LONGEST_WAIT))
             log.info("Upload to %s: %s; next try in %.0f s", repo_id, _reason(error), wait)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def _refuse_links(folder: Path, root: Path, repo_id: str) -> None:
+    """Raises `UploadFailed` if a file that would be uploaded, or written, lies elsewhere."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    links = (path for path in folder.rglob("*") if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()))
+    names = (path.relative_to(folder).as_posix() for path in links)
+    for name in filter_repo_objects(names, allow_patterns=list(UPLOADED), ignore_patterns=list(NOT_UPLOADED)):
+        raise _failure(root, repo_id, f"{name} is a link out of the run's folder, to {(folder / name).resolve()}: put a copy in its place")
 
 
 class Uploader:
@@ -145,9 +170,10 @@ class Uploader:
             self._problem = str(error if isinstance(error, UploadFailed) else _failure(self._run_folder, self._repo_id, str(error)))
 
 
-def _failure(run_folder: Path, repo_id: str, reason: str) -> UploadFailed:
+def _failure(run_folder: Path, repo_id: str, reason: str, may_pass: bool = False) -> UploadFailed:
     command = f"monosemy push {shlex.quote(str(run_folder))} {shlex.quote(repo_id)}"
-    return UploadFailed(f"Upload to {repo_id} failed: {reason}. Nothing is lost: {run_folder} is whole. To repeat it:\n    {command}")
+    said = f"Upload to {repo_id} failed: {reason}. Nothing is lost: {run_folder} is whole. To repeat it:\n    {command}"
+    return UploadFailed(said, may_pass=may_pass)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -166,7 +192,7 @@ def _may_pass(error: Exception) -> bool:
     """Whether the same upload may work in a while."""
     status = _status(error)
     if status is not None:
-        return status >= 500 or status in (408, 429)
+        return status >= 500 or status in (408, 409, 412, 429)  # 409, 412: another commit came in between
     if isinstance(error, ValueError | FileNotFoundError | PermissionError):  # a wrong name, a file of ours
         return False
     clients = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
@@ -176,7 +202,7 @@ def _may_pass(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     status = _status(error)
     if status is None:
-        return f"{type(error).__name__}: {error}".rstrip(". ")
+        return without_secrets(f"{type(error).__name__}: {error}").rstrip(". ")
     return f"{REFUSALS.get(status, 'the hub answered with an error')} (HTTP {status})"
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from monosemy.config import invalid
+from monosemy.config import invalid, path_of
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,7 @@ def describe(model_name: str, revision: str | None = None) -> ModelInfo:
         folder = assets.cache_folder() / "models" / model_name
         config = _read(folder / "config.json") if folder.is_dir() else _EMBEDDED[model_name]
         return _info(model_name, model_name, None, False, config)
-    folder = Path(model_name).expanduser()
+    folder = path_of("model_name", model_name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise invalid("model_name", model_name, "a folder with config.json and weights", "name the folder that save_pretrained wrote")
@@ -404,6 +404,24 @@ class LanguageModel:
         ids_1N = hidden.new_zeros(hidden_1ND.shape[:2], dtype=self._probe_ids.dtype)
         with _forward(self.decoder, lambda *args, **kwargs: self._result(last_hidden_state=hidden_1ND)):
             return self.model(input_ids=ids_1N, use_cache=False).logits.view(*hidden.shape[:-1], -1)
+
+    def norm_map(self) -> Tensor:
+        """The linear part of the final norm, [D, D], up to the number by which it divides: gain and centring, whatever the norm's kind.
+
+        It is the norm's odd part on each unit vector; the identity where a model has no final norm.
+        """
+        import torch
+
+        parts = [child for child in self.decoder.children() if child is not self.layers and any(True for _ in child.parameters())]
+        calls = self._probed([*parts, self.decoder])
+        final = calls[-1].output.last_hidden_state
+        unit_DD = torch.eye(final.shape[-1], device=final.device)
+        norm = next((call.module for call in calls[:-1] if torch.equal(_tensor(call.output).flatten(), final.flatten())), None)
+        if norm is None:
+            return unit_DD
+        far_DD = (1e3 * unit_DD).to(final.dtype)
+        with torch.no_grad():
+            return (norm(far_DD).float() - norm(-far_DD).float()) / 2
 
     def spliced(self, clean: Clean, site: Site, replacement_BLD: Tensor) -> Tensor:
         """The logits [B, L, V] had the site's activations been these."""

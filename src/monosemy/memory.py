@@ -22,6 +22,8 @@ MIB = 2**20
 LIBRARIES = {"cpu": 610 * MIB, "cuda": 64 * MIB}  # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
 GRADIENTS_AT_ONCE = 2**31  # of a stack on a GPU, as in training.py
 GROUP_TOKENS, HEAD_ELEMENTS = 2048, 2**24  # of evaluation, as in evaluation.py
+IN_CACHE = 2**18  # elements, as in ops/entries.py
+GATHERED = 2060  # bytes of a latent, as in latents.py
 COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -33,7 +35,8 @@ class Kind:
     vectors: int = 1  # parameters [F]
     moments: int = 2  # Adam's, of every parameter
     lent: int = 2  # arrays [B, F] of the dense layout, in which the ReLU kinds begin, that a CPU keeps for all SAEs; 0: always sparse
-    late: int = 1  # more of them that are there when both gradients [F, D] are, which they need not all be
+    cached: float = 0.0  # arrays of a few rows, as many as stay in the cache, at once
+    copies: float = 1.5  # arrays [B, F] of operands in bfloat16 and results out of it
     at_once: float = 4.5  # arrays [B, F] that a GPU holds at once in that layout
     modes: int = 1  # in which it is evaluated
     products: int = 1  # with the decoder
@@ -41,10 +44,9 @@ class Kind:
 
 _TOP_K = Kind(lent=0, modes=2)
 KINDS = {  # any other architecture is taken for a plain ReLU kind
-    "standard_new": Kind(late=2),
-    "p_anneal": Kind(lent=4, at_once=7.25),
-    "gated": Kind(vectors=3, moments=1, lent=4, at_once=11.25, products=2),
-    "jump_relu": Kind(vectors=2, moments=1, lent=5, at_once=9.5),
+    "p_anneal": Kind(lent=4, cached=1, at_once=7.25),
+    "gated": Kind(vectors=3, moments=1, lent=4, cached=4.5, copies=2, at_once=11.25, products=2),
+    "jump_relu": Kind(vectors=2, moments=1, lent=5, cached=2.5, copies=1, at_once=9.5),
     "top_k": _TOP_K,
     "batch_top_k": _TOP_K,
     "matryoshka_batch_top_k": _TOP_K,
@@ -136,7 +138,12 @@ def estimate(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, context
     modes = sum(_kind(a).modes * n for (a, _), n in grid.items()) // len(sites)
     kept = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D  # reconstructions, and where they lead to
     evaluation = Phase(
-        {"libraries": libraries, "model": whole, "SAEs": sum(weights[key] * n for key, n in grid.items())},
+        {
+            "libraries": libraries,
+            "model": whole,
+            "SAEs": sum(weights[key] * n for key, n in grid.items()),
+            "latents": sum(GATHERED * F * n for (_, F), n in grid.items()) if c.report_latents else 0,
+        },
         {
             "opening": 0 if gpu else max(weights.values()),
             "splicing": kept + of_lm * min(M * L, N) * (_widths(model) + 2 * D),
@@ -155,8 +162,9 @@ def sae_bytes(architecture: str, D: int, F: int, *, bf16: bool = False) -> int:
 
 def lent_bytes(architecture: str, B: int, F: int, *, bf16: bool = False) -> int:
     """The arrays [B, F] that a CPU lends to one SAE after the other: pre-activations, and in the dense layout values, a mask and gradients."""
-    lent = _kind(architecture).lent
-    return B * F * ((2 if bf16 else 4) + 4 * lent + (lent > 0))
+    kind = _kind(architecture)
+    of_products = (2 if bf16 else 4) * (1 + kind.products * (kind.lent > 0))  # the encoder's, and the gradients through the decoder
+    return B * F * (of_products + 4 * kind.lent + (kind.lent > 0))
 
 
 def step_bytes(architecture: str, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0) -> int:
@@ -169,7 +177,7 @@ def step_bytes(architecture: str, B: int, D: int, F: int, *, k: int, bf16: bool 
     elif on_gpu:
         work = int(kind.at_once * array)
     else:
-        work = max((1 + kind.products) * array - matrix, 2 * array + matrix // 2) if bf16 else max(2 * array - matrix, kind.late * array)
+        work = max(int(4 * kind.cached * min(IN_CACHE, B * F)) - matrix, 0) + bf16 * (int(kind.copies * array) + matrix // 2)
     together = min(on_gpu, max(GRADIENTS_AT_ONCE // gradients, 1)) if on_gpu else 1
     return together * gradients + (together - 1) * kept + work + 12 * B * D
 

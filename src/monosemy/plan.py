@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from monosemy.config import TrainConfig, architecture_names, invalid
+from monosemy.config import TrainConfig, architecture_names, invalid, path_of
 from monosemy.lm import ModelInfo, Site, check_sites, describe
 from monosemy.memory import Estimate, estimate
 from monosemy.recipe import RECIPES
+from monosemy.redact import without_secrets
 from monosemy.schedule import Schedule
 from monosemy.tokens import check_sources
 
@@ -40,6 +41,8 @@ NOT_THE_RUN = {
     "verbose",
     "resume",
     "checkpoint_every",
+    "keep_checkpoints",
+    "retry_seconds",
 }  # same run with other values
 
 
@@ -152,12 +155,20 @@ def replan(config: TrainConfig) -> Plan:
     return Plan(config, model, _sites(config), Path(config.save_dir))
 
 
+def of_evaluation(config: TrainConfig) -> Plan:
+    """The plan of evaluating SAEs that no run made, with the blanks filled in that it needs. Raises what `make` raises."""
+    model = describe(config.model_name, config.revision)
+    check_sites(model, _sites(config))
+    check_sources(config)
+    return Plan(_fill(config, model), model, _sites(config), Path(config.save_dir))
+
+
 def _sites(c: TrainConfig) -> tuple[Site, ...]:
     return tuple(dict.fromkeys([Site("resid_post", layer) for layer in c.layers] + [Site.parse(name) for name in c.sites]))
 
 
 def _check_values(c: TrainConfig) -> None:
-    if not c.save_dir or "\0" in c.save_dir:
+    if not c.save_dir:
         raise invalid("save_dir", c.save_dir, "a folder's path", "name one, such as --save_dir saes")
     known = architecture_names()
     for name in c.architectures:
@@ -215,6 +226,14 @@ def _check_values(c: TrainConfig) -> None:
             raise invalid(field, value, f"{low} to {high}", "it is a share")
     if c.held_out_fraction == 0:
         raise invalid("held_out_fraction", 0, "above 0: evaluation needs text that was not trained on", "try 0.02")
+    for seconds in c.retry_seconds:
+        if not 0 <= seconds < float("inf"):
+            raise invalid("retry_seconds", seconds, "seconds, 0 or more", "correct it")
+    if "matryoshka_batch_top_k" in c.architectures:
+        fractions, narrowest = c.group_fractions, min(c.dictionary_widths)
+        if not (fractions and min(fractions) * narrowest >= 1 and abs(sum(fractions) - 1) <= 1e-6):
+            allowed = f"shares that sum to 1, each of one latent or more of the {narrowest}"
+            raise invalid("group_fractions", fractions, allowed, "correct them, or widen the SAEs")
     for field in (
         "auxk_alpha",
         "max_activation_norm_multiple",
@@ -225,18 +244,34 @@ def _check_values(c: TrainConfig) -> None:
         "dead_feature_threshold",
     ):
         value = getattr(c, field)
-        if value is not None and value < 0:
-            raise invalid(field, value, "0 or more", "raise it")
+        if value is not None and not 0 <= value < float("inf"):
+            raise invalid(field, value, "0 or more", "raise it" if value < 0 else "lower it")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", c.device):
         raise invalid("device", c.device, "auto, cpu, cuda or cuda:N", "correct it")
-    if c.hf_repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", c.hf_repo_id):
+    if c.mixed_dataset and not 0 < c.pretrain_frac < 1:
+        raise invalid("pretrain_frac", c.pretrain_frac, "above 0 and below 1 for a mixture", "leave --mixed_dataset out for text alone")
+    for field in ("text_key", "chat_key"):
+        if not getattr(c, field):
+            raise invalid(field, "", "the name of a field", "name the one that holds the text")
+    if c.hf_repo_id is not None and not _is_repository(c.hf_repo_id):
         raise invalid("hf_repo_id", c.hf_repo_id, "OWNER/NAME on the hub", "correct it")
-    if c.init_from is not None and not (Path(c.init_from) / "config.json").is_file():
+    if c.revision is not None and not re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", c.revision, re.ASCII):
+        raise invalid("revision", c.revision, "a branch, tag or commit", "correct it")
+    if c.use_wandb and not re.fullmatch(r"[^/\\#?%:\0]{1,128}", c.wandb_project):
+        raise invalid("wandb_project", c.wandb_project, "a name of up to 128 characters without / \\ # ? % :", "correct it")
+    if c.init_from is not None and not (path_of("init_from", c.init_from) / "config.json").is_file():
         raise invalid("init_from", c.init_from, "the folder of a trained SAE", "name one, such as saes/resid_post_layer_3/trainer_0")
     if not _has_gpu(c.device) and not cpu_has_bf16():
         for field in ("dtype", "precision"):
             if getattr(c, field) in ("bfloat16", "bf16"):
                 raise invalid(field, getattr(c, field), "auto or float32: this CPU has no bfloat16 instructions", f"use --{field} float32")
+
+
+def _is_repository(name: str) -> bool:
+    """Whether it is OWNER/NAME by the hub's rules."""
+    parts = name.split("/")
+    ruled = all(re.fullmatch(r"[A-Za-z0-9_]([\w.-]*\w)?", part, re.ASCII) for part in parts)
+    return len(parts) == 2 and ruled and len(name) <= 96 and not re.search(r"--|\.\.|\.git$", name)
 
 
 def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
@@ -282,16 +317,17 @@ def cpu_has_bf16() -> bool:
 
 def _folder(c: TrainConfig) -> tuple[Path, str]:
     """The run's folder: `save_dir`, or one beside it where that one holds another model's or other architectures' run."""
-    asked = Path(c.save_dir).expanduser()
+    asked = path_of("save_dir", c.save_dir)
     kept = _kept(asked)
     folder, note = asked, ""
     if kept is not None and (kept.get("model_name"), kept.get("architectures")) != (c.model_name, list(c.architectures)):
-        name = re.sub(r"[^\w.-]+", "_", f"{asked.name}_{c.model_name}_{'_'.join(c.architectures)}")
-        folder = asked.with_name(name)
-        note = f"{asked} holds a run of {kept.get('model_name')} with {', '.join(kept.get('architectures', []))}; this run goes to {folder}"
-    if folder.exists() and not folder.is_dir():
-        raise invalid("save_dir", str(folder), "a folder", "this is a file; name another path")
-    if _kept(folder) is None and folder.is_dir() and any(folder.iterdir()):
+        named = asked if asked.name not in ("", "..") else Path(os.path.abspath(asked))
+        name = re.sub(r"[^\w.-]+", "_", f"{named.name}_{c.model_name}_{'_'.join(c.architectures)}")
+        folder = path_of("save_dir", str(named.with_name(name)))
+        note = f"{asked} holds a run of {kept.get('model_name')} with {kept.get('architectures')}; this run goes to {folder}"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise invalid("save_dir", str(folder), "a folder", "this is a file, or a link to nothing; name another path")
+    if _kept(folder) is None and folder.is_dir() and any(path.name != ".run.json.part" for path in folder.iterdir()):
         raise invalid("save_dir", str(folder), "a new or empty folder, or one that holds a run", "it holds other files; name another path")
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     try:
@@ -310,8 +346,8 @@ def _kept(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise invalid("save_dir", str(folder), "a folder whose run.json can be read", f"name another, or repair it ({error})") from error
 
 
@@ -319,7 +355,7 @@ def _check_same_run(plan: Plan) -> None:
     kept = _kept(plan.folder)
     if kept is None:
         return
-    now = plan.config.as_dict()
+    now = without_secrets(plan.config.as_dict())  # as it was written
     changed = sorted(k for k in now.keys() - NOT_THE_RUN if now[k] != kept.get(k))
     if changed:
         was = ", ".join(f"{k}={kept.get(k)!r}, now {now[k]!r}" for k in changed[:4])

@@ -12,42 +12,45 @@ import logging
 import os
 import platform
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from monosemy import formats
+from monosemy import formats, latents
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, TryAgain, invalid
 from monosemy.evaluation import evaluate, seed_results, table
+from monosemy.files import append, beside, room_for, sync, write_json, write_text
 from monosemy.formats import dictionary_learning
 from monosemy.hub import Uploader
+from monosemy.interrupts import Interrupts
 from monosemy.lm import LanguageModel, load_tokenizer
 from monosemy.memory import high_water, size, tensor_bytes
 from monosemy.ops import Scratch
 from monosemy.plan import Plan, make, replan
 from monosemy.recipe import RECIPES
-from monosemy.report import plots
+from monosemy.redact import without_secrets
+from monosemy.report import page, plots
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
 from monosemy.tokens import ContextStream, StreamEnded, sources_of
-from monosemy.trackers import Tracker, Wandb, without_secrets
+from monosemy.trackers import Tracker, Wandb
 from monosemy.training import Member
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SECONDS = 600  # between two checkpoints at most
+DRAWN = 2 << 20  # bytes that an evaluation, its plots and report take at least
+LAST_WORDS = 10.0  # seconds that a tracker has where a run is cut off
 SNAPSHOT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
 
 
@@ -65,22 +68,27 @@ class Run:
         """Write down what will be done, before the first step; of a run that goes on, what was recorded after its checkpoint is cut off."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
+        was = json.loads((self.folder / "run.json").read_text(encoding="utf-8")) if kept else {}
         self.facts = {
+            "id": was.get("id") or uuid.uuid4().hex,  # under which trackers go on with the same runs
             "config": c.as_dict(),
             "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "started": was.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": _versions(),
             "schedule": dataclasses.asdict(self.plan.schedule),
             **facts,
         }
         self.write_facts({})
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.truncate(kept.state["metrics_bytes"] if kept else 0)
+        with open(self.folder / "metrics.jsonl", "ab") as file:
+            there, wanted = file.tell(), kept.state["metrics_bytes"] if kept else 0
+            if there < wanted:
+                log.warning("%s had %d bytes at the checkpoint and has %d: records are missing", file.name, wanted, there)
+            file.truncate(min(there, wanted))
         self.write_status("running", saes={member.name: "running" for group in members.values() for member in group})
         if c.use_wandb:
             self.trackers.append(Wandb(c.wandb_project, entity=c.wandb_entity, group=self.folder.absolute().name, folder=self.folder))
         if c.hf_repo_id:
-            self.uploader = Uploader(self.folder, c.hf_repo_id)
+            self.uploader = Uploader(self.folder, c.hf_repo_id, waits=c.retry_seconds)
         for tracker in self.trackers:
             tracker.start(
                 self.facts,
@@ -102,11 +110,11 @@ class Run:
 
     def write_facts(self, more: dict[str, Any]) -> None:
         self.facts |= more
-        formats.write_json(self.folder / "run.json", without_secrets(self.facts))
+        write_json(self.folder / "run.json", without_secrets(self.facts))
 
     def write_status(self, status: str, reason: str = "", saes: dict[str, str] | None = None) -> None:
         self.status = {"status": status, "reason": reason, "saes": self.status["saes"] | (saes or {})}
-        formats.write_json(self.folder / "status.json", self.status)
+        write_json(self.folder / "status.json", without_secrets(self.status))
 
     def write_memory(self, of: str, predicted: int, **more: Any) -> None:
         """Note the bytes that were predicted for a part of the run, and the most that were taken until now."""
@@ -116,15 +124,30 @@ class Run:
 
     def record(self, record: Record) -> None:
         """One line of metrics.jsonl, mirrored to the trackers."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.log(record)
 
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Where what is done here breaks off, say so. Before the folder was opened there is nothing to tell."""
+        try:
+            yield
+        except BaseException as error:
+            if self.facts:
+                state = "interrupted" if isinstance(error, KeyboardInterrupt | TryAgain) else "failed"
+                unfinished = {name: state for name, was in self.status["saes"].items() if was == "running"}
+                try:
+                    self.write_status(state, f"{type(error).__name__}: {error}", unfinished)
+                except OSError as full:
+                    log.error("%s is not up to date: %s", self.folder / "status.json", full)
+                self.close(state)
+            raise
+
     def close(self, status: str) -> None:
-        """Let trackers and the upload end; a run that was cut off does not wait for the hub."""
+        """Let trackers and the upload end; a run that was cut off does not wait for the hub, and not long for trackers."""
         for tracker in self.trackers:
-            tracker.finish(status)
+            tracker.finish(status, *[LAST_WORDS] * (status == "interrupted"))
         if self.uploader is not None and status != "interrupted":
             self.uploader.finish()
 
@@ -149,9 +172,9 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     train_text, held_out = _contexts(c, tokenizer, "train", workers=2 if plan.gpu else 0), _contexts(c, tokenizer, "held_out")
     lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
     stream = _activations(plan, lm, train_text)
-    checkpoints = Checkpoints(plan.folder / "checkpoints")
-    try:
-        with Progress(plan, stream) as progress, Interrupts() as interrupts:
+    store = Checkpoints(plan.folder / "checkpoints", c.checkpoint_every)
+    with Interrupts() as interrupts, run.ending(), closing(store) as checkpoints:
+        with Progress(plan, stream) as progress:
             started, kept = time.monotonic(), checkpoints.newest()
             ready = [] if kept else [_first_batch(c, stream)]
             if kept:
@@ -163,19 +186,14 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
             run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
         del lm, stream, train_text, sweep, ready, progress  # the whole model takes their place
         gc.collect()  # members and their stacks hold each other
-        rows = _evaluate(run, held_out)
-        plots.write(run.folder, rows)
+        with room_for(run.folder / "report.html", DRAWN):
+            rows = _evaluate(run, held_out)
+            plots.write(run.folder, rows)
+            page.write([run.folder], status=(status, reason))
         run.write_memory("run", plan.memory.peak)
-    except BaseException as error:
-        if run.facts:  # before the folder was opened there is nothing to tell
-            state = "interrupted" if isinstance(error, KeyboardInterrupt | TryAgain) else "failed"
-            unfinished = {name: state for name, was in run.status["saes"].items() if was == "running"}
-            run.write_status(state, f"{type(error).__name__}: {error}", unfinished)
-            run.close(state)
-        raise
-    finally:
-        checkpoints.close()
-    run.write_status(status, reason)
+        run.write_status(status, reason)
+        if status == "complete" and not c.keep_checkpoints:
+            checkpoints.delete()
     run.close(status)
     print(table(rows))
     log.info("%s", _where(run.folder))
@@ -267,33 +285,31 @@ def _train(
     if kept:
         start, before = kept.step, kept.state["seconds"]
         sweep.restore(kept)
-    done, last_kept = start, time.monotonic()
 
     def keep() -> None:
-        nonlocal last_kept
         sweep.settle()
+        sync(run.folder / "metrics.jsonl")
         state = {
             "stream": stream.state(),
             "metrics_bytes": (run.folder / "metrics.jsonl").stat().st_size,
             "failed": sweep.failed,
             "seconds": before + time.monotonic() - started,
         }
+        checkpoints.save(sweep.done, sweep.state(), state)
+
+    def batch() -> dict[Any, Tensor]:
         try:
-            checkpoints.wait()
-        except OSError as error:  # what was kept earlier is whole, and training need not end for it
-            log.error("the last checkpoint could not be written: %s", error)
-        checkpoints.save(done, sweep.state(), state)
-        last_kept = time.monotonic()
+            return ready.pop() if ready else stream.next()
+        except TryAgain:
+            keep()
+            raise
 
     def before_step(step: int) -> None:
-        nonlocal done
-        done = step
         progress.step(step)
         if step in snapshots:
             for member in members:
                 _snapshot(run.folder / member.name / "checkpoints" / f"ae_{step}.pt", member, checkpoints)
-        due = step % c.checkpoint_every == 0 or time.monotonic() - last_kept > CHECKPOINT_SECONDS
-        if (due or interrupts.asked) and step > start:
+        if step > start and (checkpoints.due(step) or interrupts.asked):
             keep()
         interrupts.obey()
 
@@ -304,21 +320,14 @@ def _train(
         progress.record(record)
 
     status, reason = "complete", ""
-    try:
-        sweep.run(
-            lambda: ready.pop() if ready else stream.next(),
-            plan.steps,
-            start=start,
-            log_steps=c.log_steps,
-            on_record=on_record,
-            before_step=before_step,
-        )
-        done = plan.steps
-    except TryAgain:
-        keep()
-        raise
-    except StreamEnded as ended:
-        status, reason = "stopped_early", f"after {done} of {plan.steps} steps: {ended}"
+    with interrupts.held():
+        try:
+            sweep.run(batch, plan.steps, start=start, log_steps=c.log_steps, on_record=on_record, before_step=before_step)
+        except StreamEnded as ended:
+            status, reason = "stopped_early", f"after {sweep.done} of {plan.steps} steps: {ended}"
+        if (done := sweep.done) > start:
+            keep()  # whatever breaks off an evaluation, nothing is trained again
+        interrupts.obey()
     seconds = before + time.monotonic() - started
     if sweep.failed:
         status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
@@ -352,9 +361,8 @@ def _snapshot(path: Path, member: Member, checkpoints: Checkpoints) -> None:
     state = dictionary_learning.state_dict(member.finished())
 
     def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with beside(path, sum(t.nbytes for t in state.values())) as part:
+            torch.save(state, part)
 
     checkpoints.submit(write)
 
@@ -416,6 +424,7 @@ def evaluate_run(folder: str | Path, *, eval_num_inputs: int | None = None, devi
     run.facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     rows = _evaluate(run, _contexts(config, load_tokenizer(config.model_name, config.revision), "held_out"))
     plots.write(folder, rows)
+    page.write([folder])
     print(table(rows))
     return rows
 
@@ -446,6 +455,11 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
                 "status": kept["status"],
             }
     limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
+    gathered = {
+        name: latents.Gathering(sae.d_sae, contexts.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
+        for name, (site, sae) in saes.items()
+        if c.report_latents
+    }
     rows = evaluate(
         lm,
         saes,
@@ -455,45 +469,24 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
         splice_contexts=c.eval_spliced_inputs,
         norm_limits=limits,
         info=info,
+        gather=gathered,
         seed=c.data_seed,
     )
-    with open(run.folder / "rows.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
     for row in rows:
-        formats.write_json(run.folder / row["sae"] / "eval_results.json", seed_results(row))
+        row |= latents.geometry(saes[row["sae"]][1])
+    for stale in (run.folder / "eval_text.npz", *(run.folder / name / "latents.npz" for name in saes)):
+        stale.unlink(missing_ok=True)
+    if gathered:
+        tokenizer, special = load_tokenizer(c.model_name, c.revision), held_out.special_ids.tolist()
+        latents.write(run.folder, gathered, saes, lm, contexts, tokenizer, special, pages=c.report_latents, text=c.report_text)
+    write_text(run.folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        write_json(run.folder / row["sae"] / "eval_results.json", seed_results(row))
         for tracker in run.trackers:
             tracker.summarise(row)
         if run.uploader is not None:
             run.uploader.submit(row["sae"])
     return rows
-
-
-class Interrupts:
-    """While it is entered, the first SIGINT or SIGTERM only asks, to be obeyed between two steps; a second one is obeyed at once."""
-
-    def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # only there can signals be taken
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt(signal.Signals(number).name)
-        self.asked = signal.Signals(number)
-        log.warning("%s: saving a checkpoint first; once more to stop at once", self.asked.name)
-
-    def obey(self) -> None:
-        """Raises KeyboardInterrupt with the signal's name, where one asked for it."""
-        if self.asked:
-            raise KeyboardInterrupt(self.asked.name)
 
 
 class Progress:

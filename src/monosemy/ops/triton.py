@@ -936,8 +936,9 @@ def variants(D: int = 512, F: int = 16384, k: int = 80) -> list[Variant]:
         add(_count_above_kernel, pre, EACH=each, **row)
         add(_above_kernel, pre, EACH=each, **row | some)
         add(_split_kernel, pre, F=F, EACH=each, BLOCK=_block(2048, 1, 2048, F))
-    for given in ({}, {"add_F": None}):
-        add(_select_kernel, STRIDE_F=1, F=F, ROWS=32, BLOCK=_block(512, 1, 512, F), **given)
+    rows: dict[str, Any] = {"STRIDE_F": 1, "F": F, "ROWS": 32, "BLOCK": _block(512, 1, 512, F)}
+    add(_select_kernel, **rows)
+    add(_select_kernel, add_F=None, **rows)
     add(_bound_rows_kernel, among_F=None, BITS=16, **row)
     add(_list_kernel, among_F=None, F=F, C=C, M=M, **some)
     add(_starts_kernel, BLOCK=1024)

@@ -1,0 +1,95 @@
+"""Files that are written whole or not at all, and a full disk in words."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from monosemy.config import TryAgain
+
+FULL = 1 << 16  # bytes free, below which a library that failed without saying why has met a full disk
+
+
+class DiskFull(TryAgain):
+    """There is no room for a file. What was there before is whole."""
+
+
+@contextmanager
+def room_for(path: Path, needed: int) -> Iterator[None]:
+    """Write something at `path` that takes `needed` bytes. Raises DiskFull with both, before or after it was tried, and OSError."""
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if shutil.disk_usage(folder).free < needed:
+        raise _full(path, needed, folder)
+    try:
+        yield
+    except DiskFull:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path, needed, folder) from error
+        raise
+    except (RuntimeError, SafetensorError) as error:  # as torch.save and save_file say it
+        if shutil.disk_usage(folder).free < FULL:
+            raise _full(path, needed, folder) from error
+        raise
+
+
+def _full(path: Path, needed: int, folder: Path) -> DiskFull:
+    free = shutil.disk_usage(folder).free
+    return DiskFull(f"{path} needs {needed:,} bytes and its disk has {free:,} free; make room")
+
+
+@contextmanager
+def beside(path: Path, needed: int) -> Iterator[Path]:
+    """A path to write a file of about `needed` bytes at, which becomes `path` once it is whole and on the disk. Raises as `room_for`."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with room_for(path, needed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            sync(part)
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file's text; a reader sees the old one or the new one. Raises DiskFull and OSError."""
+    data = text.encode()
+    with beside(path, len(data)) as part:
+        part.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file's end, all of it or none. Raises DiskFull and OSError."""
+    data = memoryview(text.encode())
+    with room_for(path, len(data)), open(path, "ab", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def sync(path: Path) -> None:
+    """Until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
