@@ -126,6 +126,7 @@ def estimate(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, context
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + len(sites)) * D),
             "step": max(step_bytes(a, B, D, F, k=max(c.target_l0s), bf16=bf16, on_gpu=n if gpu else 0) for (a, F), n in grid.items()),
+            "last checkpoint": 0 if gpu or steps > c.checkpoint_every else all_saes,
             "saving": 0 if gpu else max(2 * weights[a, F] + 4 * F * D for a, F in grid),
         },
         loading=libraries + cut + int(mapped * cut),

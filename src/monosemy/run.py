@@ -327,6 +327,7 @@ def _train(
             status, reason = "stopped_early", f"after {sweep.done} of {plan.steps} steps: {ended}"
         if (done := sweep.done) > start:
             keep()  # whatever breaks off an evaluation, nothing is trained again
+            checkpoints.wait()  # before exports want memory and room on the disk
         interrupts.obey()
     seconds = before + time.monotonic() - started
     if sweep.failed:

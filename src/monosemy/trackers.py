@@ -246,4 +246,6 @@ def _close_runs(runs: Mapping[str, Any], status: str) -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(os, "nice"):
+        os.nice(10)  # where it and training want the same core, training has it
     _run_wandb()
