@@ -247,7 +247,9 @@ def test_arguments_are_named_when_they_do_not_fit():
 @linux
 def test_torchs_own_threads_are_used(as_many_threads):
     library = compiled._library()
-    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.match(r"lib(g|i)?omp", line.rsplit("/")[-1])}
+    loaded = {
+        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.match(r"lib(g|i)?omp", line.rsplit("/")[-1])
+    }
     assert len(loaded) == 1, loaded
     for n in (1, 2):
         as_many_threads(n)
