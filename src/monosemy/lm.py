@@ -633,6 +633,8 @@ def _device(name: str) -> torch.device:
         raise invalid("device", name, "auto, cpu, cuda or cuda:N", "correct the name") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise invalid("device", name, f"one of this machine's {torch.cuda.device_count()} CUDA devices", "use --device auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # kernels and streams are made on the current one
     return device
 
 
