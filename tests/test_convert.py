@@ -168,6 +168,25 @@ def test_gemma_scope_s_npz_is_read(tmp_path):
     assert torch.equal(monosemy.load(folder).W_enc_FD, sae.W_enc_FD)
 
 
+@pytest.mark.parametrize("name", ["jump_relu", "batch_top_k"])
+def test_thresholds_of_at_most_0_are_a_relu_to_sparsify(name, ours, tmp_path):
+    sae, about = formats.read(ours / "ours" / name)
+    thresholds = sae.state_dict()["threshold_F" if name == "jump_relu" else "threshold"]
+    thresholds.copy_(-thresholds)
+    formats.save(sae, tmp_path / "relu", about)
+    formats.convert(tmp_path / "relu", tmp_path / "out", "sparsify")
+    theirs = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    w, x = load_file(tmp_path / "out" / "sae.safetensors"), torch.randn(16, D, generator=torch.Generator().manual_seed(1))
+    f = ((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]).relu()
+    assert theirs["k"] == F and torch.allclose(f @ w["W_dec"] + w["b_dec"], sae(x), atol=1e-5)
+    back = monosemy.load(tmp_path / "out")
+    assert back.name == name and torch.equal(back(x), sae(x))
+    thresholds.view(-1)[0] = 0.5
+    formats.save(sae, tmp_path / "jumps", about)
+    with pytest.raises(ValueError, match="thresholds of at most 0"):
+        formats.convert(tmp_path / "jumps", tmp_path / "no", "sparsify")
+
+
 # --- there and back ------------------------------------------------------------------------------------------------------------
 
 

@@ -52,9 +52,11 @@ def read(folder: Path) -> Parts:
 
 def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     """Write an SAE as sparsify would. Raises ValueError for one that it would compute differently."""
-    if sae.name not in ("top_k", *RELU):
+    thresholds = [t for name, t in sae.state_dict().items() if name in ("threshold", "threshold_F")]
+    relu = sae.name in RELU or (bool(thresholds) and all(bool((t <= 0).all()) for t in thresholds))
+    if sae.name != "top_k" and not relu:
         reason = "sparsify keeps the k largest of each token: it has no thresholds, gates or selections over a batch"
-        raise invalid("architecture", sae.name, f"for sparsify: top_k, {', '.join(RELU)}", reason)
+        raise invalid("architecture", sae.name, f"for sparsify: top_k, {', '.join(RELU)}, or thresholds of at most 0", reason)
     if not sae.pre_bias:
         sae = copy.deepcopy(sae)
         sae.centre_(True)
