@@ -259,6 +259,7 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int) -> bytes:
         style=Markup((folder / "report.css").read_text("utf-8")),
         script=Markup((folder / "report.js").read_text("utf-8")),
         library=Markup(_library()),
+        licenses=(folder / "licenses.txt").read_text("utf-8"),
         blocks=blocks,
         layouts=layouts,
     )
