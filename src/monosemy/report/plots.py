@@ -27,6 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from monosemy.files import beside
+
 Row = dict[str, Any]
 
 ARCHITECTURES: dict[str, tuple[str, str]] = {
@@ -273,11 +275,16 @@ def write(run_folder: str | Path, rows: Sequence[Row] | None = None, records: It
     for name, figure in figures(rows, records).items():
         path = folder / "plots" / f"{name}.png"
         with rc_context(STYLE):
-            figure.savefig(path, dpi=DPI)
+            _save(figure, path, dpi=DPI)
             figure.set_layout_engine("none")  # the layout is found; finding it again for the SVG is a quarter of the time
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+            _save(figure, path.with_suffix(".svg"), metadata={"Date": None})
         paths.append(path)
     return paths
+
+
+def _save(figure: Figure, path: Path, **how: Any) -> None:
+    with beside(path, 0) as part:
+        figure.savefig(part, format=path.suffix[1:], **how)
 
 
 def read_lines(path: str | Path) -> list[Row]:
