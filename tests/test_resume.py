@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import monosemy
 from monosemy.checkpoints import Checkpoints
 from monosemy.config import architecture_names
+from monosemy.files import alone_in
 from tests.certify import share
 from tests.workers.fitting import Batches, spec
 
@@ -120,6 +121,11 @@ def test_a_folder_of_other_saes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="checkpoints is .*Name another folder"):
         monosemy.fit(Batches(4), [spec("top_k")], checkpoints=tmp_path)
     assert monosemy.fit(Batches(3), [spec("top_k")], checkpoints=tmp_path).status == "complete"
+
+
+def test_a_folder_that_another_fit_is_in_is_refused(tmp_path):
+    with alone_in(tmp_path, "checkpoints"), pytest.raises(ValueError, match="checkpoints is .*no other process trains in"):
+        monosemy.fit(Batches(3), [spec("top_k")], checkpoints=tmp_path)
 
 
 def test_ten_minutes_are_the_longest_time_between_two(tmp_path):

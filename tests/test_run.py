@@ -9,6 +9,7 @@ import torch
 import monosemy
 from monosemy.cli import main
 from monosemy.config import architecture_names
+from monosemy.files import alone_in
 from tests.conftest import write_text
 
 SMALL = (
@@ -145,6 +146,24 @@ def test_another_configuration_is_refused_and_other_architectures_go_beside(fini
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saes"]
 
 
+def test_two_processes_do_not_share_a_folder(finished, tiny_model, text_file, tmp_path, capsys):
+    with alone_in(tmp_path / "taken", "save_dir"):
+        assert train(tmp_path / "taken", tiny_model, text_file) == 2
+        assert "no other process trains in" in capsys.readouterr().err
+        assert not list((tmp_path / "taken").iterdir())
+    assert not (tmp_path / "taken").exists()
+
+
+def test_a_setting_that_an_older_version_did_not_have_has_its_default(finished, tiny_model, text_file, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(finished, folder)
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["config"]["report_latents"]
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert train(folder, tiny_model, text_file, "--save_checkpoints", architectures=architecture_names()) == 0
+    assert train(folder, tiny_model, text_file, "--save_checkpoints", "--report_latents", "5", architectures=architecture_names()) == 2
+
+
 def test_a_saved_configuration_is_taken_back(finished, tmp_path, capsys):
     assert main(["train", "--config", str(finished / "run.json"), "--save_dir", str(tmp_path / "again"), "--dry_run"]) == 0
     assert "100 steps of 64" in capsys.readouterr().out
@@ -241,10 +260,13 @@ def test_evaluation_and_report_can_be_repeated(finished, tmp_path, capsys):
     shutil.rmtree(folder / "plots")
     assert main(["eval", str(folder)]) == 0
     assert (folder / "rows.jsonl").read_text() == before
+    rows = [json.loads(line) | {"probing_auc_top_1": 0.75} for line in before.splitlines()]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["report", str(folder)]) == 0
     assert "plots/loss_recovered.png" in capsys.readouterr().out
     assert main(["eval", str(folder), "--eval_num_inputs", "4"]) == 0
-    assert json.loads((folder / "rows.jsonl").read_text().splitlines()[0])["n_inputs"] == 4
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert all((row["n_inputs"], row["probing_auc_top_1"]) == (4, 0.75) for row in rows)
     assert main(["report", str(tmp_path)]) == 2
 
 

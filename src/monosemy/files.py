@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from monosemy.config import TryAgain
+from monosemy.config import TryAgain, invalid
+
+log = logging.getLogger(__name__)
 
 FULL = 1 << 16  # bytes free, below which a library that failed without saying why has met a full disk
 
@@ -84,6 +88,31 @@ def append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+@contextmanager
+def alone_in(folder: Path, field: str) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder, which is made; whatever ends this process ends it, too.
+
+    Raises ValueError that names `field` where another process is in it. On a file system without locks nothing is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            allowed = "a folder that no other process trains in"
+            raise invalid(field, str(folder), allowed, "wait for that one to end, or name another") from error
+        except OSError as error:
+            log.warning("%s cannot be kept from other processes (%s)", folder, error)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing came of it
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

@@ -356,7 +356,8 @@ def _check_same_run(plan: Plan) -> None:
     if kept is None:
         return
     now = without_secrets(plan.config.as_dict())  # as it was written
-    changed = sorted(k for k in now.keys() - NOT_THE_RUN if now[k] != kept.get(k))
+    kept = TrainConfig(save_dir="").as_dict() | kept  # an older version's run.json lacks newer settings
+    changed = sorted(k for k in now.keys() - NOT_THE_RUN if now[k] != kept[k])
     if changed:
         was = ", ".join(f"{k}={kept.get(k)!r}, now {now[k]!r}" for k in changed[:4])
         raise invalid(

@@ -30,7 +30,7 @@ from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, TryAgain, invalid
 from monosemy.evaluation import evaluate, seed_results, table
-from monosemy.files import append, beside, room_for, sync, write_json, write_text
+from monosemy.files import alone_in, append, beside, room_for, sync, write_json, write_text
 from monosemy.formats import dictionary_learning
 from monosemy.hub import Uploader
 from monosemy.interrupts import Interrupts
@@ -167,6 +167,13 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         log.info("%s already holds this run, complete", plan.folder)
         return plan.folder, "complete"
     init_from = formats.load(c.init_from) if c.init_from else None
+    with alone_in(plan.folder, "save_dir"):
+        return _whole(run, init_from)
+
+
+def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
+    """All of a run in its folder, which no other process is in."""
+    c, plan = run.config, run.plan
     tokenizer = load_tokenizer(c.model_name, c.revision)
     # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
     train_text, held_out = _contexts(c, tokenizer, "train", workers=2 if plan.gpu else 0), _contexts(c, tokenizer, "held_out")
@@ -473,7 +480,9 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
         gather=gathered,
         seed=c.data_seed,
     )
+    probed = {row["sae"]: {k: v for k, v in row.items() if k.startswith("probing_")} for row in plots.read_lines(run.folder / "rows.jsonl")}
     for row in rows:
+        row |= probed.get(row["sae"], {})  # of the same SAEs
         row |= latents.geometry(saes[row["sae"]][1])
     for stale in (run.folder / "eval_text.npz", *(run.folder / name / "latents.npz" for name in saes)):
         stale.unlink(missing_ok=True)
@@ -561,7 +570,7 @@ def _where(folder: Path) -> str:
     return "\n".join(
         [
             "open:",
-            *(f"  {path}" for path in [*plotted, folder / "rows.jsonl"]),
+            *(f"  {path}" for path in [folder / "report.html", *plotted, folder / "rows.jsonl"]),
             f"load: monosemy.load({shlex.quote(str(next(iter(sorted(folder.glob('*/trainer_0'))), folder)))})",
         ]
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, invalid
+from monosemy.files import alone_in
 from monosemy.interrupts import Interrupts
 from monosemy.ops import Scratch
 from monosemy.recipe import MONOSEMY, Recipe
@@ -186,8 +187,10 @@ def fit(
         interrupts.obey()
 
     with ExitStack() as ending:
+        if torch.device(device).type == "cuda":
+            ending.enter_context(torch.cuda.device(device))  # kernels and streams are made on the current one
         if store:
-            for context in (interrupts, closing(store), interrupts.held()):
+            for context in (alone_in(store.folder, "checkpoints"), interrupts, closing(store), interrupts.held()):
                 ending.enter_context(context)
         try:
             sweep.run(
