@@ -51,7 +51,7 @@ CASES = {
     "the run's facts, nothing left": (["open", ".run.json.part", 3], 0, "run.json needs"),
     "the status, nothing left": (["open", ".status.json.part", 3], 0, "status.json needs"),
     "the rows, nothing left": (["open", ".rows.jsonl.part", 1], 0, "rows.jsonl needs"),
-    "the plots, half of them fit": (["os.mkdir", "plots", 1], 60 * KiB, "report.html needs"),
+    "the plots, half of them fit": (["os.mkdir", "plots", 1], 60 * KiB, ".png needs"),
 }
 RESUMED = ("a checkpoint, half of it fits", "a record, nothing left", "an export, half of it fits", "the plots, half of them fit")
 

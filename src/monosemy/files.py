@@ -65,11 +65,15 @@ def beside(path: Path, needed: int) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file's text; a reader sees the old one or the new one. Raises DiskFull and OSError."""
-    data = text.encode()
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file; a reader sees the old one or the new one. Raises DiskFull and OSError."""
     with beside(path, len(data)) as part:
         part.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file's text as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from markupsafe import Markup
 
 from monosemy.assets import cache_folder
-from monosemy.files import beside
+from monosemy.files import write_bytes
 from monosemy.report import plots
 from monosemy.report.plots import Row
 
@@ -137,8 +137,7 @@ def write(
         html = _html(runs, names, pages)
     if len(html) > LIMIT:
         raise DoesNotFit(f"a report of {len(runs)} runs takes {len(html):,} bytes even without pages for latents; name fewer runs")
-    with beside(path, len(html)) as part:
-        part.write_bytes(html)
+    write_bytes(path, html)
     return path
 
 

@@ -10,6 +10,7 @@ and stay apart under protanopia, deuteranopia and tritanopia (smallest CIEDE2000
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from monosemy.files import beside
+from monosemy.files import write_bytes
 
 Row = dict[str, Any]
 
@@ -283,8 +284,9 @@ def write(run_folder: str | Path, rows: Sequence[Row] | None = None, records: It
 
 
 def _save(figure: Figure, path: Path, **how: Any) -> None:
-    with beside(path, 0) as part:
-        figure.savefig(part, format=path.suffix[1:], **how)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], **how)
+    write_bytes(path, drawn.getvalue())
 
 
 def read_lines(path: str | Path) -> list[Row]:
