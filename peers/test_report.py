@@ -133,6 +133,41 @@ def test_filters_hold_for_plot_and_table_alike(opened, made):
     assert "KL" in points(page)[0]
 
 
+def test_what_was_chosen_is_in_the_address(browser, made):
+    here = Opened(browser, made[0])
+    page, rows = here.page, made[1]
+    assert page.evaluate("location.hash") in ("", "#/")
+    page.click('#filters button:has-text("top_k") >> nth=0')
+    page.select_option("#axes select >> nth=0", "kl")
+    page.fill("#filters input", "top")
+    page.click('#saes thead th[data-key="kl"] button')
+    page.click('#saes thead th[data-key="kl"] button')
+    page.wait_for_timeout(300)
+    view = [points(page), cells(page, "kl"), page.inner_text("#count")]
+    address = page.evaluate("location.hash")
+    assert 0 < len(view[0]) < len(rows) and "KL" in view[0][0] and "sort=kl" in address
+    page.click("#saes tbody tr:not([hidden]) a")
+    page.wait_for_selector("#view h1")
+    page.go_back()
+    page.wait_for_selector("#overview:not([hidden])")
+    assert page.evaluate("location.hash") == address
+    here.check()
+
+    for route, chosen in ((address, True), (f"{sae(rows, 5)}", False), ("#/?x=no&site=no&off=no&sort=no&run=7", False)):
+        again = Opened(browser, made[0], route)
+        if route.startswith("#/sae"):
+            assert again.page.evaluate("location.hash") == route
+            again.page.click("#trail a")
+            again.page.wait_for_timeout(300)
+        seen = [points(again.page), cells(again.page, "kl"), again.page.inner_text("#count")]
+        assert seen == view if chosen else seen[2] == "16"
+        if chosen:
+            assert again.page.input_value("#filters input") == "top"
+            assert again.page.get_attribute('#filters button:has-text("top_k") >> nth=0', "aria-pressed") == "false"
+            assert again.page.get_attribute('#saes thead th[data-key="kl"]', "aria-sort") == "descending"
+        again.check()
+
+
 def test_points_say_what_the_rows_say(opened, made):
     page, rows = opened.page, made[1]
     said = points(page)

@@ -189,10 +189,32 @@ function tell(sae, note) {
 const hush = () => { byId("card").hidden = true; };
 
 const state = { x: "l0", y: "loss_recovered_zero", perfect: false, by: "site", off: new Set(), site: "", width: "", run: "", text: "", sort: null, down: false };
+const PLAIN = { ...state, off: "" };
+
+/** The overview's address, which holds what was chosen there: it can be sent as a link, and Back finds it again. */
+function home() {
+  const chosen = Object.entries({ ...state, off: [...state.off].join(" ") }).filter(([key, value]) => value !== PLAIN[key]);
+  return `#/${chosen.length ? `?${new URLSearchParams(chosen)}` : ""}`;
+}
+const atHome = () => /^(#\/?(\?.*)?)?$/.test(location.hash);
+const remember = () => { if (atHome() && (location.hash || "#/") !== home()) history.replaceState(null, "", home()); };
+
+/** Choose what an address says; what this report does not offer is left out. */
+function recall() {
+  const offered = { by: ["site", "architecture", "width"], sort: ["", ...DATA.columns.map((c) => c.key)], text: null };
+  offered.x = offered.y = shownColumns().filter((c) => c.scale).map((c) => c.key);
+  for (const key of ["site", "width", "run"]) offered[key] = DATA.saes.map((s) => String(s[key]));
+  for (const [key, value] of new URLSearchParams(location.hash.split("?")[1])) {
+    if (key === "off") state.off = new Set(value.split(" ").filter((name) => name in DATA.looks));
+    else if (key === "perfect" || key === "down") state[key] = value === "true";
+    else if (key in offered && (!offered[key] || offered[key].includes(value))) state[key] = value;
+  }
+}
 const inside = (sae) => !state.off.has(sae.architecture) && (!state.site || sae.site === state.site) && (!state.width || String(sae.width) === state.width)
   && (!state.run || String(sae.run) === state.run) && (!state.text || `${sae.path} ${sae.architecture} ${sae.setting} ${sae.site}`.toLowerCase().includes(state.text.toLowerCase()));
 
 function pareto() {
+  remember();
   const x = DATA.columns.find((c) => c.key === state.x), y = DATA.columns.find((c) => c.key === state.y);
   const perfect = state.perfect && y.key === "loss_recovered_zero";
   const at = (v) => (perfect ? 1 - v : v), xLog = x.scale === "log", yLog = perfect || y.scale === "log";
@@ -324,17 +346,18 @@ function overview() {
   const choose = (key, label, name) => (values(key).length < 2 ? "" : pick(label, [["", "all"], ...values(key).sort((a, b) => (a > b ? 1 : -1)).map((v) => [v, name ? name(v) : v])], state[key], (v) => { state[key] = v; again(); }));
   byId("filters").replaceChildren(
     ...looks(DATA.saes).map((name) => {
-      const b = button("", () => { const off = !state.off.delete(name); if (off) state.off.add(name); b.setAttribute("aria-pressed", String(!off)); again(); }, true);
+      const b = button("", () => { const off = !state.off.delete(name); if (off) state.off.add(name); b.setAttribute("aria-pressed", String(!off)); again(); }, !state.off.has(name));
       b.append(mark(name), name);
       return b;
     }),
     choose("site", "site"), choose("width", "width", whole), choose("run", "run", (r) => DATA.runs[r].name),
-    make("label", {}, "name ", make("input", { type: "search", size: 14, oninput: (e) => { state.text = e.target.value; again(); } })));
+    make("label", {}, "name ", make("input", { type: "search", size: 14, value: state.text, oninput: (e) => { state.text = e.target.value; again(); } })));
   const heads = [...document.querySelectorAll("#saes thead th")];
   heads.forEach((head) => { const text = head.textContent; head.replaceChildren(button(text, () => sort(head.dataset.key, state.sort === head.dataset.key ? !state.down : false))); });
   byId("sort-by").replaceChildren(...heads.map((head) => make("option", { value: head.dataset.key }, head.textContent)));
   byId("sort-by").addEventListener("change", (e) => sort(e.target.value, state.down));
   byId("sort-way").addEventListener("click", () => sort(state.sort ?? "", !state.down));
+  if (state.sort != null || state.down) sort(state.sort ?? "", state.down);
   again();
   let wide = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== wide && !byId("overview").hidden) { wide = innerWidth; pareto(); charts(); } });
@@ -352,6 +375,7 @@ function sort(key, down) {
   document.querySelectorAll("#saes thead th").forEach((head) => (head.dataset.key === key ? head.setAttribute("aria-sort", down ? "descending" : "ascending") : head.removeAttribute("aria-sort")));
   byId("sort-by").value = key;
   byId("sort-way").textContent = down ? "descending" : "ascending";
+  remember();
   say(`sorted by ${DATA.columns.find((c) => c.key === key)?.label ?? "SAE"}, ${down ? "descending" : "ascending"}`);
 }
 function filterTable() {
@@ -557,7 +581,7 @@ async function route() {
   hush();
   const hash = location.hash.slice(1) || "/", [, path, number] = hash.match(/^\/sae\/(.+?)(?:\/latent\/(\d+))?$/) ?? [], pages = { overview: byId("overview"), view: byId("view"), about: byId("about") };
   const show = (name) => Object.entries(pages).forEach(([key, page]) => { page.hidden = key !== name; });
-  const trail = [link("#/", "Overview")];
+  const trail = [link(home(), "Overview")];
   latentPage.beside = null;
   if (hash === "/about") show("about");
   else if (path) {
@@ -594,6 +618,7 @@ async function start() {
   byId("theme").addEventListener("change", (event) => { document.documentElement.dataset.theme = event.target.value; again(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
   addEventListener("hashchange", route);
+  if (atHome()) recall();
   overview();
   await route();
   document.documentElement.dataset.ready = "";
