@@ -330,9 +330,9 @@ def drift_rows(names: Sequence[str], batches: Sequence[Tensor], d_sae: int, form
         yield [name, *(f"{value:.1e}" for value in (found.weights, found.nudged_weights, found.losses, found.nudged_losses))]
 
 
-def bf16_rows(names: Sequence[str], of: Data, d_sae: int) -> Iterator[list[str]]:
+def bf16_rows(names: Sequence[str], of: Data, d_sae: int, seeds: Sequence[int]) -> Iterator[list[str]]:
     for name in names:
-        found = evaluated(name, of, d_sae, splice=True)
+        found = evaluated(name, of, d_sae, splice=True, float32=seeds, bf16=seeds)
         row = [name]
         for key in ("fvu", "loss_recovered_zero"):
             row += [", ".join(f"{seed[key]:.4f}" for seed in found[precision].values()) for precision in ("float32", "bf16")]
@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["states", "runs", "bf16"], choices=["states", "runs", "bf16"])
     parser.add_argument("--d_sae", type=int, default=512)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the bf16 part")
     args = parser.parse_args()
     of = data(FREE_STEPS, args.batch, whole="bf16" in args.parts)
     print(f"{args.form}, F = {args.d_sae}, batches of {args.batch} activations of {MODEL}, {SITE}")
@@ -358,7 +359,7 @@ def main() -> None:
         table("| architecture | weights | nudged | losses | nudged |", drift_rows(*shared))
     if "bf16" in args.parts:
         head = "| architecture | FVU, float32 | bf16 | spread | mean moved | loss recovered, float32 | bf16 | spread | mean moved |"
-        table(head, bf16_rows(args.architectures, of, args.d_sae))
+        table(head, bf16_rows(args.architectures, of, args.d_sae, range(args.seeds)))
 
 
 if __name__ == "__main__":
