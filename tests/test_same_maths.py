@@ -112,7 +112,7 @@ def test_bf16_is_within_the_seeds_of_float32(small: Data) -> None:
 @pytest.mark.certify
 @pytest.mark.parametrize("name", ["top_k", "batch_top_k", "standard", "gated", "jump_relu"])
 def test_bf16_trains_as_well_as_float32(large: Data, name: str) -> None:
-    """It moves the mean of three seeds by no more than the largest minus the smallest of them in float32."""
+    """What bfloat16 changes of any of three seeds is no more than the largest minus the smallest of those seeds in float32."""
     found = same_maths.evaluated(name, large, 256, splice=True)
     for key in ("fvu", "loss_recovered_zero"):
         spread, difference = same_maths.spread(found, key)
