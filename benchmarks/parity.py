@@ -93,15 +93,18 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return 0.0 if apart == 0 else apart / largest if largest else float("inf")
 
 
-def replay(path: Path, *, sparse: bool) -> Iterator[tuple[int, dict[str, float], Member]]:
-    """(steps done, difference of each tensor, our member) at each recorded step of a run; `sparse` is the layout of the ReLU kinds."""
+def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[str, float], Member]]:
+    """(steps done, difference of each tensor, our member) at each recorded step of a run.
+
+    `sparse` is the layout of the ReLU kinds; with `few` selections look up what an estimate of the encoder's product leaves open.
+    """
     told, trace = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
     name, args = arguments(told)
     ours = member(name, args, trace["x"].shape[1])
     kept = {int(key.split("/")[0].removeprefix("step_")) for key in trace if key.startswith("step_")}
     for done in range(max(kept) + 1):
         if done:
-            ours.sparse = sparse or ours.sae.always_sparse
+            ours.sparse, ours.few = sparse or ours.sae.always_sparse, few
             ours.step(trace["x"][done - 1], done - 1)
         if done in kept:
             theirs = {key.split("/")[1]: value for key, value in trace.items() if key.startswith(f"step_{done}/")}
@@ -127,8 +130,8 @@ def main(folder: str) -> int:
     for path in paths:
         name, args = arguments(json.loads(path.read_text()))
         worst = (0.0, 0, "", True)
-        for sparse in (True, False):
-            for done, differences, _ in replay(path, sparse=sparse):
+        for sparse, few in ((True, True), (True, False), (False, False)):
+            for done, differences, _ in replay(path, sparse=sparse, few=few):
                 tensor, apart = max(differences.items(), key=lambda item: item[1])
                 share = apart / bound(name, args, done)
                 if apart != apart or share > worst[0] / bound(name, args, worst[1]):

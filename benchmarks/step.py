@@ -56,7 +56,7 @@ from monosemy.plan import cpu_has_bf16
 from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY
 from monosemy.sae import SAE
 from monosemy.schedule import Schedule
-from monosemy.training import Member, SAESpec
+from monosemy.training import FEW, Member, SAESpec
 
 ROOT = Path(__file__).parents[1]
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
@@ -81,6 +81,7 @@ class Ours:
         spec = SAESpec(name, args.d_sae, lr=LR, settings=settings.get(name, {}))
         self.member = Member(name, spec, args.d_in, schedule, recipe=recipe, bf16=args.precision == "bf16", scratch=Scratch())
         self.sparse = not args.dense
+        self.few = self.sparse and args.k < FEW * args.d_sae
 
     @property
     def sae(self) -> SAE:
@@ -90,7 +91,7 @@ class Ours:
         self.member.since_fired_F[dead_F] = 2 * DEAD_TOKENS
 
     def step(self, x_BD: Tensor, step: int) -> None:
-        self.member.sparse = self.sparse
+        self.member.sparse, self.member.few = self.sparse, self.few
         self.member.step(x_BD, step)
 
     @property

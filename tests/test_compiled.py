@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from monosemy.ops import compiled
+from monosemy.ops import Scratch, compiled
 from monosemy.ops import torch as plain
 from monosemy.ops.entries import Entries
 
@@ -92,6 +92,95 @@ def test_what_is_not_a_number_is_survived():
         assert len(picked.latents_N) == n == picked.starts_B1[-1]
         assert (entries.bags_N * 600 + entries.latents_N).diff().min() > 0 and entries.latents_N.max() < 600
     assert compiled.above(pre_BF, torch.nan).starts_B1.max() == 0
+
+
+# --- estimates ------------------------------------------------------------------------------------------------------------------
+
+OPERANDS = {
+    "normal": lambda x, W: (x, W),
+    "a few large columns, as in a residual stream": lambda x, W: (x * torch.where(torch.arange(x.shape[1]) % 11 == 3, 300.0, 1.0), W),
+    "tokens of all sizes": lambda x, W: (x * 10 ** torch.linspace(-18, 12, len(x))[:, None], W),
+    "latents of all sizes": lambda x, W: (x, W * 10 ** torch.linspace(-12, 6, len(W))[:, None]),
+    "zeros": lambda x, W: (x * (torch.arange(len(x)) % 2)[:, None], W * (torch.arange(len(W)) % 3 > 0)[:, None]),
+    "single entries": lambda x, W: (x * (torch.arange(x.shape[1]) == 0), W * (torch.arange(W.shape[1]) == 0)),
+    "latents that hardly differ": lambda x, W: (x, W[:1] + 1e-4 * W),
+}
+OPERAND_SHAPES = [(1, 1, 1), (5, 3, 7), (13, 64, 33), (100, 65, 1100), (7, 576, 40)]
+
+
+def estimated(B, D, F, operands, bf16):
+    """An estimate, the exact pre-activations in float64, and for each token what float32 may lose of them."""
+    x_BD, W_FD = OPERANDS[operands](draw(B, D), draw(F, D, seed=1))
+    b_F = 0.1 * draw(F, seed=2)
+    estimate = compiled.estimate(x_BD, W_FD, b_F, Scratch(), W_FD.bfloat16() if bf16 else None)
+    if estimate is None:
+        pytest.skip("no product of integers on this processor")
+    lost_B = 1e-6 * (x_BD.abs().double() @ W_FD.abs().double().T + b_F.abs()).amax(1)
+    return estimate, x_BD.double() @ W_FD.double().T + b_F, lost_B
+
+
+every_operand = pytest.mark.parametrize("operands", OPERANDS)
+each_estimate = pytest.mark.parametrize("bf16", [False, True], ids=["integers", "bf16"])
+
+
+@built
+@each_estimate
+@every_operand
+@pytest.mark.parametrize(("B", "D", "F"), OPERAND_SHAPES)
+def test_an_estimate_is_as_near_as_it_says(B, D, F, operands, bf16):
+    estimate, exact_BF, _ = estimated(B, D, F, operands, bf16)
+    off_BF = (estimate.pre_BF.double() - exact_BF).abs()
+    assert (off_BF <= estimate.error_B[:, None].double() + estimate.relative * exact_BF.abs()).all()
+    if not bf16 and operands == "normal" and B > 1:
+        assert (estimate.error_B < 0.02 * exact_BF.std(1)).all(), "and says that it is near"
+
+
+@built
+@each_estimate
+@every_operand
+@pytest.mark.parametrize(("B", "D", "F"), OPERAND_SHAPES)
+def test_what_is_picked_of_an_estimate_is_exact(B, D, F, operands, bf16):
+    """Values are float32's, and whatever was left is no larger than what was picked, but for what float32 cannot tell apart."""
+    estimate, exact_BF, lost_B = estimated(B, D, F, operands, bf16)
+    among_F = torch.arange(F) % 3 != 1
+    middle = exact_BF.median()
+    thresholds_F = middle + 0.3 * draw(F, seed=3)
+    for k in {1, max(F // 20, 1), F}:
+        cases = {
+            "top_k": (compiled.top_k(estimate, k), torch.ones(F, dtype=torch.bool), None),
+            "among": (compiled.top_k(estimate, k, among_F), among_F, None),
+            "batch": (compiled.batch_top_k(estimate, B * k), torch.ones(F, dtype=torch.bool), None),
+            "above": (compiled.above(estimate, float(middle)), torch.ones(F, dtype=torch.bool), middle),
+            "above each": (compiled.above(estimate, thresholds_F.float()), torch.ones(F, dtype=torch.bool), thresholds_F),
+        }
+        for case, (picked, allowed_F, threshold) in cases.items():
+            e = Entries(picked.latents_N, picked.starts_B1, F)
+            tokens_N, latents_N = e.bags_N.long(), picked.latents_N.long()
+            assert ((tokens_N * F + latents_N).diff() > 0).all()
+            assert ((picked.values_N - exact_BF[tokens_N, latents_N]).abs() <= lost_B[tokens_N]).all()
+            mask_BF = torch.zeros(B, F, dtype=torch.bool)
+            mask_BF[tokens_N, latents_N] = True
+            assert not mask_BF[:, ~allowed_F].any()
+            if threshold is not None:
+                assert (mask_BF == (exact_BF > threshold))[(exact_BF - threshold).abs() > 2 * lost_B[:, None]].all(), case
+                continue
+            assert len(latents_N) == B * min(k, int(allowed_F.sum()))
+            # the least that was picked and the most that was left, of each token, or of all
+            least_B = torch.where(mask_BF, exact_BF + 2 * lost_B[:, None], torch.inf).amin(1)
+            most_B = torch.where(~mask_BF & allowed_F, exact_BF, -torch.inf).amax(1)
+            assert (least_B.min() >= most_B.max()) if case == "batch" else (least_B >= most_B).all(), case
+
+
+@built
+@each_estimate
+@pytest.mark.parametrize("where", ["x", "W", "b"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_numbers_that_no_bound_is_known_of_are_not_estimated(where, value, bf16):
+    operands = {"x": draw(9, 16), "W": draw(40, 16), "b": draw(40)}
+    operands[where].view(-1)[5] = value
+    shadow_FD = operands["W"].bfloat16() if bf16 else None
+    estimate = compiled.estimate(*operands.values(), Scratch(), shadow_FD)
+    assert estimate is None or (value == 1e30 and estimate.error_B.isfinite().all())
 
 
 # --- sums over entries ---------------------------------------------------------------------------------------------------------
@@ -212,7 +301,7 @@ def test_a_row_that_is_not_finite_stays_one_row():
 @built
 def test_the_number_of_threads_changes_no_bit(as_many_threads):
     B, D, F = 600, 33, 300
-    pre_BF, W_FD = draw(B, F), draw(F, D, seed=1)
+    pre_BF, W_FD, rows_BD, b_F = draw(B, F), draw(F, D, seed=1), draw(B, D, seed=2), draw(F, seed=3)
     pre_BF[:, 5] += 9  # a latent on every token
 
     def everything():
@@ -223,6 +312,9 @@ def test_the_number_of_threads_changes_no_bit(as_many_threads):
         after = adam(compiled, torch.float32, (2, 130, 24), "project", beta1=0.9, shadow=False)
         d_W_enc_FD, d_b_F = compiled.encode_backward(d_values_N, decoded_BD, e)
         selected = [*picked, *compiled.top_k(pre_BF, 4), *compiled.above(pre_BF, 1)]
+        for pre in (compiled.estimate(rows_BD, W_FD, b_F, Scratch(), shadow_FD) for shadow_FD in (None, W_FD.bfloat16())):
+            pre = pre_BF if pre is None else pre
+            selected += [*compiled.batch_top_k(pre, B * 9), *compiled.top_k(pre, 4), *compiled.above(pre, 1)]
         return [*selected, *e.by_latent, decoded_BD, d_values_N, d_W_FD, d_W_enc_FD, d_b_F, after["p"], after["norms"]]
 
     as_many_threads(1)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from benchmarks import same_maths
 from benchmarks.same_maths import SETTINGS, Data, weights
-from monosemy import ops
+from monosemy import ops, training
 from monosemy.ops import compiled
 from monosemy.ops import torch as plain
+from monosemy.sae import Moment
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
 from monosemy.training import LOOK_EVERY, SPARSE_BELOW, Member, SAESpec, Stack
@@ -55,20 +56,34 @@ def check_states(name: str, batches: list[Tensor], d_sae: int, form: str, every:
     assert name in ("gated", "batch_top_k") or any(a.dead for a in apart), "AuxK and counters of dead latents are at work"
 
 
+@pytest.fixture
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A form of the ops; "estimated" is the compiled one where it estimates the encoder's product however many latents are active."""
+    if request.param == "estimated":
+        monkeypatch.setattr(training, "FEW", 2.0)
+        return "compiled"
+    return str(request.param)
+
+
+fast_forms = pytest.mark.parametrize("form", [FAST] + ["estimated"] * (FAST == "compiled"), indirect=True)
+all_forms = pytest.mark.parametrize("form", sorted({FAST, "aten"}) + ["estimated"] * (FAST == "compiled"), indirect=True)
+
+
+@fast_forms
 @every
-def test_a_step_from_each_state(small: Data, name: str) -> None:
-    check_states(name, small.batches, 256, FAST, every=20)
+def test_a_step_from_each_state(small: Data, name: str, form: str) -> None:
+    check_states(name, small.batches, 256, form, every=20)
 
 
 @pytest.mark.certify
-@pytest.mark.parametrize("form", sorted({FAST, "aten"}))
+@all_forms
 @every
 def test_a_step_from_every_state(large: Data, name: str, form: str) -> None:
     check_states(name, large.batches, 512, form, every=1)
 
 
 @pytest.mark.parametrize("constraint", ["free", "project"])
-@pytest.mark.parametrize("form", sorted({FAST, "aten"}))
+@pytest.mark.parametrize("form", sorted({FAST, "aten"}), indirect=True)
 def test_the_norm_that_clips_is_exact_at_a_real_width(form: str, constraint: ops.Constraint) -> None:
     draw = torch.Generator().manual_seed(0)
     p, g = (torch.randn(1, 4096, 576, generator=draw) for _ in range(2))
@@ -94,7 +109,7 @@ def test_runs_stay_together(small: Data, name: str) -> None:
 
 
 @pytest.mark.certify
-@pytest.mark.parametrize("form", sorted({FAST, "aten"}))
+@all_forms
 @every
 def test_whole_runs_stay_together(large: Data, name: str, form: str) -> None:
     check_drift(name, [x[:128] for x in large.batches], 256, form, same_maths.FREE_STEPS, (0, 1, 2))
@@ -117,6 +132,20 @@ def test_bf16_trains_as_well_as_float32(large: Data, name: str) -> None:
     for key in ("fvu", "loss_recovered_zero"):
         spread, difference = same_maths.spread(found, key)
         assert 0 < difference <= spread, key
+
+
+@every
+def test_how_the_product_is_estimated_changes_no_bit(name: str) -> None:
+    """Selections look up what any estimate leaves open, so that after it a run in bfloat16 is that of float32."""
+    runs = []
+    for bf16 in (False, True):
+        m = begun(name, (96, 48, 512), sparse=True, bf16=bf16)
+        m.few = True
+        for step, x_BD in enumerate(batches(96, 48)):
+            m.step(x_BD, step)
+        estimated = isinstance(m.sae.product(x_BD, Moment(8, m.schedule, few=True)).pre, ops.Estimate)
+        runs.append((weights(m), m.last["loss"]))
+    assert not estimated or all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 # --- the same bits

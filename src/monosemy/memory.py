@@ -23,6 +23,7 @@ LIBRARIES = {"cpu": 610 * MIB, "cuda": 64 * MIB}  # Python with torch, transform
 GRADIENTS_AT_ONCE = 2**31  # of a stack on a GPU, as in training.py
 GROUP_TOKENS, HEAD_ELEMENTS = 2048, 2**24  # of evaluation, as in evaluation.py
 IN_CACHE = 2**18  # elements, as in ops/entries.py
+FEW = 0.03  # of the latents, as in training.py
 GATHERED = 2060  # bytes of a latent, as in latents.py
 COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -120,7 +121,7 @@ def estimate(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, context
             "model": cut,
             "block": len(sites) * slots * (D * of_lm + (12 if gpu else 20)) + batches,
             "SAEs": all_saes,
-            "arrays": 0 if gpu else max(lent_bytes(a, B, F, bf16=bf16) for a, F in grid),
+            "arrays": 0 if gpu else max(lent_bytes(a, B, D, F, k=max(c.target_l0s), bf16=bf16) for a, F in grid),
             "checkpoint": all_saes if steps > c.checkpoint_every and not gpu else 0,
         },
         {
@@ -161,11 +162,13 @@ def sae_bytes(architecture: str, D: int, F: int, *, bf16: bool = False) -> int:
     return 4 * _parameters(architecture, D, F) * (1 + _kind(architecture).moments) + 2 * F * D * bf16 + 8 * F + COUNTERS
 
 
-def lent_bytes(architecture: str, B: int, F: int, *, bf16: bool = False) -> int:
-    """The arrays [B, F] that a CPU lends to one SAE after the other: pre-activations, and in the dense layout values, a mask and gradients."""
+def lent_bytes(architecture: str, B: int, D: int, F: int, *, k: int = 0, bf16: bool = False) -> int:
+    """The arrays that a CPU lends to one SAE after the other: pre-activations [B, F], and in the dense layout values, a mask and gradients;
+    x and W_enc in 16-bit integers, which pre-activations are estimated by where few are active, as in the ReLU kinds sooner or later."""
     kind = _kind(architecture)
     of_products = (2 if bf16 else 4) * (1 + kind.products * (kind.lent > 0))  # the encoder's, and the gradients through the decoder
-    return B * F * (of_products + 4 * kind.lent + (kind.lent > 0))
+    integers = 2 * (B + F) * D * (not bf16 and (kind.lent > 0 or k < FEW * F))
+    return B * F * (of_products + 4 * kind.lent + (kind.lent > 0)) + integers
 
 
 def step_bytes(architecture: str, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0) -> int:

@@ -179,21 +179,21 @@ class Product:
         b_dec_D: Tensor | None,
         *,
         bf16: Tensor | bool = False,
+        few: bool = False,
         scratch: ops.Scratch | None = None,
         capacity: int | None = None,
     ) -> None:
         """x - b_dec enters the product, or x itself where `b_dec_D` is None.
 
-        `bf16` takes the product of bfloat16 operands; it may be W_enc's copy in that precision. `capacity` is how many entries the
-        lists of `above` hold on a GPU.
+        `bf16` takes the product of bfloat16 operands; it may be W_enc's copy in that precision. With `few` the product may be an estimate
+        of which selections of few entries make what they need exact. `capacity` is how many entries the lists of `above` hold on a GPU.
         """
         self.weights = (W_enc_FD, b_enc_F, b_dec_D)
         self.capacity, self.scratch, self.buffers = capacity, scratch, 0
         self.centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
-        shadow = bf16 if isinstance(bf16, Tensor) else W_enc_FD
-        self.bf16 = bf16 = bf16 is not False
-        out = scratch("pre", x_BD, len(x_BD), len(W_enc_FD), dtype=torch.bfloat16 if bf16 else None) if scratch else None
-        self.pre_BF = ops.preactivations(self.centred_BD, shadow, b_enc_F, bf16=bf16, out=out)
+        self.bf16 = bf16 is not False
+        self.pre = ops.preactivations(self.centred_BD, W_enc_FD, b_enc_F, bf16=bf16, few=few, lend=scratch)
+        self.pre_BF = self.pre.pre_BF if isinstance(self.pre, ops.Estimate) else self.pre
 
     def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """An array of [B, F] for this batch alone; from one batch to the next the same ones, in the order that they are asked for."""
@@ -208,17 +208,18 @@ class Product:
 
     def top_k(self, k: int) -> SparseCodes:
         """The k largest of each token."""
-        return self._codes(ops.top_k(self.pre_BF, k), padded=False)
+        return self._codes(ops.top_k(self.pre, k), padded=False)
 
     def batch_top_k(self, n: int) -> SparseCodes:
         """The n largest of the whole batch."""
-        return self._codes(ops.batch_top_k(self.pre_BF, n), padded=False)
+        return self._codes(ops.batch_top_k(self.pre, n), padded=False)
 
     def above(self, threshold: Tensor | float, *, sparse: bool) -> Codes:
         """Everything above a threshold: a number, or one for each latent [F]."""
         if sparse:
-            return self._codes(ops.above(self.pre_BF, threshold, self.capacity), padded=True)
-        made = ops.encode_dense(*self.weights, self.centred_BD, self.pre_BF, threshold, self.buffer, bf16=self.bf16)
+            return self._codes(ops.above(self.pre, threshold, self.capacity), padded=True)
+        assert isinstance(self.pre, Tensor), "an estimate will do for a few entries, not for the dense layout"
+        made = ops.encode_dense(*self.weights, self.centred_BD, self.pre, threshold, self.buffer, bf16=self.bf16)
         values_BF, again_BF, mask_BF, sums_F, counts_F = made
         return DenseCodes(
             self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive=not isinstance(threshold, Tensor) and threshold >= 0
@@ -226,7 +227,7 @@ class Product:
 
     def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
         """The k largest of each token among the latents of a mask [F], or all of them where they are fewer."""
-        return self._codes(ops.top_k(self.pre_BF, k, latents_F), padded=True)
+        return self._codes(ops.top_k(self.pre, k, latents_F), padded=True)
 
 
 # --- the autoencoder ---------------------------------------------------------------------------------------------------------
@@ -244,6 +245,7 @@ class Moment:
     dead_F: Tensor | None = None  # latents that have not fired for schedule.dead_tokens tokens, this batch included
     any_dead: bool = True  # False where it is known that none is
     sparsity: Tensor | float = 1.0  # the factor on a sparsity penalty: schedule.sparsity(step)
+    few: bool = False  # whether so few entries are expected that the encoder's product may be an estimate
     scratch: ops.Scratch | None = None
     capacity: int | None = None  # of the sparse layout's lists on a GPU
 
@@ -328,7 +330,7 @@ class SAE(nn.Module, ABC):
 
     def product(self, x_BD: Tensor, at: Moment) -> Product:
         b_dec_D = self.b_dec_D if self.pre_bias else None
-        return Product(x_BD, self.W_enc_FD, self.b_enc_F, b_dec_D, bf16=at.bf16, scratch=at.scratch, capacity=at.capacity)
+        return Product(x_BD, self.W_enc_FD, self.b_enc_F, b_dec_D, bf16=at.bf16, few=at.few, scratch=at.scratch, capacity=at.capacity)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
         """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost alone.

@@ -25,6 +25,7 @@ from monosemy.schedule import Schedule
 
 LOOK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
 SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.009}  # share of latents; above it the dense products are faster
+FEW = 0.03  # share of latents; below it an estimate of all pre-activations and exact values of those in question are faster on a CPU
 ROOM = 4  # times the entries counted, of which lists of a fixed length on a GPU hold as many
 GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a stack on a GPU holds before it updates
 
@@ -114,6 +115,7 @@ class Member:
         self.bad = torch.tensor([0, -1, 1, 0], device=device)
         self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
         self.sparse, self.capacity, self.any_dead = self.sae.always_sparse, 0, True
+        self.few = self.sparse and self._few(getattr(self.sae.settings, "k", spec.d_sae))
         self.seen: Late | None = None  # `active`, and the longest that a latent has not fired, at the last step that is a multiple of 100
         self.last: dict[str, Tensor] = {}
         self.stack, self.place = Stack([self]), 0
@@ -131,12 +133,17 @@ class Member:
             active, longest = self.seen.read()
             self.any_dead = longest + 2 * LOOK_EVERY * len(x_BD) >= self.schedule.dead_tokens
             if not self.sae.always_sparse:
+                self.few = self._few(active)
                 room_left = not self.capacity or active * len(x_BD) < self.capacity
                 self.sparse = room_left and active < SPARSE_BELOW[x_BD.device.type] * self.sae.d_sae
                 room = min(ROOM * 2 ** math.ceil(math.log2(active + 1)), self.sae.d_sae) * len(x_BD)
                 # a GPU's lists have a fixed length, and few different ones, for each is a phase of its own
                 kept = max(room, self.capacity if self.capacity <= 2 * room else 0)
                 self.capacity = kept if self.sparse and x_BD.is_cuda else 0
+
+    def _few(self, active: float) -> bool:
+        """Whether so few latents are active on a token. The TopK kinds look up what they pick of a bfloat16 product in any case."""
+        return active < FEW * self.sae.d_sae or (self.bf16 and self.sae.always_sparse)
 
     def phase(self, step: int) -> tuple[Any, ...]:
         """What decides which operations a step runs: with an equal phase they are the same ones on other numbers."""
@@ -151,6 +158,7 @@ class Member:
             self.sparse,
             self.stack.shadow(self) if self.bf16 else False,
             sparsity=sparsity,
+            few=self.sparse and self.few,
             scratch=None if x_BD.is_cuda else self.scratch,  # graphs have memory of their own
             capacity=self.capacity,
         )
@@ -218,7 +226,10 @@ class Member:
         sae = {f"sae.{name}": t.detach() for name, t in [*self.sae.named_parameters(), *self.sae.named_buffers()]}
         optimizer = {f"optimizer.{name}": t for name, t in self.stack.optimizer.state(self.place).items()}
         seen = [float("nan")] * 2 if self.seen is None else self.seen.read()
-        host = {"layout": torch.tensor([self.sparse, self.capacity, self.any_dead]), "seen": torch.tensor(seen, dtype=torch.float64)}
+        host = {
+            "layout": torch.tensor([self.sparse, self.capacity, self.any_dead, self.few]),
+            "seen": torch.tensor(seen, dtype=torch.float64),
+        }
         return sae | optimizer | host | {name: getattr(self, name) for name in ("since_fired_F", "clock", "bad", "active")}
 
     @torch.no_grad()
@@ -229,8 +240,8 @@ class Member:
         self.stack.optimizer.restore(self.place, {n.removeprefix("optimizer."): t for n, t in state.items()})
         for name in ("since_fired_F", "clock", "bad", "active"):
             getattr(self, name).copy_(state[name])
-        sparse, capacity, any_dead = state["layout"].tolist()
-        self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)
+        sparse, capacity, any_dead, *few = state["layout"].tolist()  # `few` is not in checkpoints of versions that made no estimates
+        self.sparse, self.capacity, self.any_dead, self.few = bool(sparse), capacity, bool(any_dead), few == [1]
         self.seen = None if state["seen"].isnan().any() else Late(state["seen"].cpu())
 
 

@@ -14,13 +14,13 @@ TRACES = Path(__file__).parents[1] / "data" / "traces"
 SEEN = 2e-6  # what is seen of all but p_anneal, far under the bounds that a replay elsewhere is held to
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize(("sparse", "few"), [(True, True), (True, False), (False, False)], ids=["estimated", "sparse", "dense"])
 @pytest.mark.parametrize("name", architecture_names())
-def test_recorded_runs_are_reproduced(name, sparse):
+def test_recorded_runs_are_reproduced(name, sparse, few):
     path = TRACES / f"{name}.json"
     told = json.loads(path.read_text())
     _, args = parity.arguments(told)
-    runs = list(parity.replay(path, sparse=sparse))
+    runs = list(parity.replay(path, sparse=sparse, few=few))
     for done, differences, _ in runs:
         limit = SEEN if name != "p_anneal" else min(SEEN * 20, parity.bound(name, args, done))
         assert max(differences.values()) < limit, (done, differences)

@@ -4,7 +4,7 @@
 GPU) are its fast forms, which `forms.py` chooses from. `functions.py` gives the ops their gradients, `update.py` is what comes after.
 """
 
-from monosemy.ops.entries import Entries, Picked
+from monosemy.ops.entries import Entries, Estimate, Picked
 from monosemy.ops.forms import using
 from monosemy.ops.functions import (
     Scratch,
@@ -29,6 +29,7 @@ from monosemy.ops.update import Optimizer
 __all__ = [
     "Constraint",
     "Entries",
+    "Estimate",
     "Optimizer",
     "Picked",
     "Scratch",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monosemy.ops import torch as plain
 from monosemy.ops.entries import Entries, Picked, by_rows
-from monosemy.ops.torch import Constraint
+from monosemy.ops.torch import Constraint, estimate  # noqa: F401
 
 
 def _picked(pre_BF: Tensor, flat_N: Tensor) -> Picked:

@@ -13,7 +13,7 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.ops.entries import Entries, Picked
+from monosemy.ops.entries import Entries, Estimate, Picked
 from monosemy.ops.torch import Constraint
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _openmp() -> list[str]:
 # --- calling: tensors go as their addresses (NULL where they are empty), all else as 64 bits ----------------------------------
 
 
-def _call(kernel: str, *arguments: Tensor | int | float | None) -> int:
+def _call(kernel: str, *arguments: Any) -> int:
     function = getattr(_library(), kernel)
     function.restype = ctypes.c_int64
     return function(*map(_argument, (*arguments, torch.get_num_threads())))
@@ -94,7 +94,9 @@ def _call(kernel: str, *arguments: Tensor | int | float | None) -> int:
 def _argument(value: Any) -> Any:
     if value is None or isinstance(value, Tensor):
         return ctypes.c_void_p(None if value is None else value.data_ptr())
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_double(value) if isinstance(value, float) else value
 
 
 def _check(dtype: torch.dtype, **tensors: Tensor | None) -> None:
@@ -106,6 +108,68 @@ def _check(dtype: torch.dtype, **tensors: Tensor | None) -> None:
 
 def _int32(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int32)
+
+
+# --- the encoder's product, estimated -----------------------------------------------------------------------------------------
+
+BF16_UNIT = 2.0**-8  # what rounding to bfloat16 takes of a number, at most
+
+
+def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None) -> Estimate | None:
+    """By a product of 16-bit integers; of bfloat16 numbers where W's copy in that precision is given.
+
+    A sum over d of x_d w_d is off by no more than the norms of what rounding took of one factor, times the norm of the other. Both are
+    taken of x_d / c_d and w_d c_d with c_d the root of x_d's size, so that the few large entries of a residual stream do not make every
+    sum's bound large.
+    """
+    B, D, F, eps = *x_BD.shape, len(W_FD), torch.finfo(torch.float32).eps
+    interleaved = _call("panel")
+    if not interleaved and shadow_FD is None:
+        return None
+    x_BD, W_FD, b_F = (t.detach().contiguous() for t in (x_BD, W_FD, b_F))
+    columns_D = x_BD.square().mean(0).pow(0.25)
+    columns_D = torch.where(columns_D > 0, columns_D, 1)
+    of_x, of_W = torch.empty(3, B), torch.empty(3, F)  # units, norms, what rounding took
+    if shadow_FD is None:
+        x_q = lend("x in integers", x_BD, B * (D + D % 2), dtype=torch.int16)
+        W_q = lend("W in integers", x_BD, -(-F // interleaved) * interleaved * (D + D % 2), dtype=torch.int16)
+        _quantise(x_BD, 1 / columns_D, 1, x_q, of_x)
+        _quantise(W_FD, columns_D, interleaved, W_q, of_W)
+        pre_BF = lend("pre", x_BD, B, F)
+        _call("estimate", x_q, of_x[0], W_q, of_W[0], b_F, B, D, F, pre_BF)
+        relative, of_b = 0.0, 0.0
+    else:
+        _quantise(x_BD, 1 / columns_D, 1, None, of_x)
+        _quantise(W_FD, columns_D, 1, None, of_W)
+        of_x[2], of_W[2] = BF16_UNIT * of_x[1], BF16_UNIT * of_W[1]
+        pre_BF = torch.addmm(b_F.bfloat16(), x_BD.bfloat16(), shadow_FD.T, out=lend("pre", x_BD, B, F, dtype=torch.bfloat16))
+        relative, of_b = 2.02 * BF16_UNIT, BF16_UNIT  # the product and its sum with b are rounded to it
+    (_, norm_B, off_B), (_, norm, off), b = of_x, of_W.amax(1), b_F.abs().max()
+    sums = (D + 16) * eps * (norm_B * norm + b)  # of float32 numbers, in any order
+    error_B = 1.001 * (off_B * norm + (norm_B + off_B) * off + of_b * b + sums)
+    return Estimate(pre_BF, error_B, relative, x_BD, W_FD, b_F) if error_B.isfinite().all() else None
+
+
+def _quantise(rows_RD: Tensor, columns_D: Tensor, interleaved: int, out: Tensor | None, facts_3R: Tensor) -> None:
+    _check(torch.float32, rows_RD=rows_RD, columns_D=columns_D)
+    _call("quantise", rows_RD, columns_D, *rows_RD.shape, interleaved, out, *facts_3R)
+
+
+class _Exactly(ctypes.Structure):
+    """As in kernels.c. It keeps alive what it points to as long as the estimate that it is made of lives."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("error",)] + [("relative", ctypes.c_float)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("x", "W", "bias")] + [("D", ctypes.c_int64)]
+
+
+def _exactly(pre: Tensor | Estimate) -> tuple[Tensor, Any]:
+    """The pre-activations, and what C makes of an estimate exact with."""
+    if isinstance(pre, Tensor):
+        return pre, ctypes.byref(_Exactly())
+    pre_BF, error_B, relative, *operands = pre
+    _check(torch.float32, error_B=error_B, x_BD=pre.x_BD, W_FD=pre.W_FD, b_F=pre.b_F)
+    addresses = [t.data_ptr() for t in operands]
+    return pre_BF, ctypes.byref(_Exactly(error_B.data_ptr(), relative, *addresses, pre.x_BD.shape[1]))
 
 
 # --- selections ---------------------------------------------------------------------------------------------------------------
@@ -123,7 +187,8 @@ def _width(M: int, k: int) -> int:
     return next((width for width in (64, 32, 16, 8) if 2 * k * width <= M), 1)
 
 
-def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Picked:
+    pre_BF, exactly = _exactly(pre)
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     among_M = None if among_F is None else among_F.nonzero().squeeze(1).int()
     M = F if among_M is None else len(among_M)
@@ -131,35 +196,43 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
     latents_N, values_N = _int32(B * k), torch.empty(B * k)
     if k:
         width = _width(M, k)
-        scratch = _int32(torch.get_num_threads(), -(-M // width) + 3 * M)
-        _call("top_k", pre_BF, bf16, B, F, k, width, among_M, M, scratch, latents_N, values_N)
+        scratch = _int32(torch.get_num_threads(), -(-M // width) + 4 * M)
+        _call("top_k", pre_BF, bf16, B, F, k, width, among_M, M, exactly, scratch, latents_N, values_N)
     return Picked(latents_N, torch.arange(B + 1, dtype=torch.int32) * k, values_N)
 
 
-def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+def batch_top_k(pre: Tensor | Estimate, n: int) -> Picked:
+    pre_BF, exactly = _exactly(pre)
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     n = min(n, B * F)
     width = _width(F, -(-n // B))
-    most_BG, bound = _int32(B, -(-F // width)), _int32(1)
+    most_BG, bounds_B = _int32(B, -(-F // width)), _int32(B)
     shares = torch.empty(2, B + 1, 4, dtype=torch.int64)
     latents_N, starts_B1, values_N = _int32(n), _int32(B + 1), torch.empty(n)
-    M = max(n, _call("batch_bound", pre_BF, bf16, B, F, n, width, most_BG, bound, shares))
-    candidates_M, keys_M = _int32(M), _int32(M)
-    _call("batch_top_k", pre_BF, bf16, B, F, n, width, most_BG, bound, shares, M, candidates_M, keys_M, latents_N, starts_B1, values_N)
+    M = max(n, _call("batch_bound", pre_BF, bf16, B, F, n, width, exactly, most_BG, bounds_B, shares))
+    exact_M, candidates_M, keys_M = torch.empty(M if isinstance(pre, Estimate) else 0), _int32(M), _int32(M)
+    found = (most_BG, bounds_B, shares, M, exactly, exact_M, candidates_M, keys_M)
+    _call("batch_top_k", pre_BF, bf16, B, F, n, width, *found, latents_N, starts_B1, values_N)
     return Picked(latents_N, starts_B1, values_N)
 
 
-def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+    pre_BF, exactly = _exactly(pre)
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     threshold = torch.as_tensor(threshold).detach()
     if threshold.ndim == 0:
-        threshold = threshold.to(pre_BF.dtype)  # as in a comparison of tensors with a number
+        threshold = threshold.to(pre_BF.dtype if isinstance(pre, Tensor) else torch.float32)  # as tensors are compared with a number
     threshold_F = threshold.float().expand(F).contiguous()
+    least_F = threshold_F - pre.relative * threshold_F.abs() if isinstance(pre, Estimate) else threshold_F
     mask, starts_B1 = torch.empty(B, -(-F // 64), dtype=torch.int64), _int32(B + 1)
-    N = _call("above_mask", pre_BF, bf16, B, F, threshold_F, mask, starts_B1)
+    N = _call("above_mask", pre_BF, bf16, B, F, least_F, exactly, mask, starts_B1)
     latents_N, values_N = _int32(N), torch.empty(N)
-    _call("above", pre_BF, bf16, B, F, mask, starts_B1, latents_N, values_N)
-    return Picked(latents_N, starts_B1, values_N)
+    _call("above", pre_BF, bf16, B, F, mask, starts_B1, exactly, latents_N, values_N)
+    if isinstance(pre, Tensor):
+        return Picked(latents_N, starts_B1, values_N)
+    kept_N = values_N > threshold_F[latents_N]
+    places_N1 = torch.nn.functional.pad(kept_N.cumsum(0, dtype=torch.int32), (1, 0))
+    return Picked(latents_N[kept_N], places_N1[starts_B1], values_N[kept_N])
 
 
 # --- sums over entries --------------------------------------------------------------------------------------------------------

@@ -41,6 +41,21 @@ class Picked(NamedTuple):
         return self.values_N.new_zeros(B, F).index_put_((tokens_N, self.latents_N), self.values_N)
 
 
+class Estimate(NamedTuple):
+    """Pre-activations x W^T + b that a product of low precision gave, and what tells the exact ones.
+
+    Of token b each is off by at most `error_B[b]` and `relative` of its own size. Selections look up in the operands whatever that leaves
+    open, so that the latents and values that they pick are those of float32, and nothing in them tells how the estimate was made.
+    """
+
+    pre_BF: Tensor  # float32 or bfloat16
+    error_B: Tensor  # float32
+    relative: float
+    x_BD: Tensor  # float32, as W and b
+    W_FD: Tensor
+    b_F: Tensor
+
+
 class Entries:
     """The latents of the entries and the bags that they are summed into. What groups them by latent is made once, when first asked for."""
 

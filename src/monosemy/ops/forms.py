@@ -10,11 +10,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from monosemy.ops.entries import Estimate
+
 _forced: list[str] = []
 
 
-def form(tensor: Tensor) -> ModuleType:
-    """The module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the plain meaning elsewhere."""
+def form(tensor: Tensor | Estimate) -> ModuleType:
+    """The module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the plain meaning elsewhere.
+
+    An estimate is read by the form that makes them.
+    """
+    if isinstance(tensor, Estimate):
+        return import_module("monosemy.ops.compiled")
     return import_module(f"monosemy.ops.{_forced[-1] if _forced else _fastest(tensor)}")
 
 

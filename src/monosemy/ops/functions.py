@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from monosemy.ops.entries import Entries, Picked, by_rows
+from monosemy.ops.entries import Entries, Estimate, Picked, by_rows
 from monosemy.ops.forms import form
 
 
@@ -40,26 +40,35 @@ class Scratch:
 
 
 @torch.no_grad()
-def preactivations(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, *, bf16: bool = False, out: Tensor | None = None) -> Tensor:
-    """x W^T + b, [B, F], outside autograd; with `bf16` the product is taken of bfloat16 operands, and rounded to it."""
-    if bf16:
-        x_BD, W_FD, b_F = x_BD.bfloat16(), W_FD.bfloat16(), b_F.bfloat16()
-    return torch.addmm(b_F, x_BD, W_FD.T, out=out)
+def preactivations(
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, *, bf16: bool | Tensor = False, few: bool = False, lend: Scratch | None = None
+) -> Tensor | Estimate:
+    """x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is of bfloat16 operands, and rounded to it.
+
+    Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from the product of float32.
+    """
+    lend = lend or Scratch()
+    shadow_FD = None if bf16 is False else W_FD.bfloat16() if bf16 is True else bf16
+    if few and (estimate := form(x_BD).estimate(x_BD, W_FD, b_F, lend, shadow_FD)) is not None:
+        return estimate
+    if shadow_FD is not None:
+        x_BD, W_FD, b_F = x_BD.bfloat16(), shadow_FD, b_F.bfloat16()
+    return torch.addmm(b_F, x_BD, W_FD.T, out=lend("pre", x_BD, len(x_BD), len(W_FD)))
 
 
-def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Picked:
     """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k."""
-    return form(pre_BF).top_k(pre_BF, k, among_F)
+    return form(pre).top_k(pre, k, among_F)
 
 
-def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+def batch_top_k(pre: Tensor | Estimate, n: int) -> Picked:
     """The n largest of the whole batch."""
-    return form(pre_BF).batch_top_k(pre_BF, n)
+    return form(pre).batch_top_k(pre, n)
 
 
-def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Picked:
     """Everything above a threshold: a number, or one for each latent [F]. On a GPU the lists hold `capacity` entries."""
-    return form(pre_BF).above(pre_BF, threshold, capacity)
+    return form(pre).above(pre, threshold, capacity)
 
 
 # --- the sparse layout ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline)) /* what is constant for a caller is constant within */
 #define EACH_ROW _Pragma("omp parallel for schedule(dynamic, 16) num_threads(threads)")
@@ -78,298 +81,7 @@ static int32_t reached_by(const int32_t *keys, int64_t n, int64_t k, int64_t eno
     return low;
 }
 
-/* --- selections: a row is looked at in groups of up to 64 latents. The k-th largest of the groups' maxima bounds the k largest values
-   from below, and most groups lie under it ------------------------------------------------------------------------------------------ */
-
-INLINE int32_t greatest(const void *x, int bf16, int64_t from, int64_t n)
-{
-    int32_t most = INT32_MIN;
-    for (int64_t i = from; i < from + n; i++) {
-        int32_t key = key_of(at(x, bf16, i));
-        most = key > most ? key : most;
-    }
-    return most;
-}
-
-INLINE void maxima(const void *x, int bf16, int64_t F, int64_t width, int32_t *most)
-{
-    for (int64_t from = 0; from < F; from += width)
-        *most++ = width == 64 && from + 64 <= F ? greatest(x, bf16, from, 64) : greatest(x, bf16, from, least_of(width, F - from));
-}
-
-/* A bit for each of 64 flags that are 0 or 1. */
-INLINE uint64_t packed(uint8_t flags[64])
-{
-    uint64_t bits = 0;
-    __asm__("" : "+m"(*(uint8_t(*)[64])flags)); /* read from memory eight at a time, not from registers one by one */
-    for (int i = 0; i < 8; i++) {
-        uint64_t eight;
-        memcpy(&eight, flags + 8 * i, 8);
-        bits |= (eight * 0x0102040810204080u >> 56) << 8 * i;
-    }
-    return bits;
-}
-
-INLINE uint64_t reaching(const void *x, int bf16, int64_t from, int64_t n, int32_t least)
-{
-    uint8_t flags[64] = {0};
-    for (int64_t i = 0; i < n; i++)
-        flags[i] = key_of(at(x, bf16, from + i)) >= least;
-    return packed(flags);
-}
-
-/* The latents and keys of a row that are above `bound`, and the first `ties` of those that equal it. Returns how many. */
-INLINE int64_t gather(const void *x, int bf16, int64_t F, int64_t width, const int32_t *most, int32_t bound, int64_t ties,
-                      int32_t *latents, int32_t *keys)
-{
-    int64_t n = 0;
-    for (int64_t from = 0; from < F; from += width, most++) {
-        if (*most < bound || (*most == bound && ties <= 0))
-            continue;
-        int whole = width == 64 && from + 64 <= F;
-        uint64_t bits = whole ? reaching(x, bf16, from, 64, bound) : reaching(x, bf16, from, least_of(width, F - from), bound);
-        for (; bits; bits &= bits - 1) {
-            int64_t i = from + __builtin_ctzll(bits);
-            int32_t key = key_of(at(x, bf16, i));
-            if (key > bound || ties-- > 0)
-                latents[n] = (int32_t)i, keys[n++] = key;
-        }
-    }
-    return n;
-}
-
-/* Of n candidates those above `bound`, and the first `ties` of those that equal it. */
-INLINE void keep(const int32_t *latents, const int32_t *keys, int64_t n, int32_t bound, int64_t ties, int32_t *kept, float *values)
-{
-    for (int64_t i = 0; i < n; i++)
-        if (keys[i] > bound || (keys[i] == bound && ties-- > 0))
-            *kept++ = latents[i], *values++ = value_of(keys[i]);
-}
-
-INLINE void top_k_row(const void *x, int bf16, int64_t F, int64_t k, int64_t width, int32_t *scratch, int32_t *latents, float *values)
-{
-    int64_t groups = (F + width - 1) / width;
-    int32_t *most = scratch, *candidates = most + groups, *keys = candidates + F;
-    maxima(x, bf16, F, width, most);
-    int64_t n = gather(x, bf16, F, width, most, reached_by(most, groups, k, k + k / 16), F, candidates, keys);
-    int32_t bound = reached_by(keys, n, k, k);
-    int64_t above = bound < INT32_MAX ? count_from(keys, n, bound + 1) : 0;
-    keep(candidates, keys, n, bound, k - above, latents, values);
-}
-
-/* The k largest of each token; those of the latents `among` where it is given, of which there are M >= k. Each thread has
-   groups + 3 M of scratch. */
-void top_k(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t k, int64_t width, const int32_t *among, int64_t M, int32_t *scratch,
-           int32_t *latents, float *values, int64_t threads)
-{
-    int64_t groups = (M + width - 1) / width;
-#pragma omp parallel num_threads(threads)
-    {
-        int32_t *mine = scratch + omp_get_thread_num() * (groups + 3 * M);
-        float *gathered = (float *)(mine + groups + 2 * M);
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t b = 0; b < B; b++) {
-            const void *x = row_of(pre, bf16, F, b);
-            int32_t *chosen = latents + b * k;
-            if (among) {
-                for (int64_t i = 0; i < M; i++)
-                    gathered[i] = bf16 ? at(x, 1, among[i]) : at(x, 0, among[i]);
-                top_k_row(gathered, 0, M, k, width, mine, chosen, values + b * k);
-                for (int64_t i = 0; i < k; i++)
-                    chosen[i] = among[chosen[i]];
-            } else if (bf16)
-                top_k_row(x, 1, F, k, width, mine, chosen, values + b * k);
-            else
-                top_k_row(x, 0, F, k, width, mine, chosen, values + b * k);
-        }
-    }
-}
-
-/* What a row has above the bound and equal to it, and what it may take, so that n are taken in all and the earliest of equals. */
-typedef struct {
-    int64_t above, equal, begin, ties;
-} Share;
-
-static void shared_out(Share *shares, int64_t B, int64_t n)
-{
-    int64_t ties = n, begin = 0;
-    for (int64_t b = 0; b < B; b++)
-        ties -= shares[b].above;
-    for (int64_t b = 0; b < B; b++) {
-        Share *s = shares + b;
-        s->begin = begin;
-        s->ties = least_of(ties, s->equal);
-        ties -= s->ties;
-        begin += s->above + s->ties;
-    }
-    shares[B].begin = begin;
-}
-
-INLINE Share counted(const void *x, int bf16, int64_t F, int64_t width, const int32_t *most, int32_t bound)
-{
-    Share share = {0};
-    for (int64_t from = 0; from < F; from += width, most++)
-        if (*most >= bound) {
-            int32_t above = 0, equal = 0;
-            for (int64_t i = from; i < least_of(from + width, F); i++) {
-                int32_t key = key_of(at(x, bf16, i));
-                above += key > bound;
-                equal += key == bound;
-            }
-            share.above += above, share.equal += equal;
-        }
-    return share;
-}
-
-/* The maxima of all rows' groups [B, groups], a bound of the n largest, and what each row has above it. Returns how many that are:
-   where they are fewer than n, the bound is the n-th largest itself. */
-int64_t batch_bound(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t n, int64_t width, int32_t *most, int32_t *bound,
-                    Share *shares, int64_t threads)
-{
-    int64_t groups = (F + width - 1) / width, total = 0;
-    EACH_ROW for (int64_t b = 0; b < B; b++)
-    {
-        const void *x = row_of(pre, bf16, F, b);
-        bf16 ? maxima(x, 1, F, width, most + b * groups) : maxima(x, 0, F, width, most + b * groups);
-    }
-    *bound = reached_by(most, B * groups, n, n + n / 16);
-    EACH_ROW for (int64_t b = 0; b < B; b++)
-    {
-        const void *x = row_of(pre, bf16, F, b);
-        const int32_t *here = most + b * groups;
-        shares[b] = bf16 ? counted(x, 1, F, width, here, *bound) : counted(x, 0, F, width, here, *bound);
-    }
-    for (int64_t b = 0; b < B; b++)
-        total += shares[b].above;
-    return total;
-}
-
-/* From what batch_bound found: M >= n candidates, and the n largest of them. */
-void batch_top_k(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t n, int64_t width, const int32_t *most, const int32_t *bound,
-                 Share *shares, int64_t M, int32_t *candidates, int32_t *keys, int32_t *latents, int32_t *starts, float *values,
-                 int64_t threads)
-{
-    int64_t groups = (F + width - 1) / width;
-    shared_out(shares, B, M);
-    EACH_ROW for (int64_t b = 0; b < B; b++)
-    {
-        const void *x = row_of(pre, bf16, F, b);
-        const int32_t *here = most + b * groups;
-        Share s = shares[b];
-        bf16 ? gather(x, 1, F, width, here, *bound, s.ties, candidates + s.begin, keys + s.begin)
-             : gather(x, 0, F, width, here, *bound, s.ties, candidates + s.begin, keys + s.begin);
-    }
-    int32_t least = reached_by(keys, M, n, n);
-    Share *ends = shares + B + 1;
-    EACH_ROW for (int64_t b = 0; b < B; b++)
-    {
-        Share share = {0};
-        for (int64_t i = shares[b].begin; i < shares[b + 1].begin; i++) {
-            share.above += keys[i] > least;
-            share.equal += keys[i] == least;
-        }
-        ends[b] = share;
-    }
-    shared_out(ends, B, n);
-    EACH_ROW for (int64_t b = 0; b < B; b++)
-    {
-        int64_t from = shares[b].begin, to = ends[b].begin;
-        keep(candidates + from, keys + from, shares[b + 1].begin - from, least, ends[b].ties, latents + to, values + to);
-        starts[b] = (int32_t)to;
-    }
-    starts[B] = (int32_t)n;
-}
-
-INLINE uint64_t above_thresholds(const void *x, int bf16, int64_t from, int64_t n, const float *thresholds)
-{
-    uint8_t flags[64] = {0};
-    for (int64_t i = 0; i < n; i++)
-        flags[i] = at(x, bf16, from + i) > thresholds[from + i];
-    return packed(flags);
-}
-
-INLINE int64_t mask_row(const void *x, int bf16, int64_t F, const float *thresholds, uint64_t *mask)
-{
-    int64_t count = 0;
-    for (int64_t from = 0; from < F; from += 64, mask++) {
-        *mask = from + 64 <= F ? above_thresholds(x, bf16, from, 64, thresholds) : above_thresholds(x, bf16, from, F - from, thresholds);
-        count += __builtin_popcountll(*mask);
-    }
-    return count;
-}
-
-/* A bit for each place above its latent's threshold, [B, ceil(F / 64)], and where each token's begin. Returns how many there are. */
-int64_t above_mask(const void *pre, int64_t bf16, int64_t B, int64_t F, const float *thresholds, uint64_t *mask, int32_t *starts,
-                   int64_t threads)
-{
-    int64_t words = (F + 63) / 64, total = 0;
-    EACH_ROW for (int64_t b = 0; b < B; b++)
-    {
-        const void *x = row_of(pre, bf16, F, b);
-        uint64_t *here = mask + b * words;
-        starts[b] = (int32_t)(bf16 ? mask_row(x, 1, F, thresholds, here) : mask_row(x, 0, F, thresholds, here));
-    }
-    for (int64_t b = 0; b <= B; b++) {
-        int64_t count = b < B ? starts[b] : 0;
-        starts[b] = (int32_t)total;
-        total += count;
-    }
-    return total;
-}
-
-void above(const void *pre, int64_t bf16, int64_t B, int64_t F, const uint64_t *mask, const int32_t *starts, int32_t *latents,
-           float *values, int64_t threads)
-{
-    int64_t words = (F + 63) / 64;
-    EACH_ROW for (int64_t b = 0; b < B; b++)
-    {
-        const void *x = row_of(pre, bf16, F, b);
-        int64_t n = starts[b];
-        for (int64_t word = 0; word < words; word++)
-            for (uint64_t bits = mask[b * words + word]; bits; bits &= bits - 1, n++) {
-                int64_t i = 64 * word + __builtin_ctzll(bits);
-                latents[n] = (int32_t)i;
-                values[n] = at(x, bf16, i);
-            }
-    }
-}
-
-/* --- sums over entries ------------------------------------------------------------------------------------------------------------ */
-
-/* A stable counting sort by latent. Each part of the entries is counted by itself, [parts, F]. */
-void group(const int32_t *latents, int64_t N, int64_t F, int64_t parts, int32_t *counts, int32_t *order, int32_t *starts, int64_t threads)
-{
-    memset(counts, 0, sizeof *counts * parts * F);
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int t = 0; t < parts; t++)
-        for (int64_t i = N * t / parts; i < N * (t + 1) / parts; i++)
-            counts[t * F + latents[i]]++;
-    int32_t begin = 0;
-    for (int64_t f = 0; f < F; f++) {
-        starts[f] = begin;
-        for (int t = 0; t < parts; t++) {
-            int32_t count = counts[t * F + f];
-            counts[t * F + f] = begin;
-            begin += count;
-        }
-    }
-    starts[F] = begin;
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int t = 0; t < parts; t++)
-        for (int64_t i = N * t / parts; i < N * (t + 1) / parts; i++)
-            order[counts[t * F + latents[i]]++] = (int32_t)i;
-}
-
-void sum_by_latent(const float *values, const int32_t *order, const int32_t *starts, int64_t F, float *sums, int64_t threads)
-{
-#pragma omp parallel for schedule(dynamic, 256) num_threads(threads)
-    for (int64_t f = 0; f < F; f++) {
-        double sum = 0;
-        for (int64_t i = starts[f]; i < starts[f + 1]; i++)
-            sum += values[order[i]];
-        sums[f] = (float)sum;
-    }
-}
+/* --- sums of rows ------------------------------------------------------------------------------------------------------------------- */
 
 #if defined(__AVX512F__)
 #define WIDE 64
@@ -448,6 +160,506 @@ INLINE void add(Rows e, int64_t from, int64_t to, float *sum, const float *w, fl
         add_few(e, from, 4, sum, w, dots);
     for (; from < to; from++)
         add_few(e, from, 1, sum, w, dots);
+}
+
+/* --- the encoder's product, estimated: rows of 16-bit integers, in a product of which two numbers are multiplied where float32 has room
+   for one. Selections look up exactly what the estimate leaves open ---------------------------------------------------------------- */
+
+#if defined(__AVX512BW__)
+#define INTS 16 /* sums in a vector */
+#define TILE 12 /* tokens whose sums are held in registers at once */
+typedef __m512i Ints;
+#define EACH_TWO(pair) _mm512_set1_epi32(pair)
+#if defined(__AVX512VNNI__)
+#define ADD_PRODUCTS(sum, a, b) __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+#else
+#define ADD_PRODUCTS(sum, a, b) __asm__("vpaddd %1, %0, %0" : "+v"(sum) : "v"(_mm512_madd_epi16(a, b)))
+#endif
+#elif defined(__AVX2__) && WIDE == 32
+#define INTS 8
+#define TILE 6
+typedef __m256i Ints;
+#define EACH_TWO(pair) _mm256_set1_epi32(pair)
+#define ADD_PRODUCTS(sum, a, b) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)))
+#endif
+
+#if defined(INTS)
+typedef Ints UnalignedInts __attribute__((aligned(2), may_alias));
+enum { PANEL = 2 * INTS, TOKENS = 96, LATENTS = 1024 }; /* latents that a tile has; tokens and latents of a task */
+#else
+enum { PANEL = 1 };
+#endif
+
+/* How many rows of W_enc are interleaved; 0 where there is no estimated product. */
+int64_t panel(int64_t threads)
+{
+    (void)threads;
+    return PANEL > 1 ? PANEL : 0;
+}
+
+#define NORM 32000.0f /* of a quantised row: no sum of products of two rows, nor a part of one, leaves 32 bits (Cauchy and Schwarz) */
+
+/* Rows, times a number for each column, as integers times a unit for each row. Two columns lie together, of `interleaved` rows side by side:
+   [R / interleaved, D / 2, interleaved, 2], zero where there is no row or column. Norms are of the rows, and of what rounding took. `out` may be NULL. */
+void quantise(const float *rows, const float *columns, int64_t R, int64_t D, int64_t interleaved, int16_t *out, float *units, float *norms,
+              float *errors, int64_t threads)
+{
+    int64_t pairs = (D + 1) / 2, groups = (R + interleaved - 1) / interleaved;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+    for (int64_t group = 0; group < groups; group++)
+        for (int64_t lane = 0; lane < interleaved; lane++) {
+            int64_t r = group * interleaved + lane;
+            const float *row = rows + (r < R ? r : 0) * D;
+            int16_t *to = out ? out + (group * pairs * interleaved + lane) * 2 : NULL;
+            float square = 0, lost = 0;
+#pragma omp simd reduction(+ : square)
+            for (int64_t d = 0; d < D; d++)
+                square += row[d] * columns[d] * (row[d] * columns[d]);
+            float norm = r < R ? sqrtf(square) : 0, unit = norm / NORM, inverse = norm > 0 && norm <= FLT_MAX ? NORM / norm : 0;
+            if (!inverse)
+                unit = 0;
+            for (int64_t from = 0; from < 2 * pairs; from += 64) {
+                int64_t n = least_of(64, 2 * pairs - from), known = least_of(64, D - from);
+                int16_t whole[64] = {0};
+                float off = 0;
+#pragma omp simd reduction(+ : off)
+                for (int64_t i = 0; i < known; i++) {
+                    float value = row[from + i] * columns[from + i], nearest = rintf(value * inverse);
+                    whole[i] = (int16_t)(int32_t)nearest;
+                    off += (value - unit * nearest) * (value - unit * nearest);
+                }
+                lost += off;
+                for (int64_t i = 0; to && i < n; i += 2)
+                    memcpy(to + (from + i) * interleaved, whole + i, 4);
+            }
+            if (r < R)
+                units[r] = unit, norms[r] = norm, errors[r] = sqrtf(lost);
+        }
+}
+
+#if defined(INTS)
+/* Of a few tokens and a panel of latents the sums of products, [tokens, PANEL]. */
+INLINE void tile(const int16_t *x, const int16_t *w, int64_t pairs, int64_t tokens, int32_t *out)
+{
+    Ints sums[TILE][2];
+#pragma GCC unroll 16
+    for (int64_t b = 0; b < tokens; b++)
+        sums[b][0] = sums[b][1] = (Ints){0};
+    for (int64_t d = 0; d < pairs; d++, w += 2 * PANEL) {
+        Ints first = *(const UnalignedInts *)w, second = *(const UnalignedInts *)(w + PANEL);
+#pragma GCC unroll 16
+        for (int64_t b = 0; b < tokens; b++) {
+            int32_t pair;
+            memcpy(&pair, x + 2 * (b * pairs + d), 4);
+            Ints each = EACH_TWO(pair);
+            ADD_PRODUCTS(sums[b][0], each, first);
+            ADD_PRODUCTS(sums[b][1], each, second);
+        }
+    }
+#pragma GCC unroll 16
+    for (int64_t b = 0; b < tokens; b++) {
+        *(UnalignedInts *)(out + b * PANEL) = sums[b][0];
+        *(UnalignedInts *)(out + b * PANEL + INTS) = sums[b][1];
+    }
+}
+
+__attribute__((noinline)) static void whole_tile(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out) { tile(x, w, pairs, TILE, out); }
+__attribute__((noinline)) static void one_token(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out) { tile(x, w, pairs, 1, out); }
+#endif
+
+/* x W^T + b of what `quantise` made of x and W, [B, F]. */
+void estimate(const int16_t *x, const float *x_units, const int16_t *W, const float *W_units, const float *bias, int64_t B, int64_t D,
+              int64_t F, float *out, int64_t threads)
+{
+#if defined(INTS)
+    int64_t pairs = (D + 1) / 2;
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
+    for (int64_t b_from = 0; b_from < B; b_from += TOKENS)
+        for (int64_t f_from = 0; f_from < F; f_from += LATENTS)
+            for (int64_t f = f_from; f < least_of(F, f_from + LATENTS); f += PANEL) {
+                int64_t n = least_of(PANEL, F - f), b_to = least_of(B, b_from + TOKENS), tokens;
+                float units[PANEL] = {0}, biases[PANEL] = {0};
+                memcpy(units, W_units + f, sizeof(float) * (size_t)n);
+                memcpy(biases, bias + f, sizeof(float) * (size_t)n);
+                for (int64_t b = b_from; b < b_to; b += tokens) {
+                    int32_t sums[TILE * PANEL];
+                    tokens = b + TILE <= b_to ? TILE : 1;
+                    (tokens == TILE ? whole_tile : one_token)(x + 2 * pairs * b, W + 2 * pairs * f, pairs, sums);
+                    for (int64_t i = 0; i < tokens; i++) {
+                        float values[PANEL];
+                        for (int64_t j = 0; j < PANEL; j++)
+                            values[j] = (float)sums[i * PANEL + j] * (x_units[b + i] * units[j]) + biases[j];
+                        memcpy(out + (b + i) * F + f, values, sizeof(float) * (size_t)(n == PANEL ? PANEL : n));
+                    }
+                }
+            }
+#endif
+}
+
+/* What makes an estimate exact: by how much it may be off for each token and, beside that, of its own size; and the product's operands.
+   `error` is NULL of exact values. */
+typedef struct {
+    const float *error;
+    float relative;
+    const float *x, *W, *bias;
+    int64_t D;
+} Exactly;
+
+/* The least key that a token's estimate may have where the exact value reaches one whose estimate `bound` may be off by `off`. */
+INLINE int32_t lowered(Exactly e, int64_t b, int32_t bound, float off)
+{
+    float value = value_of(bound);
+    return e.error ? key_of(value - (e.error[b] + off + 2 * e.relative * fabsf(value))) : bound;
+}
+
+/* The exact pre-activations of a token at n latents. Always four at once, so that a latent's value is the same whatever others are asked for. */
+static void look_up(Exactly e, int64_t b, const int32_t *latents, int64_t n, float *values)
+{
+    const float *x = e.x + b * e.D;
+    for (int64_t i = 0; i < n; i += 4) {
+        const float *rows[4], *next[4];
+        Lanes sums[4] = {{0}};
+        int64_t d = 0, rest = e.D % LANES;
+        for (int64_t j = 0; j < 4; j++) {
+            rows[j] = e.W + latents[least_of(i + j, n - 1)] * e.D;
+            next[j] = e.W + latents[least_of(i + j + 4, n - 1)] * e.D; /* fetched into the cache meanwhile */
+        }
+        for (; d < e.D - rest; d += LANES)
+            for (int64_t j = 0; j < 4; j++) {
+                __builtin_prefetch(next[j] + d);
+                sums[j] += load(x + d) * load(rows[j] + d);
+            }
+        for (int64_t j = 0; j < 4 && rest; j++) {
+            float ends[2][LANES] = {{0}};
+            memcpy(ends[0], x + d, sizeof(float) * (size_t)rest);
+            memcpy(ends[1], rows[j] + d, sizeof(float) * (size_t)rest);
+            sums[j] += load(ends[0]) * load(ends[1]);
+        }
+        for (int64_t j = 0; j < least_of(4, n - i); j++)
+            values[i + j] = total(sums[j]) + e.bias[latents[i + j]];
+    }
+}
+
+static void keys_of(const float *values, int64_t n, int32_t *keys)
+{
+    for (int64_t i = 0; i < n; i++)
+        keys[i] = key_of(values[i]);
+}
+
+/* --- selections: a row is looked at in groups of up to 64 latents. The k-th largest of the groups' maxima bounds the k largest values
+   from below, and most groups lie under it ------------------------------------------------------------------------------------------ */
+
+INLINE int32_t greatest(const void *x, int bf16, int64_t from, int64_t n)
+{
+    int32_t most = INT32_MIN;
+    for (int64_t i = from; i < from + n; i++) {
+        int32_t key = key_of(at(x, bf16, i));
+        most = key > most ? key : most;
+    }
+    return most;
+}
+
+INLINE void maxima(const void *x, int bf16, int64_t F, int64_t width, int32_t *most)
+{
+    for (int64_t from = 0; from < F; from += width)
+        *most++ = width == 64 && from + 64 <= F ? greatest(x, bf16, from, 64) : greatest(x, bf16, from, least_of(width, F - from));
+}
+
+/* A bit for each of 64 flags that are 0 or 1. */
+INLINE uint64_t packed(uint8_t flags[64])
+{
+    uint64_t bits = 0;
+    __asm__("" : "+m"(*(uint8_t(*)[64])flags)); /* read from memory eight at a time, not from registers one by one */
+    for (int i = 0; i < 8; i++) {
+        uint64_t eight;
+        memcpy(&eight, flags + 8 * i, 8);
+        bits |= (eight * 0x0102040810204080u >> 56) << 8 * i;
+    }
+    return bits;
+}
+
+INLINE uint64_t reaching(const void *x, int bf16, int64_t from, int64_t n, int32_t least)
+{
+    uint8_t flags[64] = {0};
+    for (int64_t i = 0; i < n; i++)
+        flags[i] = key_of(at(x, bf16, from + i)) >= least;
+    return packed(flags);
+}
+
+/* The latents and keys of a row that are above `bound`, and the first `ties` of those that equal it. Returns how many. */
+INLINE int64_t gather(const void *x, int bf16, int64_t F, int64_t width, const int32_t *most, int32_t bound, int64_t ties,
+                      int32_t *latents, int32_t *keys)
+{
+    int64_t n = 0;
+    for (int64_t from = 0; from < F; from += width, most++) {
+        if (*most < bound || (*most == bound && ties <= 0))
+            continue;
+        int whole = width == 64 && from + 64 <= F;
+        uint64_t bits = whole ? reaching(x, bf16, from, 64, bound) : reaching(x, bf16, from, least_of(width, F - from), bound);
+        for (; bits; bits &= bits - 1) {
+            int64_t i = from + __builtin_ctzll(bits);
+            int32_t key = key_of(at(x, bf16, i));
+            if (key > bound || ties-- > 0)
+                latents[n] = (int32_t)i, keys[n++] = key;
+        }
+    }
+    return n;
+}
+
+/* Of n candidates those above `bound`, and the first `ties` of those that equal it. */
+INLINE void keep(const int32_t *latents, const int32_t *keys, int64_t n, int32_t bound, int64_t ties, int32_t *kept, float *values)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (keys[i] > bound || (keys[i] == bound && ties-- > 0))
+            *kept++ = latents[i], *values++ = value_of(keys[i]);
+}
+
+INLINE void top_k_row(const void *x, int bf16, int64_t F, int64_t k, int64_t width, const int32_t *among, Exactly e, int64_t b,
+                      int32_t *scratch, int32_t *latents, float *values)
+{
+    int64_t groups = (F + width - 1) / width;
+    int32_t *most = scratch, *candidates = most + groups, *keys = candidates + F;
+    maxima(x, bf16, F, width, most);
+    int32_t bound = lowered(e, b, reached_by(most, groups, k, k + k / 16), e.error ? e.error[b] : 0);
+    int64_t n = gather(x, bf16, F, width, most, bound, F, candidates, keys);
+    for (int64_t i = 0; among && i < n; i++)
+        candidates[i] = among[candidates[i]];
+    if (e.error) {
+        float *exact = (float *)(keys + F);
+        look_up(e, b, candidates, n, exact);
+        keys_of(exact, n, keys);
+    }
+    bound = reached_by(keys, n, k, k);
+    int64_t above = bound < INT32_MAX ? count_from(keys, n, bound + 1) : 0;
+    keep(candidates, keys, n, bound, k - above, latents, values);
+}
+
+/* The k largest of each token; those of the latents `among` where it is given, of which there are M >= k. Each thread has
+   groups + 4 M of scratch. */
+void top_k(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t k, int64_t width, const int32_t *among, int64_t M,
+           const Exactly *exactly, int32_t *scratch, int32_t *latents, float *values, int64_t threads)
+{
+    int64_t groups = (M + width - 1) / width;
+    Exactly e = *exactly;
+#pragma omp parallel num_threads(threads)
+    {
+        int32_t *mine = scratch + omp_get_thread_num() * (groups + 4 * M);
+        float *gathered = (float *)(mine + groups + 3 * M);
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t b = 0; b < B; b++) {
+            const void *x = row_of(pre, bf16, F, b);
+            if (among) {
+                for (int64_t i = 0; i < M; i++)
+                    gathered[i] = bf16 ? at(x, 1, among[i]) : at(x, 0, among[i]);
+                top_k_row(gathered, 0, M, k, width, among, e, b, mine, latents + b * k, values + b * k);
+            } else if (bf16)
+                top_k_row(x, 1, F, k, width, NULL, e, b, mine, latents + b * k, values + b * k);
+            else
+                top_k_row(x, 0, F, k, width, NULL, e, b, mine, latents + b * k, values + b * k);
+        }
+    }
+}
+
+/* What a row has above the bound and equal to it, and what it may take, so that n are taken in all and the earliest of equals. */
+typedef struct {
+    int64_t above, equal, begin, ties;
+} Share;
+
+static void shared_out(Share *shares, int64_t B, int64_t n)
+{
+    int64_t ties = n, begin = 0;
+    for (int64_t b = 0; b < B; b++)
+        ties -= shares[b].above;
+    for (int64_t b = 0; b < B; b++) {
+        Share *s = shares + b;
+        s->begin = begin;
+        s->ties = least_of(ties, s->equal);
+        ties -= s->ties;
+        begin += s->above + s->ties;
+    }
+    shares[B].begin = begin;
+}
+
+INLINE Share counted(const void *x, int bf16, int64_t F, int64_t width, const int32_t *most, int32_t bound)
+{
+    Share share = {0};
+    for (int64_t from = 0; from < F; from += width, most++)
+        if (*most >= bound) {
+            int32_t above = 0, equal = 0;
+            for (int64_t i = from; i < least_of(from + width, F); i++) {
+                int32_t key = key_of(at(x, bf16, i));
+                above += key > bound;
+                equal += key == bound;
+            }
+            share.above += above, share.equal += equal;
+        }
+    return share;
+}
+
+/* The maxima of all rows' groups [B, groups], for each row a bound of what it may have among the n largest, and what it has above that.
+   Returns how many those are: where they are fewer than n, the bound is the n-th largest itself. */
+int64_t batch_bound(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t n, int64_t width, const Exactly *exactly, int32_t *most,
+                    int32_t *bounds, Share *shares, int64_t threads)
+{
+    int64_t groups = (F + width - 1) / width, total = 0;
+    float off = 0;
+    for (int64_t b = 0; exactly->error && b < B; b++)
+        off = fmaxf(off, exactly->error[b]);
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        bf16 ? maxima(x, 1, F, width, most + b * groups) : maxima(x, 0, F, width, most + b * groups);
+    }
+    int32_t bound = reached_by(most, B * groups, n, n + n / 16);
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        const int32_t *here = most + b * groups;
+        bounds[b] = lowered(*exactly, b, bound, off);
+        shares[b] = bf16 ? counted(x, 1, F, width, here, bounds[b]) : counted(x, 0, F, width, here, bounds[b]);
+    }
+    for (int64_t b = 0; b < B; b++)
+        total += shares[b].above;
+    return total;
+}
+
+/* From what batch_bound found: M >= n candidates, and the n largest of them. Of an estimate `exact` has M places. */
+void batch_top_k(const void *pre, int64_t bf16, int64_t B, int64_t F, int64_t n, int64_t width, const int32_t *most, const int32_t *bounds,
+                 Share *shares, int64_t M, const Exactly *exactly, float *exact, int32_t *candidates, int32_t *keys, int32_t *latents,
+                 int32_t *starts, float *values, int64_t threads)
+{
+    int64_t groups = (F + width - 1) / width;
+    Exactly e = *exactly;
+    shared_out(shares, B, M);
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        const int32_t *here = most + b * groups;
+        Share s = shares[b];
+        int64_t found = bf16 ? gather(x, 1, F, width, here, bounds[b], s.ties, candidates + s.begin, keys + s.begin)
+                             : gather(x, 0, F, width, here, bounds[b], s.ties, candidates + s.begin, keys + s.begin);
+        if (e.error) {
+            look_up(e, b, candidates + s.begin, found, exact + s.begin);
+            keys_of(exact + s.begin, found, keys + s.begin);
+        }
+    }
+    int32_t least = reached_by(keys, M, n, n);
+    Share *ends = shares + B + 1;
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        Share share = {0};
+        for (int64_t i = shares[b].begin; i < shares[b + 1].begin; i++) {
+            share.above += keys[i] > least;
+            share.equal += keys[i] == least;
+        }
+        ends[b] = share;
+    }
+    shared_out(ends, B, n);
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        int64_t from = shares[b].begin, to = ends[b].begin;
+        keep(candidates + from, keys + from, shares[b + 1].begin - from, least, ends[b].ties, latents + to, values + to);
+        starts[b] = (int32_t)to;
+    }
+    starts[B] = (int32_t)n;
+}
+
+INLINE uint64_t above_thresholds(const void *x, int bf16, int64_t from, int64_t n, const float *thresholds, float off)
+{
+    uint8_t flags[64] = {0};
+    for (int64_t i = 0; i < n; i++)
+        flags[i] = at(x, bf16, from + i) > thresholds[from + i] - off;
+    return packed(flags);
+}
+
+INLINE int64_t mask_row(const void *x, int bf16, int64_t F, const float *thresholds, float off, uint64_t *mask)
+{
+    int64_t count = 0;
+    for (int64_t from = 0; from < F; from += 64, mask++) {
+        int whole = from + 64 <= F;
+        *mask = whole ? above_thresholds(x, bf16, from, 64, thresholds, off) : above_thresholds(x, bf16, from, F - from, thresholds, off);
+        count += __builtin_popcountll(*mask);
+    }
+    return count;
+}
+
+/* A bit for each place that is, or by its estimate may be, above its latent's threshold, [B, ceil(F / 64)], and where each token's begin.
+   Returns how many there are. */
+int64_t above_mask(const void *pre, int64_t bf16, int64_t B, int64_t F, const float *thresholds, const Exactly *exactly, uint64_t *mask,
+                   int32_t *starts, int64_t threads)
+{
+    int64_t words = (F + 63) / 64, total = 0;
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        uint64_t *here = mask + b * words;
+        float off = exactly->error ? exactly->error[b] : 0;
+        starts[b] = (int32_t)(bf16 ? mask_row(x, 1, F, thresholds, off, here) : mask_row(x, 0, F, thresholds, off, here));
+    }
+    for (int64_t b = 0; b <= B; b++) {
+        int64_t count = b < B ? starts[b] : 0;
+        starts[b] = (int32_t)total;
+        total += count;
+    }
+    return total;
+}
+
+/* The latents and values where the mask is set. */
+void above(const void *pre, int64_t bf16, int64_t B, int64_t F, const uint64_t *mask, const int32_t *starts, const Exactly *exactly,
+           int32_t *latents, float *values, int64_t threads)
+{
+    int64_t words = (F + 63) / 64;
+    Exactly e = *exactly;
+    EACH_ROW for (int64_t b = 0; b < B; b++)
+    {
+        const void *x = row_of(pre, bf16, F, b);
+        int64_t n = starts[b];
+        for (int64_t word = 0; word < words; word++)
+            for (uint64_t bits = mask[b * words + word]; bits; bits &= bits - 1, n++) {
+                int64_t i = 64 * word + __builtin_ctzll(bits);
+                latents[n] = (int32_t)i;
+                values[n] = at(x, bf16, i);
+            }
+        if (e.error)
+            look_up(e, b, latents + starts[b], n - starts[b], values + starts[b]);
+    }
+}
+
+/* --- sums over entries ------------------------------------------------------------------------------------------------------------ */
+
+/* A stable counting sort by latent. Each part of the entries is counted by itself, [parts, F]. */
+void group(const int32_t *latents, int64_t N, int64_t F, int64_t parts, int32_t *counts, int32_t *order, int32_t *starts, int64_t threads)
+{
+    memset(counts, 0, sizeof *counts * parts * F);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int t = 0; t < parts; t++)
+        for (int64_t i = N * t / parts; i < N * (t + 1) / parts; i++)
+            counts[t * F + latents[i]]++;
+    int32_t begin = 0;
+    for (int64_t f = 0; f < F; f++) {
+        starts[f] = begin;
+        for (int t = 0; t < parts; t++) {
+            int32_t count = counts[t * F + f];
+            counts[t * F + f] = begin;
+            begin += count;
+        }
+    }
+    starts[F] = begin;
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int t = 0; t < parts; t++)
+        for (int64_t i = N * t / parts; i < N * (t + 1) / parts; i++)
+            order[counts[t * F + latents[i]]++] = (int32_t)i;
+}
+
+void sum_by_latent(const float *values, const int32_t *order, const int32_t *starts, int64_t F, float *sums, int64_t threads)
+{
+#pragma omp parallel for schedule(dynamic, 256) num_threads(threads)
+    for (int64_t f = 0; f < F; f++) {
+        double sum = 0;
+        for (int64_t i = starts[f]; i < starts[f + 1]; i++)
+            sum += values[order[i]];
+        sums[f] = (float)sum;
+    }
 }
 
 void decode(const float *values, const float *W, const int32_t *latents, const int32_t *starts, int64_t R, int64_t D, float *out,

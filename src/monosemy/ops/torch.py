@@ -6,15 +6,24 @@ one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from monosemy.ops.entries import Entries, Picked
+from monosemy.ops.entries import Entries, Estimate, Picked
 
 Constraint = Literal["project", "constrain", "free"]
+
+
+def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None) -> Estimate | None:
+    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays; `lend` gives arrays to use.
+
+    None as well where no bound of its error is known, which is so of numbers that are not finite.
+    """
+    return None
+
 
 # --- selections: of equal values the earlier position is taken ----------------------------------------------------------------
 

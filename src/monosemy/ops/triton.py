@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from monosemy.ops.entries import Entries, Picked
-from monosemy.ops.torch import Constraint
+from monosemy.ops.torch import Constraint, estimate  # noqa: F401
 
 # --- selections: the kernels --------------------------------------------------------------------------------------------------
 #
