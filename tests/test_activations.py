@@ -253,6 +253,29 @@ def test_an_error_while_reading_ahead_costs_no_batch(make, monkeypatch):
     assert errors > 5 and equal(got, wanted)
 
 
+@pytest.mark.parametrize("steps", [3, 8, 9, 20])
+def test_nothing_is_read_ahead_that_will_not_be_asked_for(make, steps):
+    """The same batches from no more blocks than they lie in; after a state, too."""
+
+    def counted():
+        stream, read = make(), []
+        stream.on_contexts = read.append
+        return stream, read
+
+    (plain, _), (stream, read) = counted(), counted()
+    stream.wanted = steps
+    batches = take(stream, steps)
+    assert equal(batches, take(plain, steps))
+    assert sum(read) == 40 * (stream.state()["block"] + 1)
+    again, _ = counted()
+    first = take(again, steps // 2)
+    state, (again, read) = again.state(), counted()
+    again.restore(json.loads(json.dumps(state)))
+    again.wanted = steps - steps // 2
+    assert equal(first + take(again, again.wanted), batches)
+    assert sum(read) == 40 * (again.state()["block"] - state["block"] + 1)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_serves_the_same_however_busy_it_is(tiny_model, text_file):
     """Forwards beside long steps, in a stream of their own: no slot is read before it is written, or written before it was read."""

@@ -72,6 +72,7 @@ class ActivationStream:
         self.norm_limit: dict[Site, float] = {}
         self.counts: Counter[str] = Counter()
         self.on_contexts: Callable[[int], None] = lambda n: None  # told of contexts as they are read
+        self.wanted: int | None = None  # how many more batches will be asked for, where that is known: what lies after is not read ahead
         self._special = contexts.special_ids
         self._aside = _Aside(lm.device)
         self._forward_rows = contexts_per_forward * contexts.context_length  # at most
@@ -90,8 +91,10 @@ class ActivationStream:
         """
         if self._next == self._batches:
             self._turn()
-        if self._next > self._first:
+        if self._next > self._first and (self.wanted is None or self.wanted > self._batches - self._next):
             self._read_ahead()
+        if self.wanted is not None:
+            self.wanted -= 1
         taken = slice(self._next * self.batch, (self._next + 1) * self.batch)
         self._next += 1
         # a factor of one dimension makes half precision float32 in the division itself

@@ -183,6 +183,7 @@ def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
     with Interrupts() as interrupts, run.ending(), closing(store) as checkpoints:
         with Progress(plan, stream) as progress:
             started, kept = time.monotonic(), checkpoints.newest()
+            stream.wanted = plan.steps - (kept.step if kept else 0)
             ready = [] if kept else [_first_batch(c, stream)]
             if kept:
                 log.info("going on from %s", kept.folder)
