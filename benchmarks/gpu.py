@@ -562,6 +562,18 @@ def check_sums(report: Report, fast: Called) -> None:
     errors.tell(report)
 
 
+def check_estimate(report: Report, fast: Called) -> None:
+    """Where the form estimates the encoder's product, nothing is further off than it says."""
+    worst, made = 0.0, False
+    for B, D, F, _ in report.sizes.sums:
+        x_BD, W_FD, b_F = (torch.randn(*shape, device=report.device) for shape in ((B, D), (F, D), (F,)))
+        estimate = fast.estimate(x_BD, W_FD, b_F, ops.Scratch())
+        if estimate is not None:
+            off_BF = (estimate.pre_BF.double() - (x_BD.double() @ W_FD.double().T + b_F)).abs()
+            worst, made = max(worst, float((off_BF / estimate.error_B[:, None]).max())), True
+    report.add("estimate", worst, "of its bound", bound=1, note="" if made else "this form makes none")
+
+
 def check_dense(report: Report, fast: Called) -> None:
     """The dense layout's two passes: what is above a threshold, and what a mask lets through, where it holds what is not a number too."""
     device, errors = report.device, Errors()
@@ -676,7 +688,7 @@ def checks(report: Report) -> None:
     torch.manual_seed(0)
     fast = Called(form(torch.zeros(1, device=report.device)))
     report.add("form of the ops", note=fast.module.__name__)
-    for check in (check_selections, check_sums, check_dense, check_update):
+    for check in (check_selections, check_sums, check_estimate, check_dense, check_update):
         with report.case(check.__name__) as there_is_time:
             if there_is_time:
                 check(report, fast)
