@@ -129,13 +129,14 @@ def watched(member: Member, x_BD: Tensor, step: int, grads: dict[str, Tensor] | 
     return seen[0]
 
 
-def exact(member: Member, x_BD: Tensor, step: int, pre_BF: Tensor) -> Seen:
-    """What the next step of a member should go through, in float64 after the encoder's product `pre_BF`."""
+def exact(member: Member, x_BD: Tensor, step: int, pre_BF: Tensor | None = None) -> Seen:
+    """What the next step of a member should go through, in float64: all of it, or what comes after the encoder's product `pre_BF`."""
     sae, x_BD = copy.deepcopy(member.sae).double(), x_BD.double()
 
     def product(x_BD: Tensor, at: Moment) -> Product:
         made = type(sae).product(sae, x_BD, at)
-        made.pre_BF = pre_BF.double()
+        if pre_BF is not None:
+            made.pre = made.pre_BF = pre_BF.double()
         return made
 
     sae.product = product
@@ -153,13 +154,15 @@ def exact(member: Member, x_BD: Tensor, step: int, pre_BF: Tensor) -> Seen:
 class Apart:
     """How far one step in the fast form is from the plain one, from the same state, and both from float64.
 
-    Of gradients the largest difference over the largest magnitude, of the parameter that is furthest apart.
+    Of gradients the largest difference over the largest magnitude, of the parameter that is furthest apart. float64 begins after the
+    plain form's encoder product; with that itself where the two forms took different latents.
     """
 
     step: int
     sparse: bool  # the layout
     dead: int  # latents
     loss: float  # relative
+    loss_error: float  # the fast loss's distance from float64
     gradient: float
     fast_error: float  # the fast gradients' distance from float64
     plain_error: float  # the plain ones'
@@ -211,17 +214,20 @@ def from_each_state(name: str, batches: Sequence[Tensor], d_sae: int, form: str,
             ours = watched(fast, x_BD, step)
         with ops.using("torch"):
             theirs = watched(plain, x_BD, step, ours.grads)
-        true = exact(before, x_BD, step, theirs.codes.product.pre_BF)
+        flipped, ties = flips(before, ours, theirs)
+        true = exact(before, x_BD, step, None if flipped else theirs.codes.product.pre_BF)
         yield Apart(
             step,
             fast.sparse,
             int(fast.last["dead"]),
             abs(ours.loss - theirs.loss) / abs(theirs.loss),
+            abs(ours.loss - true.loss) / abs(true.loss),
             gradients_apart(ours, theirs),
             gradients_apart(ours, true),
             gradients_apart(theirs, true),
             distance(weights(fast), weights(plain)),
-            *flips(before, ours, theirs),
+            flipped,
+            ties,
         )
 
 

@@ -44,14 +44,15 @@ def large() -> Data:
 def check_states(name: str, batches: list[Tensor], d_sae: int, form: str, every: int) -> None:
     """Losses within 1e-6, gradients within 1e-5 of their largest value, and the same latents but for near-ties.
 
+    Where another latent of a near-tie was taken losses do differ: there the fast form is held to float64, which chooses for itself.
     Where gradients have all but cancelled, float32 itself loses more than 1e-5: there the fast form may be at most three times as far from
     float64 as the plain meaning is.
     """
     apart = list(same_maths.from_each_state(name, batches, d_sae, form, every=every))
-    assert all(a.loss <= 1e-6 for a in apart)
+    assert all((a.loss_error if a.flips else a.loss) <= 1e-6 for a in apart)
     assert all(a.flips == a.ties for a in apart)
     assert all(a.weights <= 1e-6 for a in apart)
-    assert max(a.fast_error for a in apart) <= max(1e-5, 3 * max(a.plain_error for a in apart))
+    assert max(a.fast_error for a in apart) <= max(1e-5, 3 * max(a.plain_error for a in apart if not a.flips))
     assert {a.sparse for a in apart} == ({True} if name.endswith("top_k") else {False, True})
     assert name in ("gated", "batch_top_k") or any(a.dead for a in apart), "AuxK and counters of dead latents are at work"
 
