@@ -99,8 +99,8 @@ def test_what_is_not_a_number_is_survived():
 OPERANDS = {
     "normal": lambda x, W: (x, W),
     "a few large columns, as in a residual stream": lambda x, W: (x * torch.where(torch.arange(x.shape[1]) % 11 == 3, 300.0, 1.0), W),
-    "tokens of all sizes": lambda x, W: (x * 10 ** torch.linspace(-18, 12, len(x))[:, None], W),
-    "latents of all sizes": lambda x, W: (x, W * 10 ** torch.linspace(-12, 6, len(W))[:, None]),
+    "tokens of all sizes": lambda x, W: (x * 10 ** torch.linspace(-30, 12, len(x))[:, None], W),
+    "latents of all sizes": lambda x, W: (x, W * 10 ** torch.linspace(-30, 6, len(W))[:, None]),
     "zeros": lambda x, W: (x * (torch.arange(len(x)) % 2)[:, None], W * (torch.arange(len(W)) % 3 > 0)[:, None]),
     "single entries": lambda x, W: (x * (torch.arange(x.shape[1]) == 0), W * (torch.arange(W.shape[1]) == 0)),
     "latents that hardly differ": lambda x, W: (x, W[:1] + 1e-4 * W),

@@ -113,6 +113,7 @@ def _int32(*shape: int) -> Tensor:
 # --- the encoder's product, estimated -----------------------------------------------------------------------------------------
 
 BF16_UNIT = 2.0**-8  # what rounding to bfloat16 takes of a number, at most
+TINY = 1e-18  # numbers below it have squares that float32 takes for zero, and so no norm
 
 
 def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None) -> Estimate | None:
@@ -146,7 +147,8 @@ def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor
         relative, of_b = 2.02 * BF16_UNIT, BF16_UNIT  # the product and its sum with b are rounded to it
     (_, norm_B, off_B), (_, norm, off), b = of_x, of_W.amax(1), b_F.abs().max()
     sums = (D + 16) * eps * (norm_B * norm + b)  # of float32 numbers, in any order
-    error_B = 1.001 * (off_B * norm + (norm_B + off_B) * off + of_b * b + sums)
+    unseen = D * TINY * (norm_B + norm)
+    error_B = 1.001 * (off_B * norm + (norm_B + off_B) * off + of_b * b + sums + unseen)
     return Estimate(pre_BF, error_B, relative, x_BD, W_FD, b_F) if error_B.isfinite().all() else None
 
 

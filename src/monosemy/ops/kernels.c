@@ -199,8 +199,9 @@ int64_t panel(int64_t threads)
 
 #define NORM 32000.0f /* of a quantised row: no sum of products of two rows, nor a part of one, leaves 32 bits (Cauchy and Schwarz) */
 
-/* Rows, times a number for each column, as integers times a unit for each row. Two columns lie together, of `interleaved` rows side by side:
-   [R / interleaved, D / 2, interleaved, 2], zero where there is no row or column. Norms are of the rows, and of what rounding took. `out` may be NULL. */
+/* Rows, times a number for each column, as integers times a unit for each row. Two columns lie together, of `interleaved` rows side by
+   side: [R / interleaved, D / 2, interleaved, 2], zero where there is no row or column. Norms are of the rows, and of what rounding took.
+   `out` may be NULL. */
 void quantise(const float *rows, const float *columns, int64_t R, int64_t D, int64_t interleaved, int16_t *out, float *units, float *norms,
               float *errors, int64_t threads)
 {
@@ -263,8 +264,10 @@ INLINE void tile(const int16_t *x, const int16_t *w, int64_t pairs, int64_t toke
     }
 }
 
-__attribute__((noinline)) static void whole_tile(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out) { tile(x, w, pairs, TILE, out); }
-__attribute__((noinline)) static void one_token(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out) { tile(x, w, pairs, 1, out); }
+typedef void Tile(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out);
+__attribute__((noinline)) static Tile whole_tile, one_token; /* where nothing else wants the registers */
+static void whole_tile(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out) { tile(x, w, pairs, TILE, out); }
+static void one_token(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out) { tile(x, w, pairs, 1, out); }
 #endif
 
 /* x W^T + b of what `quantise` made of x and W, [B, F]. */
@@ -312,7 +315,8 @@ INLINE int32_t lowered(Exactly e, int64_t b, int32_t bound, float off)
     return e.error ? key_of(value - (e.error[b] + off + 2 * e.relative * fabsf(value))) : bound;
 }
 
-/* The exact pre-activations of a token at n latents. Always four at once, so that a latent's value is the same whatever others are asked for. */
+/* The exact pre-activations of a token at n latents. Always four at once, so that a latent's value is the same whatever others are asked
+   for. */
 static void look_up(Exactly e, int64_t b, const int32_t *latents, int64_t n, float *values)
 {
     const float *x = e.x + b * e.D;
