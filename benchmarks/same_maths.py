@@ -155,7 +155,7 @@ class Apart:
     """How far one step in the fast form is from the plain one, from the same state, and both from float64.
 
     Of gradients the largest difference over the largest magnitude, of the parameter that is furthest apart. float64 begins after the
-    plain form's encoder product; with that itself where the two forms took different latents.
+    encoder's product, which both take alike; with that itself where the fast form estimated it, or the two took different latents.
     """
 
     step: int
@@ -215,7 +215,8 @@ def from_each_state(name: str, batches: Sequence[Tensor], d_sae: int, form: str,
         with ops.using("torch"):
             theirs = watched(plain, x_BD, step, ours.grads)
         flipped, ties = flips(before, ours, theirs)
-        true = exact(before, x_BD, step, None if flipped else theirs.codes.product.pre_BF)
+        same_product = not flipped and isinstance(ours.codes.product.pre, Tensor)
+        true = exact(before, x_BD, step, theirs.codes.product.pre_BF if same_product else None)
         yield Apart(
             step,
             fast.sparse,
