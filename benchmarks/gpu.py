@@ -356,21 +356,21 @@ def drawn(name: str, D: int, F: int, k: int, device: torch.device) -> SAE:
     with torch.device(device):
         sae = architecture(name)(D, F, **settings(name, k))
         rows_FD = normalize(torch.randn(F, D, generator=torch.Generator(device).manual_seed(0)), dim=1)
-    sae.W_enc_FD.data.copy_(rows_FD)
-    sae.W_dec_FD.data.copy_(rows_FD)
+    sae.W_enc.data.copy_(rows_FD)
+    sae.W_dec.data.copy_(rows_FD)
     return sae
 
 
 @torch.no_grad()
 def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
     """Lower b_enc alike for all latents until k of each token's are active on average."""
-    candidates = (x_BD @ sae.W_enc_FD.T).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()  # no token has more of them
-    sae.b_enc_F.sub_(candidates.topk(k * len(x_BD)).values[-1] - getattr(sae, "threshold_F", torch.zeros_like(sae.b_enc_F)))
+    candidates = (x_BD @ sae.W_enc.T).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()  # no token has more of them
+    sae.b_enc.sub_(candidates.topk(k * len(x_BD)).values[-1] - (sae.threshold if sae.name == "jump_relu" else 0))
 
 
 def member(sae: SAE, name: str, B: int, k: int, *, scratch: ops.Scratch, dense: bool = False, any_dead: bool = False) -> Member:
     """The SAE in training with a bfloat16 product, at a step at which nothing begins or ends, in one of the layouts; AuxK with `any_dead`."""
-    device = sae.W_enc_FD.device
+    device = sae.W_enc.device
     phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
     schedule = Schedule.of_run(STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases)
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
@@ -926,7 +926,7 @@ def find_peer(folder: Path | None) -> bool:
 
 def trainer(sae: SAE) -> Any:
     """Their trainer of an architecture, with the weights of ours."""
-    device = sae.W_enc_FD.device
+    device = sae.W_enc.device
     module, name = DictionaryLearning.trainers[sae.name].split(".")
     given = dict(vars(sae.settings)) | {
         "activation_dim": sae.d_in,

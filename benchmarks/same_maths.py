@@ -192,7 +192,7 @@ def flips(member: Member, ours: Seen, theirs: Seen) -> tuple[int, int]:
         "top_k": kept_BF.amin(1, keepdim=True),
         "batch_top_k": kept_BF.amin(),
         "matryoshka_batch_top_k": kept_BF.amin(),
-        "jump_relu": member.sae.threshold_F - member.sae.settings.bandwidth / 2 if name == "jump_relu" else None,
+        "jump_relu": member.sae.threshold - member.sae.settings.bandwidth / 2 if name == "jump_relu" else None,
     }.get(name, torch.zeros(()))
     boundary_N = boundary.expand_as(pre_BF).flatten()[flat]
     return len(flat), int(((pre_BF.flatten()[flat] - boundary_N).abs() <= 1e-5 * boundary_N.abs()).sum())

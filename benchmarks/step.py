@@ -192,7 +192,7 @@ class SAELens(Theirs):
         sparsity = {"k": sae.settings.k} if sae.name in TOP_K else {"l1_coefficient": sae.settings.l1_penalty}
         config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=sae.d_in, d_sae=sae.d_sae, **sparsity)
         theirs = getattr(sae_lens, f"{kind}TrainingSAE")(config)
-        weights = {"W_enc": sae.W_enc_FD.T, "b_enc": sae.b_enc_F, "W_dec": sae.W_dec_FD, "b_dec": sae.b_dec_D}
+        weights = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         theirs.load_state_dict({**theirs.state_dict(), **weights})
         run = SAETrainerConfig(STEPS * args.batch, args.batch, lr=LR, lr_end=LR / 10)
         self.trainer = sae_lens.SAETrainer(run, theirs, data_provider=iter(()))
@@ -225,7 +225,7 @@ class Sparsify(Theirs):
         from transformers import get_linear_schedule_with_warmup
 
         self.coder = SparseCoder(sae.d_in, SparseCoderConfig(num_latents=sae.d_sae, k=sae.settings.k), dtype=torch.float32)
-        weights = {"encoder.weight": sae.W_enc_FD, "encoder.bias": sae.b_enc_F, "W_dec": sae.W_dec_FD, "b_dec": sae.b_dec_D}
+        weights = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         self.coder.load_state_dict(weights)
         groups = [{"params": self.coder.parameters(), "lr": LR}]
         self.optimizer: Any
@@ -295,9 +295,8 @@ def activations(steps: int, B: int, D: int) -> list[Tensor]:
 @torch.no_grad()
 def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
     """Lower b_enc alike for all latents until k of each token's are active on average."""
-    least = (x_BD @ sae.W_enc_FD.T + sae.b_enc_F).flatten().topk(k * len(x_BD)).values[-1]
-    threshold_F = getattr(sae, "threshold_F", torch.zeros(sae.d_sae))
-    sae.b_enc_F.sub_(least - threshold_F)
+    least = (x_BD @ sae.W_enc.T + sae.b_enc).flatten().topk(k * len(x_BD)).values[-1]
+    sae.b_enc.sub_(least - (sae.threshold if sae.name == "jump_relu" else 0))
 
 
 @torch.no_grad()
@@ -305,9 +304,9 @@ def silence(sae: SAE, x_BD: Tensor, k: int, share: float) -> Tensor:
     """Lower b_enc of a share of the latents, until their largest value is half of the smallest that is kept; which they are, [F]."""
     dead_F = torch.zeros(sae.d_sae, dtype=torch.bool)
     dead_F[torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))[: int(share * sae.d_sae)]] = True
-    pre_BF = x_BD @ sae.W_enc_FD.T + sae.b_enc_F
+    pre_BF = x_BD @ sae.W_enc.T + sae.b_enc
     least = pre_BF[:, ~dead_F].topk(k, dim=1).values[:, -1].min()
-    sae.b_enc_F[dead_F] -= pre_BF[:, dead_F].max() - least / 2
+    sae.b_enc[dead_F] -= pre_BF[:, dead_F].max() - least / 2
     return dead_F
 
 

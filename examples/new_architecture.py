@@ -41,7 +41,7 @@ class Tanh(SAE):
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         saturating = f.total(lambda values: torch.tanh(self.settings.steepness * values)) / len(x_BD)
         return {"loss": mse + self.settings.penalty * at.sparsity * saturating, "mse": mse, "tanh": saturating}
 

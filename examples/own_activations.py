@@ -34,12 +34,12 @@ def main(folder: Path | None = None, steps: int = 600) -> float:
     fitted = monosemy.fit(batches, specs)  # both on the same batches; `steps=` where batches come from a generator
     found = []
     for i, sae in enumerate(fitted.saes):
-        cosines = torch.nn.functional.normalize(sae.W_dec_FD, dim=1) @ directions.T
+        cosines = torch.nn.functional.normalize(sae.W_dec, dim=1) @ directions.T
         found.append(float(cosines.amax(0).mean()))
         print(f"{sae.name:12} mean cosine of the true directions with their nearest latents: {found[-1]:.3f}")
         if folder is not None:
             formats.save(sae, folder / f"sae_{i}", {"status": fitted.status})
-            assert torch.equal(monosemy.load(folder / f"sae_{i}").W_dec_FD, sae.W_dec_FD)
+            assert torch.equal(monosemy.load(folder / f"sae_{i}").W_dec, sae.W_dec)
     return found[0]
 
 

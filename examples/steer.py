@@ -19,7 +19,7 @@ def main(folder: Positional[str], latent: int, strength: float, text: str = "My 
     sae, about = formats.read(folder)
     site = Site.parse(about["site"])
     lm = LanguageModel.load(about["model"], [site], whole=True)
-    direction_D = strength * sae.W_dec_FD[latent].to(lm.device)
+    direction_D = strength * sae.W_dec[latent].to(lm.device)
 
     tokenizer = load_tokenizer(about["model"])
     ids = tokenizer(text, add_special_tokens=False).input_ids

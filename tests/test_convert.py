@@ -32,7 +32,7 @@ SETTINGS = {
     "matryoshka_batch_top_k": {"k": 5, "group_fractions": (0.25, 0.75)},
 }
 OURS = [f"ours/{name}" for name in SETTINGS]
-THEIRS = sorted(str(path.parent.relative_to(DATA)) for path in DATA.glob("*/*/c*f*g.json") if path.parent.parent.name != "traces")
+THEIRS = sorted(str(path.parent.relative_to(DATA)) for path in DATA.glob("*/*/c*f*g.json") if path.parent.parent.name not in ("traces", "version_1"))
 SOURCES = [*OURS, *THEIRS]
 PEERS = ("dictionary_learning", "sae_lens", "sparsify")
 RELU = ("standard", "standard_new", "p_anneal", "standard_uncentred", "standard_bfloat16")
@@ -49,7 +49,7 @@ def our_saes(folder: Path) -> None:
         for of, tensor in sae.state_dict().items():
             drawn = 0.3 * torch.randn(tensor.shape, generator=draw)
             tensor.copy_(drawn.abs() + 0.1 if "threshold" in of else drawn)
-        sae.W_dec_FD.data.div_(sae.W_dec_FD.norm(dim=1, keepdim=True))
+        sae.W_dec.data.div_(sae.W_dec.norm(dim=1, keepdim=True))
         formats.save(sae, folder / name, CONFIG)
 
 
@@ -160,18 +160,18 @@ def test_gemma_scope_s_npz_is_read(tmp_path):
     x_hat = (np.maximum(pre, 0) * (pre > p["threshold"])) @ p["W_dec"] + p["b_dec"]
     assert np.allclose(sae(torch.from_numpy(x)).numpy(), x_hat, atol=1e-5)
     formats.convert(folder, tmp_path / "out", "sae_lens")
-    assert torch.equal(monosemy.load(tmp_path / "out").W_dec_FD, sae.W_dec_FD)
+    assert torch.equal(monosemy.load(tmp_path / "out").W_dec, sae.W_dec)
     for layout in (np.float16, np.float64):
         gemma_scope(folder, **{name: p[name].astype(layout) for name in p})
         assert torch.allclose(monosemy.load(folder)(torch.from_numpy(x)), torch.from_numpy(x_hat), atol=0.05)
     gemma_scope(folder, W_enc=np.asfortranarray(p["W_enc"]))
-    assert torch.equal(monosemy.load(folder).W_enc_FD, sae.W_enc_FD)
+    assert torch.equal(monosemy.load(folder).W_enc, sae.W_enc)
 
 
 @pytest.mark.parametrize("name", ["jump_relu", "batch_top_k"])
 def test_thresholds_of_at_most_0_are_a_relu_to_sparsify(name, ours, tmp_path):
     sae, about = formats.read(ours / "ours" / name)
-    thresholds = sae.state_dict()["threshold_F" if name == "jump_relu" else "threshold"]
+    thresholds = sae.state_dict()["threshold"]
     thresholds.copy_(-thresholds)
     formats.save(sae, tmp_path / "relu", about)
     formats.convert(tmp_path / "relu", tmp_path / "out", "sparsify")
@@ -305,11 +305,11 @@ def test_a_factor_that_is_not_folded_in_is_refused(tmp_path):
 
 def test_what_dictionary_learning_would_make_nan_of_is_refused(ours, tmp_path):
     sae = monosemy.load(ours / "ours/standard")
-    sae.W_dec_FD.data[3] = 0
+    sae.W_dec.data[3] = 0
     formats.save(sae, tmp_path / "sae", CONFIG)
     with pytest.raises(ValueError, match="rows of zeros.*gives NaN"):
         formats.convert(tmp_path / "sae", tmp_path / "there", "dictionary_learning")
-    sae.W_dec_FD.data[3] = torch.nan
+    sae.W_dec.data[3] = torch.nan
     formats.save(sae, tmp_path / "sae", CONFIG)
     with pytest.raises(ValueError, match="finite"):
         formats.convert(tmp_path / "sae", tmp_path / "there", "sae_lens")

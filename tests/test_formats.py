@@ -69,7 +69,7 @@ def test_their_settings_come_along(name):
     for ours, key in LAYOUTS[name].settings.items():
         value = getattr(sae.settings, ours)
         assert (list(value) if isinstance(value, tuple) else value) == trainer[key], ours
-    assert torch.allclose(sae.W_dec_FD.norm(dim=1), torch.ones(sae.d_sae), atol=1e-5)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae), atol=1e-5)
 
 
 @every
@@ -247,7 +247,7 @@ def test_weights_that_do_not_fit_their_config_are_said(folder):
     for bad in (
         {n: t for n, t in tensors.items() if n != "threshold"},
         tensors | {"more": torch.zeros(3)},
-        tensors | {"b_dec_D": torch.zeros(3)},
+        tensors | {"b_dec": torch.zeros(3)},
     ):
         save_file(bad, folder / "sae.safetensors")
         with pytest.raises(ValueError, match=r"config\.json"):
@@ -298,7 +298,7 @@ def disk_full(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("again", [False, True], ids=["new folder", "over an older one"])
 def test_a_save_that_fails_leaves_no_file_half_written(folder, tmp_path, monkeypatch, disk_full, n, again):
     old, new = formats.load(folder), formats.load(folder)
-    new.b_dec_D.data += 1
+    new.b_dec.data += 1
     target = folder if again else tmp_path / "new"
     with monkeypatch.context():
         disk_full(n)
@@ -310,12 +310,12 @@ def test_a_save_that_fails_leaves_no_file_half_written(folder, tmp_path, monkeyp
         if (target / file).exists():
             read(target / file)
     if again:
-        assert float(formats.load(target).b_dec_D[0]) in (float(old.b_dec_D[0]), float(new.b_dec_D[0]))
+        assert float(formats.load(target).b_dec[0]) in (float(old.b_dec[0]), float(new.b_dec[0]))
     else:
         with pytest.raises(ValueError, match=r"config\.json"):
             formats.load(target)
     formats.save(new, target, {"status": "complete"})
-    assert torch.equal(formats.load(target).b_dec_D, new.b_dec_D)
+    assert torch.equal(formats.load(target).b_dec, new.b_dec)
     assert sorted(path.name for path in target.iterdir()) == ["ae.pt", "config.json", "sae.safetensors"]
 
 

@@ -124,9 +124,7 @@ MALICES: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "a pickle called config": ("native", lambda f, c: (f / "config.json").write_bytes(call(c))),
     "a pickle in what was kept": (
         "sae_lens",
-        lambda f, c: edit(
-            f / "monosemy.json", lambda kept: kept["tensors"].update(threshold_F={"shape": [F], "float32": call(c).decode()})
-        ),
+        lambda f, c: edit(f / "monosemy.json", lambda kept: kept["tensors"].update(threshold={"shape": [F], "float32": call(c).decode()})),
     ),
     "a class for an architecture": ("native", lambda f, c: edit(f / "config.json", lambda config: config.update(architecture="os.system"))),
 }
@@ -245,7 +243,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "what was kept is larger than itself": (
         "sae_lens",
-        lambda f: edit(f / "monosemy.json", lambda k: k["tensors"].update(b_enc_F={"shape": [1 << 40], "float32": "AAAA"})),
+        lambda f: edit(f / "monosemy.json", lambda k: k["tensors"].update(b_enc={"shape": [1 << 40], "float32": "AAAA"})),
     ),
 }
 

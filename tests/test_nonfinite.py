@@ -91,7 +91,7 @@ def test_fit_passes_over_a_broken_batch_and_counts_it():
     stopped = monosemy.fit(data, [spec("top_k")], normalize=False)
     assert stopped.status == "failed" and f"step {BAD}, with a batch that was not finite" in stopped.failed[0]
     passed = monosemy.fit(data, [spec("top_k")], normalize=False, on_nonfinite="skip")
-    assert passed.status == "complete" and passed.metrics[-1]["skipped"] == 1 and passed.saes[0].W_dec_FD.isfinite().all()
+    assert passed.status == "complete" and passed.metrics[-1]["skipped"] == 1 and passed.saes[0].W_dec.isfinite().all()
     with pytest.raises(ValueError, match="batches is 'not finite'"):
         monosemy.fit(data, [spec("top_k")])
 

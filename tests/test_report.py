@@ -126,16 +126,16 @@ def planted(d_in=24, d_sae=48):
 def test_planted_copies_are_found():
     sae = planted()
     before = latents.geometry(sae)
-    sae.W_dec_FD.data[7] = 3 * sae.W_dec_FD.data[30]
-    sae.W_dec_FD.data[9] = sae.W_dec_FD.data[11] + 0.3 * sae.W_dec_FD.data[12] * sae.W_dec_FD.data[11].norm() / sae.W_dec_FD.data[12].norm()
-    near_F, cosine_F = latents.nearest(sae.W_dec_FD)
+    sae.W_dec.data[7] = 3 * sae.W_dec.data[30]
+    sae.W_dec.data[9] = sae.W_dec.data[11] + 0.3 * sae.W_dec.data[12] * sae.W_dec.data[11].norm() / sae.W_dec.data[12].norm()
+    near_F, cosine_F = latents.nearest(sae.W_dec)
     assert near_F[7] == 30 and near_F[30] == 7 and cosine_F[7] == pytest.approx(1)
     after = latents.geometry(sae)
     assert (before["copies"], before["near_copies"]) == (0, 0) and (after["copies"], after["near_copies"]) == (2, 4)
-    ids, cosines = latents.neighbours(sae.W_dec_FD, torch.tensor([7, 0]), 3)
+    ids, cosines = latents.neighbours(sae.W_dec, torch.tensor([7, 0]), 3)
     assert ids[0, 0] == 30 and 0 not in ids[1] and (cosines.diff(dim=1) <= 0).all()
     assert before["encoder_decoder_cosine"] == pytest.approx(1)
-    sae.W_dec_FD.data.fill_(torch.nan)
+    sae.W_dec.data.fill_(torch.nan)
     assert latents.geometry(sae)["decoder_max_cosine"] is None
 
 
@@ -173,7 +173,7 @@ def test_a_decoder_that_writes_one_token_promotes_it(kind):
 
 def test_pages_are_chosen_fairly(codes):
     g, sae = gathered(codes), planted(8, F)
-    near_F, cosine_F = latents.nearest(sae.W_dec_FD)
+    near_F, cosine_F = latents.nearest(sae.W_dec)
     entropy_F = torch.zeros(F, dtype=torch.float64)
     chosen, reasons = latents.choose(g, near_F, cosine_F, latents.encoder_decoder(sae), 15, entropy_F)
     assert len(set(chosen.tolist())) == len(chosen) == 15 and 0 not in chosen  # a latent that never fired has no page

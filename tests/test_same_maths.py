@@ -249,10 +249,10 @@ def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Itera
     """A run whose L0 is small from one step on until another, by its encoder's biases: (step, member after it)."""
     B, D, F = 32, 16, 64
     m, of = Member(name, SAESpec(name, F, lr=lr, settings=SETTINGS[name]), D, Schedule.of_run(1000, B)), batches(B, D)
-    usual = m.sae.b_enc_F.detach().clone()
+    usual = m.sae.b_enc.detach().clone()
     for step in range(10**6):
         if step in (falls, rises):
-            m.sae.b_enc_F.data.copy_(usual - (0.3 if step == falls else 0.0))
+            m.sae.b_enc.data.copy_(usual - (0.3 if step == falls else 0.0))
         m.step(of[step % len(of)], step)
         yield step, m
 

@@ -209,7 +209,7 @@ def unit_rows(W_FD: Tensor) -> Tensor:
 @torch.inference_mode()
 def encoder_decoder(sae: Any) -> Tensor:
     """The cosine of each latent's encoder and decoder, [F]."""
-    return (unit_rows(sae.W_enc_FD) * unit_rows(sae.W_dec_FD)).sum(1)
+    return (unit_rows(sae.W_enc) * unit_rows(sae.W_dec)).sum(1)
 
 
 @torch.inference_mode()
@@ -239,7 +239,7 @@ def _others(unit_FD: Tensor, rows: Tensor) -> Tensor:
 
 def geometry(sae: Any) -> dict[str, Any]:
     """Columns of a row: how alike an SAE's latents are to one another, and each one's encoder to its decoder."""
-    _, cosine_F = nearest(sae.W_dec_FD)
+    _, cosine_F = nearest(sae.W_dec)
     means = {
         "decoder_max_cosine": float(cosine_F.double().mean()),
         "encoder_decoder_cosine": float(encoder_decoder(sae).double().mean()),
@@ -345,7 +345,7 @@ def arrays(
 
     tokens = contexts_CL.to(g.device).flatten()
     enc_dec_F = encoder_decoder(sae)
-    near_F, cosine_F = nearest(sae.W_dec_FD)
+    near_F, cosine_F = nearest(sae.W_dec)
     at_FR = g.strongest.at_SR.long()
     peaks_FR = torch.where(at_FR >= 0, tokens[at_FR.clamp(min=0)], -1)
     yield column("count", g.n_F, np.uint32)
@@ -375,11 +375,11 @@ def arrays(
     yield column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
     yield column("page_candidates", g.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
     if P:
-        near_PM, cosine_PM = neighbours(sae.W_dec_FD, latents_P)
+        near_PM, cosine_PM = neighbours(sae.W_dec, latents_P)
         yield column("page_near", near_PM, np.uint32)
         yield column("page_near_cosine", cosine_PM, np.float32)
     if P and site.kind != "module" and sae.d_in == lm.model.get_output_embeddings().weight.shape[1]:
-        up, up_z, down, down_z = logit_effects(sae.W_dec_FD[latents_P], lm, masked_V)
+        up, up_z, down, down_z = logit_effects(sae.W_dec[latents_P], lm, masked_V)
         yield column("page_promotes", up, np.int32)
         yield column("page_promotes_z", up_z, np.float32)
         yield column("page_suppresses", down, np.int32)

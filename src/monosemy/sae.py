@@ -1,7 +1,7 @@
 """A sparse autoencoder, its codes, and the registry of architectures.
 
 B tokens, D d_in, F d_sae, K kept of each token, N active entries, G groups of latents. Weights are stored a latent per row
-(W_enc_FD, W_dec_FD), so that everything about a latent lies together.
+(W_enc and W_dec are [F, D]), so that everything about a latent lies together.
 
 A code is a *support* (which latents of which tokens) and values on it. Two layouts hold the same thing: `DenseCodes` a [B, F] array
 with a mask, `SparseCodes` flat lists of N entries. An objective is written once, in the algebra that both share.
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
 
 EPS = torch.finfo(torch.float32).eps
+T = TypeVar("T")
 
 # --- codes ------------------------------------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class SAE(nn.Module, ABC):
     short_run_lr: ClassVar[float] = 4e-3  # what suits a run of a few hundred steps (docs/log.md)
     pre_bias: bool = True  # the encoder sees x - b_dec; another tool's SAE may say otherwise than its kind
     always_sparse: ClassVar[bool] = False
-    scaled: ClassVar[tuple[str, ...]] = ("b_enc_F", "b_dec_D")  # what carries the units of the activations
+    scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # what carries the units of the activations
     modes: tuple[str, ...] = ("default",)  # the first is what `encode` does where none is named
 
     @dataclass(frozen=True)
@@ -282,10 +283,10 @@ class SAE(nn.Module, ABC):
             raise invalid(field, settings[field], f"settings of {self.name}: {', '.join(sorted(known)) or 'none'}", "take it out")
         self.d_in, self.d_sae = d_in, d_sae
         self.settings: Any = self.Settings(**settings)
-        self.W_enc_FD = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_enc_F = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec_FD = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec_D = nn.Parameter(torch.zeros(d_in))
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     # what an architecture defines
 
@@ -329,8 +330,8 @@ class SAE(nn.Module, ABC):
     # what every architecture has
 
     def product(self, x_BD: Tensor, at: Moment) -> Product:
-        b_dec_D = self.b_dec_D if self.pre_bias else None
-        return Product(x_BD, self.W_enc_FD, self.b_enc_F, b_dec_D, bf16=at.bf16, few=at.few, scratch=at.scratch, capacity=at.capacity)
+        b_dec_D = self.b_dec if self.pre_bias else None
+        return Product(x_BD, self.W_enc, self.b_enc, b_dec_D, bf16=at.bf16, few=at.few, scratch=at.scratch, capacity=at.capacity)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
         """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost alone.
@@ -346,14 +347,14 @@ class SAE(nn.Module, ABC):
                 "mode", mode, '"threshold" where latents are given', "the k largest need every latent: take columns of the result"
             )
         rows = slice(None) if latents is None else latents
-        centred = x - self.b_dec_D if self.pre_bias else x
-        pre = nn.functional.linear(centred.reshape(-1, self.d_in), self.W_enc_FD[rows], self.b_enc_F[rows])
+        centred = x - self.b_dec if self.pre_bias else x
+        pre = nn.functional.linear(centred.reshape(-1, self.d_in), self.W_enc[rows], self.b_enc[rows])
         f = self.select(pre) if mode == "top_k" else self.gate(pre, rows)
         return f.view(*x.shape[:-1], -1)
 
     def decode(self, f: Tensor) -> Tensor:
         """f W_dec + b_dec: [.., F] to [.., D]."""
-        return f @ self.W_dec_FD + self.b_dec_D
+        return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor, mode: str | None = None) -> Tensor:
         """The reconstruction of x [.., D]."""
@@ -368,23 +369,23 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def unit_decoder_(self) -> None:
         """Move each decoder row's norm into the latent's encoder and biases; the function of x stays as it is."""
-        norm_F = torch.linalg.vector_norm(self.W_dec_FD, dim=1)
+        norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
         norm_F = torch.where(norm_F > 0, norm_F, 1)
-        self.W_dec_FD.div_(norm_F[:, None])
-        self.W_enc_FD.mul_(norm_F[:, None])
-        self.b_enc_F.mul_(norm_F)
+        self.W_dec.div_(norm_F[:, None])
+        self.W_enc.mul_(norm_F[:, None])
+        self.b_enc.mul_(norm_F)
 
     @torch.no_grad()
     def centre_(self, pre_bias: bool) -> None:
         """Have the encoder see x - b_dec, or x itself; the function of x stays as it is, to rounding."""
         if pre_bias != self.pre_bias:
-            moved_F = (self.W_enc_FD.double() @ self.b_dec_D.double()).float()
+            moved_F = (self.W_enc.double() @ self.b_dec.double()).float()
             self.shift_encoder_(moved_F if pre_bias else -moved_F)
             self.pre_bias = pre_bias
 
     def shift_encoder_(self, shift_F: Tensor) -> None:
         """Add to x W_enc^T, [F], wherever it is used."""
-        self.b_enc_F.add_(shift_F)
+        self.b_enc.add_(shift_F)
 
 
 REGISTRY: dict[str, type[SAE]] = {}
@@ -405,6 +406,32 @@ def architecture(name: str) -> type[SAE]:
     return REGISTRY[name]
 
 
+# what tensors were called in files before version 2 of the layout; such folders and checkpoints load for ever
+FORMER_NAMES = {
+    "W_enc_FD": "W_enc",
+    "b_enc_F": "b_enc",
+    "W_dec_FD": "W_dec",
+    "b_dec_D": "b_dec",
+    "threshold_F": "threshold",
+    "b_mag_F": "b_mag",
+    "r_mag_F": "r_mag",
+    "queue_Q2": "queue",
+}
+
+
+def current_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Rename tensors that an earlier version wrote; a name may have a prefix, as in `optimizer.m.W_enc_FD`.
+
+    Raises ValueError where one tensor is there under both names.
+    """
+    parted = {name: name.rpartition(".") for name in tensors}
+    renamed = {prefix + dot + FORMER_NAMES.get(last, last): tensors[name] for name, (prefix, dot, last) in parted.items()}
+    if len(renamed) < len(tensors):
+        twice = sorted(name for name in tensors if name not in renamed)
+        raise invalid("tensors", ", ".join(twice), "each under its present name or its former one", "copy the file again")
+    return renamed
+
+
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
     """Draws from U(-bound, bound). An nn.Linear of n inputs takes its weight [out, in], then its bias, with bound n^-1/2."""
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
@@ -422,8 +449,8 @@ def reset_relu(sae: SAE, generator: torch.Generator) -> None:
     """
     D, F = sae.d_in, sae.d_sae
     uniform((F, D), D**-0.5, generator)
-    sae.b_enc_F.data.copy_(uniform((F,), D**-0.5, generator))
+    sae.b_enc.data.copy_(uniform((F,), D**-0.5, generator))
     uniform((D, F), F**-0.5, generator)
     rows_FD = 0.1 * unit(torch.randn(D, F, generator=generator), 0).T
-    sae.W_enc_FD.data.copy_(rows_FD)
-    sae.W_dec_FD.data.copy_(rows_FD)
+    sae.W_enc.data.copy_(rows_FD)
+    sae.W_dec.data.copy_(rows_FD)

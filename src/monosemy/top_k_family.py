@@ -26,7 +26,7 @@ class TopKFamily(SAE):
     sparsity = "k"
     always_sparse = True
     modes = ("threshold", "top_k")
-    scaled = ("b_enc_F", "b_dec_D", "threshold")
+    scaled = ("b_enc", "b_dec", "threshold")
 
     threshold: Tensor  # negative until it has a value
     threshold_values: Tensor  # how many it has averaged
@@ -49,11 +49,11 @@ class TopKFamily(SAE):
 
     def begin_from(self, rows_FD: Tensor) -> None:
         """Decoder rows, and the encoder equal to them."""
-        self.W_enc_FD.data.copy_(rows_FD)
-        self.W_dec_FD.data.copy_(rows_FD)
+        self.W_enc.data.copy_(rows_FD)
+        self.W_dec.data.copy_(rows_FD)
 
     def begin(self, x_BD: Tensor) -> None:
-        self.b_dec_D.data.copy_(geometric_median(x_BD).nan_to_num(0.0))  # of a batch that is not finite there is none
+        self.b_dec.data.copy_(geometric_median(x_BD).nan_to_num(0.0))  # of a batch that is not finite there is none
 
     def phase(self, at: Moment) -> bool:
         return at.step > at.schedule.threshold_start_step
@@ -85,7 +85,7 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, at: Moment) -> Tensor:
         return error_BD.new_zeros(())
     aux = codes.product.top_k_among(at.dead_F, max(sae.d_in // 2, 1))
     e_BD = error_BD.detach()
-    left = (e_BD - aux.map(torch.relu).decode(sae.W_dec_FD)).pow(2).sum(1).mean()
+    left = (e_BD - aux.map(torch.relu).decode(sae.W_dec)).pow(2).sum(1).mean()
     share = (left / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()).nan_to_num(0.0)
     return torch.where(at.dead_F.any(), share, 0)
 

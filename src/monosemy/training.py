@@ -20,7 +20,7 @@ from monosemy import ops
 from monosemy.config import invalid
 from monosemy.graphs import Captured
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
-from monosemy.sae import SAE, Codes, Moment, architecture
+from monosemy.sae import SAE, Codes, Moment, architecture, current_names
 from monosemy.schedule import Schedule
 
 LOOK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
@@ -235,6 +235,7 @@ class Member:
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where an equal member gave its `state`."""
+        state = current_names(state)
         for name, tensor in [*self.sae.named_parameters(), *self.sae.named_buffers()]:
             tensor.copy_(state[f"sae.{name}"])
         self.stack.optimizer.restore(self.place, {n.removeprefix("optimizer."): t for n, t in state.items()})
@@ -293,16 +294,16 @@ class Stack:
         sae = self.members[0].sae
         return ops.Optimizer(
             self.params,
-            decoder="W_dec_FD",
+            decoder="W_dec",
             constraint=sae.constraint,
             clip=sae.clip,
             betas=sae.betas,
-            shadow="W_enc_FD" if self.members[0].bf16 else None,
+            shadow="W_enc" if self.members[0].bf16 else None,
         )
 
     def shadow(self, member: Member) -> Tensor:
         """W_enc in bfloat16."""
-        return self.optimizer.shadow["W_enc_FD"][member.place]
+        return self.optimizer.shadow["W_enc"][member.place]
 
     def step(self, batches: Mapping[str, Tensor], step: int) -> None:
         """One optimizer step of every member, on its batch of scaled activations [B, D]. Nothing in it waits for a GPU."""

@@ -73,9 +73,9 @@ def test_the_gradient_is_the_loss_s_slope(name):
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::7] = True
     at = Moment(35, m.schedule, sparse=True, dead_F=dead)
-    moved = {n: p for n, p in sae.named_parameters() if n != "threshold_F"}  # its gradient is an estimate, not the slope
+    moved = {n: p for n, p in sae.named_parameters() if n != "threshold"}  # its gradient is an estimate, not the slope
     if name == "gated":  # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
-        moved = {n: p for n, p in moved.items() if n not in ("W_dec_FD", "b_dec_D")}
+        moved = {n: p for n, p in moved.items() if n not in ("W_dec", "b_dec")}
 
     def loss():
         return parts(sae, x, at)["loss"]
@@ -84,7 +84,7 @@ def test_the_gradient_is_the_loss_s_slope(name):
     eps = 1e-7
     for i, (n, p) in enumerate(moved.items()):
         direction = torch.randn(p.shape, generator=generator(i, "direction"), dtype=torch.float64)
-        if "auxk" in parts(sae, x, at) and n in ("W_dec_FD", "W_enc_FD", "b_enc_F", "b_dec_D"):
+        if "auxk" in parts(sae, x, at) and n in ("W_dec", "W_enc", "b_enc", "b_dec"):
             continue  # AuxK holds the residual fixed; its gradients are checked below
         p.data.add_(eps * direction)
         above = float(loss())
@@ -107,7 +107,7 @@ def test_auxk_by_plain_autograd(name):
     parameters = list(sae.parameters())
     ours = parts(sae, x, at)
     assert float(ours["auxk"]) > 0
-    k, pre = SETTINGS[name]["k"], ((x - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F).relu()
+    k, pre = SETTINGS[name]["k"], ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
     if name == "top_k":
         kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, 1).indices, True)
     else:
@@ -115,12 +115,12 @@ def test_auxk_by_plain_autograd(name):
     f = torch.where(kept, pre, 0)
     sizes = sae.group_sizes if name.startswith("matryoshka") else [F]
     edges = torch.tensor(sizes).cumsum(0).tolist()
-    errors = [x - f[:, :e] @ sae.W_dec_FD[:e] - sae.b_dec_D for e in edges]
+    errors = [x - f[:, :e] @ sae.W_dec[:e] - sae.b_dec for e in edges]
     e = errors[-1].detach()
     among = torch.where(dead, pre, -1)
     k_aux = min(D // 2, int(dead.sum()))
     chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, among.topk(k_aux, 1).indices, True)
-    auxk = (e - torch.where(chosen, pre, 0) @ sae.W_dec_FD).square().sum(1).mean() / (e - e.mean(0)).square().sum(1).mean()
+    auxk = (e - torch.where(chosen, pre, 0) @ sae.W_dec).square().sum(1).mean() / (e - e.mean(0)).square().sum(1).mean()
     loss = torch.stack([r.square().sum(1).mean() for r in errors]).mean() + sae.settings.auxk_alpha * auxk
     assert float(ours["loss"]) == pytest.approx(float(loss), rel=1e-10)
     for n, a, b in zip(
@@ -165,8 +165,8 @@ def test_training_learns_and_is_a_function_of_its_seed(name):
     start.step(batch(0), 0)
     assert float(m.last["mse"]) < 0.5 * float(start.last["mse"])
     assert equal(snapshot(trained(name, 20)), snapshot(trained(name, 20)))
-    assert not torch.equal(member(name, seed=0).sae.W_enc_FD, member(name, seed=1).sae.W_enc_FD)
-    norms = m.sae.W_dec_FD.norm(dim=1)
+    assert not torch.equal(member(name, seed=0).sae.W_enc, member(name, seed=1).sae.W_enc)
+    norms = m.sae.W_dec.norm(dim=1)
     if m.sae.constraint != "free":
         assert torch.allclose(norms, torch.ones(F), atol=1e-5)
 
@@ -200,7 +200,7 @@ def test_a_finished_sae_takes_raw_activations(name):
     x = batch(3)
     for mode in sae.modes:
         assert torch.allclose(sae(7.5 * x, mode=mode), 7.5 * unscaled(x, mode=mode), rtol=1e-4, atol=1e-4)
-    assert torch.allclose(sae.W_dec_FD.norm(dim=1), torch.ones(F), atol=1e-5)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-5)
     assert not any(p.requires_grad for p in sae.parameters())
 
 
@@ -234,7 +234,7 @@ def test_training_codes_and_inference_agree(name):
     x = batch(70)
     codes = m.sae.active(m.sae.codes(x, Moment(60, m.schedule, sparse=False)))
     f = m.sae.encode(x, mode="top_k" if "top_k" in m.sae.modes else None)
-    assert torch.allclose(codes.decode(m.sae.W_dec_FD) + m.sae.b_dec_D, m.sae.decode(f), atol=1e-5)
+    assert torch.allclose(codes.decode(m.sae.W_dec) + m.sae.b_dec, m.sae.decode(f), atol=1e-5)
 
 
 @every

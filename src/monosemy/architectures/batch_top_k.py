@@ -28,7 +28,7 @@ class BatchTopK(TopKFamily):
         return kept.map(torch.relu)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        error_BD = x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)
+        error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)
         mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 

@@ -24,7 +24,7 @@ class Gated(SAE):
     constraint = "constrain"
     clip = None
     betas = (0.0, 0.999)
-    scaled = ("b_enc_F", "b_mag_F", "b_dec_D")
+    scaled = ("b_enc", "b_mag", "b_dec")
 
     @dataclass(frozen=True)
     class Settings:
@@ -32,35 +32,35 @@ class Gated(SAE):
 
     def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
         super().__init__(d_in, d_sae, **settings)
-        self.r_mag_F = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag_F = nn.Parameter(torch.zeros(d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
     def reset(self, generator: torch.Generator) -> None:
         D, F = self.d_in, self.d_sae
         uniform((F, D), D**-0.5, generator)  # the seed makes two linear layers first
         uniform((D, F), F**-0.5, generator)
         rows_FD = unit(torch.randn(D, F, generator=generator), 0).T
-        self.W_enc_FD.data.copy_(rows_FD)
-        self.W_dec_FD.data.copy_(rows_FD)
+        self.W_enc.data.copy_(rows_FD)
+        self.W_dec.data.copy_(rows_FD)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
     def active(self, codes: Codes) -> Codes:
-        return codes.map(lambda pi, scale, b, b_mag: (scale * (pi - b) + b_mag).relu(), self.r_mag_F.exp(), self.b_enc_F, self.b_mag_F)
+        return codes.map(lambda pi, scale, b, b_mag: (scale * (pi - b) + b_mag).relu(), self.r_mag.exp(), self.b_enc, self.b_mag)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
-        gate_mse = (x_BD - (codes.decode(self.W_dec_FD.detach()) + self.b_dec_D.detach())).pow(2).sum(1).mean()
+        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
+        gate_mse = (x_BD - (codes.decode(self.W_dec.detach()) + self.b_dec.detach())).pow(2).sum(1).mean()
         l1 = codes.total() / len(x_BD)
         loss = mse + self.settings.l1_penalty * at.sparsity * l1 + gate_mse
         return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}
 
     def shift_encoder_(self, shift_F: Tensor) -> None:
-        self.b_enc_F.add_(shift_F)
-        self.b_mag_F.add_(self.r_mag_F.exp() * shift_F)
+        self.b_enc.add_(shift_F)
+        self.b_mag.add_(self.r_mag.exp() * shift_F)
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
-        e_BF = pre_BF - self.b_enc_F[latents]
-        magnitude_BF = (self.r_mag_F[latents].exp() * e_BF + self.b_mag_F[latents]).relu()
+        e_BF = pre_BF - self.b_enc[latents]
+        magnitude_BF = (self.r_mag[latents].exp() * e_BF + self.b_mag[latents]).relu()
         return torch.where(pre_BF > 0, magnitude_BF, 0)

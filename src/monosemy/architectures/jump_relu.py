@@ -64,7 +64,7 @@ class JumpReLU(SAE):
     sparsity = "target_l0"
     betas = (0.0, 0.999)
     pre_bias = False
-    scaled = ("b_enc_F", "threshold_F", "b_dec_D")
+    scaled = ("b_enc", "threshold", "b_dec")
 
     @dataclass(frozen=True)
     class Settings:
@@ -74,37 +74,37 @@ class JumpReLU(SAE):
 
     def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
         super().__init__(d_in, d_sae, **settings)
-        self.threshold_F = nn.Parameter(torch.full((d_sae,), 0.001))
+        self.threshold = nn.Parameter(torch.full((d_sae,), 0.001))
 
     def reset(self, generator: torch.Generator) -> None:
         rows_FD = unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1)
-        self.W_enc_FD.data.copy_(rows_FD)
-        self.W_dec_FD.data.copy_(rows_FD)
+        self.W_enc.data.copy_(rows_FD)
+        self.W_dec.data.copy_(rows_FD)
 
     def codes(self, x_BD: Tensor, at: Moment) -> Codes:
         """Everything that fires or lies within reach of the kernel."""
-        return self.product(x_BD, at).above(self.threshold_F.detach() - self.settings.bandwidth / 2, sparse=at.sparse)
+        return self.product(x_BD, at).above(self.threshold.detach() - self.settings.bandwidth / 2, sparse=at.sparse)
 
     def active(self, codes: Codes) -> Codes:
-        return codes.map(lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold_F)
+        return codes.map(lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
         B, bandwidth = len(x_BD), self.settings.bandwidth
-        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         stepped = codes if at.recipe.step_of_preactivations else f
-        l0 = stepped.total(lambda v, threshold: _Step.apply(v, threshold, bandwidth), self.threshold_F) / B
+        l0 = stepped.total(lambda v, threshold: _Step.apply(v, threshold, bandwidth), self.threshold) / B
         if (
             not at.recipe.step_of_preactivations
         ):  # off the support f is 0, which lies above a negative threshold and within reach of a small one
             off_F = B - codes.size_by_latent()
-            l0 = l0 + (off_F * _Step.apply(torch.zeros_like(self.threshold_F), self.threshold_F, bandwidth)).sum() / B
+            l0 = l0 + (off_F * _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)).sum() / B
         sparsity = (l0 / self.settings.target_l0 - 1) ** 2
         return {"loss": mse + self.settings.sparsity_penalty * at.sparsity * sparsity, "mse": mse, "sparsity": sparsity}
 
     @torch.no_grad()
     def observe(self, codes: Codes, at: Moment) -> None:
         if at.recipe.nonnegative_thresholds:
-            self.threshold_F.clamp_(min=0)
+            self.threshold.clamp_(min=0)
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
-        return torch.where(pre_BF > self.threshold_F[latents], pre_BF, 0).relu()
+        return torch.where(pre_BF > self.threshold[latents], pre_BF, 0).relu()

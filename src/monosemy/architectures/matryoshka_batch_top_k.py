@@ -58,7 +58,7 @@ class MatryoshkaBatchTopK(TopKFamily):
         return kept.map(torch.relu)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        x_hats = accumulate(f.decode(self.W_dec_FD, self.begins_G), initial=self.b_dec_D)
+        x_hats = accumulate(f.decode(self.W_dec, self.begins_G), initial=self.b_dec)
         errors = [x_BD - x_hat_BD for x_hat_BD in islice(x_hats, 1, None)]
         mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
         weight = 1.0 if at.recipe.single_mean else 1 / len(mse_G)

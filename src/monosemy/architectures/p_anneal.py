@@ -36,12 +36,12 @@ class PAnneal(SAE):
         n_sparsity_updates: int = 10
 
     coefficient: Tensor
-    queue_Q2: Tensor  # sums of f^p and of f^(the next p) over each of the last batches
+    queue: Tensor  # [Q, 2], sums of f^p and of f^(the next p) over each of the last batches
 
     def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
         super().__init__(d_in, d_sae, **settings)
         self.register_buffer("coefficient", torch.tensor(self.settings.initial_sparsity_penalty))
-        self.register_buffer("queue_Q2", torch.zeros(self.settings.sparsity_queue_length, 2))
+        self.register_buffer("queue", torch.zeros(self.settings.sparsity_queue_length, 2))
 
     def reset(self, generator: torch.Generator) -> None:
         reset_relu(self, generator)
@@ -76,7 +76,7 @@ class PAnneal(SAE):
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         p, _ = self.p(at)
         sum_p = f.total(lambda f: ops.power(f, p))
         f.noted["sum of f^p"] = sum_p.detach()  # for `observe`
@@ -89,9 +89,9 @@ class PAnneal(SAE):
         if p_next is None:
             return
         sums = torch.stack([codes.noted["sum of f^p"], codes.total(lambda f: ops.power(f, p_next))])
-        self.queue_Q2.copy_(torch.cat([self.queue_Q2[1:], sums[None]]))
+        self.queue.copy_(torch.cat([self.queue[1:], sums[None]]))
         if at.step in self.annealing(at)[0]:
-            now, then = self.queue_Q2.sum(0)  # slots that are not filled yet hold zeros and do not move the ratio
+            now, then = self.queue.sum(0)  # slots that are not filled yet hold zeros and do not move the ratio
             self.coefficient.mul_(torch.where(then > 0, now / then, 1.0))
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:

@@ -35,7 +35,7 @@ class Standard(SAE):
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
+        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         l1 = f.total() / len(x_BD)
         return {"loss": mse + self.settings.l1_penalty * at.sparsity * l1, "mse": mse, "l1": l1}
 

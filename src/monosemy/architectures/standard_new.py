@@ -35,8 +35,8 @@ class StandardNew(SAE):
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec_FD) + self.b_dec_D)).pow(2).sum(1).mean()
-        l1 = f.by_latent() @ torch.linalg.vector_norm(self.W_dec_FD, dim=1) / len(x_BD)
+        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
+        l1 = f.by_latent() @ torch.linalg.vector_norm(self.W_dec, dim=1) / len(x_BD)
         return {"loss": mse + self.settings.l1_penalty * at.sparsity * l1, "mse": mse, "l1": l1}
 
     def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:

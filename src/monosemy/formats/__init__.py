@@ -22,7 +22,7 @@ from monosemy.config import invalid
 from monosemy.files import beside, write_json
 from monosemy.formats import dictionary_learning, gemma_scope, sae_lens, sparsify, untrusted
 from monosemy.formats.parts import Parts, text
-from monosemy.sae import SAE
+from monosemy.sae import SAE, current_names
 
 FORMATS = ("native", "dictionary_learning", "sae_lens", "sparsify", "gemma_scope")
 TARGETS = FORMATS[:-1]
@@ -59,7 +59,7 @@ def read(folder: str | Path, format: str | None = None, *, unfinished: bool = Fa
     """`load`, and what the folder says of the SAE: its site, model, status, ... where known."""
     parts = _parts(Path(folder), format, unfinished)
     sae = parts.build()
-    if sae.constraint == "free" and not torch.allclose(torch.linalg.vector_norm(sae.W_dec_FD, dim=1), torch.ones(()), atol=1e-5):
+    if sae.constraint == "free" and not torch.allclose(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(()), atol=1e-5):
         sae.unit_decoder_()
     return sae, parts.config
 
@@ -146,7 +146,7 @@ def _parts(folder: Path, format: str | None, unfinished: bool) -> Parts:
 def _native(folder: Path) -> Parts:
     config = untrusted.json_object(folder / "config.json")
     tensors = untrusted.safetensors(folder / "sae.safetensors")
-    return _described(config, tensors, "sae.safetensors and config.json")
+    return _described(config, current_names(tensors), "sae.safetensors and config.json")
 
 
 def _described(about: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Parts:
@@ -177,8 +177,9 @@ def _restored(parts: Parts, folder: Path, format: str) -> Parts:
     tensors = kept.get("tensors")
     if not isinstance(tensors, dict) or not isinstance(kept.get("from"), list):
         raise invalid(KEPT, "no tensors", "what `monosemy convert` wrote", "convert again")
-    found = {name: tensor for name, tensor in parts.tensors.items() if name in kept["from"]}
-    return _described(kept, found | {name: _decoded(value) for name, value in tensors.items()}, KEPT)
+    tensors = current_names({name: _decoded(value) for name, value in tensors.items()})
+    as_filed = current_names(dict.fromkeys(map(str, kept["from"])))
+    return _described(kept, {name: tensor for name, tensor in parts.tensors.items() if name in as_filed} | tensors, KEPT)
 
 
 def _status(folder: Path, config: dict[str, Any]) -> str:
@@ -199,7 +200,7 @@ def _status(folder: Path, config: dict[str, Any]) -> str:
 
 def _about(sae: SAE) -> dict[str, Any]:
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(sae.settings).items()}
-    about = {"format": "monosemy", "version": 1, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "settings": settings}
+    about = {"format": "monosemy", "version": 2, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "settings": settings}
     return about if sae.pre_bias == type(sae).pre_bias else about | {"pre_bias": sae.pre_bias}
 
 
@@ -218,7 +219,7 @@ def _keep(sae: SAE, config: dict[str, Any], folder: Path, to: str) -> None:
     state = sae.state_dict()
     same = [name for name, tensor in state.items() if name in back and torch.equal(back[name].to(tensor.dtype), tensor)]
     tensors = {name: _encoded(tensor) for name, tensor in state.items() if name not in same}
-    assert not tensors.keys() & {"W_enc_FD", "W_dec_FD"}, "the layout lost weights"
+    assert not tensors.keys() & {"W_enc", "W_dec"}, "the layout lost weights"
     digests = {name: untrusted.sha256(folder / name) for name in _OTHERS[to].FILES}
     write_json(folder / KEPT, _about(sae) | config | {"files": digests, "from": same, "tensors": tensors})
 

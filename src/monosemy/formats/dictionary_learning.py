@@ -35,12 +35,12 @@ class _Layout:
     settings: dict[str, str]  # ours -> the trainer's
 
 
-_LINEAR = {"W_enc_FD": "encoder.weight", "W_dec_FD": "decoder.weight'"}
-_RELU = _LINEAR | {"b_enc_F": "encoder.bias", "b_dec_D": "bias"}
-_TOPK = _LINEAR | {"b_enc_F": "encoder.bias", "b_dec_D": "b_dec", "threshold": "threshold"}
-_UNCENTRED = _RELU | {"b_dec_D": "decoder.bias"}  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
-_PLAIN = {"W_enc_FD": "W_enc'", "W_dec_FD": "W_dec", "b_enc_F": "b_enc", "b_dec_D": "b_dec"}
-_GATED = _LINEAR | {"b_enc_F": "gate_bias", "b_mag_F": "mag_bias", "r_mag_F": "r_mag", "b_dec_D": "decoder_bias"}
+_LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight'"}
+_RELU = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"}
+_TOPK = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec", "threshold": "threshold"}
+_UNCENTRED = _RELU | {"b_dec": "decoder.bias"}  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
+_PLAIN = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+_GATED = _LINEAR | {"b_enc": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag", "b_dec": "decoder_bias"}
 _K = {"k": "k", "auxk_alpha": "auxk_alpha"}
 
 LAYOUTS = {
@@ -67,7 +67,7 @@ LAYOUTS = {
     "jump_relu": _Layout(
         "JumpReluTrainer",
         "JumpReluAutoEncoder",
-        _PLAIN | {"threshold_F": "threshold"},
+        _PLAIN | {"threshold": "threshold"},
         "JumpRelu",
         {n: n for n in ("target_l0", "sparsity_penalty", "bandwidth")},
     ),
@@ -107,7 +107,7 @@ def read(folder: Path) -> Parts:
         "ae.pt",
         False if names is _UNCENTRED else None,
         shared | {"origin": {"format": "dictionary_learning", "config": config}},
-        optional=("coefficient", "queue_Q2"),
+        optional=("coefficient", "queue"),
         names=names,
     )
 
@@ -120,9 +120,9 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     if layout.tensors is not _RELU and not _as_layout(sae):
         sae = copy.deepcopy(sae)
         sae.centre_(type(sae).pre_bias)
-    if layout.tensors is _RELU and _as_layout(sae) and not bool((sae.W_dec_FD != 0).any(1).all()):
+    if layout.tensors is _RELU and _as_layout(sae) and not bool((sae.W_dec != 0).any(1).all()):
         reason = "dictionary_learning divides by them when it opens the file, and gives NaN"
-        raise invalid("W_dec_FD", "rows of zeros", "decoder rows of a length above 0", reason)
+        raise invalid("W_dec", "rows of zeros", "decoder rows of a length above 0", reason)
     torch.save(state_dict(sae, config.get("dtype")), folder / "ae.pt")
     origin = config.get("origin", {})
     if origin.get("format") == "dictionary_learning":

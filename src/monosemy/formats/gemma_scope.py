@@ -13,7 +13,7 @@ from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, renamed
 
 FILES = ("params.npz",)
-NAMES = {"W_enc_FD": "W_enc'", "W_dec_FD": "W_dec", "b_enc_F": "b_enc", "b_dec_D": "b_dec", "threshold_F": "threshold"}
+NAMES = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 PLACES = {"res": "resid_post", "mlp": "mlp_out"}  # "att" is what enters the output projection, which is read nowhere here
 
 
@@ -21,9 +21,9 @@ def read(folder: Path) -> Parts:
     """The SAE in a params.npz. Raises ValueError for a compressed or damaged one."""
     tensors = untrusted.npz(folder / "params.npz", [name.rstrip("'") for name in NAMES.values()])
     ours = renamed(tensors, NAMES, "params.npz")
-    if ours["W_enc_FD"].dim() != 2:
-        raise invalid("params.npz: W_enc", tuple(ours["W_enc_FD"].shape), "a matrix", "copy it again")
-    d_sae, d_in = ours["W_enc_FD"].shape
+    if ours["W_enc"].dim() != 2:
+        raise invalid("params.npz: W_enc", tuple(ours["W_enc"].shape), "a matrix", "copy it again")
+    d_sae, d_in = ours["W_enc"].shape
     path = folder.absolute().as_posix()
     release, layer = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp)\b", path), re.search(r"/layer_(\d{1,3})\b", path)
     config = {

@@ -1,6 +1,6 @@
 """An SAE as it lies in a folder: its tensors under our names, and what its configuration says of it.
 
-W_enc_FD and W_dec_FD are [F, D] whatever the folder's layout; F d_sae, D d_in.
+W_enc and W_dec are [F, D] whatever the folder's layout; F d_sae, D d_in.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from monosemy.sae import SAE
 FILES = ("sae_weights.safetensors", "cfg.json")
 VERSION = "6.54.12"  # whose layout this is
 
-_BIASED = {"W_enc_FD": "W_enc'", "W_dec_FD": "W_dec", "b_enc_F": "b_enc", "b_dec_D": "b_dec"}
-_GATED = _BIASED | {"b_enc_F": "b_gate", "b_mag_F": "b_mag", "r_mag_F": "r_mag"}
-NAMES = {"standard": _BIASED, "gated": _GATED, "jumprelu": _BIASED | {"threshold_F": "threshold"}, "topk": _BIASED}
+_BIASED = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+_GATED = _BIASED | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
+NAMES = {"standard": _BIASED, "gated": _GATED, "jumprelu": _BIASED | {"threshold": "threshold"}, "topk": _BIASED}
 TO_OURS = {"standard": "standard", "gated": "gated", "jumprelu": "jump_relu", "topk": "top_k"}
 TO_THEIRS = {"standard": "standard", "standard_new": "standard", "p_anneal": "standard", "gated": "gated", "top_k": "topk"} | dict.fromkeys(
     ("jump_relu", "batch_top_k", "matryoshka_batch_top_k"), "jumprelu"
@@ -66,7 +66,7 @@ def read(folder: Path) -> Parts:
             "dtype": dtype_of(tensors),
             "origin": {"format": "sae_lens", "config": cfg},
         },
-        optional=("threshold",),
+        optional=("threshold",) if theirs == "topk" else (),
         names=NAMES[theirs],
     )
 
@@ -77,7 +77,7 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
         raise invalid("architecture", sae.name, f"for sae_lens: {', '.join(TO_THEIRS)}", "SAELens has no SAE that computes it")
     theirs = TO_THEIRS[sae.name]
     spread = theirs == "jumprelu" and sae.name != "jump_relu"
-    names = {ours: name for ours, name in NAMES[theirs].items() if not (spread and ours == "threshold_F")}
+    names = {ours: name for ours, name in NAMES[theirs].items() if not (spread and ours == "threshold")}
     tensors = written(sae, names, None if spread else config.get("dtype"))
     if spread:
         tensors["threshold"] = sae.get_buffer("threshold").expand(sae.d_sae).contiguous()
@@ -133,11 +133,11 @@ def _architecture(cfg: dict[str, Any]) -> tuple[str, int | None]:
 
 def _fold_norms(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same TopK SAE with its decoder's norms in the encoder, by which SAELens selects where it rescales."""
-    norm_F = torch.linalg.vector_norm(ours["W_dec_FD"].float(), dim=-1)
-    if norm_F.shape != ours["b_enc_F"].shape or ours["W_enc_FD"].shape != ours["W_dec_FD"].shape or not bool((norm_F > 0).all()):
+    norm_F = torch.linalg.vector_norm(ours["W_dec"].float(), dim=-1)
+    if norm_F.shape != ours["b_enc"].shape or ours["W_enc"].shape != ours["W_dec"].shape or not bool((norm_F > 0).all()):
         raise invalid("sae_weights.safetensors: W_dec", tuple(norm_F.shape), "rows of a length above 0", "copy the folder again")
     return ours | {
-        "W_enc_FD": ours["W_enc_FD"].float() * norm_F[:, None],
-        "b_enc_F": ours["b_enc_F"].float() * norm_F,
-        "W_dec_FD": ours["W_dec_FD"].float() / norm_F[:, None],
+        "W_enc": ours["W_enc"].float() * norm_F[:, None],
+        "b_enc": ours["b_enc"].float() * norm_F,
+        "W_dec": ours["W_dec"].float() / norm_F[:, None],
     }

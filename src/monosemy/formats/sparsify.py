@@ -18,7 +18,7 @@ from monosemy.formats.parts import Parts, dtype_of, module_site, renamed, whole,
 from monosemy.sae import SAE
 
 FILES = ("sae.safetensors", "cfg.json")
-NAMES = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
+NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 RELU = ("standard", "standard_new", "p_anneal")
 
 
@@ -52,7 +52,7 @@ def read(folder: Path) -> Parts:
 
 def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     """Write an SAE as sparsify would. Raises ValueError for one that it would compute differently."""
-    thresholds = [t for name, t in sae.state_dict().items() if name in ("threshold", "threshold_F")]
+    thresholds = [sae.state_dict()["threshold"]] if "threshold" in sae.state_dict() else []
     relu = sae.name in RELU or (bool(thresholds) and all(bool((t <= 0).all()) for t in thresholds))
     if sae.name != "top_k" and not relu:
         reason = "sparsify keeps the k largest of each token: it has no thresholds, gates or selections over a batch"
