@@ -47,7 +47,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -666,6 +666,44 @@ def check_steps(report: Report, name: str, sparse: bool) -> None:
         report.add(f"{case}{', bf16' if bf16 else ''}: a second run", float(wrong), "tensors differ", bound=0)
 
 
+def logged(report: Report, names: Sequence[str], *, together: bool, captured: bool) -> dict[str, list[dict[str, float]]]:
+    """Every number of 24 steps of SAEs over phase changes, by SAE; `together`, each in a stack of its own, or one after the other.
+
+    A step's numbers are read once all stacks have made it, as a sweep reads them.
+    """
+    B, D, F, k = report.sizes.trained
+    phases = {"warmup_steps": 0, "sparsity_warmup_steps": 10, "threshold_start_step": 6, "anneal_start": 4}
+    schedule = Schedule.of_run(200, B, dead_feature_threshold=6 * B, **phases)
+    batches, found = activations(24, B, D, report.device), {name: [] for name in names}
+    for group in [names] if together else [[name] for name in names]:
+        members = []
+        for name in group:
+            spec = SAESpec(name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {}))
+            members.append(Member(name, spec, D, schedule, device=report.device))
+            if not captured:
+                uncaptured(members[-1].stack)
+        for step, x_BD in enumerate(batches):
+            for m in members:
+                m.step(x_BD, step)
+            for m in members:
+                found[m.name].append({n: float(number) for n, number in m.last.items()})
+    return found
+
+
+def check_logging(report: Report) -> None:
+    """What one stack's graph writes must not reach the numbers that another's left to be read."""
+    names = [*RELU, *TOP_K]
+    if report.needs_a_gpu("numbers of several stacks"):
+        return
+    apart = logged(report, names, together=False, captured=True)
+    beside = logged(report, names, together=True, captured=True)
+    eager = logged(report, names, together=True, captured=False)
+    differ = sum(a[n] != b[n] for name in names for a, b in zip(apart[name], beside[name], strict=True) for n in a)
+    report.add("numbers of several stacks: beside each other against alone", float(differ), "numbers differ", bound=0)
+    worst = max(abs(a[n] - b[n]) / max(abs(b[n]), 1.0) for name in names for a, b in zip(beside[name], eager[name], strict=True) for n in a)
+    report.add("numbers of several stacks: captured against uncaptured", worst, "relative difference", bound=LOSS_ERROR)
+
+
 def check_host(report: Report, name: str, dense: bool) -> None:
     """What a step asks of the host, captured and not; AuxK is part of it, though no latent is dead."""
     (D, F), sizes, device = report.sizes.shapes[0], report.sizes, report.device
@@ -699,6 +737,9 @@ def checks(report: Report) -> None:
         with report.case(f"steps of {name}{'' if sparse else ', dense'}") as there_is_time:
             if there_is_time:
                 check_steps(report, name, sparse)
+    with report.case("numbers of several stacks") as there_is_time:
+        if there_is_time:
+            check_logging(report)
     if report.needs_a_gpu("waits of the host and launches"):
         return
     for name, sparse in layouts:

@@ -118,7 +118,7 @@ def watched(member: Member, x_BD: Tensor, step: int, grads: dict[str, Tensor] | 
     optimizer, seen = member.stack.optimizer, []
 
     def update(own: dict[str, list[Tensor]], *rest: Any) -> Tensor:
-        seen.append(Seen(float(member.last["loss"]), {n: g[0].clone() for n, g in own.items()}, member.noted[0]))
+        seen.append(Seen(float(member.parts["loss"]), {n: g[0].clone() for n, g in own.items()}, member.noted[0]))
         return type(optimizer).step(optimizer, own if grads is None else {n: [g.clone()] for n, g in grads.items()}, *rest)
 
     optimizer.step = update

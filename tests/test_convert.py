@@ -32,7 +32,9 @@ SETTINGS = {
     "matryoshka_batch_top_k": {"k": 5, "group_fractions": (0.25, 0.75)},
 }
 OURS = [f"ours/{name}" for name in SETTINGS]
-THEIRS = sorted(str(path.parent.relative_to(DATA)) for path in DATA.glob("*/*/c*f*g.json") if path.parent.parent.name not in ("traces", "version_1"))
+THEIRS = sorted(
+    str(path.parent.relative_to(DATA)) for path in DATA.glob("*/*/c*f*g.json") if path.parent.parent.name not in ("traces", "version_1")
+)
 SOURCES = [*OURS, *THEIRS]
 PEERS = ("dictionary_learning", "sae_lens", "sparsify")
 RELU = ("standard", "standard_new", "p_anneal", "standard_uncentred", "standard_bfloat16")

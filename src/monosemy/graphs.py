@@ -11,7 +11,7 @@ from torch import Tensor
 
 KEPT = 8  # graphs of the last phases; an older phase is captured anew if it comes back
 
-Function = Callable[[Mapping[str, Tensor], int], Any]
+Function = Callable[[Mapping[str, Tensor], int], None]
 
 
 @cache
@@ -23,28 +23,28 @@ def _pool() -> Any:
 class Captured:
     """Runs a function of tensors on a GPU as a graph for each phase.
 
-    With equal phases and shapes the function must run the same operations on tensors at the same places, and change state in place
-    only. The first call of a phase runs as it is, which warms up what kernels need; the second is captured, and from then on
-    replayed. What the function returns lies in the graph's own memory and holds until the next call.
+    With equal phases and shapes the function must run the same operations on tensors at the same places, and leave its results in
+    tensors that were there before: what a graph allocates lies in memory that the next replay of any graph may write over. The first
+    call of a phase runs as it is, which warms up what kernels need; the second is captured, and from then on replayed.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[Hashable, Tensor] = {}
-        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any] | None] = {}
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
-    def __call__(self, function: Function, phase: Hashable, batches: Mapping[str, Tensor], step: int) -> Any:
+    def __call__(self, function: Function, phase: Hashable, batches: Mapping[str, Tensor], step: int) -> None:
         key = phase, tuple(x.shape for x in batches.values())
         if key not in self.graphs:
             self.graphs[key] = None
             for old in list(self.graphs)[:-KEPT]:
                 del self.graphs[old]
-            return function(batches, step)
+            function(batches, step)
+            return
         fixed = self._fixed(batches)
-        held = self.graphs[key]
-        if held is None:
-            held = self.graphs[key] = self._capture(function, fixed, step)
-        held[0].replay()
-        return held[1]
+        graph = self.graphs[key]
+        if graph is None:
+            graph = self.graphs[key] = self._capture(function, fixed, step)
+        graph.replay()
 
     def _fixed(self, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batches copied to where the graphs read them; one that several members share, once."""
@@ -57,9 +57,9 @@ class Captured:
                 fixed[id(x)] = self.inputs[place].copy_(x)
         return {name: fixed[id(x)] for name, x in batches.items()}
 
-    def _capture(self, function: Function, batches: Mapping[str, Tensor], step: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def _capture(self, function: Function, batches: Mapping[str, Tensor], step: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # other threads may use the device meanwhile: checkpoints are written by one
         with torch.cuda.graph(graph, pool=_pool().id, capture_error_mode="thread_local"):
-            result = function(batches, step)
-        return graph, result
+            function(batches, step)
+        return graph

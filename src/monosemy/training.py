@@ -117,7 +117,7 @@ class Member:
         self.sparse, self.capacity, self.any_dead = self.sae.always_sparse, 0, True
         self.few = self.sparse and self._few(getattr(self.sae.settings, "k", spec.d_sae))
         self.seen: Late | None = None  # `active`, and the longest that a latent has not fired, at the last step that is a multiple of 100
-        self.last: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}  # the last step's numbers, views of the stack's
         self.stack, self.place = Stack([self]), 0
 
     def step(self, x_BD: Tensor, step: int) -> None:
@@ -172,7 +172,7 @@ class Member:
         parts = self.sae.loss(x_BD, codes, f, at)
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
-        self.last = {n: part.detach() for n, part in parts.items()} | {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
+        self.parts = {n: part.detach() for n, part in parts.items()} | {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
         self.noted = codes, at, since_F, x_BD.isfinite().all()
         return dict(zip(params, grads, strict=True))
 
@@ -188,7 +188,8 @@ class Member:
     def conclude(self, updated: Tensor) -> None:
         """Take notes of a step, unless its update was refused."""
         codes, at, since_F, finite_batch = self.noted
-        del self.noted
+        self.stack.keep_numbers(self, self.parts)
+        del self.noted, self.parts
         before = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
         self.sae.observe(codes, at)
         for name, buffer in self.sae.named_buffers():
@@ -281,6 +282,7 @@ class Stack:
         self.device = next(iter(self.params.values())).device
         self.schedules_2S = torch.zeros(2, len(self.members), device=self.device)  # learning rate and the factor on sparsity penalties
         self.captured = Captured() if self.device.type == "cuda" else None
+        self.numbers_SN: Tensor | None = None  # each member's numbers of the last step
 
     @staticmethod
     def kind(member: Member) -> tuple[Any, ...]:
@@ -310,28 +312,37 @@ class Stack:
         for m in self.members:
             m.before(batches[m.name], step)
         now = torch.tensor([[m.lr * m.schedule.lr(step) for m in self.members], [m.schedule.sparsity(step) for m in self.members]])
-        self.schedules_2S.copy_(now.pin_memory() if self.captured else now, non_blocking=True)
+        self.schedules_2S.copy_(now.pin_memory() if self.device.type == "cuda" else now, non_blocking=True)
         if self.captured is None:
             self._run(batches, step)
         else:
-            phase = tuple(m.phase(step) for m in self.members)
-            for m, last in zip(self.members, self.captured(self._run, phase, batches, step), strict=True):
-                m.last = last
+            self.captured(self._run, tuple(m.phase(step) for m in self.members), batches, step)
         if step % LOOK_EVERY == 0:
             for m in self.members:
                 m.look()
 
-    def _run(self, batches: Mapping[str, Tensor], step: int) -> list[dict[str, Tensor]]:
+    def keep_numbers(self, member: Member, numbers: Mapping[str, Tensor]) -> None:
+        """Copy a member's numbers of this step to where its `last` looks.
+
+        They lie outside the graphs' memory, which all graphs of the process share: another stack's step writes there before they are read.
+        """
+        if self.numbers_SN is None:  # in the first step, which is never captured
+            self.numbers_SN = torch.zeros(len(self.members), len(numbers), device=self.device)
+        row_N = self.numbers_SN[member.place]
+        torch.stack([number.float() for number in numbers.values()], out=row_N)
+        if not member.last:
+            member.last = dict(zip(numbers, row_N.unbind(), strict=True))
+
+    def _run(self, batches: Mapping[str, Tensor], step: int) -> None:
         S = len(self.members)
         for which in [slice(0, S)] if self.captured else [slice(s, s + 1) for s in range(S)]:
             members, (lr_S, sparsity_S) = self.members[which], self.schedules_2S[:, which]
             grads = [m.gradients(batches[m.name], step, sparsity) for m, sparsity in zip(members, sparsity_S, strict=True)]
             # a loss that is not a number refuses the update
-            loss_S = torch.stack([torch.where(m.stopped(), torch.nan, m.last["loss"]) for m in members])
+            loss_S = torch.stack([torch.where(m.stopped(), torch.nan, m.parts["loss"]) for m in members])
             updated_S = self.optimizer.step({n: [g[n] for g in grads] for n in self.params}, lr_S, loss_S, which)
             for m, updated in zip(members, updated_S, strict=True):
                 m.conclude(updated)
-        return [m.last for m in self.members]
 
 
 def stacks(members: Iterable[Member]) -> list[Stack]:
