@@ -129,6 +129,41 @@ def test_auxk_by_plain_autograd(name):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-12), n
 
 
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_gemma_scope_2_s_target_is_its_formula(sparse):
+    """lambda (2 / L0*) (L0 - L0*)^2 of each token, and its gradients by the rectangle kernel, written out in dense float64."""
+    target, weight, bandwidth = 8.0, 0.3, 0.05
+    sae = copy.deepcopy(trained("jump_relu", 40).sae).double()
+    settings = {"target_l0": target, "sparsity_penalty": weight, "bandwidth": bandwidth}
+    theirs = architecture("jump_relu")(D, F, **settings, l0_loss="gemma_scope_2").double()
+    theirs.load_state_dict(sae.state_dict())
+    x = batch(99).double()
+    ours = parts(theirs, x, Moment(35, Schedule.of_run(60, B), sparse=sparse, sparsity=0.5))
+    pre = x @ sae.W_enc.T + sae.b_enc
+    l0_B = (pre > sae.threshold).sum(1).double()
+    assert l0_B.std() > 1  # else the mean of squares would be the square of the mean
+    wanted = (2 / target) * (l0_B - target).square().mean()
+    assert float(ours["sparsity"]) == pytest.approx(float(wanted), rel=1e-12)
+    assert float(ours["loss"] - ours["mse"]) == pytest.approx(0.5 * weight * float(wanted), rel=1e-9)
+    near_BF = ((pre - sae.threshold).abs() <= bandwidth / 2).double()
+    slope_F = (((2 / target) * 2 * (l0_B - target) / B)[:, None] * (-near_BF / bandwidth)).sum(0)
+    assert slope_F.abs().max() > 0
+    (gradient_F,) = torch.autograd.grad(ours["sparsity"], [theirs.threshold])
+    assert torch.allclose(gradient_F, slope_F, rtol=1e-9, atol=1e-12)
+
+
+def test_at_equal_l0s_gemma_scope_2_s_target_is_2_l0_times_as_strong_as_ours():
+    """So that a weight does not carry over from one to the other."""
+    sae = trained("jump_relu", 40).sae
+    found = {}
+    for l0_loss in ("relative", "gemma_scope_2"):
+        one = architecture("jump_relu")(D, F, target_l0=5.0, bandwidth=0.01, l0_loss=l0_loss)
+        one.load_state_dict(sae.state_dict())
+        x = batch(3)[:1].repeat(B, 1)
+        found[l0_loss] = float(parts(one, x, Moment(35, Schedule.of_run(60, B)))["sparsity"])
+    assert found["gemma_scope_2"] == pytest.approx(2 * 5.0 * found["relative"], rel=1e-5)
+
+
 @every
 def test_both_layouts_give_the_same_loss_and_gradients(name):
     m = trained(name, 40)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from monosemy.config import invalid
 from monosemy.sae import SAE, Codes, Moment, register, uniform, unit
 
 
@@ -55,7 +56,10 @@ class JumpReLU(SAE):
     pre = x W_enc^T + b_enc,   f = pre 1[pre > threshold]
     loss = mean ||x - f W_dec - b_dec||^2 + sparsity_penalty (mean L0 / target_l0 - 1)^2,   L0 = sum_i 1[pre_i > threshold_i]
 
-    Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435; the target as in Gemma Scope 2.
+    Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435
+    The relative distance from a target is dictionary_learning's. Gemma Scope 2 minimizes (2 / target_l0) mean (L0 - target_l0)^2 over tokens
+    instead: l0_loss="gemma_scope_2". Where all tokens have an equal L0 that is 2 target_l0 times as strong at an equal sparsity_penalty, so
+    a weight does not carry over; their ramp of 50,000 steps is sparsity_warmup_steps.
     dictionary_learning takes the step of f instead of pre, so that values just below the threshold give L0 no gradient, and lets
     thresholds go negative; its recipe keeps both.
     """
@@ -71,9 +75,15 @@ class JumpReLU(SAE):
         target_l0: float = 20.0
         sparsity_penalty: float = 1.0
         bandwidth: float = 0.001
+        l0_loss: str = "relative"
 
-    def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
+    def __init__(self, d_in: int, d_sae: int, **settings: Any) -> None:
         super().__init__(d_in, d_sae, **settings)
+        for field in ("target_l0", "bandwidth"):
+            if not getattr(self.settings, field) > 0:
+                raise invalid(field, getattr(self.settings, field), "a number above 0", "raise it")
+        if self.settings.l0_loss not in ("relative", "gemma_scope_2"):
+            raise invalid("l0_loss", self.settings.l0_loss, '"relative" or "gemma_scope_2"', "choose one of them")
         self.threshold = nn.Parameter(torch.full((d_sae,), 0.001))
 
     def reset(self, generator: torch.Generator) -> None:
@@ -89,8 +99,19 @@ class JumpReLU(SAE):
         return codes.map(lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
-        B, bandwidth = len(x_BD), self.settings.bandwidth
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
+        sparsity = self._off_target(codes) if self.settings.l0_loss == "gemma_scope_2" else self._off_target_relatively(codes, f, at)
+        return {"loss": mse + self.settings.sparsity_penalty * at.sparsity * sparsity, "mse": mse, "sparsity": sparsity}
+
+    def _off_target(self, codes: Codes) -> Tensor:
+        """Gemma Scope 2's mean of (2 / target_l0) (L0 - target_l0)^2 over tokens."""
+        stepped = codes.map(lambda v, threshold: _Step.apply(v, threshold, self.settings.bandwidth), self.threshold)
+        l0_B1 = stepped.decode(self.W_dec.new_ones(self.d_sae, 1))
+        return (2 / self.settings.target_l0) * (l0_B1 - self.settings.target_l0).pow(2).mean()
+
+    def _off_target_relatively(self, codes: Codes, f: Codes, at: Moment) -> Tensor:
+        """(mean L0 / target_l0 - 1)^2."""
+        B, bandwidth = codes.tokens, self.settings.bandwidth
         stepped = codes if at.recipe.step_of_preactivations else f
         l0 = stepped.total(lambda v, threshold: _Step.apply(v, threshold, bandwidth), self.threshold) / B
         if (
@@ -98,8 +119,7 @@ class JumpReLU(SAE):
         ):  # off the support f is 0, which lies above a negative threshold and within reach of a small one
             off_F = B - codes.size_by_latent()
             l0 = l0 + (off_F * _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)).sum() / B
-        sparsity = (l0 / self.settings.target_l0 - 1) ** 2
-        return {"loss": mse + self.settings.sparsity_penalty * at.sparsity * sparsity, "mse": mse, "sparsity": sparsity}
+        return (l0 / self.settings.target_l0 - 1) ** 2
 
     @torch.no_grad()
     def observe(self, codes: Codes, at: Moment) -> None:

@@ -157,8 +157,8 @@ def _settings(kind: type[SAE], given: Any, where: str) -> dict[str, Any]:
     for known in dataclasses.fields(kind.Settings):
         value = settings.get(known.name, known.default)
         flat = value if isinstance(value, tuple) else (value,)
-        numbers = (int,) if type(known.default) is int else (int, float)
-        fits = all(type(v) in numbers for v in flat) or (value is None and known.default is None)
+        types = {int: (int,), str: (str,)}.get(type(known.default), (int, float))
+        fits = all(type(v) in types for v in flat) or (value is None and known.default is None)
         if not fits or isinstance(value, tuple) != isinstance(known.default, tuple):
             allowed = f"a setting like {known.default!r}"
             raise invalid(f"{where}: {known.name}", _short(value), allowed, "copy the folder again")
