@@ -27,6 +27,7 @@ class Tanh(SAE):
 
     name = "tanh"
     sparsity = "penalty"  # the setting that a sweep varies
+    sweep = (0.005, 0.01, 0.02)  # its values in `monosemy.train`
     constraint = "project"  # gradients along decoder rows are taken out, and rows kept at norm 1
 
     @dataclass(frozen=True)

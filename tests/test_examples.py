@@ -111,3 +111,39 @@ def test_new_architecture(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_example_is_tested() -> None:
     tested = Path(__file__).read_text()
     assert all(f"def test_{path.stem}(" in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_a_run_sweeps_a_registered_architecture_over_what_it_declares(tiny_model: Path, tmp_path: Path) -> None:
+    """And not over target_l0s, which are no penalties; evaluated, plotted and loaded like any other."""
+    module = runpy.run_path(str(EXAMPLES / "new_architecture.py"))
+    config = monosemy.TrainConfig(
+        save_dir=str(tmp_path / "saes"),
+        model_name=str(tiny_model),
+        layers=(1,),
+        architectures=("tanh", "top_k"),
+        dictionary_widths=(48,),
+        target_l0s=(4,),
+        dataset=str(write_text(tmp_path / "text.jsonl", documents=100)),
+        num_tokens=3200,
+        sae_batch_size=64,
+        context_length=16,
+        held_out_fraction=0.2,
+        eval_num_inputs=2,
+        report_latents=8,
+        save_checkpoints=True,
+    )
+    run, status = monosemy.train(config)
+    assert status == "complete" and (run / "report.html").is_file()
+    saes = [monosemy.load(folder) for folder in sorted(run.glob("*/trainer_*"))]
+    assert [getattr(sae.settings, sae.sparsity) for sae in saes] == [*module["Tanh"].sweep, 4]
+    del REGISTRY["tanh"]
+
+
+def test_an_architecture_that_declares_no_sweep_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    class Silent(runpy.run_path(str(EXAMPLES / "new_architecture.py"))["Tanh"]):
+        name, sweep = "silent", ()
+
+    monosemy.register(Silent)
+    with pytest.raises(ValueError, match=r"architectures is 'silent'.*sweep = \(0.01, 0.02\)"):
+        monosemy.train(monosemy.TrainConfig(save_dir=str(tmp_path), layers=(1,), architectures=("silent",)))
+    del REGISTRY["silent"]

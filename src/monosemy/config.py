@@ -32,6 +32,21 @@ def path_of(field: str, value: str) -> Path:
     return path
 
 
+# the setting of TrainConfig that holds the values of an architecture's sweep
+SWEPT_BY = {
+    "standard": "standard_penalties",
+    "standard_new": "standard_new_penalties",
+    "p_anneal": "p_anneal_penalties",
+    "gated": "gated_penalties",
+    "jump_relu": "target_l0s",
+    "top_k": "target_l0s",
+    "batch_top_k": "target_l0s",
+    "matryoshka_batch_top_k": "target_l0s",
+}
+# the values that an architecture declares itself (`SAE.sweep`), by name; `monosemy.register` enters them
+DECLARED_SWEEPS: dict[str, tuple[float, ...]] = {}
+
+
 class TryAgain(ConnectionError):
     """Something outside broke off. What was done is kept, and the same command goes on from it."""
 
@@ -149,6 +164,9 @@ class TrainConfig:
     """Width of jump_relu's straight-through kernel."""
     sparsity_penalty: float = 1.0
     """Weight of jump_relu's squared distance from its target L0."""
+    l0_loss: Literal["relative", "gemma_scope_2"] = "relative"
+    """How jump_relu measures that distance: (mean L0 / target - 1)^2, or Gemma Scope 2's mean of (2 / target) (L0 - target)^2 over tokens,
+    which is about 2 x target times as strong at an equal weight."""
     group_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
     """Shares of the latents in matryoshka_batch_top_k's groups."""
     init_from: str | None = None
@@ -219,8 +237,16 @@ class TrainConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     def sparsities(self, architecture: str) -> tuple[float, ...]:
-        """The values that a sweep gives an architecture's sparsity setting."""
-        return tuple(getattr(self, f"{architecture}_penalties", self.target_l0s))
+        """Return the values that a sweep gives an architecture's sparsity setting.
+
+        Raises ValueError for an architecture that has no setting here and declares no values of its own.
+        """
+        if architecture in SWEPT_BY:
+            return tuple(getattr(self, SWEPT_BY[architecture]))
+        if not DECLARED_SWEEPS.get(architecture):
+            allowed = "an architecture whose class says which values to train, such as sweep = (0.01, 0.02)"
+            raise invalid("architectures", architecture, allowed, "add the class variable `sweep` to it")
+        return DECLARED_SWEEPS[architecture]
 
 
 @cache

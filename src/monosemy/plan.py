@@ -9,10 +9,11 @@ import re
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from monosemy.config import TrainConfig, architecture_names, invalid, path_of
+from monosemy.config import DECLARED_SWEEPS, SWEPT_BY, TrainConfig, architecture_names, invalid, path_of
 from monosemy.lm import ModelInfo, Site, check_sites, describe
 from monosemy.memory import Estimate, estimate
 from monosemy.recipe import RECIPES
@@ -170,7 +171,9 @@ def _sites(c: TrainConfig) -> tuple[Site, ...]:
 def _check_values(c: TrainConfig) -> None:
     if not c.save_dir:
         raise invalid("save_dir", c.save_dir, "a folder's path", "name one, such as --save_dir saes")
-    known = architecture_names()
+    if not set(c.architectures) <= SWEPT_BY.keys() | DECLARED_SWEEPS.keys():
+        import_module("monosemy.architectures")  # a file that a user put there: it enters its sweep
+    known = sorted({*architecture_names(), *DECLARED_SWEEPS})
     for name in c.architectures:
         if name not in known:
             raise invalid("architectures", name, ", ".join(known), "correct the name")
@@ -179,7 +182,7 @@ def _check_values(c: TrainConfig) -> None:
         "dictionary_widths": c.dictionary_widths,
         "learning_rates": c.learning_rates,
         "random_seeds": c.random_seeds,
-        **{("target_l0s" if not hasattr(c, f"{a}_penalties") else f"{a}_penalties"): c.sparsities(a) for a in c.architectures},
+        **{SWEPT_BY.get(a, f"{a}'s sweep"): c.sparsities(a) for a in c.architectures},
     }
     for field, values in lists.items():
         if not values and field != "learning_rates":
@@ -206,7 +209,7 @@ def _check_values(c: TrainConfig) -> None:
     for field, value in [*positive, ("bandwidth", c.bandwidth), ("sparsity_penalty", c.sparsity_penalty)]:
         if not 0 < value < float("inf"):
             raise invalid(field, value, "a number above 0", "raise it")
-    if any(not hasattr(c, f"{a}_penalties") for a in c.architectures) and max(c.target_l0s) > min(c.dictionary_widths):
+    if any(SWEPT_BY.get(a) == "target_l0s" for a in c.architectures) and max(c.target_l0s) > min(c.dictionary_widths):
         raise invalid(
             "target_l0s",
             max(c.target_l0s),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -316,7 +317,7 @@ def _train(
         progress.step(step)
         if step in snapshots:
             for member in members:
-                _snapshot(run.folder / member.name / "checkpoints" / f"ae_{step}.pt", member, checkpoints)
+                _snapshot(run.folder / member.name / "checkpoints" / f"ae_{step}", member, checkpoints)
         if step > start and (checkpoints.due(step) or interrupts.asked):
             keep()
         interrupts.obey()
@@ -366,12 +367,14 @@ def _train(
 
 
 def _snapshot(path: Path, member: Member, checkpoints: Checkpoints) -> None:
-    """Have the SAE as it is now written in dictionary_learning's layout."""
-    state = dictionary_learning.state_dict(member.finished())
+    """Have the SAE as it is now written: in dictionary_learning's layout, .pt, or where that has none for it in ours, .safetensors."""
+    sae = member.finished()
+    theirs = sae.name in dictionary_learning.LAYOUTS
+    state = dictionary_learning.state_dict(sae) if theirs else sae.state_dict()
 
     def write() -> None:
-        with beside(path, sum(t.nbytes for t in state.values())) as part:
-            torch.save(state, part)
+        with beside(path.with_suffix(".pt" if theirs else ".safetensors"), sum(t.nbytes for t in state.values()) + (1 << 14)) as part:
+            torch.save(state, part) if theirs else save_file(state, part)
 
     checkpoints.submit(write)
 
@@ -379,18 +382,20 @@ def _snapshot(path: Path, member: Member, checkpoints: Checkpoints) -> None:
 def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
     c = run.config
     sae = member.finished()
-    trainer = dictionary_learning.trainer_config(
-        sae,
-        lr=member.lr,
-        seed=member.spec.seed,
-        steps=run.plan.steps,
-        schedule=dataclasses.asdict(run.plan.schedule),
-        layer=site.layer,
-        lm_name=c.model_name,
-        submodule_name=site.folder,
-        device=c.device,
-    )
-    buffer = {
+    entries: dict[str, Any] = {}
+    if sae.name in dictionary_learning.LAYOUTS:
+        entries["trainer"] = dictionary_learning.trainer_config(
+            sae,
+            lr=member.lr,
+            seed=member.spec.seed,
+            steps=run.plan.steps,
+            schedule=dataclasses.asdict(run.plan.schedule),
+            layer=site.layer,
+            lm_name=c.model_name,
+            submodule_name=site.folder,
+            device=c.device,
+        )
+    entries["buffer"] = {
         "d_submodule": sae.d_in,
         "io": "out",
         "n_ctxs": run.plan.contexts_per_block,
@@ -415,8 +420,7 @@ def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
             "norm_factor": member.norm_factor,
             "dataset": c.dataset,
             "versions": _versions(),
-            "trainer": trainer,
-            "buffer": buffer,
+            **entries,
         },
     )
 

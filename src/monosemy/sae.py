@@ -10,6 +10,7 @@ with a mask, `SparseCodes` flat lists of N entries. An objective is written once
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from monosemy import ops
-from monosemy.config import invalid
+from monosemy.config import DECLARED_SWEEPS, invalid
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
 
@@ -260,6 +261,7 @@ class SAE(nn.Module, ABC):
 
     name: ClassVar[str]
     sparsity: ClassVar[str]  # the setting that a sweep varies
+    sweep: ClassVar[tuple[float, ...]] = ()  # its values in a run; the architectures of this package have a flag for them instead
     constraint: ClassVar[ops.Constraint] = "project"
     clip: ClassVar[float | None] = 1.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
@@ -283,6 +285,10 @@ class SAE(nn.Module, ABC):
             raise invalid(field, settings[field], f"settings of {self.name}: {', '.join(sorted(known)) or 'none'}", "take it out")
         self.d_in, self.d_sae = d_in, d_sae
         self.settings: Any = self.Settings(**settings)
+        for field, value in vars(self.settings).items():
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise invalid(field, value, "a finite number, 0 or more", "correct it")
+        self.metadata: dict[str, Any] = {}
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
@@ -337,8 +343,10 @@ class SAE(nn.Module, ABC):
         """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost alone.
 
         `mode="top_k"` selects as in training (the k largest of each token, or of the batch) instead of by the running threshold.
-        Raises ValueError for a mode that the architecture does not have, and for the two together.
+        Activations of another precision are taken in the SAE's. Raises ValueError for x of another width, for latents that are not there, for
+        a mode that the architecture does not have, and for a mode and latents together.
         """
+        self._check(x, "x", self.d_in, "activations [.., d_in] of the model and site that the SAE was trained on")
         mode = mode or self.modes[0]
         if mode not in self.modes:
             raise invalid("mode", mode, f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
@@ -346,19 +354,78 @@ class SAE(nn.Module, ABC):
             raise invalid(
                 "mode", mode, '"threshold" where latents are given', "the k largest need every latent: take columns of the result"
             )
-        rows = slice(None) if latents is None else latents
+        rows = slice(None) if latents is None else self._known(latents)
+        x = x.to(self.dtype)
         centred = x - self.b_dec if self.pre_bias else x
         pre = nn.functional.linear(centred.reshape(-1, self.d_in), self.W_enc[rows], self.b_enc[rows])
-        f = self.select(pre) if mode == "top_k" else self.gate(pre, rows)
-        return f.view(*x.shape[:-1], -1)
+        f = self.select(pre) if mode == "top_k" and len(pre) else self.gate(pre, rows)  # of no tokens there is nothing to select
+        return f.view(*x.shape[:-1], pre.shape[-1])
 
     def decode(self, f: Tensor) -> Tensor:
-        """f W_dec + b_dec: [.., F] to [.., D]."""
-        return f @ self.W_dec + self.b_dec
+        """f W_dec + b_dec: [.., F] to [.., D]. Raises ValueError for f of another width."""
+        self._check(f, "f", self.d_sae, "latents [.., d_sae] as `encode` gives them")
+        return f.to(self.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor, mode: str | None = None) -> Tensor:
         """The reconstruction of x [.., D]."""
         return self.decode(self.encode(x, mode=mode))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.W_enc.dtype
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        """What the SAE is, and what its folder said of it where it came from one: site, model, revision, ..."""
+        about = {"architecture": self.name, "d_in": self.d_in, "d_sae": self.d_sae}
+        return {
+            **self.metadata,
+            **about,
+            **vars(self.settings),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in vars(self.settings).items()
+        )
+        return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+    def _check(self, x: Any, name: str, width: int, what: str) -> None:
+        """Raises ValueError for what `encode` or `decode` cannot take."""
+        remedy = f"give {what}"
+        if not isinstance(x, Tensor):
+            raise invalid(name, type(x).__name__, f"a torch tensor [.., {width}]", "pass torch.as_tensor of it")
+        if x.dim() < 1 or x.shape[-1] != width:
+            raise invalid(f"{name}.shape", tuple(x.shape), f"[.., {width}] for this SAE of d_in {self.d_in} and d_sae {self.d_sae}", remedy)
+        if not x.is_floating_point():
+            raise invalid(f"{name}.dtype", str(x.dtype), "a floating-point type", remedy)
+        if x.device != self.device:
+            raise invalid(
+                f"{name}.device", str(x.device), f"{self.device}, where the SAE is", f"move one of them: sae.to({str(x.device)!r})"
+            )
+
+    def _known(self, latents: Any) -> Tensor:
+        """Latents as indices, from a tensor or a list of numbers or a mask. Raises ValueError for one that is not there."""
+        latents = torch.as_tensor(latents, device=self.device)
+        if not latents.numel():
+            latents = latents.long()  # torch takes an empty list for floating-point numbers
+        allowed = f"whole numbers from 0 to {self.d_sae - 1}, or a mask [{self.d_sae}]"
+        if latents.dtype == torch.bool and latents.shape == (self.d_sae,):
+            return latents.nonzero()[:, 0]
+        if latents.dim() != 1 or latents.is_floating_point() or latents.dtype == torch.bool:
+            raise invalid("latents", f"of shape {tuple(latents.shape)}, {latents.dtype}", allowed, "give a list of latents")
+        latents = latents.long()
+        if len(latents) and not 0 <= int(latents.min()) <= int(latents.max()) < self.d_sae:
+            raise invalid("latents", f"{int(latents.min())} to {int(latents.max())}", allowed, "this SAE has no others")
+        return latents
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
@@ -394,6 +461,7 @@ REGISTRY: dict[str, type[SAE]] = {}
 def register(cls: type[SAE]) -> type[SAE]:
     """Make an architecture known under its name."""
     REGISTRY[cls.name] = cls
+    DECLARED_SWEEPS[cls.name] = cls.sweep
     return cls
 
 

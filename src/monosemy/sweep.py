@@ -37,7 +37,7 @@ def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
     for seed, width, lr in itertools.product(config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)):
         for name in config.architectures:
             kind = architecture(name)
-            offered = {n: getattr(config, n) for n in ("auxk_alpha", "bandwidth", "sparsity_penalty", "group_fractions")}
+            offered = {n: getattr(config, n) for n in ("auxk_alpha", "bandwidth", "sparsity_penalty", "l0_loss", "group_fractions")}
             settings = {n: v for n, v in offered.items() if n in kind.Settings.__dataclass_fields__}
             specs += [SAESpec(name, width, lr, seed, settings | {kind.sparsity: value}, init_from) for value in config.sparsities(name)]
     return specs
@@ -146,6 +146,11 @@ def fit(
     Raises ValueError where the number of steps is not known, batches are empty or no matrices, those that are measured are not finite,
     or the folder holds checkpoints of something else.
     """
+    if not saes:
+        raise invalid("saes", saes, "one SAESpec or more", "say what to train, such as SAESpec('batch_top_k', d_sae=4096)")
+    for field, value in (("steps", steps), ("log_steps", log_steps), ("checkpoint_every", checkpoint_every)):
+        if value is not None and value < 1:
+            raise invalid(field, value, "1 or more", "raise it")
     if steps is None:
         if not hasattr(batches, "__len__"):
             raise invalid("steps", None, "a number of steps where the batches do not have a length", "pass steps=")

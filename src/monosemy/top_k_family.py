@@ -43,6 +43,11 @@ class TopKFamily(SAE):
         self.register_buffer("threshold", torch.tensor(-1.0))
         self.register_buffer("threshold_values", torch.tensor(0.0), persistent=False)
 
+    @property
+    def k(self) -> int:
+        """How many latents of a token training kept, on average for BatchTopK."""
+        return self.settings.k
+
     @abstractmethod
     def smallest_kept(self, codes: Codes) -> Tensor:
         """The number that the running threshold follows."""
@@ -86,8 +91,10 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, at: Moment) -> Tensor:
     aux = codes.product.top_k_among(at.dead_F, max(sae.d_in // 2, 1))
     e_BD = error_BD.detach()
     left = (e_BD - aux.map(torch.relu).decode(sae.W_dec)).pow(2).sum(1).mean()
-    share = (left / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()).nan_to_num(0.0)
-    return torch.where(at.dead_F.any(), share, 0)
+    variance = (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
+    varies = variance > 0  # one token, or equal ones, leave nothing to explain: without this, a gradient of infinity times zero
+    share = (left / torch.where(varies, variance, 1)).nan_to_num(0.0)
+    return torch.where(at.dead_F.any() & varies, share, 0)
 
 
 @torch.no_grad()

@@ -43,6 +43,15 @@ class SAESpec:
     settings: dict[str, Any] = field(default_factory=dict)
     init_from: SAE | None = None  # begin from these weights instead of drawn ones; it is copied
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a width, learning rate or seed that no SAE can be trained with."""
+        if not isinstance(self.d_sae, int) or isinstance(self.d_sae, bool) or self.d_sae < 1:
+            raise invalid("d_sae", self.d_sae, "a whole number, 1 or more", "give the number of latents")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise invalid("lr", self.lr, "a number above 0, or None for the recipe's", "3e-4 suits long runs")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise invalid("seed", self.seed, "a whole number", "correct it")
+
     def build(self, d_in: int) -> SAE:
         """The SAE with its initial weights. Raises ValueError for an unknown architecture or setting, or another shape in `init_from`."""
         sae = architecture(self.architecture)(d_in, self.d_sae, **self.settings)
