@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 import monosemy
-from monosemy.sae import SAE, Codes, Moment, reset_relu
+from monosemy import SAE, Codes, Moment, reset_relu
 
 
 @monosemy.register

@@ -11,7 +11,6 @@ import torch
 import tyro
 
 import monosemy
-from monosemy import formats
 
 B, D, TRUE = 512, 32, 64
 
@@ -38,7 +37,7 @@ def main(folder: Path | None = None, steps: int = 600) -> float:
         found.append(float(cosines.amax(0).mean()))
         print(f"{sae.name:12} mean cosine of the true directions with their nearest latents: {found[-1]:.3f}")
         if folder is not None:
-            formats.save(sae, folder / f"sae_{i}", {"status": fitted.status})
+            monosemy.save(sae, folder / f"sae_{i}", {"status": fitted.status})
             assert torch.equal(monosemy.load(folder / f"sae_{i}").W_dec, sae.W_dec)
     return found[0]
 

@@ -9,21 +9,19 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from monosemy import LanguageModel, Site, formats
-from monosemy.lm import load_tokenizer
-from monosemy.tokens import opening_id
+import monosemy
+from monosemy import LanguageModel, Site
 
 
 def main(folder: Positional[str], text: Positional[str], strongest: int = 3) -> torch.Tensor:
     """Print a line for each token; returns the latents [L, F] of its L tokens."""
-    sae, about = formats.read(folder)
-    site = Site.parse(about["site"])
-    lm = LanguageModel.load(about["model"], [site])  # only the layers up to the site
+    sae = monosemy.load(folder)
+    site = Site.parse(sae.cfg["site"])
+    lm = LanguageModel.load(sae.cfg["model"], [site])  # only the layers up to the site
     sae.to(lm.device)
 
-    tokenizer = load_tokenizer(about["model"])
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    ids_1L = torch.tensor([[opening_id(tokenizer), *ids]], device=lm.device)  # as in training, where the opening itself was left out
+    tokenizer = monosemy.load_tokenizer(sae.cfg["model"])
+    ids_1L = monosemy.to_tokens(tokenizer, text).to(lm.device)  # opened as in training, where the opening token itself was left out
     x_LD = lm.activations(ids_1L)[site][0, 1:].float()
     f_LF = sae.encode(x_LD)
     cosine_L = torch.cosine_similarity(x_LD, sae.decode(f_LF))

@@ -9,21 +9,19 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from monosemy import LanguageModel, Site, formats
-from monosemy.lm import load_tokenizer
-from monosemy.tokens import opening_id
+import monosemy
+from monosemy import LanguageModel, Site
 
 
 def main(folder: Positional[str], latent: int, strength: float, text: str = "My fellow citizens,", tokens: int = 20) -> tuple[str, str]:
     """Print and return how the text goes on, as the model is and steered, each time by the likeliest token."""
-    sae, about = formats.read(folder)
-    site = Site.parse(about["site"])
-    lm = LanguageModel.load(about["model"], [site], whole=True)
+    sae = monosemy.load(folder)
+    site = Site.parse(sae.cfg["site"])
+    lm = LanguageModel.load(sae.cfg["model"], [site], whole=True)
     direction_D = strength * sae.W_dec[latent].to(lm.device)
 
-    tokenizer = load_tokenizer(about["model"])
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    start_1L = torch.tensor([[opening_id(tokenizer), *ids]], device=lm.device)
+    tokenizer = monosemy.load_tokenizer(sae.cfg["model"])
+    start_1L = monosemy.to_tokens(tokenizer, text).to(lm.device)
 
     def go_on(added_D: torch.Tensor) -> str:
         ids_1L = start_1L

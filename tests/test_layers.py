@@ -42,7 +42,7 @@ FLOORS = {
     "probing": 7,
     "cli": 8,
     "__main__": 9,
-    "__init__": 0,
+    "__init__": 10,  # it names what lies in all of them
 }
 UPWARDS = {("sae", "architectures")}  # the registry fills itself when it is first asked
 

@@ -150,7 +150,7 @@ def test_two_processes_do_not_share_a_folder(finished, tiny_model, text_file, tm
     with alone_in(tmp_path / "taken", "save_dir"):
         assert train(tmp_path / "taken", tiny_model, text_file) == 2
         assert "no other process trains in" in capsys.readouterr().err
-        assert not list((tmp_path / "taken").iterdir())
+        assert [path.name for path in (tmp_path / "taken").iterdir()] == [".lock"]
     assert not (tmp_path / "taken").exists()
 
 

@@ -3,34 +3,66 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editors
+    from monosemy.activations import ActivationStream as ActivationStream
+    from monosemy.config import TrainConfig as TrainConfig
+    from monosemy.evaluation import evaluate as evaluate
+    from monosemy.formats import load as load
+    from monosemy.formats import save as save
+    from monosemy.lm import LanguageModel as LanguageModel
+    from monosemy.lm import Site as Site
+    from monosemy.lm import load_tokenizer as load_tokenizer
+    from monosemy.run import train as train
+    from monosemy.sae import SAE as SAE
+    from monosemy.sae import Codes as Codes
+    from monosemy.sae import Moment as Moment
+    from monosemy.sae import architecture as architecture
+    from monosemy.sae import register as register
+    from monosemy.sae import reset_relu as reset_relu
+    from monosemy.sweep import Fitted as Fitted
+    from monosemy.sweep import fit as fit
+    from monosemy.tokens import ContextStream as ContextStream
+    from monosemy.tokens import Source as Source
+    from monosemy.tokens import to_tokens as to_tokens
+    from monosemy.training import SAESpec as SAESpec
+
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no torch
 _HOME = {
-    "SAE": "sae",
-    "register": "sae",
-    "architecture": "sae",
-    "SAESpec": "training",
-    "TrainConfig": "config",
-    "load": "formats",
-    "fit": "sweep",
-    "train": "run",
-    "evaluate": "evaluation",
-    "LanguageModel": "lm",
-    "Site": "lm",
     "ActivationStream": "activations",
+    "Codes": "sae",
     "ContextStream": "tokens",
+    "Fitted": "sweep",
+    "LanguageModel": "lm",
+    "Moment": "sae",
+    "SAE": "sae",
+    "SAESpec": "training",
+    "Site": "lm",
     "Source": "tokens",
+    "TrainConfig": "config",
+    "architecture": "sae",
+    "evaluate": "evaluation",
+    "fit": "sweep",
+    "load": "formats",
+    "load_tokenizer": "lm",
+    "register": "sae",
+    "reset_relu": "sae",
+    "save": "formats",
+    "to_tokens": "tokens",
+    "train": "run",
 }
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # a type checker would take any name to be there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -13,12 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from monosemy.config import TryAgain, invalid
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"  # the file in a folder that says whose it is
 FULL = 1 << 16  # bytes free, below which a library that failed without saying why has met a full disk
 
 
@@ -96,32 +97,34 @@ def append(path: Path, text: str) -> None:
 
 @contextmanager
 def alone_in(folder: Path, field: str) -> Iterator[None]:
-    """Keep other processes that ask for the same out of a folder, which is made; whatever ends this process ends it, too.
+    """Hold an exclusive lock on a folder, which is created if missing. The system releases it when the process dies.
 
-    Raises ValueError that names `field` where another process is in it. On a file system without locks nothing is kept.
+    Raises ValueError that names `field` where another process holds it. On a file system without locks a warning takes its place.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            allowed = "a folder that no other process trains in"
-            raise invalid(field, str(folder), allowed, "wait for that one to end, or name another") from error
-        except OSError as error:
-            log.warning("%s cannot be kept from other processes (%s)", folder, error)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                folder.rmdir()  # where nothing came of it
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        allowed = "a folder that no other process trains in"
+        raise invalid(field, str(folder), allowed, "wait for that one to end, or name another") from error
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be kept from other processes (%s)", folder, error)
+    try:
+        yield
     finally:
-        os.close(handle)
+        if os.name != "nt":  # where an open file cannot be removed, the lock's release does it
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()  # if nothing came of it
 
 
 def sync(path: Path) -> None:
-    """Until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync a file or a folder; on Windows, where folders cannot be opened, a file alone."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows flushes what it may write to
     try:
         os.fsync(handle)
     finally:

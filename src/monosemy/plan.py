@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from monosemy.config import DECLARED_SWEEPS, SWEPT_BY, TrainConfig, architecture_names, invalid, path_of
+from monosemy.files import LOCK
 from monosemy.lm import ModelInfo, Site, check_sites, describe
 from monosemy.memory import Estimate, estimate
 from monosemy.recipe import RECIPES
@@ -330,7 +331,7 @@ def _folder(c: TrainConfig) -> tuple[Path, str]:
         note = f"{asked} holds a run of {kept.get('model_name')} with {kept.get('architectures')}; this run goes to {folder}"
     if os.path.lexists(folder) and not folder.is_dir():
         raise invalid("save_dir", str(folder), "a folder", "this is a file, or a link to nothing; name another path")
-    if _kept(folder) is None and folder.is_dir() and any(path.name != ".run.json.part" for path in folder.iterdir()):
+    if _kept(folder) is None and folder.is_dir() and any(path.name not in (".run.json.part", LOCK) for path in folder.iterdir()):
         raise invalid("save_dir", str(folder), "a new or empty folder, or one that holds a run", "it holds other files; name another path")
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     try:

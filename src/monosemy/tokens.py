@@ -220,6 +220,13 @@ def opening_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return _opening_and_separator(tokenizer)[0]
 
 
+def to_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Tokenize a text as training does, with the token that opens every context in front: ids [1, L]."""
+    import torch
+
+    return torch.tensor([[opening_id(tokenizer), *tokenizer(text, add_special_tokens=False).input_ids]])
+
+
 def _opening_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()

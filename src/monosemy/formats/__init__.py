@@ -61,6 +61,7 @@ def read(folder: str | Path, format: str | None = None, *, unfinished: bool = Fa
     sae = parts.build()
     if sae.constraint == "free" and not torch.allclose(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(()), atol=1e-5):
         sae.unit_decoder_()
+    sae.metadata = parts.config
     return sae, parts.config
 
 
