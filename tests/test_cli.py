@@ -160,6 +160,7 @@ def test_the_seed_s_commands_parse_and_plan_where_the_model_is_known(command, tm
     )
     real = plan.describe
     monkeypatch.setattr(plan, "describe", lambda model, revision=None: real(str(folder)))
+    monkeypatch.setattr(plan, "check_weights", lambda info: None)  # there are none
     monkeypatch.setattr(plan, "check_sources", lambda config: None)
     monkeypatch.chdir(tmp_path)
     assert main(["train", *args, "--dry_run"]) == 0

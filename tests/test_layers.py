@@ -11,6 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "monosemy"
 FLOORS = {
     "redact": -1,
     "config": 0,
+    "progress": 0,
     "rng": 0,
     "recipe": 0,
     "ahead": 0,

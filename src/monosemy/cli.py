@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -53,7 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(job: Callable[[], int]) -> int:
     """Run a job with its errors as one clear line and their exit codes; what nobody foresaw keeps its traceback. No secret is printed."""
     with redirect_stdout(Redacted(sys.stdout)), redirect_stderr(Redacted(sys.stderr)):  # type: ignore[type-var]
-        return _told(job)
+        return _told(lambda: _flushed(job()))
+
+
+def _flushed(code: int) -> int:
+    """Write out what was printed while a closed pipe can still be told from a fault."""
+    sys.stdout.flush()
+    return code
 
 
 def _told(job: Callable[[], int]) -> int:
@@ -68,6 +75,8 @@ def _told(job: Callable[[], int]) -> int:
         print(f"error: {error}\nThe same command again goes on from the last checkpoint.", file=sys.stderr)
         return 75
     except (ValueError, ConnectionError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + 13  # as a program that SIGPIPE ends
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
@@ -75,6 +84,18 @@ def _told(job: Callable[[], int]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone, such as `head`; what is still to be written goes nowhere then."""
+    if not hasattr(select, "poll"):  # Windows has other errors for it
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from monosemy import formats, latents
 from monosemy.activations import ActivationStream
@@ -39,6 +38,7 @@ from monosemy.lm import LanguageModel, load_tokenizer
 from monosemy.memory import high_water, size, tensor_bytes
 from monosemy.ops import Scratch
 from monosemy.plan import Plan, make, replan
+from monosemy.progress import Progress
 from monosemy.recipe import RECIPES
 from monosemy.redact import without_secrets
 from monosemy.report import page, plots
@@ -175,14 +175,14 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
 def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
     """All of a run in its folder, which no other process is in."""
     c, plan = run.config, run.plan
-    tokenizer = load_tokenizer(c.model_name, c.revision)
+    tokenizer = load_tokenizer(plan.model)
     # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
-    train_text, held_out = _contexts(c, tokenizer, "train", workers=2 if plan.gpu else 0), _contexts(c, tokenizer, "held_out")
-    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
+    train_text, held_out = _contexts(plan, tokenizer, "train", workers=2 if plan.gpu else 0), _contexts(plan, tokenizer, "held_out")
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
     stream = _activations(plan, lm, train_text)
     store = Checkpoints(plan.folder / "checkpoints", c.checkpoint_every)
     with Interrupts() as interrupts, run.ending(), closing(store) as checkpoints:
-        with Progress(plan, stream) as progress:
+        with TrainingProgress(plan, stream) as progress:
             started, kept = time.monotonic(), checkpoints.newest()
             stream.wanted = plan.steps - (kept.step if kept else 0)
             ready = [] if kept else [_first_batch(c, stream)]
@@ -211,7 +211,8 @@ def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
     return run.folder, status
 
 
-def _contexts(c: TrainConfig, tokenizer: Any, split: Any, workers: int = 0) -> ContextStream:
+def _contexts(plan: Plan, tokenizer: Any, split: Any, workers: int = 0) -> ContextStream:
+    c = plan.config
     return ContextStream(
         sources_of(c),
         tokenizer,
@@ -222,6 +223,7 @@ def _contexts(c: TrainConfig, tokenizer: Any, split: Any, workers: int = 0) -> C
         system_prompt_to_remove=c.system_prompt_to_remove,
         system_prompt_removal_freq=c.system_prompt_removal_freq,
         workers=workers,
+        vocab_size=plan.model.vocab_size,
     )
 
 
@@ -243,10 +245,14 @@ def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> Activati
 def _first_batch(c: TrainConfig, stream: ActivationStream) -> dict[Any, Tensor]:
     """The first batch, for which the norm factors are measured that members are made with."""
     try:
-        return stream.next()
+        batch = stream.next()
     except StreamEnded as ended:
         allowed = f"text for at least one batch of {c.sae_batch_size} activations"
-        raise invalid("dataset", c.dataset, allowed, f"give more ({ended})") from ended
+        field = "chat_dataset" if c.mixed_dataset and ended.source == c.chat_dataset else "dataset"
+        raise invalid(field, getattr(c, field), allowed, f"give more ({ended})") from ended
+    for sentence in stream.contexts.damage():
+        log.warning("%s, of what was read until now", sentence)
+    return batch
 
 
 def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[Member]]:
@@ -283,7 +289,7 @@ def _train(
     kept: Checkpoint | None,
     started: float,
     checkpoints: Checkpoints,
-    progress: Progress,
+    progress: TrainingProgress,
     interrupts: Interrupts,
 ) -> tuple[str, str]:
     """The loop, and what is saved of it. `ready` holds the first batch where it was read already; `started` is when the reading began."""
@@ -354,6 +360,8 @@ def _train(
             "data": {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)},
         }
     )
+    for sentence in stream.contexts.damage():
+        log.warning("%s", sentence)
     for site, group in sweep.members.items():
         rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
         log.info("%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, 100 * outliers / max(rows, 1))
@@ -435,7 +443,7 @@ def evaluate_run(folder: str | Path, *, eval_num_inputs: int | None = None, devi
     config = dataclasses.replace(config, save_dir=str(folder), device=device, eval_num_inputs=eval_num_inputs or config.eval_num_inputs)
     run = Run(replan(config))
     run.facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    rows = _evaluate(run, _contexts(config, load_tokenizer(config.model_name, config.revision), "held_out"))
+    rows = _evaluate(run, _contexts(run.plan, load_tokenizer(run.plan.model), "held_out"))
     plots.write(folder, rows)
     page.write([folder])
     print(table(rows))
@@ -452,7 +460,7 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
             raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
         log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, c.eval_num_inputs)
         contexts = held_out.next(ended.contexts)
-    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device, whole=True)
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
     saes, info = {}, {}
     for site in plan.sites:
         for folder in sorted((run.folder / site.folder).glob("trainer_*"), key=lambda path: int(path.name.removeprefix("trainer_"))):
@@ -492,7 +500,7 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
     for stale in (run.folder / "eval_text.npz", *(run.folder / name / "latents.npz" for name in saes)):
         stale.unlink(missing_ok=True)
     if gathered:
-        tokenizer, special = load_tokenizer(c.model_name, c.revision), held_out.special_ids.tolist()
+        tokenizer, special = load_tokenizer(plan.model), held_out.special_ids.tolist()
         latents.write(run.folder, gathered, saes, lm, contexts, tokenizer, special, pages=c.report_latents, text=c.report_text)
     write_text(run.folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
@@ -504,32 +512,22 @@ def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
     return rows
 
 
-class Progress:
-    """One bar with tokens per second and the time left, on a terminal; nothing where there is none."""
+class TrainingProgress(Progress):
+    """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every record."""
 
     def __init__(self, plan: Plan, stream: ActivationStream) -> None:
-        batch = plan.config.sae_batch_size or 1
-        self.bar = tqdm(
-            total=plan.steps * batch, unit="tok", unit_scale=True, desc="training", disable=not sys.stderr.isatty(), smoothing=0.05
-        )
-        self.batch, self.verbose = batch, plan.config.verbose
-        stream.on_contexts = lambda n: self.bar.set_postfix_str(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read", refresh=True)
+        self.batch, self.verbose = plan.config.sae_batch_size or 1, plan.config.verbose
+        super().__init__(total=plan.steps * self.batch, unit="tok", desc="training")
+        stream.on_contexts = lambda n: self.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
 
     def step(self, step: int) -> None:
-        self.bar.update(step * self.batch - self.bar.n)
+        self.update(step * self.batch - self.done)
 
     def record(self, record: Record) -> None:
         if self.verbose:
-            self.bar.write(
-                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}",
-                file=sys.stderr,
+            self.write(
+                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}"
             )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
 
 def _is_complete(folder: Path) -> bool:
