@@ -70,12 +70,12 @@ def wide(weights: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def safetensors(tensors: dict[str, np.ndarray], dtype: torch.dtype = torch.float32) -> bytes:
-    return save({name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for name, array in tensors.items()})
+    return save({name: torch.from_numpy(np.array(array, order="C")).to(dtype) for name, array in tensors.items()})
 
 
 def pickled(tensors: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    torch.save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}, buffer)
+    torch.save({name: torch.from_numpy(np.array(array, order="C")) for name, array in tensors.items()}, buffer)
     return buffer.getvalue()
 
 

@@ -1,8 +1,14 @@
 """Every published layout is told from its files' names, opened, and computes what its authors' formula says."""
 
-import pytest
+from dataclasses import replace
 
+import numpy as np
+import pytest
+import torch
+
+from monosemy import formats
 from monosemy.formats import layouts
+from tests.layout_trees import TREES
 
 TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
 
@@ -88,3 +94,24 @@ def test_a_folder_is_not_taken_for_a_transcoder_by_a_name_above_it():
     files = ["resid_post/layer_13_width_16k_l0_small/params.safetensors"]
     (entry,) = layouts.find(files, "/home/me/transcoder/clt/downloads").values()
     assert entry.note == ""
+
+
+def opened(tree, root, format=None):
+    path = tree.write(root)
+    return formats.read(path, format, source=tree.source)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_it_computes_its_authors_formula(name, tmp_path):
+    tree = TREES[name]()
+    entry = layouts.find(tree.files, tree.repo)[tree.sae_id]
+    assert set(entry.files) <= set(tree.files) and not entry.note
+    only = {file: tree.files[file] for file in entry.files}
+    sae, about = opened(replace(tree, files=only), tmp_path, entry.format if entry.named else None)
+    assert (about["site"], about["model"]) == (tree.site, tree.model)
+    f = sae.encode(torch.from_numpy(tree.x).float())
+    largest = np.abs(tree.x).max()
+    assert np.array_equal(f.numpy() > 0, tree.f > 0)
+    assert np.abs(f.numpy() - tree.f).max() <= 1e-5 * largest
+    assert np.abs(sae.decode(f).numpy() - tree.x_hat).max() <= 1e-5 * largest
+    assert 0 < (tree.f > 0).mean() < 0.9  # thresholds and k decide something

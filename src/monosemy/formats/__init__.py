@@ -20,16 +20,33 @@ from torch import Tensor
 
 from monosemy.config import invalid
 from monosemy.files import beside, write_json
-from monosemy.formats import dictionary_learning, gemma_scope, layouts, sae_lens, sparsify, untrusted
+from monosemy.formats import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    layouts,
+    llama_scope,
+    qwen_scope,
+    sae_lens,
+    sparsify,
+    untrusted,
+)
 from monosemy.formats.layouts import KEPT
 from monosemy.formats.parts import Parts, text
 from monosemy.sae import SAE, current_names
 
-FORMATS = ("native", "dictionary_learning", "sae_lens", "sparsify", "gemma_scope")
-TARGETS = ("native", "dictionary_learning", "sae_lens", "sparsify")
+_WRITTEN = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify}
+_OTHERS = _WRITTEN | {
+    "gemma_scope": gemma_scope,
+    "gemma_scope_2": gemma_scope_2,
+    "llama_scope": llama_scope,
+    "qwen_scope": qwen_scope,
+    "goodfire": goodfire,
+}
+FORMATS = ("native", *_OTHERS)
+TARGETS = ("native", *_WRITTEN)
 
-_OTHERS = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify, "gemma_scope": gemma_scope}
-_WRITERS = {"dictionary_learning": dictionary_learning.write, "sae_lens": sae_lens.write, "sparsify": sparsify.write}
 _ABOUT_THE_SAE = ("format", "version", "architecture", "d_in", "d_sae", "settings", "pre_bias", "files", "from", "tensors")
 
 
@@ -82,7 +99,7 @@ def detect(path: str | Path, source: str | None = None) -> str:
             "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0",
         )
     if entry.note:
-        raise invalid("folder", str(path), "an SAE that can be opened here", f"it cannot be: {entry.note}")
+        raise _closed(path, entry)
     if entry.named:
         remedy = f'pass format="{entry.format}" if you trust where it comes from (--format {entry.format})'
         raise invalid("format", None, f'"{entry.format}" for {entry.files[0]}, which is a pickle', remedy)
@@ -112,7 +129,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, format: str | No
             _write_tensors(sae, part)
             write_json(part / "config.json", _about(sae) | parts.config)
         else:
-            _WRITERS[to](sae, parts.config, part)
+            _WRITTEN[to].write(sae, parts.config, part)
             _keep(sae, parts.config, part, to)
         part.replace(target)
     except OSError as error:
@@ -128,9 +145,12 @@ def _parts(path: Path, format: str | None, unfinished: bool, source: str | None 
     """What lies in a folder or file, with what was kept beside another tool's layout."""
     if format is not None and format not in FORMATS:
         raise invalid("format", format, ", ".join(FORMATS), "leave it out to have it detected")
-    format = format or detect(path, source)
+    if format is None:
+        format = detect(path, source)
+    elif (entry := _entry(path, source)) is not None and entry.format == format and entry.note:
+        raise _closed(path, entry)
     parts = _native(path) if format == "native" else _OTHERS[format].read(path, source or path.absolute().as_posix())
-    if format != "native" and (path / KEPT).exists():
+    if format in _WRITTEN and (path / KEPT).exists():
         parts = _restored(parts, path, format)
     status = _status(path, parts.config)
     if status != "complete" and not unfinished:
@@ -147,6 +167,10 @@ def _entry(path: Path, source: str | None) -> layouts.Entry | None:
         return layouts.find([path.name], source).get(path.name)
     files = [file for pattern in ("*", "checkpoints/*") for file in path.glob(pattern) if file.is_file()]
     return layouts.find([file.relative_to(path).as_posix() for file in files], source).get(".")
+
+
+def _closed(path: Path, entry: layouts.Entry) -> ValueError:
+    return invalid("folder", str(path), "an SAE that can be opened here", f"it cannot be: {entry.note}")
 
 
 def _native(folder: Path) -> Parts:
@@ -177,7 +201,7 @@ def _is_origin(origin: Any) -> bool:
 def _restored(parts: Parts, folder: Path, format: str) -> Parts:
     """The SAE that was converted to this folder: what it has no place for is in monosemy.json."""
     kept = untrusted.json_object(folder / KEPT)
-    if kept.get("files") != {name: untrusted.sha256(folder / name) for name in _OTHERS[format].FILES}:
+    if kept.get("files") != {name: untrusted.sha256(folder / name) for name in _WRITTEN[format].FILES}:
         remedy = f"take {KEPT} away to read the folder as it is, without what its layout has no place for"
         raise invalid(f"{KEPT}: files", "of other files", "the digests of the files beside it, which have changed since", remedy)
     tensors = kept.get("tensors")
@@ -221,12 +245,12 @@ def _bytes(sae: SAE) -> int:
 
 def _keep(sae: SAE, config: dict[str, Any], folder: Path, to: str) -> None:
     """Write monosemy.json: the configuration, and every tensor that does not come back from the folder as it went in."""
-    back = _OTHERS[to].read(folder, folder.name).tensors
+    back = _WRITTEN[to].read(folder, folder.name).tensors
     state = sae.state_dict()
     same = [name for name, tensor in state.items() if name in back and torch.equal(back[name].to(tensor.dtype), tensor)]
     tensors = {name: _encoded(tensor) for name, tensor in state.items() if name not in same}
     assert not tensors.keys() & {"W_enc", "W_dec"}, "the layout lost weights"
-    digests = {name: untrusted.sha256(folder / name) for name in _OTHERS[to].FILES}
+    digests = {name: untrusted.sha256(folder / name) for name in _WRITTEN[to].FILES}
     write_json(folder / KEPT, _about(sae) | config | {"files": digests, "from": same, "tensors": tensors})
 
 
