@@ -20,16 +20,33 @@ from torch import Tensor
 
 from monosemy.config import invalid
 from monosemy.files import beside, write_json
-from monosemy.formats import dictionary_learning, gemma_scope, sae_lens, sparsify, untrusted
+from monosemy.formats import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    layouts,
+    llama_scope,
+    qwen_scope,
+    sae_lens,
+    sparsify,
+    untrusted,
+)
+from monosemy.formats.layouts import KEPT
 from monosemy.formats.parts import Parts, text
 from monosemy.sae import SAE, current_names
 
-FORMATS = ("native", "dictionary_learning", "sae_lens", "sparsify", "gemma_scope")
-TARGETS = FORMATS[:-1]
-KEPT = "monosemy.json"
+_WRITTEN = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify}
+_OTHERS = _WRITTEN | {
+    "gemma_scope": gemma_scope,
+    "gemma_scope_2": gemma_scope_2,
+    "llama_scope": llama_scope,
+    "qwen_scope": qwen_scope,
+    "goodfire": goodfire,
+}
+FORMATS = ("native", *_OTHERS)
+TARGETS = ("native", *_WRITTEN)
 
-_OTHERS = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify, "gemma_scope": gemma_scope}
-_WRITERS = {"dictionary_learning": dictionary_learning.write, "sae_lens": sae_lens.write, "sparsify": sparsify.write}
 _ABOUT_THE_SAE = ("format", "version", "architecture", "d_in", "d_sae", "settings", "pre_bias", "files", "from", "tensors")
 
 
@@ -44,20 +61,22 @@ def save(sae: SAE, folder: str | Path, config: dict[str, Any]) -> None:
     write_json(folder / "config.json", _about(sae) | config)
 
 
-def load(folder: str | Path, format: str | None = None, *, unfinished: bool = False) -> SAE:
-    """The SAE in a folder, for raw activations [.., d_in], in evaluation mode on the CPU.
+def load(path: str | Path, format: str | None = None, *, unfinished: bool = False, source: str | None = None) -> SAE:
+    """Open an SAE of any layout, for raw activations [.., d_in], in evaluation mode on the CPU.
 
-    Ours, SAELens', sparsify's and Gemma Scope's layouts are told apart by their files, none of which is unpickled. "dictionary_learning"
-    opens an `ae.pt`, restricted to tensors, and is never guessed.
-    Raises ValueError for a folder that holds no SAE or a damaged one, for one that is computed otherwise here, and for one of a run
-    that did not complete unless `unfinished`.
+    `path` is a folder, or the file in layouts of one file for each SAE. Layouts are told apart by their files,
+    none of which is unpickled; those that are pickles (dictionary_learning, qwen_scope, goodfire) open only
+    where `format` names them, restricted to tensors. `source`, "OWNER/REPO/path/in/repo", is where a copy comes
+    from: some layouts say model, layer or k in names alone.
+    Raises ValueError for a folder that holds no SAE or a damaged one, for one that is computed otherwise here,
+    and for one of a run that did not complete unless `unfinished`.
     """
-    return read(folder, format, unfinished=unfinished)[0]
+    return read(path, format, unfinished=unfinished, source=source)[0]
 
 
-def read(folder: str | Path, format: str | None = None, *, unfinished: bool = False) -> tuple[SAE, dict[str, Any]]:
+def read(path: str | Path, format: str | None = None, *, unfinished: bool = False, source: str | None = None) -> tuple[SAE, dict[str, Any]]:
     """`load`, and what the folder says of the SAE: its site, model, status, ... where known."""
-    parts = _parts(Path(folder), format, unfinished)
+    parts = _parts(Path(path), format, unfinished, source)
     sae = parts.build()
     if sae.constraint == "free" and not torch.allclose(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(()), atol=1e-5):
         sae.unit_decoder_()
@@ -65,32 +84,26 @@ def read(folder: str | Path, format: str | None = None, *, unfinished: bool = Fa
     return sae, parts.config
 
 
-def detect(folder: str | Path) -> str:
-    """Which of FORMATS a folder is, by the names of its files. Raises ValueError for none, and for one that needs unpickling."""
-    folder = Path(folder)
+def detect(path: str | Path, source: str | None = None) -> str:
+    """Tell which of FORMATS a folder or file is, by names alone.
 
-    def has(name: str) -> bool:
-        return (folder / name).is_file()
-
-    if has("sae.safetensors"):
-        return "sparsify" if has("cfg.json") and not has("config.json") else "native"
-    if has("sae_weights.safetensors"):
-        return "sae_lens"
-    if has("params.npz"):
-        return "gemma_scope"
-    if has("ae.pt"):
+    Raises ValueError for none, and for a pickle, which is opened only where its format is named.
+    """
+    path = Path(path)
+    entry = _entry(path, source)
+    if entry is None:
         raise invalid(
-            "format",
-            None,
-            '"dictionary_learning" for a folder with an ae.pt',
-            'pass format="dictionary_learning" if you trust where it comes from (--format dictionary_learning)',
+            "folder",
+            str(path),
+            "the folder or file of an SAE, such as sae.safetensors with its config.json (docs/formats.md has all layouts)",
+            "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0",
         )
-    raise invalid(
-        "folder",
-        str(folder),
-        "a folder with sae.safetensors or sae_weights.safetensors and its config.json or cfg.json, or with a params.npz",
-        "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0",
-    )
+    if entry.note:
+        raise _closed(path, entry)
+    if entry.named:
+        remedy = f'pass format="{entry.format}" if you trust where it comes from (--format {entry.format})'
+        raise invalid("format", None, f'"{entry.format}" for {entry.files[0]}, which is a pickle', remedy)
+    return entry.format
 
 
 def convert(source: str | Path, target: str | Path, to: str, *, format: str | None = None, unfinished: bool = False) -> None:
@@ -116,7 +129,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, format: str | No
             _write_tensors(sae, part)
             write_json(part / "config.json", _about(sae) | parts.config)
         else:
-            _WRITERS[to](sae, parts.config, part)
+            _WRITTEN[to].write(sae, parts.config, part)
             _keep(sae, parts.config, part, to)
         part.replace(target)
     except OSError as error:
@@ -128,20 +141,36 @@ def convert(source: str | Path, target: str | Path, to: str, *, format: str | No
 # --- reading -------------------------------------------------------------------------------------------------------------------
 
 
-def _parts(folder: Path, format: str | None, unfinished: bool) -> Parts:
-    """What lies in a folder, with what was kept beside another tool's layout."""
+def _parts(path: Path, format: str | None, unfinished: bool, source: str | None = None) -> Parts:
+    """What lies in a folder or file, with what was kept beside another tool's layout."""
     if format is not None and format not in FORMATS:
         raise invalid("format", format, ", ".join(FORMATS), "leave it out to have it detected")
-    format = format or detect(folder)
-    parts = _native(folder) if format == "native" else _OTHERS[format].read(folder)
-    if format != "native" and (folder / KEPT).exists():
-        parts = _restored(parts, folder, format)
-    status = _status(folder, parts.config)
+    if format is None:
+        format = detect(path, source)
+    elif (entry := _entry(path, source)) is not None and entry.format == format and entry.note:
+        raise _closed(path, entry)
+    parts = _native(path) if format == "native" else _OTHERS[format].read(path, source or path.absolute().as_posix())
+    if format in _WRITTEN and (path / KEPT).exists():
+        parts = _restored(parts, path, format)
+    status = _status(path, parts.config)
     if status != "complete" and not unfinished:
         raise invalid(
-            "folder", str(folder), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is"
+            "folder", str(path), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is"
         )
     return parts
+
+
+def _entry(path: Path, source: str | None) -> layouts.Entry | None:
+    """What the names of its files make of a folder or file."""
+    source = source or path.absolute().as_posix()
+    if path.is_file():
+        return layouts.find([path.name], source).get(path.name)
+    files = [file for pattern in ("*", "checkpoints/*") for file in path.glob(pattern) if file.is_file()]
+    return layouts.find([file.relative_to(path).as_posix() for file in files], source).get(".")
+
+
+def _closed(path: Path, entry: layouts.Entry) -> ValueError:
+    return invalid("folder", str(path), "an SAE that can be opened here", f"it cannot be: {entry.note}")
 
 
 def _native(folder: Path) -> Parts:
@@ -172,7 +201,7 @@ def _is_origin(origin: Any) -> bool:
 def _restored(parts: Parts, folder: Path, format: str) -> Parts:
     """The SAE that was converted to this folder: what it has no place for is in monosemy.json."""
     kept = untrusted.json_object(folder / KEPT)
-    if kept.get("files") != {name: untrusted.sha256(folder / name) for name in _OTHERS[format].FILES}:
+    if kept.get("files") != {name: untrusted.sha256(folder / name) for name in _WRITTEN[format].FILES}:
         remedy = f"take {KEPT} away to read the folder as it is, without what its layout has no place for"
         raise invalid(f"{KEPT}: files", "of other files", "the digests of the files beside it, which have changed since", remedy)
     tensors = kept.get("tensors")
@@ -216,12 +245,12 @@ def _bytes(sae: SAE) -> int:
 
 def _keep(sae: SAE, config: dict[str, Any], folder: Path, to: str) -> None:
     """Write monosemy.json: the configuration, and every tensor that does not come back from the folder as it went in."""
-    back = _OTHERS[to].read(folder).tensors
+    back = _WRITTEN[to].read(folder, folder.name).tensors
     state = sae.state_dict()
     same = [name for name, tensor in state.items() if name in back and torch.equal(back[name].to(tensor.dtype), tensor)]
     tensors = {name: _encoded(tensor) for name, tensor in state.items() if name not in same}
     assert not tensors.keys() & {"W_enc", "W_dec"}, "the layout lost weights"
-    digests = {name: untrusted.sha256(folder / name) for name in _OTHERS[to].FILES}
+    digests = {name: untrusted.sha256(folder / name) for name in _WRITTEN[to].FILES}
     write_json(folder / KEPT, _about(sae) | config | {"files": digests, "from": same, "tensors": tensors})
 
 

@@ -85,7 +85,7 @@ def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
     return state
 
 
-def read(folder: Path) -> Parts:
+def read(folder: Path, source: str) -> Parts:
     """The SAE that a config.json and an ae.pt describe. Raises ValueError for a class that is not known."""
     config = untrusted.json_object(folder / "config.json")
     trainer = config["trainer"] if isinstance(config.get("trainer"), dict) else {}

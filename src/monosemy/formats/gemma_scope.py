@@ -8,24 +8,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from monosemy.config import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, renamed
+from monosemy.formats.parts import Parts, matrix_shape, renamed
 
-FILES = ("params.npz",)
 NAMES = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 PLACES = {"res": "resid_post", "mlp": "mlp_out"}  # "att" is what enters the output projection, which is read nowhere here
 
 
-def read(folder: Path) -> Parts:
+def read(folder: Path, source: str) -> Parts:
     """The SAE in a params.npz. Raises ValueError for a compressed or damaged one."""
     tensors = untrusted.npz(folder / "params.npz", [name.rstrip("'") for name in NAMES.values()])
     ours = renamed(tensors, NAMES, "params.npz")
-    if ours["W_enc"].dim() != 2:
-        raise invalid("params.npz: W_enc", tuple(ours["W_enc"].shape), "a matrix", "copy it again")
-    d_sae, d_in = ours["W_enc"].shape
-    path = folder.absolute().as_posix()
-    release, layer = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp)\b", path), re.search(r"/layer_(\d{1,3})\b", path)
+    d_sae, d_in = matrix_shape(ours["W_enc"], "params.npz: W_enc")
+    release, layer = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp)\b", source), re.search(r"/layer_(\d{1,3})\b", source)
     config = {
         "site": f"{PLACES[release[3]]}.{layer[1]}" if release and layer else None,
         "model": f"google/gemma-2-{release[1]}{'-it' if release[2] == 'it' else ''}" if release else None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -92,6 +92,29 @@ def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: str)
             )
         ours[name] = tensor.T if theirs.endswith("'") else tensor
     return ours
+
+
+def only(tensors: Collection[str], names: Iterable[str], where: str) -> None:
+    """Refuse tensors that a layout does not have: what they stand for would be lost. Raises ValueError."""
+    known = {name.rstrip("'") for name in names}
+    unknown = sorted(set(tensors) - known)
+    if unknown:
+        allowed = f"the tensors {', '.join(sorted(known))}"
+        raise invalid(where, ", ".join(unknown)[:80], allowed, "what others would do to an SAE is not computed here")
+
+
+def neutral(config: Mapping[str, Any], where: str, reason: str, **plain: Any) -> None:
+    """Refuse entries that say other than they must where they are there. Raises ValueError."""
+    for key, value in plain.items():
+        if config.get(key, value) not in (value, None):
+            raise invalid(f"{where}: {key}", _short(config[key]), repr(value), reason)
+
+
+def matrix_shape(tensor: Tensor, where: str) -> tuple[int, int]:
+    """The two sizes of a matrix. Raises ValueError for another tensor."""
+    if tensor.dim() != 2:
+        raise invalid(where, tuple(tensor.shape), "a matrix", "copy it again")
+    return tensor.shape[0], tensor.shape[1]
 
 
 def written(sae: SAE, names: Mapping[str, str], dtype: str | None = None) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ TO_THEIRS = {"standard": "standard", "standard_new": "standard", "p_anneal": "st
 )
 
 
-def read(folder: Path) -> Parts:
+def read(folder: Path, source: str) -> Parts:
     """The SAE in one of SAELens' folders, of version 6 or before. Raises ValueError for what is computed otherwise here."""
     cfg = untrusted.json_object(folder / "cfg.json")
     about = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "
 RELU = ("standard", "standard_new", "p_anneal")
 
 
-def read(folder: Path) -> Parts:
+def read(folder: Path, source: str) -> Parts:
     """The SAE in one of sparsify's folders. Raises ValueError for a transcoder, and for selections that are not computed here."""
     cfg = untrusted.json_object(folder / "cfg.json")
     for key, plain in (("activation", "topk"), ("transcode", False), ("skip_connection", False), ("signed", False)):
@@ -40,7 +40,7 @@ def read(folder: Path) -> Parts:
         "sae.safetensors",
         True,
         {
-            "site": module_site(folder.absolute()),
+            "site": module_site(PurePosixPath(source)),
             "model": None,
             "dtype": dtype_of(tensors),
             "origin": {"format": "sparsify", "config": cfg},
