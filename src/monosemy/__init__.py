@@ -17,7 +17,7 @@ _HOME = {
     "load": "formats",
     "fit": "sweep",
     "train": "run",
-    "evaluate": "evaluation",
+    "evaluate_on_model": "evaluation",
     "LanguageModel": "lm",
     "Site": "lm",
     "ActivationStream": "activations",

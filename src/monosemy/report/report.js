@@ -150,6 +150,11 @@ function axis(values, type, title, extra = {}) {
   return { scale: { type: "log", domain: [low, high], nice: false }, axis: { title, format: "~g", values: at, ...extra } };
 }
 
+/** Fill one panel; where that fails the panel says so, and the others are drawn all the same. */
+async function panel(box, fill) {
+  try { await fill(); } catch (error) { box.replaceChildren(make("p", { class: "note" }, `This panel cannot be drawn (${error.message}).`)); }
+}
+
 /** Draw a specification into a container; points with a `sae` open it, by click or Enter, and tell about themselves on hover and focus. */
 async function draw(container, spec, title) {
   const ink = css("--ink"), line = css("--line"), font = "system-ui, Noto Sans, sans-serif";
@@ -274,13 +279,13 @@ function curves(container, saes) {
   for (const { label, scale, values, box } of drawn) { // all boxes are in their places now
     const Y = axis(values.map((p) => p.v), scale, scale === "log" ? "log scale" : "", { title: null });
     if (scale === "linear") Y.scale = { zero: true };
-    draw(box, {
+    panel(box, () => draw(box, {
       data: { values }, width: box.clientWidth - 50, height: 150,
       mark: { type: "line", strokeWidth: 1.3, opacity: 0.85, aria: false },
       encoding: { x: { field: "t", type: "quantitative", axis: { title: "training tokens", labelExpr: "datum.value ? format(datum.value, '~s') : '0'", tickCount: 4, grid: false } }, y: { field: "v", type: "quantitative", ...Y, axis: { ...Y.axis, title: null, ...(scale === "log" ? {} : { format: "~s", tickCount: 4 }) } },
         color: { field: "architecture", type: "nominal", scale: colours(names) }, detail: { field: "sae" },
         strokeDash: { field: "site", type: "nominal", scale: { domain: sites, range: sites.map((_, i) => [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]][i % 4]) } } },
-    }, `${label} against training tokens, ${saes.length} SAEs`);
+    }, `${label} against training tokens, ${saes.length} SAEs`));
   }
   if (!container.children.length) container.append(make("p", { class: "note" }, "The run kept no records of its training."));
   else if (sites.length > 1) container.after(siteNote(container, `Solid: ${sites[0]}; dashed: ${sites.slice(1).join(", ")}. Losses have log scales and are comparable within an architecture only.`));
@@ -327,20 +332,19 @@ function bars(container, saes) {
 // --- the overview -----------------------------------------------------------------------------------------------------
 
 function overview() {
-  const again = () => { filterTable(); pareto(); charts(); };
+  const again = () => { filterTable(); points(); charts(); };
+  const points = () => panel(byId("pareto"), pareto);
   const charts = () => {
     const saes = DATA.saes.filter(inside);
-    curves(byId("curves"), saes);
-    bars(byId("alive"), saes);
-    firing(byId("firing"), saes);
+    for (const [id, fill] of [["curves", curves], ["alive", bars], ["firing", firing]]) panel(byId(id), () => fill(byId(id), saes));
   };
   if (!byId("saes")) return;
   const plotted = shownColumns().filter((c) => c.scale), values = (key) => [...new Set(DATA.saes.map((s) => s[key]))];
   const axes = () => byId("axes").replaceChildren(
-    pick("y", plotted.filter((c) => c.key !== "l0").map((c) => [c.key, c.label]), state.y, (v) => { state.y = v; axes(); pareto(); }),
-    pick("x", plotted.map((c) => [c.key, c.label]), state.x, (v) => { state.x = v; pareto(); }),
-    pick("panels by", [["site", "site"], ["architecture", "architecture"], ["width", "width"]], state.by, (v) => { state.by = v; pareto(); }),
-    state.y === "loss_recovered_zero" ? make("label", {}, make("input", { type: "checkbox", checked: state.perfect, onchange: (e) => { state.perfect = e.target.checked; pareto(); } }), " distance from perfect (log)") : "");
+    pick("y", plotted.filter((c) => c.key !== "l0").map((c) => [c.key, c.label]), state.y, (v) => { state.y = v; axes(); points(); }),
+    pick("x", plotted.map((c) => [c.key, c.label]), state.x, (v) => { state.x = v; points(); }),
+    pick("panels by", [["site", "site"], ["architecture", "architecture"], ["width", "width"]], state.by, (v) => { state.by = v; points(); }),
+    state.y === "loss_recovered_zero" ? make("label", {}, make("input", { type: "checkbox", checked: state.perfect, onchange: (e) => { state.perfect = e.target.checked; points(); } }), " distance from perfect (log)") : "");
   if (!plotted.some((c) => c.key === state.y)) state.y = "fvu";
   axes();
   const choose = (key, label, name) => (values(key).length < 2 ? "" : pick(label, [["", "all"], ...values(key).sort((a, b) => (a > b ? 1 : -1)).map((v) => [v, name ? name(v) : v])], state[key], (v) => { state[key] = v; again(); }));
@@ -360,7 +364,7 @@ function overview() {
   if (state.sort != null || state.down) sort(state.sort ?? "", state.down);
   again();
   let wide = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== wide && !byId("overview").hidden) { wide = innerWidth; pareto(); charts(); } });
+  addEventListener("resize", () => { if (innerWidth !== wide && !byId("overview").hidden) { wide = innerWidth; points(); charts(); } });
   overview.again = again;
 }
 
@@ -413,8 +417,8 @@ async function saePage(view, sae) {
   view.append(latents, make("section", {}, make("h2", {}, "Firing frequencies"), firingBox), make("section", {}, make("h2", {}, "Training"), curveBox));
   if (!sae.gathered) latents.append(make("h2", {}, "Latents"), make("p", { class: "banner" }, "Nothing was gathered about single latents. ", make("code", {}, "monosemy eval RUN"), " gathers it."));
   else await latentList(latents, sae, await open(sae), await text(sae));
-  firing(firingBox, [sae]);
-  curves(curveBox, [sae]);
+  panel(firingBox, () => firing(firingBox, [sae]));
+  panel(curveBox, () => curves(curveBox, [sae]));
 }
 
 /** What a search asks: a test of latents. Words are tokens, `freq:>0.01` and the like statistics, a bare number a latent. */
