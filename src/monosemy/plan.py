@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from monosemy.config import TrainConfig, architecture_names, invalid, path_of
+from monosemy.cost import contexts_of_evaluation
 from monosemy.lm import ModelInfo, Site, check_sites, describe
 from monosemy.memory import Estimate, estimate
 from monosemy.recipe import RECIPES
@@ -137,8 +138,10 @@ def make(config: TrainConfig) -> Plan:
     if not sites:
         raise invalid("layers", config.layers, f"one or more of 0 to {model.num_layers - 1}", "name a layer, such as --layers 3")
     check_sites(model, sites)
-    config = _fill(config, model)
-    plan = Plan(config, model, sites, folder, note)
+    kept = _kept(folder) or {}
+    config = dataclasses.replace(config, eval_num_inputs=config.eval_num_inputs or kept.get("eval_num_inputs"))  # as the run began
+    plan = Plan(_fill(config, model, sites), model, sites, folder, note)
+    config = plan.config
     if plan.steps < 1:
         raise invalid(
             "num_tokens", config.num_tokens, f"{config.sae_batch_size} or more, one batch", "train on more tokens or lower --sae_batch_size"
@@ -160,7 +163,7 @@ def of_evaluation(config: TrainConfig) -> Plan:
     model = describe(config.model_name, config.revision)
     check_sites(model, _sites(config))
     check_sources(config)
-    return Plan(_fill(config, model), model, _sites(config), Path(config.save_dir))
+    return Plan(_fill(config, model, _sites(config)), model, _sites(config), Path(config.save_dir))
 
 
 def _sites(c: TrainConfig) -> tuple[Site, ...]:
@@ -274,8 +277,8 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and ruled and len(name) <= 96 and not re.search(r"--|\.\.|\.git$", name)
 
 
-def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
-    """Blanks from the model's preset, or from its size."""
+def _fill(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> TrainConfig:
+    """Blanks from the model's preset, or from its size; the contexts of evaluation from what all of that costs."""
     batch, length, gpu_dtype = PRESETS.get(c.model_name, (None, min(1024, model.max_length or 1024), None))
     length = c.context_length or length
     if model.max_length is not None and length > model.max_length:
@@ -288,7 +291,7 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
             if gpu
             else ("bfloat16" if cpu_has_bf16() else "float32")
         )
-    return dataclasses.replace(
+    filled = dataclasses.replace(
         c,
         context_length=length,
         llm_batch_size=c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1),
@@ -296,6 +299,7 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
         dtype=dtype,
         precision=("bf16" if gpu or cpu_has_bf16() else "float32") if c.precision == "auto" else c.precision,
     )
+    return dataclasses.replace(filled, eval_num_inputs=c.eval_num_inputs or contexts_of_evaluation(filled, model, sites))
 
 
 def _has_gpu(device: str) -> bool:

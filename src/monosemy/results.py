@@ -21,6 +21,7 @@ from torch import Tensor
 
 from monosemy import __version__, arrays, formats, latents
 from monosemy.config import TrainConfig, invalid
+from monosemy.cost import MOST
 from monosemy.evaluation import ROWS, Row, evaluate_on_model, seed_results
 from monosemy.files import write_json, write_text
 from monosemy.formats.untrusted import sha256
@@ -82,12 +83,13 @@ def context_stream(c: TrainConfig, tokenizer: Any, split: Any, workers: int = 0)
 
 def held_out_contexts(c: TrainConfig, held_out: ContextStream) -> Tensor:
     """As many contexts as a configuration evaluates on, or all there are. Raises ValueError where there is none."""
+    wanted = c.eval_num_inputs or MOST
     try:
-        return held_out.next(c.eval_num_inputs)
+        return held_out.next(wanted)
     except StreamEnded as ended:
         if not ended.contexts:
             raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
-        log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, c.eval_num_inputs)
+        log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, wanted)
         return held_out.next(ended.contexts)
 
 
