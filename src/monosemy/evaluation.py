@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from monosemy import rng
 from monosemy.config import invalid
-from monosemy.latents import ALWAYS, DENSE, Gathering
+from monosemy.latents import ALWAYS, DENSE, Gathering, geometry
 from monosemy.lm import Clean, LanguageModel, Site
 from monosemy.missing import Missing
 
@@ -38,6 +38,67 @@ DRAWS = 1000  # of the bootstrap
 HISTOGRAM_EDGES = [-6 + i / 2 for i in range(13)]  # log10 of the share of tokens on which a latent fires
 THRESHOLD_TOLERANCE = 1.2  # a threshold whose FVU is so many times exact top-k's is flagged
 ROWS, LOSSES = "row", "losses"  # parts that may be missing: an SAE's, or all SAEs' of a site
+
+
+@torch.inference_mode()
+def evaluate(
+    saes: SAE | Sequence[SAE] | Mapping[str, SAE],
+    batches: Iterable[Tensor],
+    *,
+    site: str = "activations",
+    gather: Mapping[str, Gathering] | None = None,
+    missing: Missing | None = None,
+) -> list[Row]:
+    """A row for each SAE, in order, on activations of any kind [B, D]: of a vision model, of proteins, of a simulator.
+
+    The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry; `tokens` counts rows, as `unit` says. `batches` may
+    be an iterator: it is read once, moved to the SAEs' device and regrouped to 2,048 rows, so that the size of batches cannot show, not even
+    in the exact selection of batch_top_k. A list of SAEs is named sae_0, sae_1, ..; `site` names where the activations are from.
+    `gather` sees the codes of every SAE that it names. With `missing` an SAE that fails has no row; it lists them.
+    Raises ValueError for batches that are empty, not [B, d_in] or not finite, and for no SAE.
+    """
+    named = named_saes(saes)
+    missing = Missing(strict=True) if missing is None else missing
+    D, device = _common(named)
+    sums = {name: _new_sums(sae, 0, device, (gather or {}).get(name)) for name, sae in named.items()}
+    spread = _Spread()
+    for x_ND in _regrouped(batches, D, device):
+        at_N = torch.arange(spread.rows, spread.rows + len(x_ND), device=device)
+        spread.add(x_ND)
+        for name, sae in named.items():
+            if missing.lacks(ROWS, name):
+                continue
+            with missing.part(ROWS, name):
+                for mode, of in sums[name].items():
+                    of.add(x_ND, sae, mode, at_N)
+    if not spread.rows:
+        raise invalid("batches", "empty", "at least one batch [B, D]", "pass activations; an iterator that was read before has none left")
+    rows = []
+    for name in (name for name in named if not missing.lacks(ROWS, name)):
+        sae = named[name]
+        columns = {mode: _reconstruction(of, spread.variance) for mode, of in sums[name].items()}
+        about: Row = {"site": site, "layer": None, "unit": "rows", "tokens": spread.rows, "sparsity_setting": sae.sparsity}
+        row = _row(name, sae, about | {"sparsity": getattr(sae.settings, sae.sparsity)}, columns)
+        with missing.part("decoder geometry", name):
+            row |= geometry(sae).columns()
+        rows.append(row)
+    return rows
+
+
+def named_saes(saes: SAE | Sequence[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
+    """SAEs by their names; those of a list are sae_0, sae_1, .. Raises ValueError for none, and for what is no SAE."""
+    if isinstance(saes, Mapping):
+        named = dict(saes)
+    else:
+        named = {f"sae_{i}": sae for i, sae in enumerate(saes if isinstance(saes, Sequence) else [saes])}
+    for sae in named.values():
+        if not hasattr(sae, "d_sae"):
+            raise invalid(
+                "saes", type(sae).__name__, "an SAE, a list of SAEs or a dict of name and SAE", "pass `fitted.saes` or what `load` gives"
+            )
+    if not named:
+        raise invalid("saes", "none", "at least one", "pass an SAE")
+    return named
 
 
 @torch.inference_mode()
@@ -196,6 +257,62 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     pad = [str.ljust if i < 2 else str.rjust for i in range(len(columns))]
     return "\n".join("  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines)
+
+
+# --- activations that come in batches --------------------------------------------------------------------------------------------
+
+
+def _common(saes: Mapping[str, SAE]) -> tuple[int, torch.device]:
+    """The width and the device that all SAEs have."""
+    found = {(sae.d_in, next(sae.parameters()).device) for sae in saes.values()}
+    if len(found) > 1:
+        said = ", ".join(f"{width} on {device}" for width, device in sorted(found, key=str))
+        raise invalid(
+            "saes", said, "SAEs of one d_in on one device", "evaluate those of other activations apart, or move them with sae.to(..)"
+        )
+    return found.pop()
+
+
+def _regrouped(batches: Iterable[Tensor], D: int, device: torch.device) -> Iterator[Tensor]:
+    """The rows in groups of SELECTION_TOKENS, the last one smaller, in float32 on a device."""
+    waiting: list[Tensor] = []
+    for i, x_BD in enumerate(batches):
+        shape = tuple(getattr(x_BD, "shape", ()))
+        if not isinstance(x_BD, Tensor) or len(shape) != 2 or shape[1] != D:
+            raise invalid(
+                f"batches[{i}]", shape or type(x_BD).__name__, f"a tensor [B, {D}], as wide as the SAEs", "flatten leading dimensions first"
+            )
+        x_BD = x_BD.to(device, torch.float32)
+        if not x_BD.isfinite().all():
+            raise invalid(f"batches[{i}]", "not finite", "finite activations", "find where infinities come from, or drop those rows")
+        waiting.append(x_BD)
+        while sum(map(len, waiting)) >= SELECTION_TOKENS:
+            rows_ND = torch.cat(waiting)
+            yield rows_ND[:SELECTION_TOKENS]
+            waiting = [rows_ND[SELECTION_TOKENS:]]
+    if sum(map(len, waiting)):
+        yield torch.cat(waiting)
+
+
+class _Spread:
+    """The variance of rows about their mean in one pass: float64 sums about the mean of the first ones, so that nothing cancels."""
+
+    def __init__(self) -> None:
+        self.rows, self.about_D = 0, torch.zeros(())
+        self.sum_D = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x_ND: Tensor) -> None:
+        if not self.rows:
+            self.about_D = x_ND.double().mean(0)
+        moved_ND = x_ND.double() - self.about_D
+        self.rows += len(x_ND)
+        self.sum_D = moved_ND.sum(0) + self.sum_D.to(x_ND.device)
+        self.squares = moved_ND.square().sum() + self.squares.to(x_ND.device)
+
+    @property
+    def variance(self) -> float:
+        """The summed squared distance from the mean."""
+        return max(float(self.squares - self.sum_D.square().sum() / self.rows), 0.0)
 
 
 # --- running the model ---------------------------------------------------------------------------------------------------------

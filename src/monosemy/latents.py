@@ -402,6 +402,13 @@ def effects(sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, mask
     return {name: x.cpu().numpy().astype(dtype) for name, x, dtype in zip(names, found, dtypes, strict=True)}
 
 
+def strongest_rows(g: Gathering, latents_P: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of the rows [P, R] on which some latents are strongest, and how strong: of activations that are no text's."""
+    rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(g.device)
+    at_PR, peak_PR = (kept[rows_P].cpu().numpy() for kept in (g.strongest.at_SR, g.strongest.peak_SR))
+    return {"page_rows": at_PR.astype(np.int32), "page_row_values": peak_PR.astype(np.float32)}
+
+
 def untold(lm: LanguageModel, tokenizer: Any, special_ids: Sequence[int]) -> Tensor:
     """Which ids no effect on logits names, [V]: special ones, and those that the tokenizer does not know."""
     V = lm.model.get_output_embeddings().weight.shape[0]

@@ -336,6 +336,7 @@ def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, An
         "row": {key: _finite(row, key) if isinstance(value, int | float) else value for key, value in row.items()},
         "text": {column.key: column.text(row) for column in COLUMNS},
         "facts": sae.facts,
+        "unit": plots.unit([row]),
         "gathered": bool(sae.columns),
         "logits": "page_promotes" in sae.columns,
         "curves": _curves([record for record in of.records if record["sae"] == row["sae"]]),
@@ -346,7 +347,7 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
     """What is told of a run, and its provenance as (label, text)."""
     facts, config = run.facts, run.facts.get("config", {})
     training, model, memory = facts.get("training", {}), facts.get("model", {}), facts.get("memory", {})
-    rows = run.rows
+    rows, unit = run.rows, plots.unit(run.rows)
 
     def number(value: Any, unit: str = "", digits: int = 0) -> str:
         return f"{value:,.{digits}f}{unit}" if isinstance(value, int | float) else ""
@@ -357,7 +358,7 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
         "Training time": number(training["seconds"] / 3600, " h", 2) if "seconds" in training else "",
         "Peak memory": number(training.get("peak_memory_gb"), " GB", 2),
         "Peak memory of the whole run": number(memory.get("run", {}).get("measured", 0) / 1e9, " GB", 2) if "run" in memory else "",
-        "Held-out tokens": number(rows[0].get("tokens")) if rows else "",
+        f"Held-out {unit}": number(rows[0].get("tokens")) if rows else "",
         "Held-out tokens with the SAEs in place": number(rows[0].get("spliced_tokens")) if rows else "",
         "Gathering latents": number(run.cost("gather_seconds"), " s", 1),
         "Latents' pages": number(run.cost("pages_seconds"), " s", 1),
@@ -378,6 +379,8 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
     }
     return {
         "name": name,
+        "unit": unit,
+        "held_out": number(rows[0].get("tokens")) if rows else "",
         "status": run.status,
         "reason": run.reason,
         "saes": len(rows),

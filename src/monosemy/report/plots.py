@@ -143,7 +143,7 @@ def alive(rows: Sequence[Row]) -> Figure:
             axis.grid(visible=False, axis="y")
             axis.tick_params(axis="y", length=0)
         tokens = {row["tokens"] for row in shown if "tokens" in row}
-        on = f"{tokens.pop():,} held-out tokens" if len(tokens) == 1 else "the held-out tokens"
+        on = f"{tokens.pop():,} held-out {unit(rows)}" if len(tokens) == 1 else f"the held-out {unit(rows)}"
         _below(
             figure,
             f"Latents that fired at least once on {on}; at the right: how many never did",
@@ -240,7 +240,7 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
         figure.supylabel("Share of the SAE's latents", fontsize=9)
         _below(
             figure,
-            "Share of the held-out tokens on which a latent fires (log scale)",
+            f"Share of the held-out {unit(rows)} on which a latent fires (log scale)",
             "Dashed: 10%, above it a latent counts as dense",
             _left_out(len(rows) - len(shown), len(rows), "firing histogram"),
         )
@@ -299,6 +299,11 @@ def _save(figure: Figure, path: Path, **how: Any) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:], **how)
     write_bytes(path, drawn.getvalue())
+
+
+def unit(rows: Sequence[Row]) -> str:
+    """What was counted: tokens of a language model's text, or rows of batches."""
+    return next((str(row["unit"]) for row in rows if "unit" in row), "tokens")
 
 
 def read_lines(path: str | Path) -> list[Row]:
