@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from monosemy.config import DECLARED_SWEEPS, SWEPT_BY, TrainConfig, architecture_names, invalid, path_of
+from monosemy.cost import contexts_of_evaluation
 from monosemy.files import LOCK
 from monosemy.lm import ModelInfo, Site, check_sites, check_weights, describe
 from monosemy.memory import Estimate, estimate
@@ -140,8 +141,10 @@ def make(config: TrainConfig) -> Plan:
         raise invalid("layers", config.layers, f"one or more of 0 to {model.num_layers - 1}", "name a layer, such as --layers 3")
     check_sites(model, sites)
     check_weights(model)
-    config = _fill(config, model)
-    plan = Plan(config, model, sites, folder, note)
+    kept = _kept(folder) or {}
+    config = dataclasses.replace(config, eval_num_inputs=config.eval_num_inputs or kept.get("eval_num_inputs"))  # as the run began
+    plan = Plan(_fill(config, model, sites), model, sites, folder, note)
+    config = plan.config
     if plan.steps < 1:
         raise invalid(
             "num_tokens", config.num_tokens, f"{config.sae_batch_size} or more, one batch", "train on more tokens or lower --sae_batch_size"
@@ -170,13 +173,16 @@ def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
     return commit if isinstance(commit, str) else None
 
 
-def of_evaluation(config: TrainConfig) -> Plan:
-    """The plan of evaluating SAEs that no run made, with the blanks filled in that it needs. Raises what `make` raises."""
-    model = describe(config.model_name, config.revision)
+def of_evaluation(config: TrainConfig, commit: str | None = None) -> Plan:
+    """The plan of evaluating SAEs that no run made, on a commit of their model, with the blanks filled in that it needs.
+
+    Raises what `make` raises.
+    """
+    model = describe(config.model_name, commit or config.revision)
     check_sites(model, _sites(config))
     check_weights(model)
     check_sources(config)
-    return Plan(_fill(config, model), model, _sites(config), Path(config.save_dir))
+    return Plan(_fill(config, model, _sites(config)), model, _sites(config), Path(config.save_dir))
 
 
 def _sites(c: TrainConfig) -> tuple[Site, ...]:
@@ -292,8 +298,8 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and ruled and len(name) <= 96 and not re.search(r"--|\.\.|\.git$", name)
 
 
-def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
-    """Blanks from the model's preset, or from its size."""
+def _fill(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> TrainConfig:
+    """Blanks from the model's preset, or from its size; the contexts of evaluation from what all of that costs."""
     batch, length, gpu_dtype = PRESETS.get(c.model_name, (None, min(1024, model.max_length or 1024), None))
     length = c.context_length or length
     if model.max_length is not None and length > model.max_length:
@@ -306,7 +312,7 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
             if gpu
             else ("bfloat16" if cpu_has_bf16() else "float32")
         )
-    return dataclasses.replace(
+    filled = dataclasses.replace(
         c,
         context_length=length,
         llm_batch_size=c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1),
@@ -314,6 +320,7 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
         dtype=dtype,
         precision=("bf16" if gpu or cpu_has_bf16() else "float32") if c.precision == "auto" else c.precision,
     )
+    return dataclasses.replace(filled, eval_num_inputs=c.eval_num_inputs or contexts_of_evaluation(filled, model, sites))
 
 
 def _has_gpu(device: str) -> bool:

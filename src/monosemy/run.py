@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 import uuid
@@ -25,26 +26,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monosemy import formats, latents
+from monosemy import formats, results
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
-from monosemy.config import TrainConfig, TryAgain, invalid
-from monosemy.evaluation import evaluate, seed_results, table
+from monosemy.config import EvalOptions, TrainConfig, TryAgain, invalid
+from monosemy.evaluation import table
 from monosemy.files import alone_in, append, beside, room_for, sync, write_json, write_text
 from monosemy.formats import dictionary_learning
 from monosemy.hub import Uploader
 from monosemy.interrupts import Interrupts
 from monosemy.lm import LanguageModel, load_tokenizer
 from monosemy.memory import high_water, size, tensor_bytes
+from monosemy.missing import Missing
 from monosemy.ops import Scratch
 from monosemy.plan import Plan, make, replan
 from monosemy.progress import Progress
 from monosemy.recipe import RECIPES
 from monosemy.redact import without_secrets
-from monosemy.report import page, plots
+from monosemy.results import ENDED, context_stream
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
-from monosemy.tokens import ContextStream, StreamEnded, sources_of
+from monosemy.tokens import ContextStream, StreamEnded
 from monosemy.trackers import Tracker, Wandb
 from monosemy.training import Member
 
@@ -156,8 +158,10 @@ class Run:
 def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     """Train, evaluate, plot and upload as a configuration says. Returns the run's folder and its status.
 
-    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never stopped.
-    Status is "complete", "stopped_early" (the text ran out; what was trained is saved), or "failed" (an SAE did not stay finite).
+    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never stopped; where only parts of its
+    evaluation are missing, they are made.
+    Status is "complete", "stopped_early" (the text ran out; what was trained is saved), "failed" (an SAE did not stay finite), or "incomplete"
+    (all SAEs are saved, and parts of their evaluation could not be made).
     Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError for a hub that is out of reach.
     """
     plan = config if isinstance(config, Plan) else make(config)
@@ -169,15 +173,22 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         return plan.folder, "complete"
     init_from = formats.load(c.init_from) if c.init_from else None
     with alone_in(plan.folder, "save_dir"):
-        return _whole(run, init_from)
+        ended = _ended(plan)
+        status, rows = _whole(run, init_from) if ended is None else _rest(run, ended)
+    run.close(status[0])
+    print(table(rows))
+    log.info("%s", _where(run.folder))
+    if status[0] != "complete":
+        log.warning("%s: %s%s", *status, f"; {remedy(run.folder)}" if "missing: " in status[1] else "")
+    return run.folder, status[0]
 
 
-def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
-    """All of a run in its folder, which no other process is in."""
+def _whole(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """All of a run in its folder, which no other process is in. Returns status and reason, and the rows."""
     c, plan = run.config, run.plan
     tokenizer = load_tokenizer(plan.model)
     # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
-    train_text, held_out = _contexts(plan, tokenizer, "train", workers=2 if plan.gpu else 0), _contexts(plan, tokenizer, "held_out")
+    train_text = context_stream(plan, tokenizer, "train", workers=2 if plan.gpu else 0)
     lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
     stream = _activations(plan, lm, train_text)
     store = Checkpoints(plan.folder / "checkpoints", c.checkpoint_every)
@@ -191,40 +202,42 @@ def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
                 stream.restore(kept.state["stream"])
             sweep = Sweep(_members(plan, stream, init_from))
             run.open(sweep.members, {"model": _model_facts(plan, lm), **_norms(stream)}, kept)
-            status, reason = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
+            ended = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
             run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
         del lm, stream, train_text, sweep, ready, progress  # the whole model takes their place
         gc.collect()  # members and their stacks hold each other
         with room_for(run.folder / "report.html", DRAWN):
-            rows = _evaluate(run, held_out)
-            plots.write(run.folder, rows)
-            page.write([run.folder], status=(status, reason))
+            rows, missing = results.make(run, ended)
         run.write_memory("run", plan.memory.peak)
-        run.write_status(status, reason)
-        if status == "complete" and not c.keep_checkpoints:
-            checkpoints.delete()
-    run.close(status)
-    print(table(rows))
-    log.info("%s", _where(run.folder))
-    if status != "complete":
-        log.warning("%s: %s", status, reason)
-    return run.folder, status
+        return _finish(run, ended, missing), rows
 
 
-def _contexts(plan: Plan, tokenizer: Any, split: Any, workers: int = 0) -> ContextStream:
-    c = plan.config
-    return ContextStream(
-        sources_of(c),
-        tokenizer,
-        c.context_length or 2,
-        seed=c.data_seed,
-        split=split,
-        held_out_fraction=c.held_out_fraction,
-        system_prompt_to_remove=c.system_prompt_to_remove,
-        system_prompt_removal_freq=c.system_prompt_removal_freq,
-        workers=workers,
-        vocab_size=plan.model.vocab_size,
-    )
+def _finish(run: Run, ended: tuple[str, str], missing: Missing) -> tuple[str, str]:
+    """Write the status of a run whose evaluation has ended, and return it; a complete one needs its checkpoints no more."""
+    status = results.status_with(ended, missing)
+    run.write_status(*status)
+    if status[0] == "complete" and not run.config.keep_checkpoints:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    return status
+
+
+def _ended(plan: Plan) -> tuple[str, str] | None:
+    """How the training ended of a run that has all its SAEs and no checkpoint to go on from: only its evaluation can lack something."""
+    names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site())]
+    path = plan.folder / "run.json"
+    if not path.is_file() or any((plan.folder / "checkpoints").glob("step_*")):
+        return None
+    trained = json.loads(path.read_text(encoding="utf-8")).get("training", {})
+    whole = "status" in trained and all((plan.folder / name / "config.json").is_file() for name in names)
+    return (trained["status"], trained["reason"]) if whole else None
+
+
+def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """What an evaluation left out, or all of it, of a run that is trained. Returns status and reason, and the rows."""
+    run.facts, run.status = _written(run.folder)
+    with room_for(run.folder / "report.html", DRAWN):
+        rows, missing = results.make(run, ended)
+    return _finish(run, ended, missing), rows
 
 
 def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> ActivationStream:
@@ -351,6 +364,8 @@ def _train(
     run.write_facts(
         {
             "training": {
+                "status": status,
+                "reason": reason,
                 "steps": done,
                 "tokens": tokens,
                 "seconds": round(seconds, 1),
@@ -433,83 +448,45 @@ def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
     )
 
 
-def evaluate_run(folder: str | Path, *, eval_num_inputs: int | None = None, device: str = "auto") -> list[dict[str, Any]]:
-    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text, and draw its plots. Returns the rows.
+def evaluate_run(folder: str | Path, options: EvalOptions | None = None) -> tuple[list[dict[str, Any]], Missing]:
+    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text; write its rows, plots and page anew.
 
-    Raises ValueError for a folder that holds no run.
+    Where parts of an earlier evaluation with the same options are missing, only they are made. Returns the rows, and what is missing.
+    Raises ValueError for a folder that holds no run, and for options that ask for another model, site or text than the run's.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), options or EvalOptions()
+    options.check_of_run(str(folder))
     config = TrainConfig.read(folder / "run.json")
-    config = dataclasses.replace(config, save_dir=str(folder), device=device, eval_num_inputs=eval_num_inputs or config.eval_num_inputs)
-    run = Run(replan(config))
-    run.facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    rows = _evaluate(run, _contexts(run.plan, load_tokenizer(run.plan.model), "held_out"))
-    plots.write(folder, rows)
-    page.write([folder])
+    run = Run(replan(dataclasses.replace(config, save_dir=str(folder), **options.changes())))
+    run.facts, run.status = _written(folder)
+    trained = run.facts.get("training", {})
+    ended = (trained.get("status", run.status["status"]), trained.get("reason", run.status["reason"]))
+    rows, missing = results.make(run, ended)
+    if ended[0] in ENDED:
+        run.write_facts({"training": trained | {"status": ended[0], "reason": ended[1]}})
+        _finish(run, ended, missing)
+    if options.rows is not None:
+        write_text(Path(options.rows), (folder / "rows.jsonl").read_text(encoding="utf-8"))
     print(table(rows))
-    return rows
+    if missing:
+        log.warning("missing: %s; %s", missing, remedy(folder, options))
+    return rows, missing
 
 
-def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
-    """A row for each SAE of the run, on the same held-out contexts, through the whole model."""
-    c, plan = run.config, run.plan
-    try:
-        contexts = held_out.next(c.eval_num_inputs)
-    except StreamEnded as ended:
-        if not ended.contexts:
-            raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
-        log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, c.eval_num_inputs)
-        contexts = held_out.next(ended.contexts)
-    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
-    saes, info = {}, {}
-    for site in plan.sites:
-        for folder in sorted((run.folder / site.folder).glob("trainer_*"), key=lambda path: int(path.name.removeprefix("trainer_"))):
-            sae = formats.load(folder, unfinished=True).to(lm.device)
-            kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            name = f"{site.folder}/{folder.name}"
-            saes[name] = (site, sae)
-            info[name] = {
-                "lr": kept["lr"],
-                "seed": kept["seed"],
-                "sparsity_setting": sae.sparsity,
-                "sparsity": getattr(sae.settings, sae.sparsity),
-                "status": kept["status"],
-            }
-    limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
-    gathered = {
-        name: latents.Gathering(sae.d_sae, contexts.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
-        for name, (site, sae) in saes.items()
-        if c.report_latents
-    }
-    rows = evaluate(
-        lm,
-        saes,
-        contexts,
-        ignore_ids=held_out.special_ids if not c.keep_special_tokens else held_out.special_ids[:0],
-        batch_size=c.llm_batch_size or 1,
-        splice_contexts=c.eval_spliced_inputs,
-        norm_limits=limits,
-        info=info,
-        gather=gathered,
-        seed=c.data_seed,
+def remedy(folder: Path, options: EvalOptions | None = None) -> str:
+    """The command that makes what is missing."""
+    flags = "".join(
+        f" --{name} {shlex.quote(str(value))}" for name, value in (options.changes() if options else {}).items() if name != "device"
     )
-    probed = {row["sae"]: {k: v for k, v in row.items() if k.startswith("probing_")} for row in plots.read_lines(run.folder / "rows.jsonl")}
-    for row in rows:
-        row |= probed.get(row["sae"], {})  # of the same SAEs
-        row |= latents.geometry(saes[row["sae"]][1])
-    for stale in (run.folder / "eval_text.npz", *(run.folder / name / "latents.npz" for name in saes)):
-        stale.unlink(missing_ok=True)
-    if gathered:
-        tokenizer, special = load_tokenizer(plan.model), held_out.special_ids.tolist()
-        latents.write(run.folder, gathered, saes, lm, contexts, tokenizer, special, pages=c.report_latents, text=c.report_text)
-    write_text(run.folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    for row in rows:
-        write_json(run.folder / row["sae"] / "eval_results.json", seed_results(row))
-        for tracker in run.trackers:
-            tracker.summarise(row)
-        if run.uploader is not None:
-            run.uploader.submit(row["sae"])
-    return rows
+    return f"the SAEs are saved, and `monosemy eval {shlex.quote(str(folder))}{flags}` makes only what is missing"
+
+
+def _written(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What run.json and status.json say; a run of which there is no status is unknown."""
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    path = folder / "status.json"
+    status = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return facts, {"status": "unknown", "reason": "", "saes": {}} | status
 
 
 class TrainingProgress(Progress):
