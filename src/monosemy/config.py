@@ -90,8 +90,9 @@ class EvalOptions:
         _take_types(self)
         for name in ("eval_num_inputs", "eval_spliced_inputs", "llm_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise invalid(name, value, "1 or more", "raise it")
+            least = 0 if name == "eval_spliced_inputs" else 1  # 0: nothing is spliced
+            if value is not None and value < least:
+                raise invalid(name, value, f"{least} or more", "raise it")
 
     def changes(self) -> dict[str, Any]:
         """The settings of a `TrainConfig` that change, for a run's own evaluation."""

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -27,13 +27,11 @@ from monosemy.files import write_json, write_text
 from monosemy.formats.untrusted import sha256
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.missing import ERRORS, Missing
+from monosemy.plan import Plan
 from monosemy.report import page, plots
+from monosemy.run_folder import Run
 from monosemy.sae import SAE
 from monosemy.tokens import ContextStream, StreamEnded, sources_of
-
-if TYPE_CHECKING:
-    from monosemy.plan import Plan
-    from monosemy.run import Run
 
 log = logging.getLogger(__name__)
 

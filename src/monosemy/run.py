@@ -9,16 +9,10 @@ import dataclasses
 import gc
 import json
 import logging
-import os
-import platform
 import shlex
 import shutil
-import sys
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,128 +25,27 @@ from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import EvalOptions, TrainConfig, TryAgain, invalid
 from monosemy.evaluation import table
-from monosemy.files import alone_in, append, beside, room_for, sync, write_json, write_text
+from monosemy.files import alone_in, beside, room_for, sync, write_text
 from monosemy.formats import dictionary_learning
-from monosemy.hub import Uploader
 from monosemy.interrupts import Interrupts
 from monosemy.lm import LanguageModel, load_tokenizer
-from monosemy.memory import high_water, size, tensor_bytes
+from monosemy.memory import tensor_bytes
 from monosemy.missing import Missing
 from monosemy.ops import Scratch
 from monosemy.plan import Plan, make, replan
 from monosemy.progress import Progress
 from monosemy.recipe import RECIPES
-from monosemy.redact import without_secrets
 from monosemy.results import ENDED, context_stream
+from monosemy.run_folder import Run, peak_memory, versions
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
 from monosemy.tokens import ContextStream, StreamEnded
-from monosemy.trackers import Tracker, Wandb
 from monosemy.training import Member
 
 log = logging.getLogger(__name__)
 
 DRAWN = 2 << 20  # bytes that an evaluation, its plots and report take at least
-LAST_WORDS = 10.0  # seconds that a tracker has where a run is cut off
 SNAPSHOT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
-
-
-class Run:
-    """A run's folder and what is known of it. Every file is written whole or not at all, but for metrics.jsonl, which grows."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.config, self.folder = plan, plan.config, plan.folder
-        self.status: dict[str, Any] = {"status": "running", "reason": "", "saes": {}}
-        self.facts: dict[str, Any] = {}
-        self.trackers: list[Tracker] = []
-        self.uploader: Uploader | None = None
-
-    def open(self, members: Mapping[Any, Sequence[Member]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
-        """Write down what will be done, before the first step; of a run that goes on, what was recorded after its checkpoint is cut off."""
-        c = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        was = json.loads((self.folder / "run.json").read_text(encoding="utf-8")) if kept else {}
-        self.facts = {
-            "id": was.get("id") or uuid.uuid4().hex,  # under which trackers go on with the same runs
-            "config": c.as_dict(),
-            "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-            "started": was.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": _versions(),
-            "schedule": dataclasses.asdict(self.plan.schedule),
-            **facts,
-        }
-        self.write_facts({})
-        with open(self.folder / "metrics.jsonl", "ab") as file:
-            there, wanted = file.tell(), kept.state["metrics_bytes"] if kept else 0
-            if there < wanted:
-                log.warning("%s had %d bytes at the checkpoint and has %d: records are missing", file.name, wanted, there)
-            file.truncate(min(there, wanted))
-        self.write_status("running", saes={member.name: "running" for group in members.values() for member in group})
-        if c.use_wandb:
-            self.trackers.append(Wandb(c.wandb_project, entity=c.wandb_entity, group=self.folder.absolute().name, folder=self.folder))
-        if c.hf_repo_id:
-            self.uploader = Uploader(self.folder, c.hf_repo_id, waits=c.retry_seconds)
-        for tracker in self.trackers:
-            tracker.start(
-                self.facts,
-                [
-                    {
-                        "name": m.name,
-                        "config": {
-                            "architecture": m.sae.name,
-                            "d_sae": m.sae.d_sae,
-                            "lr": m.lr,
-                            "seed": m.spec.seed,
-                            **vars(m.sae.settings),
-                        },
-                    }
-                    for group in members.values()
-                    for m in group
-                ],
-            )
-
-    def write_facts(self, more: dict[str, Any]) -> None:
-        self.facts |= more
-        write_json(self.folder / "run.json", without_secrets(self.facts))
-
-    def write_status(self, status: str, reason: str = "", saes: dict[str, str] | None = None) -> None:
-        self.status = {"status": status, "reason": reason, "saes": self.status["saes"] | (saes or {})}
-        write_json(self.folder / "status.json", without_secrets(self.status))
-
-    def write_memory(self, of: str, predicted: int, **more: Any) -> None:
-        """Note the bytes that were predicted for a part of the run, and the most that were taken until now."""
-        measured = _peak_memory(self.plan)
-        self.write_facts({"memory": self.facts.get("memory", {}) | more | {of: {"predicted": predicted, "measured": measured}}})
-        log.info("memory of the %s: %s at most, %s predicted", of, size(measured), size(predicted))
-
-    def record(self, record: Record) -> None:
-        """One line of metrics.jsonl, mirrored to the trackers."""
-        append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
-        for tracker in self.trackers:
-            tracker.log(record)
-
-    @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Where what is done here breaks off, say so. Before the folder was opened there is nothing to tell."""
-        try:
-            yield
-        except BaseException as error:
-            if self.facts:
-                state = "interrupted" if isinstance(error, KeyboardInterrupt | TryAgain) else "failed"
-                unfinished = {name: state for name, was in self.status["saes"].items() if was == "running"}
-                try:
-                    self.write_status(state, f"{type(error).__name__}: {error}", unfinished)
-                except OSError as full:
-                    log.error("%s is not up to date: %s", self.folder / "status.json", full)
-                self.close(state)
-            raise
-
-    def close(self, status: str) -> None:
-        """Let trackers and the upload end; a run that was cut off does not wait for the hub, and not long for trackers."""
-        for tracker in self.trackers:
-            tracker.finish(status, *[LAST_WORDS] * (status == "interrupted"))
-        if self.uploader is not None and status != "interrupted":
-            self.uploader.finish()
 
 
 def train(config: TrainConfig | Plan) -> tuple[Path, str]:
@@ -370,7 +263,7 @@ def _train(
                 "tokens": tokens,
                 "seconds": round(seconds, 1),
                 "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                "peak_memory_gb": round(_peak_memory(plan) / 1e9, 2),
+                "peak_memory_gb": round(peak_memory(plan) / 1e9, 2),
             },
             "data": {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)},
         }
@@ -442,7 +335,7 @@ def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
             "tokens": steps * (c.sae_batch_size or 1),
             "norm_factor": member.norm_factor,
             "dataset": c.dataset,
-            "versions": _versions(),
+            "versions": versions(),
             **entries,
         },
     )
@@ -521,21 +414,6 @@ def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
         "device": str(lm.device),
         "sites": [str(s) for s in plan.sites],
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("monosemy", "torch", "transformers", "datasets", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            found[name] = "not installed"
-    return found
-
-
-def _peak_memory(plan: Plan) -> int:
-    """The most bytes that were held at a time: of the GPU's memory where one is used, else resident."""
-    return high_water(torch.cuda if plan.gpu and torch.cuda.is_available() else None)
 
 
 def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
