@@ -15,7 +15,7 @@ FLOORS = {
     "rng": 0,
     "recipe": 0,
     "ahead": 0,
-    "arrays": 1,
+    "arrays": 2,
     "assets": 1,
     "files": 1,
     "interrupts": 1,
