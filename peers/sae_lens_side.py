@@ -2,15 +2,24 @@
 
     sae_lens_side.py write FOLDER          its SAEs, with random weights, written to FOLDER/NAME by its own save_model and save_inference_model
     sae_lens_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs FOLDER/x.safetensors
+    sae_lens_side.py published FOLDER      its loaders for others' layouts open what FOLDER/saes.json names, out of the hub cache in FOLDER/hub
 
 Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its reconstruction x_hat [B, D].
 """
 
+import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
+if sys.argv[1] == "published":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(sys.argv[2]) / "hub")}
+
 import torch
+from huggingface_hub import hf_hub_download
 from sae_lens import SAE
+from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -18,6 +27,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 B, D, F = 16, 8, 24
@@ -67,8 +77,35 @@ def reconstruct(folder: Path) -> None:
         save_file({name: tensor.float().contiguous() for name, tensor in made.items()}, path.parent / "reconstruction.safetensors")
 
 
+@torch.no_grad()
+def published(folder: Path) -> None:
+    loaders.get_safetensors_tensor_shapes = shapes_on_disk
+    for name, asked in json.loads((folder / "saes.json").read_text()).items():
+        loader = partial(overridden, loaders.NAMED_PRETRAINED_SAE_LOADERS[asked["loader"]], asked["overrides"])
+        sae, *_ = SAE.from_pretrained_with_cfg_and_sparsity(asked["repo"], asked["sae_id"], converter=loader)
+        if asked["scale"] is not None:  # which from_pretrained folds in for releases that its table has
+            sae.fold_activation_norm_scaling_factor(asked["scale"])
+        f = sae.encode(load_file(folder / name / "x.safetensors")["x"])
+        made = {"f": f, "x_hat": sae.decode(f)}
+        save_file({of: tensor.float().contiguous() for of, tensor in made.items()}, folder / name / "reconstruction.safetensors")
+
+
+def overridden(loader, overrides: dict, *, cfg_overrides: dict, **arguments):
+    """A loader told the sizes of small SAEs, which it has from tables of models."""
+    return loader(cfg_overrides=cfg_overrides | overrides, **arguments)
+
+
+def shapes_on_disk(repo_id: str, filename: str) -> dict[str, list[int]]:
+    """What SAELens asks of the hub's server: the shapes in a safetensors file."""
+    with safe_open(hf_hub_download(repo_id, filename), framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
 if __name__ == "__main__":
     command, folder = sys.argv[1], Path(sys.argv[2])
-    if command == "write":
-        write(folder)
-    reconstruct(folder)
+    if command == "published":
+        published(folder)
+    else:
+        if command == "write":
+            write(folder)
+        reconstruct(folder)

@@ -128,7 +128,7 @@ def dictionary_learning() -> Tree:
         "submodule_name": "resid_post_layer_3",
     }
     folder = "saes_pythia/resid_post_layer_3/trainer_8"
-    files = {f"{folder}/ae.pt": pickled(state), f"{folder}/config.json": text({"trainer": trainer})}
+    files = {f"{folder}/ae.pt": pickled(state), f"{folder}/config.json": text({"trainer": trainer, "buffer": {"ctx_len": 128}})}
     return Tree(files, "adamkarvonen/saes", folder, x, f, f @ W_dec + b_dec, "resid_post.3", trainer["lm_name"])
 
 
@@ -152,7 +152,7 @@ def sae_lens() -> Tree:
         "metadata": {"sae_lens_version": "6.10.0", "model_name": "gpt2-small", "hook_name": "blocks.8.hook_resid_pre"},
     }
     tensors = {name: w[name] for name in (*SAE_LENS, "threshold")}
-    return _sae_lens(tensors, cfg, "blocks.8.hook_resid_pre", x, f, f @ W_dec + b_dec)
+    return _sae_lens(tensors, cfg, "someone/gpt2-small-jumprelu", x, f, f @ W_dec + b_dec)
 
 
 def sae_lens_3() -> Tree:
@@ -162,7 +162,7 @@ def sae_lens_3() -> Tree:
     f = relu((x - b_dec) @ W_enc + b_enc)
     cfg = flat_cfg() | {"activation_fn_str": "relu", "activation_fn_kwargs": {}}
     tensors = {name: w[name] for name in SAE_LENS} | {"scaling_factor": np.ones(F, np.float32)}
-    tree = _sae_lens(tensors, cfg, "blocks.8.hook_resid_pre", x, f, f @ W_dec + b_dec)
+    tree = _sae_lens(tensors, cfg, "jbloom/GPT2-Small-SAEs-Reformatted", x, f, f @ W_dec + b_dec)
     tree.files[f"{tree.sae_id}/sparsity.safetensors"] = safetensors({"sparsity": np.zeros(F, np.float32)})
     return tree
 
@@ -173,7 +173,8 @@ def sae_lens_3_top_k() -> Tree:
     W_enc, W_dec, b_enc, b_dec, _, x = wide(w)
     f = top_k((x - b_dec) @ W_enc + b_enc, K)
     cfg = flat_cfg() | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
-    return _sae_lens({name: w[name] for name in SAE_LENS}, cfg, "blocks.8.hook_resid_pre", x, f, f @ W_dec + b_dec)
+    tensors = {name: w[name] for name in SAE_LENS}
+    return _sae_lens(tensors, cfg, "someone/gpt2-small-topk", x, f, f @ W_dec + b_dec)
 
 
 def flat_cfg() -> dict:
@@ -198,9 +199,10 @@ def flat_cfg() -> dict:
     }
 
 
-def _sae_lens(tensors: dict, cfg: dict, folder: str, x: np.ndarray, f: np.ndarray, x_hat: np.ndarray) -> Tree:
+def _sae_lens(tensors: dict, cfg: dict, repo: str, x: np.ndarray, f: np.ndarray, x_hat: np.ndarray) -> Tree:
+    folder = "blocks.8.hook_resid_pre"
     files = {f"{folder}/sae_weights.safetensors": safetensors(tensors), f"{folder}/cfg.json": text(cfg)}
-    return Tree(files, "jbloom/GPT2-Small-SAEs-Reformatted", folder, x, f, x_hat, "resid_pre.8", "gpt2-small")
+    return Tree(files, repo, folder, x, f, x_hat, "resid_pre.8", "gpt2-small")
 
 
 def sparsify() -> Tree:

@@ -278,7 +278,7 @@ def test_monosemy_json_is_of_the_files_beside_it(ours, tmp_path):
         ("sae_lens/standard", {"d_in": 8.0}, "a whole number"),
         ("sae_lens/topk", {"k": 0}, "1 to 24"),
         ("sae_lens/topk", {"k": True}, "a whole number"),
-        ("sae_lens/jumprelu", {"architecture": "standard"}, "allowed: tensors of standard"),
+        ("sae_lens/jumprelu", {"architecture": "standard"}, "is 'threshold'; allowed: the tensors w_dec, w_enc, b_dec, b_enc"),
         ("sparsify/layers.3", {"activation": "groupmax"}, "keeps the k largest"),
         ("sparsify/layers.3", {"transcode": True}, "reconstructs its input"),
         ("sparsify/layers.3", {"skip_connection": True}, "reconstructs its input"),

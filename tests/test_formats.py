@@ -187,8 +187,32 @@ def test_tensors_must_fit(name, tmp_path):
     for key in (theirs.rstrip("'") for theirs in LAYOUTS[name].tensors.values()):
         for bad in ({n: t for n, t in state.items() if n != key}, state | {key: torch.zeros(3, 5)}, state | {key: "text"}):
             torch.save(bad, tmp_path / "sae" / "ae.pt")
+            if (name, key) == ("top_k", "threshold") and key not in bad:
+                continue  # TopK SAEs had none at first
             with pytest.raises(ValueError, match=key):
                 formats.load(tmp_path / "sae", format="dictionary_learning")
+
+
+def test_a_top_k_of_before_there_were_thresholds_keeps_the_k_largest(tmp_path):
+    shutil.copytree(THEIRS / "top_k", tmp_path / "sae")
+    whole = formats.load(tmp_path / "sae", format="dictionary_learning")
+    state = torch.load(tmp_path / "sae" / "ae.pt", weights_only=True)
+    del state["threshold"]
+    torch.save(state, tmp_path / "sae" / "ae.pt")
+    sae = formats.load(tmp_path / "sae", format="dictionary_learning")
+    x = torch.randn(5, sae.d_in)
+    assert sae.modes == ("top_k",)
+    assert torch.equal(sae(x), whole(x, mode="top_k"))
+
+
+@every
+def test_what_would_be_lost_is_refused(name, tmp_path):
+    shutil.copytree(THEIRS / name, tmp_path / "sae")
+    state = torch.load(THEIRS / name / "ae.pt", weights_only=True)
+    for lost, value in {"scaling_factor": torch.ones(()), "norm_factor": 2.0}.items():
+        torch.save(state | {lost: value}, tmp_path / "sae" / "ae.pt")
+        with pytest.raises(ValueError, match=lost):
+            formats.load(tmp_path / "sae", format="dictionary_learning")
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,28 @@ from monosemy import formats
 from monosemy.checkpoints import Checkpoints
 from monosemy.rng import generator
 from monosemy.sae import architecture
+from tests.layout_trees import TREES
 from tests.test_convert import gemma_scope
 
 D, F = 4, 6
 KINDS = {"native": "p_anneal", "dictionary_learning": "batch_top_k", "sae_lens": "jump_relu", "sparsify": "top_k", "gemma_scope": None}
 
 
+# Layouts that are not written here: of each, the files below what the reader is given ("" where that is the file)
+READ_ONLY = {
+    "gemma_scope_2": ["params.safetensors", "config.json"],
+    "llama_scope": ["checkpoints/final.safetensors", "hyperparams.json"],
+    "llama_scope_r1": ["sae_weights.safetensors", "config.json"],
+    "qwen_scope": [""],
+    "goodfire": [""],
+}
+
+
 def sae_folder(folder: Path, to: str) -> Path:
-    """A small SAE in some layout."""
+    """A small SAE in some layout: its folder, or its file."""
+    if to in READ_ONLY:
+        tree = TREES[to]()
+        return tree.write(folder / tree.repo)
     if to == "gemma_scope":
         return gemma_scope(folder)
     sae = architecture(KINDS[to])(D, F, **({"k": 2} if "top_k" in KINDS[to] else {}))
@@ -45,7 +59,7 @@ def sae_folder(folder: Path, to: str) -> Path:
 def load(folder: Path, to: str) -> None:
     """Load what may be anything: an SAE or our own error, and nothing else."""
     try:
-        sae = formats.load(folder, format=to)
+        sae = formats.load(folder, format=to.removesuffix("_r1"))
         assert sae(torch.zeros(2, sae.d_in)).shape == (2, sae.d_in)
     except ValueError as error:
         assert "; allowed: " in str(error), error
@@ -120,6 +134,14 @@ MALICES: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
             f / "params.npz", lambda name, data: data.replace(b"'<f4'", b"__import__('pathlib').Path('" + os.fsencode(c) + b"').touch()", 1)
         ),
     ),
+    "an object for a layer": ("qwen_scope", lambda f, c: torch.save(Malicious(c), f)),
+    "an object among a layer's tensors": ("qwen_scope", lambda f, c: torch.save({"W_enc": Malicious(c)}, f)),
+    "a bare pickle with a .pth": ("goodfire", lambda f, c: f.write_bytes(pickle.dumps(Malicious(c), protocol=2))),
+    "a .pth whose pickle was exchanged": (
+        "goodfire",
+        lambda f, c: repacked(f, lambda name, data: call(c) if name.endswith("data.pkl") else data),
+    ),
+    "a pickle for hyperparameters": ("llama_scope", lambda f, c: (f / "hyperparams.json").write_bytes(call(c))),
     "a pickle called safetensors": ("native", lambda f, c: (f / "sae.safetensors").write_bytes(pickle.dumps(Malicious(c)))),
     "a pickle called config": ("native", lambda f, c: (f / "config.json").write_bytes(call(c))),
     "a pickle in what was kept": (
@@ -218,6 +240,26 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
             f / "params.npz", lambda name, data: data.replace(b"(8, 24), }  ", b"(999999, 8),}") if "W_enc" in name else data
         ),
     ),
+    "a compressed layer": (
+        "qwen_scope",
+        lambda f: zipped(f, {"a/data.pkl": b"}.", "a/data/0": ZEROS}, compression=zipfile.ZIP_DEFLATED),
+    ),
+    "a weight larger than its storage": (
+        "goodfire",
+        lambda f: torch.save({"encoder_linear.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, f),
+    ),
+    "parameters larger than the file": (
+        "gemma_scope_2",
+        lambda f: header(f / "params.safetensors", lambda h: [v.update(shape=[1 << 20, 1 << 20]) for v in h.values()]),
+    ),
+    "hyperparameters without their weights": (
+        "llama_scope",
+        lambda f: edit(f / "hyperparams.json", lambda c: c.update(d_model=1 << 20, d_sae=1 << 40)),
+    ),
+    "an expansion beyond numbers": (
+        "llama_scope_r1",
+        lambda f: edit(f / "config.json", lambda c: c.update(expansion_factor=10**300)),
+    ),
     "a header without end": ("native", lambda f: (f / "sae.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")),
     "a header of a million tensors": (
         "native",
@@ -254,7 +296,8 @@ def test_memory_stays_below_twice_the_file_and_time_below_a_second(bomb, tmp_pat
     folder = sae_folder(tmp_path, to)
     load(folder, to)
     write(folder)
-    size = max(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    files = [folder] if folder.is_file() else folder.rglob("*")
+    size = max(path.stat().st_size for path in files if path.is_file())
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is held now
     before, start = high_water(), time.monotonic()
     with pytest.raises(ValueError, match="; allowed: "):
@@ -382,7 +425,7 @@ def mutated(name: str, data: bytes, how: str, numbers: list[int], noise: bytes) 
         length = int.from_bytes(data[:8], "little")
         text = mutated_json(data[8 : 8 + length], numbers)
         return struct.pack("<Q", len(text)) + text + data[8 + length :]
-    if how == "member" and name.endswith((".pt", ".npz")):
+    if how == "member" and name.endswith((".pt", ".pth", ".npz")):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {inner: archive.read(inner) for inner in archive.namelist()}
         inner = sorted(members)[numbers[0] % len(members)]
@@ -456,6 +499,14 @@ def fuzz_loader(to: str, tmp_path: Path, examples: int) -> None:
     fuzz(folder, FILES[to], lambda: load(folder, to), examples)
 
 
+def fuzz_read_only(to: str, tmp_path: Path, examples: int) -> None:
+    """Each file of a layout that is not written here, in turn."""
+    path = sae_folder(tmp_path, to)
+    for file in READ_ONLY[to]:
+        folder, name = (path, file) if file else (path.parent, path.name)
+        fuzz(folder, [name], lambda: load(path, to), examples)
+
+
 def fuzz_configs(tmp_path: Path, examples: int) -> None:
     """config.json, cfg.json and monosemy.json of every layout, and status.json, in turn."""
     for to in ("native", "dictionary_learning", "sae_lens", "sparsify"):
@@ -498,6 +549,11 @@ def test_a_loader_meets_anything(to, tmp_path):
     fuzz_loader(to, tmp_path, QUICK)
 
 
+@pytest.mark.parametrize("to", READ_ONLY)
+def test_a_reader_meets_anything(to, tmp_path):
+    fuzz_read_only(to, tmp_path, QUICK // 10)
+
+
 def test_configurations_of_any_kind(tmp_path):
     fuzz_configs(tmp_path, QUICK)
 
@@ -511,6 +567,13 @@ def test_checkpoints_of_any_kind(tmp_path):
 def test_a_loader_meets_anything_at_length(to, tmp_path, certified):
     certified(f"{to} loader fuzzed", 100_000)
     fuzz_loader(to, tmp_path, 100_000)
+
+
+@pytest.mark.certify
+@pytest.mark.parametrize("to", READ_ONLY)
+def test_a_reader_meets_anything_at_length(to, tmp_path, certified):
+    certified(f"{to} reader fuzzed", 100_000)
+    fuzz_read_only(to, tmp_path, 100_000)
 
 
 @pytest.mark.certify

@@ -1,14 +1,18 @@
 """Every published layout is told from its files' names, opened, and computes what its authors' formula says."""
 
+import io
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 
 from monosemy import formats
 from monosemy.formats import layouts
-from tests.layout_trees import TREES
+from tests.layout_trees import TREES, pickled, safetensors
+from tests.test_hostile import Malicious
 
 TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
 
@@ -115,3 +119,121 @@ def test_it_computes_its_authors_formula(name, tmp_path):
     assert np.abs(f.numpy() - tree.f).max() <= 1e-5 * largest
     assert np.abs(sae.decode(f).numpy() - tree.x_hat).max() <= 1e-5 * largest
     assert 0 < (tree.f > 0).mean() < 0.9  # thresholds and k decide something
+
+
+# --- what is refused, in one sentence --------------------------------------------------------------------------
+
+
+def named(tree):
+    """The format, where it must be named."""
+    (entry,) = layouts.find(tree.files, tree.repo).values()
+    return entry.format if entry.named else None
+
+
+def weights_of(tree):
+    return next(file for file in tree.files if file.endswith((".safetensors", ".pt", ".pth", ".npz")) and "sparsity" not in file)
+
+
+def tensors_changed(tree, change):
+    """The same tree with its tensors changed."""
+    file = weights_of(tree)
+    data = tree.files[file]
+    if file.endswith(".npz"):
+        tensors = dict(np.load(io.BytesIO(data)))
+        change(tensors)
+        buffer = io.BytesIO()
+        np.savez(buffer, **tensors)
+        return replace(tree, files=tree.files | {file: buffer.getvalue()})
+    pickle = not file.endswith(".safetensors")
+    tensors = torch.load(io.BytesIO(data), weights_only=True) if pickle else load(data)
+    tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
+    change(tensors)
+    return replace(tree, files=tree.files | {file: (pickled if pickle else safetensors)(tensors)})
+
+
+def config_changed(tree, **changes):
+    (file,) = (file for file in tree.files if file.endswith(".json"))
+    return replace(tree, files=tree.files | {file: json.dumps(json.loads(tree.files[file]) | changes).encode()})
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_each_tensor_must_be_there_and_of_its_shape(name, tmp_path):
+    tree, names = TREES[name](), []
+    tensors_changed(tree, lambda tensors: names.extend(tensors))
+    needless = ("scaling_factor", "k")  # ones, and what the configuration says too
+    for of in names:
+        missing, other = (lambda t, of=of: t.pop(of)), (lambda t, of=of: t.update({of: np.zeros((3, 5, 2), np.float32)}))
+        for bad in (other,) if of in needless else (missing, other):
+            with pytest.raises(ValueError, match="; allowed: "):
+                opened(tensors_changed(tree, bad), tmp_path, named(tree))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tensor_that_it_does_not_know_is_refused(name, tmp_path):
+    tree = tensors_changed(TREES[name](), lambda tensors: tensors.update(norm_scale=np.ones(1, np.float32)))
+    with pytest.raises(ValueError, match="norm_scale"):
+        opened(tree, tmp_path, named(tree))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_file_that_is_cut_or_missing_is_refused(name, tmp_path):
+    tree = TREES[name]()
+    for file in (file for file in tree.files if not file.endswith("sparsity.safetensors")):
+        for data in (tree.files[file][: len(tree.files[file]) // 2], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+            with pytest.raises(ValueError, match="; allowed: "):
+                opened(replace(tree, files=tree.files | {file: data}), tmp_path, named(tree))
+
+
+@pytest.mark.parametrize("name", ["dictionary_learning", "qwen_scope", "goodfire", "goodfire_r1"])
+def test_a_pickle_opens_only_where_its_format_is_named(name, tmp_path):
+    tree = TREES[name]()
+    with pytest.raises(ValueError, match=f'Pass format="{named(tree)}" if you trust where it comes from'):
+        opened(tree, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen_scope", "goodfire"])
+def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
+    tree, canary = TREES[name](), tmp_path / "canary"
+    path = tree.write(tmp_path)
+    for what in (Malicious(canary), {"W_enc": Malicious(canary)}):
+        torch.save(what, path)
+        with pytest.raises(ValueError, match="a state dict of tensors and nothing else"):
+            formats.load(path, named(tree), source=tree.source)
+    assert not canary.exists()
+    torch.load(path, weights_only=False)
+    assert canary.exists(), "the file that was refused would have done harm"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sae_lens_3", {"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
+        ("sae_lens_3", {"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
+        ("sae_lens_3", {"normalize_activations": True}, "normalize_activations"),
+        ("sae_lens_3_top_k", {"activation_fn_kwargs": {}}, "k is 'None'"),
+        ("sae_lens", {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
+        ("sae_lens", {"architecture": "jumprelu_transcoder"}, "architecture is 'jumprelu_transcoder'"),
+        ("sparsify", {"transcode": True}, "transcode is 'True'"),
+        ("gemma_scope_2", {"architecture": "top_k"}, "architecture is 'top_k'"),
+        ("gemma_scope_2", {"affine_connection": True}, "affine_connection is 'True'"),
+        ("gemma_scope_2", {"hf_hook_point_out": "model.layers.13.mlp"}, "A transcoder is no SAE"),
+        ("llama_scope", {"act_fn": "topk"}, "act_fn is 'topk'"),
+        ("llama_scope", {"act_fn": None}, "act_fn is 'None'"),
+        ("llama_scope", {"jump_relu_threshold": None}, "jump_relu_threshold is 'None'"),
+        ("llama_scope", {"jump_relu_threshold": -1.0}, "jump_relu_threshold is '-1.0'"),
+        ("llama_scope", {"jump_relu_threshold": 10**400}, "jump_relu_threshold"),
+        ("llama_scope", {"norm_activation": "token-wise"}, "norm_activation is 'token-wise'"),
+        ("llama_scope", {"dataset_average_activation_norm": {}}, "dataset_average_activation_norm is None"),
+        ("llama_scope", {"dataset_average_activation_norm": {"in": 0}}, "dataset_average_activation_norm"),
+        ("llama_scope", {"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}}, "transcoder is no SAE"),
+        ("llama_scope", {"hook_point_out": "blocks.15.hook_mlp_out"}, "transcoder is no SAE"),
+        ("llama_scope", {"use_glu_encoder": True}, "use_glu_encoder"),
+        ("llama_scope", {"use_decoder_bias": False}, "use_decoder_bias"),
+        ("llama_scope", {"sparsity_include_decoder_norm": "yes"}, "sparsity_include_decoder_norm"),
+        ("llama_scope_r1", {"sae_type": "lorsa"}, "sae_type is 'lorsa'"),
+        ("llama_scope_r1", {"hook_point_in": "blocks.1.hook_mlp_in"}, "transcoder is no SAE"),
+    ],
+)
+def test_what_is_computed_otherwise_is_refused(name, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        opened(config_changed(TREES[name](), **changes), tmp_path)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from monosemy.config import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, renamed, text, whole, written
+from monosemy.formats.parts import Parts, dtype_of, only, renamed, text, whole, written
 from monosemy.sae import SAE
 
 FILES = ("ae.pt", "config.json")
@@ -95,6 +95,9 @@ def read(folder: Path, source: str) -> Parts:
     if "k" in state and state["k"].flatten().tolist() != [settings.get("k")]:
         raise invalid("config.json: k", str(settings.get("k"))[:80], "the k that is in ae.pt", "check that config.json belongs to it")
     names = _UNCENTRED if trainer.get("dict_class") == "AutoEncoderNew" and layout.tensors is _RELU else layout.tensors
+    if name == "top_k" and "threshold" not in state:  # as before it had one: the k largest and no more
+        names = {ours: theirs for ours, theirs in names.items() if ours != "threshold"}
+    only(state, [*names.values(), *(("k", "group_sizes") if "k" in settings else ())], "ae.pt")
     tensors = renamed(state, names, "ae.pt")
     shared = {key: value for key, value in config.items() if key in ("status", "norm_factor")}
     shared |= {"site": _site(trainer), "model": text(trainer.get("lm_name")), "dtype": dtype_of(tensors)}
@@ -107,7 +110,7 @@ def read(folder: Path, source: str) -> Parts:
         "ae.pt",
         False if names is _UNCENTRED else None,
         shared | {"origin": {"format": "dictionary_learning", "config": config}},
-        optional=("coefficient", "queue"),
+        optional=("coefficient", "queue", *(("threshold",) if name == "top_k" else ())),
         names=names,
     )
 

@@ -62,9 +62,9 @@ def _check(config: Mapping[str, Any], where: str) -> None:
     """Refuse what is no JumpReLU SAE of the kind that is computed here."""
     if config.get("act_fn") != "jumprelu":
         raise invalid(f"{where}: act_fn", str(config.get("act_fn"))[:80], "jumprelu", "others are not read here")
-    point, reason = config.get("hook_point_in"), "a transcoder is no SAE"
-    neutral(config, where, reason, sae_type="sae", hook_point_out=point)
-    neutral(config, where, "it is not computed here", use_glu_encoder=False, use_decoder_bias=True)
+    neutral(config, where, "a transcoder is no SAE", hook_point_out=config.get("hook_point_in"))
+    reason = "it is not computed here"
+    neutral(config, where, reason, sae_type="sae", use_glu_encoder=False, use_decoder_bias=True)
     for key in ("sparsity_include_decoder_norm", "apply_decoder_bias_to_pre_encoder"):
         if not isinstance(config.get(key, True), bool):
             raise invalid(f"{where}: {key}", str(config[key])[:80], "true or false", "copy the folder again")

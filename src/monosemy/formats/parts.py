@@ -107,7 +107,7 @@ def neutral(config: Mapping[str, Any], where: str, reason: str, **plain: Any) ->
     """Refuse entries that say other than they must where they are there. Raises ValueError."""
     for key, value in plain.items():
         if config.get(key, value) not in (value, None):
-            raise invalid(f"{where}: {key}", _short(config[key]), repr(value), reason)
+            raise invalid(f"{where}: {key}", str(config[key])[:80], str(value)[:80], reason)
 
 
 def matrix_shape(tensor: Tensor, where: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monosemy.config import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, hook_name, renamed, site_of, text, whole, written
+from monosemy.formats.parts import Parts, dtype_of, hook_name, neutral, only, renamed, site_of, text, whole, written
 from monosemy.sae import SAE
 
 FILES = ("sae_weights.safetensors", "cfg.json")
@@ -41,11 +41,7 @@ def read(folder: Path, source: str) -> Parts:
         scale = tensors.pop(name, None)
         if scale is not None and not bool((scale == 1).all()):
             raise invalid("sae_weights.safetensors", f"a {name}", "an SAE without one", "SAELens 6 has no use for it either: fold it in")
-    unknown = tensors.keys() - {name.rstrip("'") for name in NAMES[theirs].values()}
-    if unknown:
-        raise invalid(
-            "sae_weights.safetensors", ", ".join(sorted(unknown))[:80], f"tensors of {theirs}", "check that cfg.json belongs to it"
-        )
+    only(tensors, NAMES[theirs].values(), "sae_weights.safetensors")
     ours = renamed(tensors, NAMES[theirs], "sae_weights.safetensors")
     if cfg.get("rescale_acts_by_decoder_norm") and theirs == "topk":
         ours, cfg = _fold_norms(ours), cfg | {"rescale_acts_by_decoder_norm": False}
@@ -110,14 +106,8 @@ def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tenso
 def _architecture(cfg: dict[str, Any]) -> tuple[str, int | None]:
     """Which of NAMES it is, and its k."""
     theirs = cfg.get("architecture", "standard")
-    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
-    old = "metadata" not in cfg
-    if old and theirs == "standard" and activation == "topk":
-        theirs = "topk"
-        kwargs = cfg.get("activation_fn_kwargs")
-        cfg = cfg | {"k": kwargs.get("k") if isinstance(kwargs, dict) else None}
-    elif old and activation != "relu":
-        raise invalid("cfg.json: activation_fn", str(activation)[:80], "relu or topk", "it is not computed here")
+    if "metadata" not in cfg:
+        theirs, cfg = _before_6(theirs, cfg)
     if not isinstance(theirs, str) or theirs not in NAMES:
         allowed = f"{', '.join(NAMES)} (others are no SAE, or compute what none here does)"
         raise invalid("cfg.json: architecture", str(theirs)[:80], allowed, "a training checkpoint is to be saved with save_inference_model")
@@ -128,7 +118,20 @@ def _architecture(cfg: dict[str, Any]) -> tuple[str, int | None]:
             '"none": an SAE of raw activations',
             "fold the factor in with SAELens first; what is measured for each token anew cannot be",
         )
+    if theirs != "topk":
+        neutral(cfg, "cfg.json", "it is not computed here", rescale_acts_by_decoder_norm=False)
     return theirs, whole(cfg, "k", "cfg.json") if theirs == "topk" else None
+
+
+def _before_6(theirs: Any, cfg: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Architecture and cfg as version 6 has them: before it, one activation or another made a TopK SAE."""
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    if activation == "topk" and theirs in ("standard", "topk"):
+        kwargs = cfg.get("activation_fn_kwargs")
+        return "topk", {"k": kwargs.get("k") if isinstance(kwargs, dict) else None} | cfg
+    if activation != "relu":
+        raise invalid("cfg.json: activation_fn", str(activation)[:80], "relu or topk", "it is not computed here")
+    return theirs, cfg
 
 
 def _fold_norms(ours: dict[str, Tensor]) -> dict[str, Tensor]:

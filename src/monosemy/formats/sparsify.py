@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from monosemy.config import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, module_site, renamed, whole, written
+from monosemy.formats.parts import Parts, dtype_of, module_site, neutral, only, renamed, whole, written
 from monosemy.sae import SAE
 
 FILES = ("sae.safetensors", "cfg.json")
@@ -25,12 +25,12 @@ RELU = ("standard", "standard_new", "p_anneal")
 def read(folder: Path, source: str) -> Parts:
     """The SAE in one of sparsify's folders. Raises ValueError for a transcoder, and for selections that are not computed here."""
     cfg = untrusted.json_object(folder / "cfg.json")
-    for key, plain in (("activation", "topk"), ("transcode", False), ("skip_connection", False), ("signed", False)):
-        if cfg.get(key, plain) != plain:
-            raise invalid(f"cfg.json: {key}", str(cfg[key])[:80], repr(plain), "an SAE here keeps the k largest and reconstructs its input")
+    reason = "an SAE here keeps the k largest and reconstructs its input"
+    neutral(cfg, "cfg.json", reason, activation="topk", transcode=False, skip_connection=False, signed=False)
     d_in = whole(cfg, "d_in", "cfg.json")
     d_sae = whole(cfg, "num_latents", "cfg.json") if cfg.get("num_latents") else d_in * whole(cfg, "expansion_factor", "cfg.json")
     tensors = untrusted.safetensors(folder / "sae.safetensors")
+    only(tensors, NAMES.values(), "sae.safetensors")
     return Parts(
         "top_k",
         d_in,

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,14 @@ def safetensors(path: Path) -> dict[str, Tensor]:
         raise invalid(path.name, str(path), "a whole safetensors file", f"copy it again ({error})") from error
 
 
-def npz(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Some arrays of numbers of an uncompressed .npz, as float32. Raises ValueError for one that is missing, and for anything else."""
+def npz(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """The named arrays of numbers of an uncompressed .npz, as float32. Raises ValueError where it has fewer, more or others."""
     arrays = {}
     try:
         with _regular(path) as file, _plain_archive(file) as archive:
+            unknown = sorted({name.removesuffix(".npy") for name in archive.namelist()} - set(names))
+            if unknown:
+                raise ValueError(f"it has {', '.join(unknown)[:80]} beside them")
             for name in names:
                 arrays[name] = _npy(archive.read(f"{name}.npy"))
     except _DAMAGE as error:
@@ -90,15 +93,21 @@ def state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged or hostile pickle makes of the unpickler, which has no one error for it
         raise invalid(*refusal) from error
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise invalid(*refusal)
-    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    for tensor in tensors.values():
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise invalid(*refusal)
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise invalid(*refusal)
-    return tensors
+    for name, tensor in state.items():
+        if not _is_whole(tensor):
+            found = type(tensor).__name__
+            raise invalid(f"{path.name}: {name[:80]!r}", found, "a whole tensor, and nothing else beside tensors", refusal[-1])
+    return state
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether this is a plain tensor whose numbers are all there."""
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    if not plain or value.is_quantized or value.is_meta:
+        return False
+    return bool(value.untyped_storage().nbytes() >= value.numel() * value.element_size())
 
 
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, RuntimeError, MemoryError, zipfile.BadZipFile, struct.error)
