@@ -13,19 +13,18 @@ of evaluation add up in `_Sums` and read them in `_reconstruction`.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from monosemy import rng
 from monosemy.config import invalid
 from monosemy.latents import ALWAYS, DENSE, Gathering, geometry
 from monosemy.lm import Clean, LanguageModel, Site
 from monosemy.missing import Missing
+from monosemy.progress import Progress
 
 if TYPE_CHECKING:
     from monosemy.sae import SAE
@@ -167,7 +166,7 @@ def evaluate_on_model(
 
     at_site = {site: _SiteSums(mean[site].value, C) for site in sites}
     sums = {name: _new_sums(saes[name][1], C, lm.device, (gather or {}).get(name)) for names in sites.values() for name in names}
-    with tqdm(total=C, desc="evaluating", unit="ctx", disable=not sys.stderr.isatty()) as progress:
+    with Progress(total=C, unit="ctx", desc="evaluating") as progress:
         for first, ids_GL in _groups(contexts_CL, spliced):
             runs = _Runs(lm, ids_GL, list(sites), batch_size, splicing=first < max(splice.values(), default=0))
             for site, names in sites.items():
