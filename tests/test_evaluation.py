@@ -365,3 +365,15 @@ def test_the_caller_is_left_as_it_was(lm: LanguageModel, contexts: Tensor) -> No
     before, state = contexts.clone(), torch.random.get_rng_state()
     run(lm, contexts, {"sae": (SITE, identity())})
     assert torch.equal(contexts, before) and torch.equal(torch.random.get_rng_state(), state) and not torch.is_inference_mode_enabled()
+
+
+def test_an_evaluation_that_takes_long_tells_how_far_it_is(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluation, "SELECTION_TOKENS", 10 * L)
+    caplog.set_level("INFO", "monosemy")
+    run(lm, contexts, {"sae": (SITE, identity())})
+    assert "evaluating" not in caplog.text  # it was done in a moment
+    monkeypatch.setattr("monosemy.progress.SECONDS", 0)
+    run(lm, contexts, {"sae": (SITE, identity())})
+    assert all(f"evaluating: {done} of {C} ctx" in caplog.text for done in (10, 20, 24))

@@ -43,7 +43,7 @@ class Missing:
         """Run a part of the job; if it fails, list it and go on after the block.
 
         Raises what waiting or more room mends (TryAgain, with it DiskFull), errors of the types in `passing`, and running out of memory
-        where the part is not one SAE's own: the other SAEs would meet the same.
+        where the part is not one SAE's or one site's own: all others would meet the same.
         """
         raises: tuple[type[Exception], ...] = (TryAgain, *passing)
         try:

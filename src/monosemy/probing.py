@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,13 @@ from monosemy.config import TrainConfig, invalid
 from monosemy.evaluation import Row, seed_results
 from monosemy.files import write_json, write_text
 from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.missing import Missing
 from monosemy.plan import replan
 from monosemy.report import page
 from monosemy.sae import SAE
 from monosemy.tokens import opening_id
+
+log = logging.getLogger(__name__)
 
 LATENTS = (1, 2, 5)  # that a probe sees, as in SAEBench
 METRICS = {"accuracy": "test_acc", "auc": "test_auc", "f1": "test_f1"}  # ours -> sae-probes'
@@ -61,7 +65,10 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
         row |= found[row["sae"]]
         write_json(folder / row["sae"] / "eval_results.json", seed_results(row))
     write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    page.write([folder])
+    missing = Missing(folder)
+    page.write([folder], missing=missing)
+    if missing:
+        log.warning("missing from the report: %s", missing)
     return rows
 
 

@@ -28,7 +28,7 @@ class Progress:
         self._first: int | None = None  # what was done when the rate's clock began
         self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=desc, smoothing=0.05, disable=not sys.stderr.isatty())
 
-    def update(self, n: int) -> None:
+    def update(self, n: int = 1) -> None:
         """Count `n` further units."""
         self.done += n
         self._bar.update(n)

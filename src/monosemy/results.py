@@ -28,6 +28,7 @@ from monosemy.formats.untrusted import sha256
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.missing import ERRORS, Missing
 from monosemy.plan import Plan
+from monosemy.progress import Progress
 from monosemy.report import page, plots
 from monosemy.run_folder import Run
 from monosemy.sae import SAE
@@ -152,10 +153,12 @@ def _measured(
         missing=missing,
     )
     before = {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
-    for row in rows:
-        site, sae = saes[row["sae"]]
-        row |= {key: value for key, value in before.get(row["sae"], {}).items() if key.startswith("probing_")}  # of the same SAE
-        _add_latents(run, row, sae, site, gathered.get(row["sae"]), lm, contexts_CL, special_ids, tokenizer, missing)
+    with Progress(total=len(rows), unit="SAEs", desc="pages of latents") as progress:
+        for row in rows:
+            site, sae = saes[row["sae"]]
+            row |= {key: value for key, value in before.get(row["sae"], {}).items() if key.startswith("probing_")}  # of the same SAE
+            _add_latents(run, row, sae, site, gathered.get(row["sae"]), lm, contexts_CL, special_ids, tokenizer, missing)
+            progress.update(1)
     return {row["sae"]: row for row in rows}
 
 

@@ -510,7 +510,7 @@ async function latentPage(view, sae, latent) {
 /** The rows on which a latent of activations without text is strongest. */
 function strongestRows(columns, p) {
   const R = columns.shape.page_rows[1], at = Array.from(columns.page_rows.subarray(R * p, R * p + R)), values = columns.page_row_values.subarray(R * p, R * p + R);
-  return make("section", {}, make("h2", {}, "Strongest rows"), make("div", { class: "scroll" }, make("table", { class: "plain" },
+  return make("section", {}, make("h2", {}, "Strongest rows"), make("div", { class: "scroll" }, make("table", {},
     make("thead", {}, make("tr", {}, make("th", { scope: "col", class: "number" }, "row"), make("th", { scope: "col", class: "number" }, "activation"))),
     make("tbody", {}, at.map((row, r) => (row < 0 ? null : make("tr", {}, make("td", { class: "number" }, whole(row)), make("td", { class: "number" }, digits(values[r]))))).filter(Boolean)))),
     make("p", { class: "note" }, "Rows are counted from 0, in the order in which the batches came."));
