@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import monosemy
-from monosemy import pretrained
+from monosemy import formats, pretrained
 from monosemy.cli import main
 from monosemy.releases import RELEASES, repository
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
@@ -285,3 +286,33 @@ def test_a_local_folder_is_listed_too(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(ValueError, match="OWNER/REPO"):
         pretrained.resolve(str(tmp_path))
+
+
+# --- evaluated by name --------------------------------------------------------------------------------------------------------------------
+
+
+def test_published_saes_are_evaluated_beside_an_own_one(
+    hub: LocalHub, tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same SAE from the hub in two layouts and in ours on disk: equal rows, and the published ones say where they are from."""
+    site = monosemy.Site("resid_post", 1)
+    lm = monosemy.LanguageModel.load(str(tiny_model), [site])
+    ids = torch.randint(3, 30, (64, 16), generator=torch.Generator().manual_seed(0))
+    x = lm.activations(ids)[site][:, 1:].reshape(-1, 24)
+    sae = monosemy.fit(x.split(60), [monosemy.SAESpec("top_k", d_sae=32, settings={"k": 4})]).saes[0]
+    sae.save_pretrained(tmp_path / "ours", {"site": str(site), "model": str(tiny_model)})
+    commits = {}
+    for layout, repo in (("sae_lens", "some/saes"), ("dictionary_learning", "other/saes")):
+        formats.convert(tmp_path / "ours", tmp_path / layout, layout)
+        commits[repo] = hub.publish(repo, {f"layer_1/{p.name}": p.read_bytes() for p in (tmp_path / layout).iterdir()})
+    names = ["some/saes/layer_1", "other/saes", str(tmp_path / "ours")]
+    flags = ["--dataset", str(text_file), "--context_length", "16", "--eval_num_inputs", "4", "--rows", str(tmp_path / "rows.jsonl")]
+    assert main(["eval", *names, *flags]) == 2
+    assert "which is a pickle" in capsys.readouterr().err
+    assert main(["eval", *names, *flags, "--format", "dictionary_learning"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["sae"] for row in rows] == names
+    assert [row.get("commit") for row in rows] == [commits["some/saes"], commits["other/saes"], None]
+    origin = {"sae", "repo_id", "commit", "sae_id"}
+    plain = [{key: value for key, value in row.items() if key not in origin} for row in rows]
+    assert plain[0] == plain[1] == plain[2] and rows[0]["top_k_fvu"] < 1

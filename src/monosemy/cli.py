@@ -151,7 +151,7 @@ def _eval(arguments: list[str]) -> int:
         no file: model, site and text are what the folders say, or the run that one of them belongs to; flags say the rest.
 
         Args:
-            paths: A run's folder alone; or folders of SAEs (ours, dictionary_learning's, SAELens', sparsify's, Gemma Scope's) and of runs.
+            paths: A run's folder alone; or folders of SAEs of any tool and of runs, and SAEs on the hub by their names, OWNER/REPO/SAE_ID.
             sparse_probing: Add to a run's rows how well probes on 1, 2 and 5 latents tell pairs of classes of texts apart; needs sae-probes.
             probing_datasets: Pairs of classes by sae-probes' names; all 113 where nothing is given.
         """

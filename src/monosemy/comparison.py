@@ -78,7 +78,7 @@ def compare(paths: Sequence[str | Path], options: EvalOptions | None = None) -> 
 def _resolved(path: str | Path, format: str | None) -> dict[str, Resolved]:
     """The SAEs of a path, by what a row calls them: a folder's own, a run's, or one from the hub by its name."""
     if not Path(path).exists():
-        return {str(path): resolve(path, format=format)}
+        return {str(path): resolve(path, trusted=format)}
     return {str(folder): Resolved(folder, format=_format(folder, format)) for folder in _saes(Path(path))}
 
 

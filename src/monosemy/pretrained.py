@@ -140,8 +140,18 @@ def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = Fal
 # --- names --------------------------------------------------------------------------------------------------------------------------
 
 
-def resolve(name_or_path: str | Path, sae_id: str | None = None, *, revision: str | None = None, format: str | None = None) -> Resolved:
-    """Find an SAE by name or path, and fetch its files where they are not here. Raises as `load`."""
+def resolve(
+    name_or_path: str | Path,
+    sae_id: str | None = None,
+    *,
+    revision: str | None = None,
+    format: str | None = None,
+    trusted: str | None = None,
+) -> Resolved:
+    """Find an SAE by name or path, and fetch its files where they are not here.
+
+    `trusted` is the format of pickles that may be opened; unlike `format` it says nothing of other SAEs. Raises as `load`.
+    """
     path = path_of("name_or_path", str(name_or_path))
     if path.exists():
         if revision is not None:
@@ -152,6 +162,8 @@ def resolve(name_or_path: str | Path, sae_id: str | None = None, *, revision: st
     chosen, entry = _chosen(held, inside, sae_id)
     if entry.note and not (format and entry.named):
         raise invalid("sae_id", chosen, f"an SAE of {repo_id} that can be opened", entry.note)
+    if entry.named and format is None and trusted == entry.format:
+        format = trusted
     if entry.named and format is None:
         remedy = f'pass format="{entry.format}" if you trust {repo_id} (--format {entry.format})'
         raise invalid("format", None, f'"{entry.format}" for {entry.files[0]}, which is a pickle', remedy)
