@@ -53,6 +53,8 @@ def compare(paths: Sequence[str | Path], options: EvalOptions | None = None) -> 
     c = plan.config
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
     contexts = held_out_contexts(c, stream)
+    for sentence in stream.damage():
+        log.warning("%s", sentence)
     lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
     for name, (sae, _) in read.items():
         if sae.d_in != lm.d_in(sites[name]):
