@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from monosemy import formats
 from monosemy.formats import layouts
@@ -237,3 +237,52 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
 def test_what_is_computed_otherwise_is_refused(name, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         opened(config_changed(TREES[name](), **changes), tmp_path)
+
+
+@pytest.mark.parametrize("format", [None, "qwen_scope"])
+def test_a_folder_of_files_that_are_saes_is_refused_with_one_of_them(format, tmp_path):
+    tree = TREES["qwen_scope"]()
+    path = tree.write(tmp_path)
+    with pytest.raises(ValueError, match=f"Name an SAE's own file, such as {path}"):
+        formats.load(tmp_path, format, source=tree.repo)
+
+
+def test_a_layer_of_qwen_scope_without_its_repository_is_refused(tmp_path):
+    path = TREES["qwen_scope"]().write(tmp_path)
+    with pytest.raises(ValueError, match="The repository's name alone says k"):
+        formats.load(path, "qwen_scope")
+
+
+def test_a_width_that_the_repository_does_not_have_is_refused(tmp_path):
+    path = TREES["qwen_scope"]().write(tmp_path)
+    with pytest.raises(ValueError, match="1024 latents'; allowed: the 32768 latents of SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"):
+        formats.load(path, "qwen_scope", source="Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer12.sae.pt")
+
+
+@pytest.mark.parametrize("format", [None, "gemma_scope_2"])
+def test_a_transcoder_with_an_sae_s_files_is_refused_by_its_place(format, tmp_path):
+    tree = TREES["gemma_scope_2"]()
+    path = tree.write(tmp_path)
+    with pytest.raises(ValueError, match="It cannot be: a transcoder is no SAE"):
+        formats.load(path, format, source="google/gemma-scope-2-1b-pt/transcoder/layer_13_width_16k_l0_small")
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gemma_scope_2", "llama_scope", "llama_scope_r1", "sae_lens", "native"])
+def test_narrow_weights_are_read_as_float32(name, narrow, tmp_path):
+    tree = TREES[name]()
+    file, whole = weights_of(tree), opened(tree, tmp_path / "whole")[0]
+    tensors = {of: tensor.to(narrow) for of, tensor in load(tree.files[file]).items()}
+    sae, _ = opened(replace(tree, files=tree.files | {file: save(tensors)}), tmp_path / "narrow")
+    assert {tensor.dtype for tensor in sae.state_dict().values()} == {torch.float32}
+    assert torch.allclose(sae.W_enc, whole.W_enc, rtol=0.02)
+
+
+def test_what_was_read_is_converted_and_computes_the_same(tmp_path):
+    for name in ("gemma_scope_2", "llama_scope", "llama_scope_r1", "qwen_scope", "goodfire"):
+        tree = TREES[name]()
+        path = tree.write(tmp_path / name / tree.repo)
+        formats.convert(path, tmp_path / name / "ours", "native", format=named(tree))
+        sae, about = formats.read(tmp_path / name / "ours")
+        assert (about["site"], about["model"]) == (tree.site, tree.model)
+        assert np.abs(sae(torch.from_numpy(tree.x).float()).numpy() - tree.x_hat).max() <= 1e-4

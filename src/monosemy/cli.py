@@ -136,13 +136,13 @@ def _eval(arguments: list[str]) -> int:
         Model, site and text are what the folders say, or the run that one of them belongs to; flags say the rest.
 
         Args:
-            paths: A run's folder alone; or folders of SAEs (ours, dictionary_learning's, SAELens', sparsify's, Gemma Scope's) and of runs.
+            paths: A run's folder alone; or runs and SAEs of any layout that docs/formats.md has: their folders, or files.
             eval_num_inputs: Held-out contexts; as many as in the run where nothing is given.
             device: cpu, cuda, cuda:1, ...: a GPU where there is one.
             model_name: The model of folders that do not name theirs.
             layer: The layer whose residual stream they read, of folders that do not say.
             site: Or another place, such as mlp_out.3.
-            format: dictionary_learning opens folders that hold nothing but an ae.pt, restricted to tensors.
+            format: dictionary_learning, qwen_scope or goodfire: opens pickles of that layout, restricted to tensors.
             dataset: Text, where no run says which.
             context_length: Tokens of a context, where no run says.
             eval_spliced_inputs: How many contexts also run through the rest of the model with each SAE in place; all where nothing is given.
@@ -184,10 +184,11 @@ def _convert(arguments: list[str]) -> int:
         """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for goes to monosemy.json beside it.
 
         Args:
-            folder: An SAE's own folder.
+            folder: An SAE's own folder, or its file in layouts of one file for each SAE.
             out: A new folder.
             to: native, dictionary_learning, sae_lens or sparsify.
-            format: dictionary_learning opens a folder that holds nothing but an ae.pt, restricted to tensors; others are told by their files.
+            format: dictionary_learning, qwen_scope or goodfire: opens a pickle of that layout, restricted to tensors. Others are told apart
+                by their files.
             unfinished: Also an SAE whose training did not complete.
         """
         from monosemy import formats

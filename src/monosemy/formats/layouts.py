@@ -34,8 +34,8 @@ _FOLDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("dictionary_learning", ("ae.pt", "config.json")),
 )
 _OPTIONAL = {"gemma_scope_2": ("config.json",)}
-_ONE_FILE = {"qwen_scope": r"layer\d+\.sae\.pt", "goodfire": r".+\.pth|.+-SAE-l\d+\.pt"}
-PICKLES = ("dictionary_learning", *_ONE_FILE)
+ONE_FILE = {"qwen_scope": r"layer\d+\.sae\.pt", "goodfire": r".+\.pth|.+-SAE-l\d+\.pt"}
+_PICKLES = ("dictionary_learning", *ONE_FILE)
 
 _CLT = "a cross-layer transcoder is no SAE"
 _BY_PATH = {  # what Google's repositories hold beside SAEs, in files of the same names
@@ -92,13 +92,13 @@ def _one_file_each(folder: PurePosixPath, inside: set[str]) -> list[Entry]:
     return [
         Entry(format, (str(folder / name),), str(folder / name), named=True)
         for name in sorted(inside)
-        for format, pattern in _ONE_FILE.items()
+        for format, pattern in ONE_FILE.items()
         if "/" not in name and re.fullmatch(pattern, name)
     ]
 
 
 def _entry(format: str, folder: PurePosixPath, names: Collection[str], note: str) -> Entry:
-    return Entry(format, tuple(str(folder / name) for name in names), str(folder), format in PICKLES, note)
+    return Entry(format, tuple(str(folder / name) for name in names), str(folder), format in _PICKLES, note)
 
 
 def _by_path(format: str, path: str) -> str:

@@ -20,7 +20,7 @@ def read(file: Path, source: str) -> Parts:
     """Read one layer's SAE. Raises ValueError where no name says its k, and where its width is another's."""
     named = re.search(r"\bSAE-Res-([\w.-]+)-W(\d{1,6})K-L0_(\d{1,6})/(?:.*/)?layer(\d{1,4})\.sae\.pt$", source)
     if named is None:
-        remedy = 'k stands there alone: name the repository, with source="Qwen/SAE-Res-.../layer12.sae.pt"'
+        remedy = 'the repository\'s name alone says k: pass source="Qwen/SAE-Res-.../layer12.sae.pt"'
         raise invalid("source", source[-200:], "OWNER/SAE-Res-MODEL-W32K-L0_50/layerN.sae.pt", remedy)
     model, thousands, k, layer = named[1], int(named[2]), int(named[3]), int(named[4])
     tensors = untrusted.state_dict(file)
