@@ -76,9 +76,11 @@ def test_an_sae_is_told_from_its_files_names(source, files, sae_id, format, want
         ("google/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_8/params.npz", TRANSCODER),
         ("google/gemma-scope-2-1b-pt", "transcoder_all/layer_3_width_16k_l0_big_affine/params.safetensors", TRANSCODER),
         ("google/gemma-scope-2-1b-pt", "crosscoder/layer_7_13_17_22_width_65k_l0_big/params.safetensors", "a crosscoder is no SAE"),
+        ("google/gemma-scope-2-1b-pt", "crosscoder/layer_7_13_width_65k_l0_big/params_layer_7.safetensors", "a crosscoder is no SAE"),
         ("google/gemma-scope-2-1b-pt", "clt/width_262k_l0_big/params_layer_3.safetensors", CLT),
+        ("google/gemma-scope-2-1b-pt", "clt_all/width_262k_l0_big/params.safetensors", CLT),
         ("mntss/clt-gemma-2-2b-2.5M", "W_enc_0.safetensors", CLT),
-        ("mwhanna/qwen3-4b-transcoders", "layer_0.safetensors", "transcoders are no SAEs"),
+        ("mwhanna/qwen3-4b-transcoders", "layer_0.safetensors", "transcoders are laid out so, which are no SAEs"),
         ("", "a/sae_weights.safetensors", "there is no cfg.json or config.json beside sae_weights.safetensors"),
         ("", "a/ae.pt", "there is no config.json beside ae.pt"),
     ],
@@ -86,6 +88,12 @@ def test_an_sae_is_told_from_its_files_names(source, files, sae_id, format, want
 def test_what_cannot_be_opened_is_listed_with_the_reason(source, file, note):
     (entry,) = layouts.find([file], source).values()
     assert entry.note == note
+
+
+def test_a_transcoder_of_llama_scope_is_told_by_its_folder():
+    folder = "Llama3_1-8B-Base-L8TC-8x"
+    files = [f"{folder}/checkpoints/final.safetensors", f"{folder}/hyperparams.json"]
+    assert layouts.find(files, "fnlp/Llama3_1-8B-Base-LXTC-8x")[folder].note == TRANSCODER
 
 
 def test_all_saes_of_a_repository_are_listed():

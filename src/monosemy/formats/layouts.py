@@ -38,15 +38,21 @@ ONE_FILE = {"qwen_scope": r"layer\d+\.sae\.pt", "goodfire": r".+\.pth|.+-SAE-l\d
 _PICKLES = ("dictionary_learning", *ONE_FILE)
 
 _CLT = "a cross-layer transcoder is no SAE"
-_BY_PATH = {  # what Google's repositories hold beside SAEs, in files of the same names
-    r".*\bgemma-scope-\w+-\w+-transcoders/.+": "a transcoder is no SAE",
-    r"(.*/)?transcoder\w*/[^/]+": "a transcoder is no SAE",
-    r"(.*/)?crosscoder\w*/[^/]+": "a crosscoder is no SAE",
-    r"(.*/)?clt\w*/[^/]+": _CLT,
+_CROSSCODER = "a crosscoder is no SAE"
+_TRANSCODER = "a transcoder is no SAE"
+_BY_PATH = {  # what lies in files of the same names beside SAEs
+    "gemma_scope": {r".*\bgemma-scope-\w+-\w+-transcoders/.+": _TRANSCODER},
+    "gemma_scope_2": {
+        r"(.*/)?transcoder\w*/[^/]+": _TRANSCODER,
+        r"(.*/)?crosscoder\w*/[^/]+": _CROSSCODER,
+        r"(.*/)?clt\w*/[^/]+": _CLT,
+    },
+    "llama_scope": {r"(.*/)?Llama3_1-8B-Base-L\d+TC-\d+x": _TRANSCODER},
 }
 _NO_SAES = {  # files, relative to the repository
-    r"(.+/)?W_(enc|dec)_\d+\.safetensors|(.+/)?clt\b.*_layer_\d+\.safetensors": _CLT,
-    r"(.+/)?layer_\d+\.safetensors": "transcoders are no SAEs",
+    r"(.+/)?W_(enc|dec)_\d+\.safetensors|(.+/)?clt\w*/.+\.safetensors": _CLT,
+    r"(.+/)?crosscoder\w*/.+\.safetensors": _CROSSCODER,
+    r"(.+/)?layer_\d+\.safetensors": "transcoders are laid out so, which are no SAEs",
     r"(.+/)?latest_ckpt\.safetensors": "a temporal SAE is computed otherwise",
 }
 
@@ -102,6 +108,5 @@ def _entry(format: str, folder: PurePosixPath, names: Collection[str], note: str
 
 
 def _by_path(format: str, path: str) -> str:
-    if format not in ("gemma_scope", "gemma_scope_2"):
-        return ""
-    return next((note for pattern, note in _BY_PATH.items() if re.fullmatch(pattern, path)), "")
+    notes = _BY_PATH.get(format, {})
+    return next((note for pattern, note in notes.items() if re.fullmatch(pattern, path)), "")
