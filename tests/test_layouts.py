@@ -20,11 +20,23 @@ TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
 @pytest.mark.parametrize(
     ("source", "files", "sae_id", "format", "wanted"),
     [
-        ("", ["a/sae.safetensors", "a/config.json", "a/ae.pt"], "a", "native", ["a/sae.safetensors", "a/config.json"]),
+        (
+            "",
+            ["a/sae.safetensors", "a/config.json", "a/ae.pt"],
+            "a",
+            "native",
+            ["a/sae.safetensors", "a/config.json"],
+        ),
         ("", ["sae.safetensors", "cfg.json"], ".", "sparsify", ["sae.safetensors", "cfg.json"]),
         (
             "",
-            ["layers.3/sae.safetensors", "layers.3/cfg.json", "layers.3/monosemy.json", "cfg.json", "README.md"],
+            [
+                "layers.3/sae.safetensors",
+                "layers.3/cfg.json",
+                "layers.3/monosemy.json",
+                "cfg.json",
+                "README.md",
+            ],
             "layers.3",
             "sparsify",
             ["layers.3/sae.safetensors", "layers.3/cfg.json", "layers.3/monosemy.json"],
@@ -36,7 +48,13 @@ TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
             "sae_lens",
             ["blocks.8.hook_resid_pre/sae_weights.safetensors", "blocks.8.hook_resid_pre/cfg.json"],
         ),
-        ("", ["t/ae.pt", "t/config.json", "t/eval_results.json"], "t", "dictionary_learning", ["t/ae.pt", "t/config.json"]),
+        (
+            "",
+            ["t/ae.pt", "t/config.json", "t/eval_results.json"],
+            "t",
+            "dictionary_learning",
+            ["t/ae.pt", "t/config.json"],
+        ),
         (
             "google/gemma-scope-2b-pt-res",
             ["layer_20/width_16k/average_l0_71/params.npz"],
@@ -46,10 +64,16 @@ TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
         ),
         (
             "google/gemma-scope-2-1b-pt",
-            ["resid_post/layer_13_width_16k_l0_small/params.safetensors", "resid_post/layer_13_width_16k_l0_small/config.json"],
+            [
+                "resid_post/layer_13_width_16k_l0_small/params.safetensors",
+                "resid_post/layer_13_width_16k_l0_small/config.json",
+            ],
             "resid_post/layer_13_width_16k_l0_small",
             "gemma_scope_2",
-            ["resid_post/layer_13_width_16k_l0_small/params.safetensors", "resid_post/layer_13_width_16k_l0_small/config.json"],
+            [
+                "resid_post/layer_13_width_16k_l0_small/params.safetensors",
+                "resid_post/layer_13_width_16k_l0_small/config.json",
+            ],
         ),
         (
             "fnlp/Llama3_1-8B-Base-LXR-8x",
@@ -58,10 +82,28 @@ TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
             "llama_scope",
             ["L15R/checkpoints/final.safetensors", "L15R/hyperparams.json"],
         ),
-        ("", ["L0R/sae_weights.safetensors", "L0R/config.json"], "L0R", "llama_scope", ["L0R/sae_weights.safetensors", "L0R/config.json"]),
+        (
+            "",
+            ["L0R/sae_weights.safetensors", "L0R/config.json"],
+            "L0R",
+            "llama_scope",
+            ["L0R/sae_weights.safetensors", "L0R/config.json"],
+        ),
         ("", ["layer12.sae.pt", "README.md"], "layer12.sae.pt", "qwen_scope", ["layer12.sae.pt"]),
-        ("", ["Llama-3.1-8B-Instruct-SAE-l19.pth"], "Llama-3.1-8B-Instruct-SAE-l19.pth", "goodfire", ["Llama-3.1-8B-Instruct-SAE-l19.pth"]),
-        ("", ["Llama-3.3-70B-SAE-l50.pt"], "Llama-3.3-70B-SAE-l50.pt", "goodfire", ["Llama-3.3-70B-SAE-l50.pt"]),
+        (
+            "",
+            ["Llama-3.1-8B-Instruct-SAE-l19.pth"],
+            "Llama-3.1-8B-Instruct-SAE-l19.pth",
+            "goodfire",
+            ["Llama-3.1-8B-Instruct-SAE-l19.pth"],
+        ),
+        (
+            "",
+            ["Llama-3.3-70B-SAE-l50.pt"],
+            "Llama-3.3-70B-SAE-l50.pt",
+            "goodfire",
+            ["Llama-3.3-70B-SAE-l50.pt"],
+        ),
     ],
 )
 def test_an_sae_is_told_from_its_files_names(source, files, sae_id, format, wanted):
@@ -74,14 +116,34 @@ def test_an_sae_is_told_from_its_files_names(source, files, sae_id, format, want
     ("source", "file", "note"),
     [
         ("google/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_8/params.npz", TRANSCODER),
-        ("google/gemma-scope-2-1b-pt", "transcoder_all/layer_3_width_16k_l0_big_affine/params.safetensors", TRANSCODER),
-        ("google/gemma-scope-2-1b-pt", "crosscoder/layer_7_13_17_22_width_65k_l0_big/params.safetensors", "a crosscoder is no SAE"),
-        ("google/gemma-scope-2-1b-pt", "crosscoder/layer_7_13_width_65k_l0_big/params_layer_7.safetensors", "a crosscoder is no SAE"),
+        (
+            "google/gemma-scope-2-1b-pt",
+            "transcoder_all/layer_3_width_16k_l0_big_affine/params.safetensors",
+            TRANSCODER,
+        ),
+        (
+            "google/gemma-scope-2-1b-pt",
+            "crosscoder/layer_7_13_17_22_width_65k_l0_big/params.safetensors",
+            "a crosscoder is no SAE",
+        ),
+        (
+            "google/gemma-scope-2-1b-pt",
+            "crosscoder/layer_7_13_width_65k_l0_big/params_layer_7.safetensors",
+            "a crosscoder is no SAE",
+        ),
         ("google/gemma-scope-2-1b-pt", "clt/width_262k_l0_big/params_layer_3.safetensors", CLT),
         ("google/gemma-scope-2-1b-pt", "clt_all/width_262k_l0_big/params.safetensors", CLT),
         ("mntss/clt-gemma-2-2b-2.5M", "W_enc_0.safetensors", CLT),
-        ("mwhanna/qwen3-4b-transcoders", "layer_0.safetensors", "transcoders are laid out so, which are no SAEs"),
-        ("", "a/sae_weights.safetensors", "there is no cfg.json or config.json beside sae_weights.safetensors"),
+        (
+            "mwhanna/qwen3-4b-transcoders",
+            "layer_0.safetensors",
+            "transcoders are laid out so, which are no SAEs",
+        ),
+        (
+            "",
+            "a/sae_weights.safetensors",
+            "there is no cfg.json or config.json beside sae_weights.safetensors",
+        ),
         ("", "a/ae.pt", "there is no config.json beside ae.pt"),
     ],
 )
@@ -170,7 +232,10 @@ def test_each_tensor_must_be_there_and_of_its_shape(name, tmp_path):
     tensors_changed(tree, lambda tensors: names.extend(tensors))
     needless = ("scaling_factor", "k")  # ones, and what the configuration says too
     for of in names:
-        missing, other = (lambda t, of=of: t.pop(of)), (lambda t, of=of: t.update({of: np.zeros((3, 5, 2), np.float32)}))
+        missing, other = (
+            (lambda t, of=of: t.pop(of)),
+            (lambda t, of=of: t.update({of: np.zeros((3, 5, 2), np.float32)})),
+        )
         for bad in (other,) if of in needless else (missing, other):
             with pytest.raises(ValueError, match="; allowed: "):
                 opened(tensors_changed(tree, bad), tmp_path, named(tree))
@@ -187,7 +252,11 @@ def test_a_tensor_that_it_does_not_know_is_refused(name, tmp_path):
 def test_a_file_that_is_cut_or_missing_is_refused(name, tmp_path):
     tree = TREES[name]()
     for file in (file for file in tree.files if not file.endswith("sparsity.safetensors")):
-        for data in (tree.files[file][: len(tree.files[file]) // 2], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        for data in (
+            tree.files[file][: len(tree.files[file]) // 2],
+            b"",
+            b"version https://git-lfs.github.com/spec/v1\n",
+        ):
             with pytest.raises(ValueError, match="; allowed: "):
                 opened(replace(tree, files=tree.files | {file: data}), tmp_path, named(tree))
 
@@ -233,7 +302,11 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
         ("llama_scope", {"norm_activation": "token-wise"}, "norm_activation is 'token-wise'"),
         ("llama_scope", {"dataset_average_activation_norm": {}}, "dataset_average_activation_norm is None"),
         ("llama_scope", {"dataset_average_activation_norm": {"in": 0}}, "dataset_average_activation_norm"),
-        ("llama_scope", {"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}}, "transcoder is no SAE"),
+        (
+            "llama_scope",
+            {"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}},
+            "transcoder is no SAE",
+        ),
         ("llama_scope", {"hook_point_out": "blocks.15.hook_mlp_out"}, "transcoder is no SAE"),
         ("llama_scope", {"use_glu_encoder": True}, "use_glu_encoder"),
         ("llama_scope", {"use_decoder_bias": False}, "use_decoder_bias"),
@@ -273,6 +346,13 @@ def test_a_transcoder_with_an_sae_s_files_is_refused_by_its_place(format, tmp_pa
     path = tree.write(tmp_path)
     with pytest.raises(ValueError, match="It cannot be: a transcoder is no SAE"):
         formats.load(path, format, source="google/gemma-scope-2-1b-pt/transcoder/layer_13_width_16k_l0_small")
+
+
+def test_a_transcoder_is_told_by_its_skip_connection(tmp_path):
+    skip = np.eye(8, dtype=np.float32)
+    tree = tensors_changed(TREES["gemma_scope_2"](), lambda tensors: tensors.update(affine_skip_connection=skip))
+    with pytest.raises(ValueError, match="affine_skip_connection .* A transcoder is no SAE"):
+        opened(tree, tmp_path)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])

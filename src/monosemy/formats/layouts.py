@@ -83,7 +83,8 @@ def _in_folder(folder: PurePosixPath, inside: set[str], source: str) -> Entry | 
     for format, files in known:
         if inside.issuperset(files):
             optional = [name for name in (*_OPTIONAL.get(format, ()), KEPT) if name in inside]
-            return _entry(format, folder, [*files, *optional], _by_path(format, str(PurePosixPath(source, folder))))
+            note = _by_path(format, str(PurePosixPath(source, folder)))
+            return _entry(format, folder, [*files, *optional], note)
     if known:
         format, (weights, *_) = known[0]
         configs = " or ".join(files[1] for _, files in known)
