@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from monosemy import formats
 from monosemy.formats import layouts
-from tests.layout_trees import TREES, pickled, safetensors
+from tests.layout_trees import LLAMA_NORM, TREES, drawn, pickled, safetensors, wide
 from tests.test_hostile import Malicious
 
 TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
@@ -374,3 +374,43 @@ def test_what_was_read_is_converted_and_computes_the_same(tmp_path):
         sae, about = formats.read(tmp_path / name / "ours")
         assert (about["site"], about["model"]) == (tree.site, tree.model)
         assert np.abs(sae(torch.from_numpy(tree.x).float()).numpy() - tree.x_hat).max() <= 1e-4
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("by_norm", [False, True])
+@pytest.mark.parametrize("norm_activation", ["dataset-wise", "inference"])
+def test_llama_scope_s_kinds_compute_their_formula(centred, by_norm, norm_activation, tmp_path):
+    tree = config_changed(
+        TREES["llama_scope"](),
+        apply_decoder_bias_to_pre_encoder=centred,
+        sparsity_include_decoder_norm=by_norm,
+        norm_activation=norm_activation,
+    )
+    W_enc, W_dec, b_enc, b_dec, _, x = wide(drawn())
+    scale = 8**0.5 / LLAMA_NORM if norm_activation == "dataset-wise" else 1.0
+    h = (scale * x - centred * b_dec) @ W_enc + b_enc
+    norm = np.linalg.norm(W_dec, axis=1) if by_norm else 1.0
+    x_hat = (h * (h * norm > 0.4 * scale) @ W_dec + b_dec) / scale
+    sae, _ = opened(tree, tmp_path)
+    assert np.abs(sae(torch.from_numpy(x).float()).numpy() - x_hat).max() <= 1e-5 * np.abs(x).max()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "topk"},
+        {"hook_name": None, "hook_point": "blocks.8.hook_resid_pre", "hook_point_layer": 8, "hook_point_head_index": None},
+        {"activation_fn_str": None, "activation_fn": "topk"},
+        {"normalize_activations": None},
+        {"normalize_activations": False},
+        {"sae_lens_version": "5.9.1", "reshape_activations": "none", "model_from_pretrained_kwargs": {}},
+    ],
+)
+def test_every_cfg_before_version_6_says_the_same(changes, tmp_path):
+    tree = TREES["sae_lens_3_top_k"]()
+    cfg = json.loads(tree.files[f"{tree.sae_id}/cfg.json"]) | changes
+    cfg = {key: value for key, value in cfg.items() if key not in changes or value is not None or key.startswith("norm")}
+    sae, about = opened(replace(tree, files=tree.files | {f"{tree.sae_id}/cfg.json": json.dumps(cfg).encode()}), tmp_path)
+    assert (about["site"], sae.settings.k) == (tree.site, 4)
+    x_hat = sae(torch.from_numpy(tree.x).float()).numpy()
+    assert np.abs(x_hat - tree.x_hat).max() <= 1e-5 * np.abs(tree.x).max()
