@@ -30,7 +30,7 @@ from torch import Tensor
 
 from monosemy import ops, training
 from monosemy.activations import ActivationStream
-from monosemy.evaluation import evaluate
+from monosemy.evaluation import evaluate_on_model
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.ops import compiled
 from monosemy.sae import Codes, DenseCodes, Moment, Product, SparseCodes
@@ -295,7 +295,7 @@ def evaluated(
             for step, x_BD in enumerate(of.batches):
                 m.step(x_BD, step)
             trained[f"{precision} {seed}"] = (SITE, m.finished())
-    rows = evaluate(of.lm, trained, of.held_out_CL, ignore_ids=of.special_ids, splice_contexts=None if splice else 0)
+    rows = evaluate_on_model(of.lm, trained, of.held_out_CL, ignore_ids=of.special_ids, splice_contexts=None if splice else 0)
     found: dict[str, dict[int, dict[str, float]]] = {"float32": {}, "bf16": {}}
     for row in rows:
         precision, seed = row["sae"].split()

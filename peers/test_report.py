@@ -319,3 +319,33 @@ def test_two_dozen_wide_saes_fit_and_open_quickly(browser, tmp_path):
     print(f"{path.stat().st_size:,} bytes, ready {ready:.1f} s, latent {latent:.2f} s, heap {heap:,}, {kept} pages an SAE")
     assert kept >= 500 and ready < 15 and latent < 3 and heap < 150_000_000
     here.check()
+
+
+def test_a_panel_that_cannot_be_drawn_costs_no_other(browser, made, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(made[0].read_text().replace(report._library(), ""))
+    here = Opened(browser, path)
+    told = here.page.locator(".note", has_text="This panel cannot be drawn")
+    assert told.count() >= 4  # the points, the curves, the frequencies
+    assert here.page.locator("#alive .bars").is_visible() and here.page.locator("#saes tbody tr:visible").count() == len(made[1])
+    here.go(sae(made[1], 5))
+    assert here.page.locator("#latents tbody tr").count() and told.count()
+    here.check()
+
+
+def test_a_report_of_activations_that_are_no_text_s(browser, tmp_path):
+    import torch
+
+    import monosemy
+
+    x_ND = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    spec = monosemy.SAESpec("top_k", d_sae=16, settings={"k": 2})
+    path = monosemy.write_report(tmp_path / "own", monosemy.fit(x_ND.split(100), [spec], log_steps=5), [x_ND], site="a simulator")
+    here = Opened(browser, path)
+    assert "Evaluated on 2,000 held-out rows" in here.page.inner_text("#overview")
+    here.go("#/sae/own/sae_0")
+    assert "contexts" not in here.page.inner_text("#latents thead").lower()
+    here.page.locator("#latents tbody tr a").first.click()
+    here.page.wait_for_selector("text=Strongest rows")
+    assert "of rows" in here.page.inner_text("#view") and "without text" not in here.page.inner_text("#view")
+    here.check()

@@ -1,7 +1,7 @@
 """SAEBench's loader and core evaluation on our SAEs, and its figures beside ours. Run by peers/run, without a hub.
 
 Eight SAEs of SmolLM2's layer 3 are trained for a moment; SAEBench opens them through `ae.pt` and `config.json`, evaluates them on text that it
-packs itself, and hands over the tokens, on which `evaluate(sae_bench=True)` then measures the same.
+packs itself, and hands over the tokens, on which `evaluate_on_model(sae_bench=True)` then measures the same.
 """
 
 import json
@@ -71,8 +71,8 @@ def ours(run: Path, theirs: Path) -> dict[str, evaluation.Row]:
     lm = LanguageModel.load("smollm2-135m", [SITE], whole=True, device="cpu")
     saes = {name: (SITE, formats.load(run / name)) for name in NAMES}
     common = {"ignore_ids": told["ignored"], "sae_bench": True}
-    losses = evaluation.evaluate(lm, saes, told["losses"], **common)
-    rest = evaluation.evaluate(lm, saes, told["rest"], splice_contexts=0, **common)
+    losses = evaluation.evaluate_on_model(lm, saes, told["losses"], **common)
+    rest = evaluation.evaluate_on_model(lm, saes, told["rest"], splice_contexts=0, **common)
     return {a["sae"]: a | {key: value for key, value in b.items() if not of_losses(key)} for a, b in zip(losses, rest, strict=True)}
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from monosemy.latents import BINS, OCTAVES, REASONS, SAMPLED, STRONGEST, WINDOW, _savez
+from monosemy import arrays
+from monosemy.latents import BINS, OCTAVES, REASONS, SAMPLED, STRONGEST, WINDOW
 
 KINDS = ("standard", "standard_new", "gated", "p_anneal", "jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")
 HOSTILE = (
@@ -66,13 +67,13 @@ def make(folder: Path, *, sites: int = 2, width: int = 64, pages: int = 24, cont
         "token_special": (np.arange(len(words)) == len(HOSTILE)).astype(np.uint8),
     }
     cost = {"gather_seconds": 1.5, "pages_seconds": 2.5, "state_bytes": 10**6, "context_length": L}
-    _savez(folder / "eval_text.npz", cost, vocabulary | {"ids": ids.astype(np.uint32)})
+    arrays.save(folder / "eval_text.npz", cost, vocabulary | {"ids": ids.astype(np.uint32)})
     return rows
 
 
 def _savez_into(folder: Path, facts: dict, columns: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _savez(folder / "latents.npz", facts, columns)
+    arrays.save(folder / "latents.npz", facts, columns)
 
 
 def made_latents(draw: np.random.Generator, F: int, P: int, C: int, L: int, V: int) -> dict[str, np.ndarray]:

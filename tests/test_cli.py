@@ -160,6 +160,7 @@ def test_the_seed_s_commands_parse_and_plan_where_the_model_is_known(command, tm
     )
     real = plan.describe
     monkeypatch.setattr(plan, "describe", lambda model, revision=None: real(str(folder)))
+    monkeypatch.setattr(plan, "check_weights", lambda info: None)  # there are none
     monkeypatch.setattr(plan, "check_sources", lambda config: None)
     monkeypatch.chdir(tmp_path)
     assert main(["train", *args, "--dry_run"]) == 0
@@ -211,3 +212,66 @@ def test_bf16_on_a_cpu_without_it(tiny_model, text_file, tmp_path, capsys, monke
 def test_no_command_and_help(capsys):
     assert main([]) == 2 and "train" in capsys.readouterr().err
     assert main(["--help"]) == 0 and "train" in capsys.readouterr().out
+
+
+# --- monosemy eval: the paths alone say which job it is
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_model, text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    flags = f"--model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48 --num_tokens 640 --target_l0s 4"
+    flags += " --sae_batch_size 64 --context_length 16 --eval_num_inputs 6 --held_out_fraction 0.1 --report_latents 5"
+    assert main(["train", "--save_dir", str(folder), *flags.split()]) == 0
+    return folder
+
+
+def of_evaluation(folder):
+    files = ["rows.jsonl", "eval_text.npz", "report.html", "evaluation.json", "plots/fvu.png", *("eval_results.json", "latents.npz")]
+    places = [folder / "resid_post_layer_1" / "trainer_0" if name in files[-2:] else folder for name in files]
+    return {name: (place / name).stat().st_mtime_ns for name, place in zip(files, places, strict=True)}
+
+
+def row_of(path):
+    (line,) = path.read_text().splitlines()
+    return json.loads(line)
+
+
+@pytest.mark.parametrize(
+    ("flags", "inputs", "spliced"),
+    [("", 6, 6), ("--llm_batch_size 4", 6, 6), ("--device cpu", 6, 6), ("--eval_spliced_inputs 2", 6, 2), ("--eval_num_inputs 3", 3, 3)],
+)
+def test_flags_of_speed_and_size_renew_the_run_s_files(evaluated, tmp_path, flags, inputs, spliced):
+    before, table = of_evaluation(evaluated), tmp_path / "rows.jsonl"
+    assert main(["eval", str(evaluated), "--rows", str(table), *flags.split()]) == 0
+    after = of_evaluation(evaluated)
+    assert all(after[name] > before[name] for name in before)
+    row = row_of(evaluated / "rows.jsonl")
+    assert row["n_inputs"] == inputs and row == row_of(table)
+    assert (row["spliced_tokens"] < row["tokens"] * 14 / 15) == (spliced < inputs)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--dataset x.jsonl", "--context_length 8", "--model_name m", "--layer 1", "--site mlp_out.1", "--format native"]
+)
+def test_flags_that_ask_another_question_are_refused_for_a_run(evaluated, capsys, flags):
+    before = of_evaluation(evaluated)
+    assert main(["eval", str(evaluated), *flags.split()]) == 2
+    said = capsys.readouterr().err
+    assert flags.split()[0].removeprefix("--") in said and f"monosemy eval {evaluated}/*/trainer_*" in said
+    assert of_evaluation(evaluated) == before
+
+
+def test_they_are_taken_where_saes_are_set_beside_each_other(evaluated, text_file, tmp_path):
+    before, table = of_evaluation(evaluated), tmp_path / "rows.jsonl"
+    (sae,) = evaluated.glob("*/trainer_*")
+    assert (
+        main(["eval", str(sae), "--context_length", "8", "--dataset", str(text_file), "--rows", str(table), "--llm_batch_size", "3"]) == 0
+    )
+    assert row_of(table)["context_length"] == 8 and of_evaluation(evaluated) == before
+
+
+@pytest.mark.parametrize("flag", ["eval_num_inputs", "eval_spliced_inputs", "llm_batch_size"])
+def test_sizes_of_an_evaluation_are_checked(evaluated, capsys, flag):
+    assert main(["eval", str(evaluated), f"--{flag}", "0"]) == 2
+    assert f"{flag} is 0; allowed: 1 or more" in capsys.readouterr().err

@@ -60,7 +60,11 @@ CHATS = {
     "a role that nobody has": ([{"role": "\0<|x|>", "content": "hi"}], "used"),
     "a role that the template refuses": ([{"role": "tool", "content": "hi"}], "unrenderable"),
     "a number as content": ([{"role": "user", "content": 5}], "not_text"),
-    "content in parts": ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "not_text"),
+    "content in parts": ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "used"),
+    "a part that is a number": ([{"role": "user", "content": [7, {"type": "text", "text": 8}]}], "empty"),
+    "an image alone": ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "empty"),
+    "no content": ([{"role": "user"}], "empty"),
+    "a role that is a list": ([{"role": ["user"], "content": "hi"}], "not_text"),
     "a turn that is a list": ([["user", "hi"]], "not_text"),
     "an object in the place of the list": ({"role": "user", "content": "hi"}, "not_text"),
     "further fields": ([TURN | {"tools": {"a": [1]}}], "used"),
@@ -98,11 +102,15 @@ def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):  # noqa: F811
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pa.table({"text": column}), path)
     stream = ContextStream([Source(str(path))], tokenizer, 4)
+    if left_out == len(column):
+        with pytest.raises(ValueError, match=f"No row of {len(column)} has a usable text in 'text': {len(column)} "):
+            drain(stream)
+        return
     text = tokenizer.decode(unpack(drain(stream), stream))
     counts = stream.counts
     assert counts["documents"] == len(column)
     assert counts.get("used", 0) == len(column) - left_out, counts
-    assert left_out == len(column) or "good one" in text
+    assert "good one" in text
 
 
 def test_a_column_of_parquet_that_nobody_asked_for_may_be_broken(tokenizer, tmp_path):  # noqa: F811

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from monosemy import evaluation
-from monosemy.evaluation import evaluate, seed_results, table
+from monosemy.evaluation import evaluate_on_model, seed_results, table
 from monosemy.lm import LanguageModel, Site
 
 D, L, C, V = 32, 16, 24, 97
@@ -91,7 +91,7 @@ def identity() -> Stub:
 
 
 def run(lm: LanguageModel, contexts: Tensor, saes: dict[str, tuple[Site, nn.Module]], **settings: object) -> list[dict]:
-    return evaluate(lm, saes, contexts, ignore_ids=IGNORED, **settings)
+    return evaluate_on_model(lm, saes, contexts, ignore_ids=IGNORED, **settings)
 
 
 def counted_activations(lm: LanguageModel, contexts: Tensor, site: Site) -> Tensor:
@@ -345,9 +345,9 @@ def test_the_table(lm: LanguageModel, contexts: Tensor) -> None:
 def test_bad_input(lm: LanguageModel, contexts: Tensor) -> None:
     saes = {"sae": (SITE, identity())}
     with pytest.raises(ValueError, match="held-out"):
-        evaluate(lm, saes, contexts[:, :1], ignore_ids=IGNORED)
+        evaluate_on_model(lm, saes, contexts[:, :1], ignore_ids=IGNORED)
     with pytest.raises(ValueError, match=r"resid_post\.0"):
-        evaluate(lm, saes, contexts, ignore_ids=torch.arange(V))
+        evaluate_on_model(lm, saes, contexts, ignore_ids=torch.arange(V))
     with pytest.raises(ValueError, match="splice_contexts"):
         run(lm, contexts, saes, splice_contexts=-1)
     with pytest.raises(ValueError, match=r"resid_post\.3"):
@@ -365,3 +365,15 @@ def test_the_caller_is_left_as_it_was(lm: LanguageModel, contexts: Tensor) -> No
     before, state = contexts.clone(), torch.random.get_rng_state()
     run(lm, contexts, {"sae": (SITE, identity())})
     assert torch.equal(contexts, before) and torch.equal(torch.random.get_rng_state(), state) and not torch.is_inference_mode_enabled()
+
+
+def test_an_evaluation_that_takes_long_tells_how_far_it_is(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluation, "SELECTION_TOKENS", 10 * L)
+    caplog.set_level("INFO", "monosemy")
+    run(lm, contexts, {"sae": (SITE, identity())})
+    assert "evaluating" not in caplog.text  # it was done in a moment
+    monkeypatch.setattr("monosemy.progress.SECONDS", 0)
+    run(lm, contexts, {"sae": (SITE, identity())})
+    assert all(f"evaluating: {done} of {C} ctx" in caplog.text for done in (10, 20, 24))

@@ -108,6 +108,17 @@ def test_new_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     assert shrinkage["tanh"] < shrinkage["standard"] - 0.01
 
 
+def test_without_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("without_language_model", "--folder", tmp_path / "report", "--steps", 150)
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert last == f"open {tmp_path / 'report' / 'report.html'}" and (tmp_path / "report" / "report.html").is_file()
+    found = {row.split()[0]: float(row.split("FVU ")[1].split()[0]) for row in rows}
+    assert found.keys() == {"batch_top_k", "standard"} and max(found.values()) < 0.5
+    text = (EXAMPLES / "without_language_model.py").read_text()
+    assert set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) == {"collections", "pathlib", "torch", "tyro", "monosemy"}
+    assert "from monosemy" not in text
+
+
 def test_every_example_is_tested() -> None:
     tested = Path(__file__).read_text()
     assert all(f"def test_{path.stem}(" in tested for path in EXAMPLES.glob("*.py"))

@@ -11,9 +11,11 @@ SRC = Path(__file__).parents[1] / "src" / "monosemy"
 FLOORS = {
     "redact": -1,
     "config": 0,
+    "progress": 0,
     "rng": 0,
     "recipe": 0,
     "ahead": 0,
+    "arrays": 2,
     "assets": 1,
     "files": 1,
     "interrupts": 1,
@@ -28,6 +30,8 @@ FLOORS = {
     "architectures": 4,
     "activations": 3,
     "memory": 3,
+    "missing": 2,
+    "cost": 4,
     "latents": 4,
     "formats": 5,
     "training": 5,
@@ -35,14 +39,16 @@ FLOORS = {
     "sweep": 6,
     "evaluation": 6,
     "plan": 6,
-    "report": 6,
+    "report": 7,
     "hub": 6,
-    "run": 7,
-    "comparison": 7,
-    "probing": 7,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 10,  # it names what lies in all of them
+    "run_folder": 7,
+    "results": 8,
+    "run": 9,
+    "comparison": 9,
+    "probing": 8,
+    "cli": 10,
+    "__main__": 11,
+    "__init__": 12,  # it names what lies in all of them
 }
 UPWARDS = {("sae", "architectures")}  # the registry fills itself when it is first asked
 

@@ -125,18 +125,18 @@ def planted(d_in=24, d_sae=48):
 
 def test_planted_copies_are_found():
     sae = planted()
-    before = latents.geometry(sae)
+    before = latents.geometry(sae).columns()
     sae.W_dec.data[7] = 3 * sae.W_dec.data[30]
     sae.W_dec.data[9] = sae.W_dec.data[11] + 0.3 * sae.W_dec.data[12] * sae.W_dec.data[11].norm() / sae.W_dec.data[12].norm()
     near_F, cosine_F = latents.nearest(sae.W_dec)
     assert near_F[7] == 30 and near_F[30] == 7 and cosine_F[7] == pytest.approx(1)
-    after = latents.geometry(sae)
+    after = latents.geometry(sae).columns()
     assert (before["copies"], before["near_copies"]) == (0, 0) and (after["copies"], after["near_copies"]) == (2, 4)
     ids, cosines = latents.neighbours(sae.W_dec, torch.tensor([7, 0]), 3)
     assert ids[0, 0] == 30 and 0 not in ids[1] and (cosines.diff(dim=1) <= 0).all()
     assert before["encoder_decoder_cosine"] == pytest.approx(1)
     sae.W_dec.data.fill_(torch.nan)
-    assert latents.geometry(sae)["decoder_max_cosine"] is None
+    assert latents.geometry(sae).columns()["decoder_max_cosine"] is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
@@ -173,16 +173,16 @@ def test_a_decoder_that_writes_one_token_promotes_it(kind):
 
 def test_pages_are_chosen_fairly(codes):
     g, sae = gathered(codes), planted(8, F)
-    near_F, cosine_F = latents.nearest(sae.W_dec)
-    entropy_F = torch.zeros(F, dtype=torch.float64)
-    chosen, reasons = latents.choose(g, near_F, cosine_F, latents.encoder_decoder(sae), 15, entropy_F)
+    like, entropy_F = latents.geometry(sae), torch.zeros(F, dtype=torch.float64)
+    chosen, reasons = latents.choose(g, like, 15, entropy_F)
     assert len(set(chosen.tolist())) == len(chosen) == 15 and 0 not in chosen  # a latent that never fired has no page
     random = set(chosen[reasons == 0].tolist())
     assert len(random) == 5 and all(g.contexts_F[latent] >= latents.RARE_CONTEXTS for latent in random)
     assert (reasons[:8] == 0).sum() in (2, 3)  # so a report that keeps fewer pages keeps the shares
-    turned = latents.choose(g, near_F.roll(3), cosine_F.flip(0), -latents.encoder_decoder(sae), 15, entropy_F + 1)
+    other = latents.Geometry(like.near_F.roll(3), like.near_cosine_F.flip(0), -like.enc_dec_F)
+    turned = latents.choose(g, other, 15, entropy_F + 1)
     assert random == set(turned[0][turned[1] == 0].tolist())  # the draw knows nothing of the weights
-    everyone, _ = latents.choose(g, near_F, cosine_F, latents.encoder_decoder(sae), 1000, entropy_F)
+    everyone, _ = latents.choose(g, like, 1000, entropy_F)
     assert sorted(everyone.tolist()) == [latent for latent in range(F) if g.n_F[latent]]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from monosemy.evaluation import SAE_BENCH, evaluate, sae_bench_results
+from monosemy.evaluation import SAE_BENCH, evaluate_on_model, sae_bench_results
 from monosemy.lm import LanguageModel, Site
 from monosemy.sae import architecture
 
@@ -19,7 +19,7 @@ def measured(tiny_model):
     ignored = torch.tensor([0, 1])
     sae = architecture("standard")(24, 48)
     sae.reset(torch.Generator().manual_seed(1))
-    rows = [evaluate(lm, {"a": (SITE, sae)}, ids_CL, ignore_ids=ignored, sae_bench=rules)[0] for rules in (True, False)]
+    rows = [evaluate_on_model(lm, {"a": (SITE, sae)}, ids_CL, ignore_ids=ignored, sae_bench=rules)[0] for rules in (True, False)]
 
     with torch.inference_mode():
         clean = lm.clean(ids_CL, [SITE])

@@ -595,7 +595,59 @@ def test_bad_chats_are_counted_and_left_out(tokenizer):
     stream = ContextStream([Source("memory", "chat", documents=chats)], tokenizer, 16)
     drain(stream)
     counts = stream.counts
-    assert (counts["empty"], counts["unrenderable"], counts["not_text"], counts["used"]) == (2, 1, 2, 61)
+    assert (counts["empty"], counts["unrenderable"], counts.get("not_text", 0), counts["used"]) == (4, 1, 0, 61)
+
+
+def chats_file(path, conversations):
+    path.write_text("".join(json.dumps({"conversation": turns}) + "\n" for turns in conversations))
+    return Source(str(path), "chat", "conversation")
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": {"word": "sea"}}}
+KNOWS_TOOLS = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}"
+    "{% for c in m.get('tool_calls') or [] %} calls {{ c['function']['name'] }}{% endfor %} {% endfor %}"
+)
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["a template that knows tools", "one that does not"])
+def test_parts_are_joined_and_a_turn_that_only_calls_tools_is_as_the_template_has_it(tokenizer, tmp_path, monkeypatch, knows):
+    plain = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", KNOWS_TOOLS if knows else plain)
+    asked = [{"type": "text", "text": "what is "}, {"type": "image", "url": "x"}, {"type": "text", "text": "the sea"}]
+    turns = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "water"},
+    ]
+    reading = ContextStream([chats_file(tmp_path / "a.jsonl", [turns])], tokenizer, 8)._packed._streams[0]._reading
+    text, verdicts = reading.text(Source("a", "chat", "conversation"), 0, {"conversation": turns})
+    assert verdicts == ["used"] and "what is the sea" in text and "water" in text and "None" not in text
+    assert ("look_up" in text) == knows and text.count("assistant") == knows
+
+
+def test_where_no_chat_can_be_rendered_file_count_and_the_template_s_words_are_told(tokenizer, tmp_path, monkeypatch):
+    refusing = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    source = chats_file(tmp_path / "chats.jsonl", [[{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]] * 7)
+    with pytest.raises(ValueError) as error:
+        ContextStream([Source("memory", documents=DOCUMENTS), source], tokenizer, 8).next(4)
+    assert str(error.value).startswith("chat_dataset is ") and "chats.jsonl" in str(error.value)
+    assert "No row of 7" in str(error.value) and "7 refused by the chat template" in str(error.value)
+    assert 'The template says "no system turns here"' in str(error.value)
+
+
+def test_more_than_a_hundredth_left_out_or_damaged_is_told_by_source(tokenizer, tmp_path):
+    lines = [json.dumps({"text": "the sea and the sky"}).encode()] * 94 + [b'{"body": "x"}'] * 3 + [b"{"] + [b'{"text": "a\xff b"}'] * 2
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "good.jsonl").write_bytes(b"\n".join(lines[:94]) + b"\n")
+    for name in ("good.jsonl", "a.jsonl"):
+        stream = ContextStream([Source(str(tmp_path / name))], tokenizer, 4)
+        drain(stream)
+        assert bool(stream.damage()) == (name == "a.jsonl")
+    (told,) = stream.damage()
+    assert "a.jsonl: of 100 rows" in told and "3.0% without the field" in told and "2.0% with bytes that are not UTF-8" in told
+    assert "not JSON" not in told  # one in a hundred is not more than a hundredth
 
 
 @pytest.mark.parametrize("row", [{"text": ""}, {"text": None}, {"body": "x"}])
@@ -604,7 +656,7 @@ def test_endless_rows_without_text_are_refused(tokenizer, tmp_path, row):
     path.write_text((json.dumps(row) + "\n") * 100_000)
     stream = ContextStream([Source(str(path))], tokenizer, 16)
     start = time.monotonic()
-    with pytest.raises(ValueError, match="10,000 rows .* hold no text in 'text'") as error:
+    with pytest.raises(ValueError, match="No row of 10,000 has a usable text in 'text'") as error:
         stream.next(1)
     assert time.monotonic() - start < 5 and f"fields {next(iter(row))}" in str(error.value)
 

@@ -11,11 +11,13 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.activations import ActivationStream as ActivationStream
     from monosemy.config import TrainConfig as TrainConfig
     from monosemy.evaluation import evaluate as evaluate
+    from monosemy.evaluation import evaluate_on_model as evaluate_on_model
     from monosemy.formats import load as load
     from monosemy.formats import save as save
     from monosemy.lm import LanguageModel as LanguageModel
     from monosemy.lm import Site as Site
     from monosemy.lm import load_tokenizer as load_tokenizer
+    from monosemy.report.of_batches import write_report as write_report
     from monosemy.run import train as train
     from monosemy.sae import SAE as SAE
     from monosemy.sae import Codes as Codes
@@ -45,6 +47,7 @@ _HOME = {
     "TrainConfig": "config",
     "architecture": "sae",
     "evaluate": "evaluation",
+    "evaluate_on_model": "evaluation",
     "fit": "sweep",
     "load": "formats",
     "load_tokenizer": "lm",
@@ -53,6 +56,7 @@ _HOME = {
     "save": "formats",
     "to_tokens": "tokens",
     "train": "run",
+    "write_report": "report.of_batches",
 }
 __all__ = sorted(_HOME)
 

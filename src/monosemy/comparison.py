@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,90 +12,64 @@ from typing import Any
 from torch import Tensor
 
 from monosemy import formats
-from monosemy.config import TrainConfig, invalid
-from monosemy.evaluation import Row, evaluate, table
+from monosemy.config import EvalOptions, TrainConfig, invalid
+from monosemy.evaluation import Row, evaluate_on_model, table
+from monosemy.files import write_text
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.plan import of_evaluation
+from monosemy.results import context_stream, held_out_contexts
 from monosemy.sae import SAE
-from monosemy.tokens import ContextStream, StreamEnded, sources_of
+
+log = logging.getLogger(__name__)
 
 
-def compare(
-    paths: Sequence[str | Path],
-    *,
-    model_name: str | None = None,
-    layer: int | None = None,
-    site: str | None = None,
-    format: str | None = None,
-    dataset: str | None = None,
-    context_length: int | None = None,
-    eval_num_inputs: int | None = None,
-    eval_spliced_inputs: int | None = None,
-    llm_batch_size: int | None = None,
-    device: str = "auto",
-    rows: str | Path | None = None,
-) -> list[Row]:
+def compare(paths: Sequence[str | Path], options: EvalOptions | None = None) -> list[Row]:
     """Evaluate folders of SAEs, and all SAEs of runs, through the same model on the same tokens; print the table, return the rows.
 
-    Model and site are each folder's own; the arguments say them for folders that do not. Text, context length and the limit on norms are
-    the first run's that a folder is or belongs to, else the arguments', else the defaults of training.
+    Model and site are each folder's own; the options say them for folders that do not. Text, context length and the limit on norms are
+    the options', else the first run's that a folder is or belongs to, else the defaults of training.
     Raises ValueError for a folder whose model or site nobody says, for another model than the others', and for what `formats.load` refuses.
     """
+    o = options or EvalOptions()
     folders = [folder for path in paths for folder in _saes(Path(path))]
     if not folders:
         raise invalid("paths", tuple(map(str, paths)), "the folder of an SAE or of a run, or several", "name one")
-    read = {str(folder): formats.read(folder, _format(folder, format)) for folder in folders}
-    sites = {name: _site(name, about, layer, site) for name, (_, about) in read.items()}
+    read = {str(folder): formats.read(folder, _format(folder, o.format)) for folder in folders}
+    sites = {name: _site(name, about, o.layer, o.site) for name, (_, about) in read.items()}
     runs = [run for path in folders if (run := _run(path)) is not None]
     begin = TrainConfig.read(runs[0] / "run.json") if runs else TrainConfig(save_dir=".")
-    given = {"dataset": dataset, "context_length": context_length, "eval_num_inputs": eval_num_inputs, "llm_batch_size": llm_batch_size}
     config = dataclasses.replace(
         begin,
-        model_name=_model(read, model_name),
+        model_name=_model(read, o.model_name),
         layers=(),
         sites=tuple(dict.fromkeys(map(str, sites.values()))),
-        device=device,
         dtype=begin.dtype if runs else "auto",
-        eval_spliced_inputs=eval_spliced_inputs if eval_spliced_inputs is not None else begin.eval_spliced_inputs,
-        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+        dataset=begin.dataset if o.dataset is None else o.dataset,
+        context_length=o.context_length or begin.context_length,
+        **o.changes(),
     )
-    plan = of_evaluation(config)
+    plan = of_evaluation(config, _commit(read, config.model_name))
     c = plan.config
-    stream = ContextStream(
-        sources_of(c),
-        load_tokenizer(c.model_name, c.revision),
-        c.context_length or 2,
-        seed=c.data_seed,
-        split="held_out",
-        held_out_fraction=c.held_out_fraction,
-        system_prompt_to_remove=c.system_prompt_to_remove,
-        system_prompt_removal_freq=c.system_prompt_removal_freq,
-    )
-    try:
-        contexts = stream.next(c.eval_num_inputs)
-    except StreamEnded as ended:
-        if not ended.contexts:
-            raise invalid("dataset", c.dataset, "text of which a share is held out", "give more text") from ended
-        contexts = stream.next(ended.contexts)
-    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device, whole=True)
+    stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
+    contexts = held_out_contexts(c, stream)
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
     for name, (sae, _) in read.items():
         if sae.d_in != lm.d_in(sites[name]):
             allowed = f"{lm.d_in(sites[name])}, the width of {sites[name]} of {c.model_name}"
             raise invalid(f"{name}: d_in", sae.d_in, allowed, "name the model and the site that it was trained on")
-    ignore_ids = stream.special_ids if not c.keep_special_tokens else stream.special_ids[:0]
-    found = evaluate(
+    found = evaluate_on_model(
         lm,
         {name: (sites[name], sae.to(lm.device)) for name, (sae, _) in read.items()},
         contexts,
-        ignore_ids=ignore_ids,
+        ignore_ids=stream.special_ids[:0] if c.keep_special_tokens else stream.special_ids,
         batch_size=c.llm_batch_size or 1,
         splice_contexts=c.eval_spliced_inputs,
         norm_limits=_norm_limits(runs, lm, contexts[: c.llm_batch_size or 1], c.max_activation_norm_multiple),
         info={name: _info(sae, about) for name, (sae, about) in read.items()},
         seed=c.data_seed,
     )
-    if rows is not None:
-        Path(rows).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    if o.rows is not None:
+        write_text(Path(o.rows), "".join(json.dumps(row) + "\n" for row in found))
     print(table(found))
     return found
 
@@ -146,6 +121,18 @@ def _model(read: dict[str, tuple[SAE, dict[str, Any]]], told: str | None) -> str
         found = ", ".join(f"{name}: {model}" for name, model in own.items())
         raise invalid("model_name", found, "one model that the folders or you name", "say which with --model_name")
     return models.pop()
+
+
+def _commit(read: dict[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
+    """The commit of the model that the SAEs were trained on, where their folders say it; where they say several, the first, with a warning."""
+    said = {name: about.get("revision") for name, (_, about) in read.items() if about.get("model") == model_name}
+    commits = {name: commit for name, commit in said.items() if isinstance(commit, str)}
+    if len(set(commits.values())) > 1:
+        first = next(iter(commits.values()))
+        log.warning(
+            "SAEs of several commits of %s (%s): all are evaluated on %s", model_name, ", ".join(map(": ".join, commits.items())), first
+        )
+    return next(iter(commits.values()), None)
 
 
 def _info(sae: SAE, about: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -55,6 +54,59 @@ def architecture_names() -> tuple[str, ...]:
     """The architectures that come with the package: the files of its folder."""
     folder = Path(__file__).parent / "architectures"
     return tuple(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How SAEs are evaluated, where it is said after training: `monosemy eval`."""
+
+    # --- of speed and size: a run's own evaluation takes them, too ---
+    eval_num_inputs: int | None = None
+    """Held-out contexts; as many as in the run where nothing is given."""
+    eval_spliced_inputs: int | None = None
+    """How many of them also run through the rest of the model with each SAE in place; as in the run, or all, where nothing is given."""
+    llm_batch_size: int | None = None
+    """Contexts of a forward pass of the model. Changes nothing but speed and memory."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...: a GPU where there is one."""
+    rows: str | None = None
+    """A file for the rows, one JSON object a line; a run's own go to its rows.jsonl in any case."""
+
+    # --- of the question: only for SAEs' own folders, or for several paths ---
+    model_name: str | None = None
+    """The model of folders that do not name theirs. Not for a run by itself, like all that follow."""
+    layer: int | None = None
+    """The layer whose residual stream they read, of folders that do not say."""
+    site: str | None = None
+    """Or another place, such as mlp_out.3."""
+    format: str | None = None
+    """dictionary_learning, qwen_scope or goodfire: opens pickles of that layout, restricted to tensors."""
+    dataset: str | None = None
+    """Other text than the run's, or text where no run says which."""
+    context_length: int | None = None
+    """Tokens of a context, where no run says or others are wanted."""
+
+    def __post_init__(self) -> None:
+        _take_types(self)
+        for name in ("eval_num_inputs", "eval_spliced_inputs", "llm_batch_size"):
+            value = getattr(self, name)
+            least = 0 if name == "eval_spliced_inputs" else 1  # 0: nothing is spliced
+            if value is not None and value < least:
+                raise invalid(name, value, f"{least} or more", "raise it")
+
+    def changes(self) -> dict[str, Any]:
+        """The settings of a `TrainConfig` that change, for a run's own evaluation."""
+        given = {name: getattr(self, name) for name in ("eval_num_inputs", "eval_spliced_inputs", "llm_batch_size")}
+        return {name: value for name, value in given.items() if value is not None} | {"device": self.device}
+
+    def check_of_run(self, run: str) -> None:
+        """Raises ValueError for options that ask of a run by itself what its rows do not say: another model, site or text."""
+        for name in ("model_name", "layer", "site", "format", "dataset", "context_length"):
+            if (value := getattr(self, name)) is not None:
+                allowed = f"the run's own where {run} is evaluated by itself"
+                raise invalid(
+                    name, value, allowed, f"leave it out, or set its SAEs beside each other: monosemy eval {run}/*/trainer_* --{name} .."
+                )
 
 
 @dataclass(frozen=True)
@@ -173,8 +225,9 @@ class TrainConfig:
     """Folder of a trained SAE whose weights every SAE of the run begins from (of equal shape)."""
 
     # --- evaluation and output ---
-    eval_num_inputs: int = 200
-    """Held-out contexts on which each SAE is evaluated."""
+    eval_num_inputs: int | None = None
+    """Held-out contexts on which each SAE is evaluated. As many as take about as long as training where nothing is given, from 32 to 200;
+    --dry_run says how many."""
     eval_spliced_inputs: int | None = None
     """How many of them also run through the rest of the model with each SAE in place, for losses and KL: all where nothing is given."""
     report_latents: int = 1000
@@ -207,14 +260,7 @@ class TrainConfig:
     """Check everything, print the grid and the budget of tokens and memory, and stop before any weights are loaded."""
 
     def __post_init__(self) -> None:
-        for name, kind in _kinds().items():
-            value = getattr(self, name)
-            if isinstance(value, list):  # as JSON has it
-                object.__setattr__(self, name, tuple(value))
-            elif isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-            if not _fits(getattr(self, name), kind):
-                raise invalid(name, value, _said(kind), "correct its type")
+        _take_types(self)
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
@@ -249,9 +295,16 @@ class TrainConfig:
         return DECLARED_SWEEPS[architecture]
 
 
-@cache
-def _kinds() -> dict[str, Any]:
-    return get_type_hints(TrainConfig)
+def _take_types(config: TrainConfig | EvalOptions) -> None:
+    """Turn JSON's lists and paths into a setting's type. Raises ValueError for a value of another type."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, list):  # as JSON has it
+            object.__setattr__(config, name, tuple(value))
+        elif isinstance(value, os.PathLike):
+            object.__setattr__(config, name, os.fspath(value))
+        if not _fits(getattr(config, name), kind):
+            raise invalid(name, value, _said(kind), "correct its type")
 
 
 def _fits(value: object, kind: Any) -> bool:

@@ -13,7 +13,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monosemy import rng
-from monosemy.files import beside
+from monosemy import arrays, rng
 from monosemy.lm import LanguageModel, Site
 
 BEFORE, AFTER = 28, 11  # tokens of a window around its peak
@@ -237,15 +237,27 @@ def _others(unit_FD: Tensor, rows: Tensor) -> Tensor:
     return (unit_FD[rows] @ unit_FD.T).clamp_(-1, 1).scatter_(1, rows[:, None], -2.0)
 
 
-def geometry(sae: Any) -> dict[str, Any]:
-    """Columns of a row: how alike an SAE's latents are to one another, and each one's encoder to its decoder."""
-    _, cosine_F = nearest(sae.W_dec)
-    means = {
-        "decoder_max_cosine": float(cosine_F.double().mean()),
-        "encoder_decoder_cosine": float(encoder_decoder(sae).double().mean()),
-    }
-    counts = {"near_copies": int((cosine_F > TWIN).sum()), "copies": int((cosine_F > COPY).sum())}
-    return counts | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
+@dataclass(frozen=True)
+class Geometry:
+    """How alike an SAE's latents are to one another, and each one's encoder to its decoder, [F] each."""
+
+    near_F: Tensor  # the latent with the most similar decoder row
+    near_cosine_F: Tensor
+    enc_dec_F: Tensor  # the cosine of encoder and decoder
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a row."""
+        means = {
+            "decoder_max_cosine": float(self.near_cosine_F.double().mean()),
+            "encoder_decoder_cosine": float(self.enc_dec_F.double().mean()),
+        }
+        counts = {"near_copies": int((self.near_cosine_F > TWIN).sum()), "copies": int((self.near_cosine_F > COPY).sum())}
+        return counts | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
+
+
+def geometry(sae: Any) -> Geometry:
+    """Compare all pairs of decoder rows; F^2 D products, so it is done once for the row and the pages."""
+    return Geometry(*nearest(sae.W_dec), encoder_decoder(sae))
 
 
 @torch.inference_mode()
@@ -271,7 +283,7 @@ def logit_effects(W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: 
 # --- which latents have pages -----------------------------------------------------------------------------------------------------
 
 
-def choose(g: Gathering, nearest_F: Tensor, cosine_F: Tensor, enc_dec_F: Tensor, pages: int, entropy_F: Tensor) -> tuple[Tensor, Tensor]:
+def choose(g: Gathering, like: Geometry, pages: int, entropy_F: Tensor) -> tuple[Tensor, Tensor]:
     """At most `pages` latents, each with the number of its reason; any prefix holds the reasons in about the same shares.
 
     A third are the lowest hashes among those that fire in `RARE_CONTEXTS` contexts: a fair sample. Then the interesting ones (their
@@ -288,8 +300,8 @@ def choose(g: Gathering, nearest_F: Tensor, cosine_F: Tensor, enc_dec_F: Tensor,
         "interesting": ((g.contexts_F >= 2 * RARE_CONTEXTS) & (frequency_F < 0.01), -shape_F),
         "dense": (frequency_F > DENSE, -frequency_F),
         "rare": (alive_F, n_F),
-        "twin": (alive_F, -cosine_F.double()),
-        "misaligned": (alive_F, enc_dec_F.double()),
+        "twin": (alive_F, -like.near_cosine_F.double()),
+        "misaligned": (alive_F, like.enc_dec_F.double()),
         "other": (alive_F, -n_F),
     }
     taken_F = torch.zeros(g.F, dtype=torch.bool, device=device)
@@ -302,7 +314,7 @@ def choose(g: Gathering, nearest_F: Tensor, cosine_F: Tensor, enc_dec_F: Tensor,
         order = key_F.argsort(stable=True)
         order = order[(able_F & ~taken_F)[order]]
         if reason == "interesting":
-            order = _without_twins(order, nearest_F, cosine_F)
+            order = _without_twins(order, like.near_F, like.near_cosine_F)
         picked = order[: min(quota, pages - sum(len(some) for some in chosen))]
         taken_F[picked] = True
         chosen.append(picked)
@@ -335,110 +347,116 @@ def peak_entropy(tokens_FR: Tensor) -> Tensor:
     return (torch.where(held_FR, (n_F1 / same_FR).log2(), 0.0) / n_F1).sum(1)
 
 
-def arrays(
-    g: Gathering, sae: Any, lm: LanguageModel, site: Site, contexts_CL: Tensor, masked_V: Tensor, pages: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """All that is kept of an SAE's latents, by name: columns of all of them [F, ..], then those of the chosen ones, `page_..` [P, ..]."""
+def statistics(g: Gathering, sae: Any, like: Geometry, pages: int, contexts_CL: Tensor | None = None) -> dict[str, np.ndarray]:
+    """What is kept of an SAE's latents, by name: columns of all of them [F, ..], then those of the chosen ones, `page_..` [P, ..].
 
-    def column(name: str, x: Tensor, dtype: Any) -> tuple[str, np.ndarray]:
-        return name, x.cpu().numpy().astype(dtype)
+    `contexts_CL` are the tokens at the places that were gathered; without them the choice of pages does not look at tokens.
+    """
+    columns: dict[str, np.ndarray] = {}
 
-    tokens = contexts_CL.to(g.device).flatten()
-    enc_dec_F = encoder_decoder(sae)
-    near_F, cosine_F = nearest(sae.W_dec)
+    def column(name: str, x: Tensor, dtype: Any) -> None:
+        columns[name] = x.cpu().numpy().astype(dtype)
+
     at_FR = g.strongest.at_SR.long()
-    peaks_FR = torch.where(at_FR >= 0, tokens[at_FR.clamp(min=0)], -1)
-    yield column("count", g.n_F, np.uint32)
-    yield column("contexts", g.contexts_F, np.uint32)
-    yield column("max", g.max_F, np.float32)
-    yield column("mean", g.sum_F / g.n_F.clamp(min=1), np.float32)
-    yield column("peak_token", peaks_FR[:, 0], np.int32)
-    yield column("enc_dec", enc_dec_F, np.float32)
-    yield column("near", near_F, np.uint32)
-    yield column("near_cosine", cosine_F, np.float32)
+    peaks_FR = torch.where(at_FR >= 0, contexts_CL.to(g.device).flatten()[at_FR.clamp(min=0)] if contexts_CL is not None else 0, -1)
+    column("count", g.n_F, np.uint32)
+    column("contexts", g.contexts_F, np.uint32)
+    column("max", g.max_F, np.float32)
+    column("mean", g.sum_F / g.n_F.clamp(min=1), np.float32)
+    column("peak_token", peaks_FR[:, 0], np.int32)
+    column("enc_dec", like.enc_dec_F, np.float32)
+    column("near", like.near_F, np.uint32)
+    column("near_cosine", like.near_cosine_F, np.float32)
 
-    latents_P, reasons_P = choose(g, near_F, cosine_F, enc_dec_F, pages, peak_entropy(peaks_FR))
-    P = len(latents_P)
+    latents_P, reasons_P = choose(g, like, pages, peak_entropy(peaks_FR))
     at_PM = torch.cat([g.strongest.at_SR[latents_P], g.drawn.at_SR.view(g.F, -1)[latents_P]], 1)
     octave_PO = g.octave_S.view(g.F, OCTAVES)[latents_P]
     top_P1 = octave_PO.amax(1, keepdim=True)
     in_range_PO = octave_PO > top_P1 - OCTAVES
     again_PM = (at_PM[:, STRONGEST:, None] == at_PM[:, None, :STRONGEST]).any(2) | ~in_range_PO.repeat_interleave(SAMPLED, 1)
     at_PM[:, STRONGEST:][again_PM] = -1
-    yield column("page_latent", latents_P, np.uint32)
-    yield column("page_reason", reasons_P, np.uint8)
-    yield column("page_bins", g.bins_FH[latents_P], np.uint32)
-    yield column("page_at", at_PM, np.int32)
-    yield column("page_peak", torch.cat([g.strongest.peak_SR[latents_P], g.drawn.peak_SR.view(g.F, -1)[latents_P]], 1), np.float32)
+    column("page_latent", latents_P, np.uint32)
+    column("page_reason", reasons_P, np.uint8)
+    column("page_bins", g.bins_FH[latents_P], np.uint32)
+    column("page_at", at_PM, np.int32)
+    column("page_peak", torch.cat([g.strongest.peak_SR[latents_P], g.drawn.peak_SR.view(g.F, -1)[latents_P]], 1), np.float32)
     shade = torch.cat([g.strongest.shade_SRW[latents_P], g.drawn.shade_SRW.view(g.F, -1, WINDOW)[latents_P]], 1)
-    yield column("page_shade", shade, np.uint8)
-    yield column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
-    yield column("page_candidates", g.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
-    if P:
+    column("page_shade", shade, np.uint8)
+    column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
+    column("page_candidates", g.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
+    if len(latents_P):
         near_PM, cosine_PM = neighbours(sae.W_dec, latents_P)
-        yield column("page_near", near_PM, np.uint32)
-        yield column("page_near_cosine", cosine_PM, np.float32)
-    if P and site.kind != "module" and sae.d_in == lm.model.get_output_embeddings().weight.shape[1]:
-        up, up_z, down, down_z = logit_effects(sae.W_dec[latents_P], lm, masked_V)
-        yield column("page_promotes", up, np.int32)
-        yield column("page_promotes_z", up_z, np.float32)
-        yield column("page_suppresses", down, np.int32)
-        yield column("page_suppresses_z", down_z, np.float32)
+        column("page_near", near_PM, np.uint32)
+        column("page_near_cosine", cosine_PM, np.float32)
+    return columns
+
+
+def effects(sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, masked_V: Tensor) -> dict[str, np.ndarray]:
+    """The columns of what some latents promote and suppress, [P, ..]; none for a site that does not write into the residual stream."""
+    if not len(latents_P) or site.kind == "module" or sae.d_in != lm.model.get_output_embeddings().weight.shape[1]:
+        return {}
+    rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(lm.device)
+    found = logit_effects(sae.W_dec[rows_P], lm, masked_V.to(lm.device))
+    names = ("page_promotes", "page_promotes_z", "page_suppresses", "page_suppresses_z")
+    dtypes = (np.int32, np.float32) * 2
+    return {name: x.cpu().numpy().astype(dtype) for name, x, dtype in zip(names, found, dtypes, strict=True)}
+
+
+def strongest_rows(g: Gathering, latents_P: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of the rows [P, R] on which some latents are strongest, and how strong: of activations that are no text's."""
+    rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(g.device)
+    at_PR, peak_PR = (kept[rows_P].cpu().numpy() for kept in (g.strongest.at_SR, g.strongest.peak_SR))
+    return {"page_rows": at_PR.astype(np.int32), "page_row_values": peak_PR.astype(np.float32)}
+
+
+def untold(lm: LanguageModel, tokenizer: Any, special_ids: Sequence[int]) -> Tensor:
+    """Which ids no effect on logits names, [V]: special ones, and those that the tokenizer does not know."""
+    V = lm.model.get_output_embeddings().weight.shape[0]
+    masked_V = torch.ones(V, dtype=torch.bool)
+    masked_V[: min(V, len(tokenizer))] = False
+    masked_V[[i for i in special_ids if i < V]] = True
+    return masked_V
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def write(
-    folder: Path,
-    gathered: Mapping[str, Gathering],
-    saes: Mapping[str, tuple[Site, Any]],
-    lm: LanguageModel,
-    contexts_CL: Tensor,
-    tokenizer: Any,
-    special_ids: Sequence[int],
-    *,
-    pages: int,
-    text: bool = True,
-) -> None:
-    """Write what `report` shows of latents: SAE/latents.npz for each SAE, and eval_text.npz, the text once with the bytes of its tokens.
+def write(path: Path, g: Gathering, columns: Mapping[str, np.ndarray], *, seconds: float = 0.0, text: bool = True) -> None:
+    """Write what `report` shows of an SAE's latents. `seconds` is what making the columns took.
 
-    Without `text` no context and no token of it is written: statistics and effects on logits alone.
+    Without `text` neither tokens nor their places are written: statistics and effects on logits alone.
     """
-    began = time.monotonic()
-    V = lm.model.get_output_embeddings().weight.shape[0]
-    masked_V = torch.ones(V, dtype=torch.bool)
-    masked_V[: min(V, len(tokenizer))] = False
-    masked_V[[i for i in special_ids if i < V]] = True
+    facts = {
+        "tokens": g.tokens,
+        "contexts": g.contexts,
+        "gather_seconds": round(g.seconds, 2),
+        "pages_seconds": round(seconds, 2),
+        "state_bytes": state_bytes(g.F),
+    }
+    arrays.save(path, facts, {name: column for name, column in columns.items() if text or name not in arrays.OF_TEXT})
+
+
+def write_text(
+    path: Path, latents_files: Sequence[Path], contexts_CL: Tensor, tokenizer: Any, special_ids: Sequence[int], *, text: bool = True
+) -> None:
+    """Write the held-out text once, with the bytes of its tokens and of those that the SAEs' latents promote and suppress.
+
+    Without `text` only the latter. Raises what reading a damaged latents.npz raises.
+    """
     ids = [contexts_CL.cpu().numpy().ravel()] if text else []
-    for name, (site, sae) in saes.items():
-        columns = dict(arrays(gathered[name], sae, lm, site, contexts_CL, masked_V.to(lm.device), pages))
-        if not text:
-            columns = {key: column for key, column in columns.items() if key not in ("peak_token", "page_at", "page_shade", "page_peak")}
-        ids += [column.ravel() for key, column in columns.items() if key in ("page_promotes", "page_suppresses")]
-        facts = {"tokens": gathered[name].tokens, "contexts": gathered[name].contexts}
-        _savez(folder / name / "latents.npz", facts, columns)
+    for file in latents_files:
+        columns, _ = arrays.load(file)
+        ids += [column.ravel() for name, column in columns.items() if name in ("page_promotes", "page_suppresses")]
     used = np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64)
     spelled = token_bytes(tokenizer, used.tolist())
-    cost = {
-        "gather_seconds": round(sum(g.seconds for g in gathered.values()), 1),
-        "pages_seconds": round(time.monotonic() - began, 1),
-        "state_bytes": sum(state_bytes(g.F) for g in gathered.values()),
-        "context_length": contexts_CL.shape[1],
-    }
     vocabulary = {
         "token_ids": used.astype(np.uint32),
         "token_lengths": np.array([len(b) for b in spelled], np.uint16),
         "token_bytes": np.frombuffer(b"".join(spelled), np.uint8),
         "token_special": np.isin(used, list(special_ids)).astype(np.uint8),
     }
-    _savez(folder / "eval_text.npz", cost, vocabulary | ({"ids": contexts_CL.cpu().numpy().astype(np.uint32)} if text else {}))
-
-
-def _savez(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
-    with beside(path, sum(column.nbytes for column in columns.values())) as part, open(part, "wb") as file:
-        np.savez_compressed(file, facts=np.array(json.dumps(facts)), **columns)  # type: ignore[arg-type]
+    ids_CL = {"ids": contexts_CL.cpu().numpy().astype(np.uint32)} if text else {}
+    arrays.save(path, {"context_length": contexts_CL.shape[1]}, vocabulary | ids_CL)
 
 
 def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,6 +81,80 @@ class Site:
         return max(self.layer, 1) if self.kind == "resid_pre" else self.layer + 1
 
 
+QUANTIZERS = {  # the packages of a quantized checkpoint's format, by its quant_method: what is imported, what is installed
+    "aqlm": ("aqlm", "aqlm[gpu,cpu]"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes accelerate"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "eetq": ("kernels", "kernels accelerate"),
+    "fbgemm_fp8": ("fbgemm_gpu", "fbgemm-gpu accelerate"),
+    "gptq": ("gptqmodel", "gptqmodel optimum"),
+    "hqq": ("hqq", "hqq"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "quark": ("quark", "amd-quark"),
+    "spqr": ("spqr_quant", "spqr_quant[gpu]"),
+    "torchao": ("torchao", "torchao"),
+    "vptq": ("vptq", "vptq"),
+}
+
+
+def check_weights(info: ModelInfo) -> None:
+    """See that a local model's weights are there and whole, and that the package of a quantized one's format is installed.
+
+    Reads names and headers alone. Raises ValueError that names the file or the package. What is on the hub is not looked at.
+    """
+    if info.quantization in QUANTIZERS:
+        module, packages = QUANTIZERS[info.quantization]
+        if not _is_installed(module):
+            allowed = f"weights that can be read here (these are quantized by {info.quantization}, which needs {packages.split('[')[0]})"
+            raise invalid("model_name", info.name, allowed, f"run `pip install {packages}`, or name weights that are not quantized")
+    folder = Path(info.path)
+    if not folder.is_dir():
+        return
+    files = _weight_files(folder, info.name)
+    for file in files:
+        if not file.is_file():
+            allowed = f"a folder with all its weights ({file.name} is named by the index and missing)"
+            raise invalid("model_name", info.name, allowed, "copy that file, too")
+        if file.suffix == ".safetensors" and (missing := _bytes_missing(file)):
+            allowed = f"a folder with whole weights ({file.name} is {missing})"
+            raise invalid("model_name", info.name, allowed, "copy that file again")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """The files that transformers would read, in its order of preference."""
+    for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            shards = _read(folder / index).get("weight_map", {}).values()
+            return [folder / shard for shard in dict.fromkeys(map(str, shards))]
+    allowed = "a folder with weights: model.safetensors, pytorch_model.bin, or shards and their index"
+    raise invalid("model_name", name, allowed, "copy them beside config.json, or name the folder that save_pretrained wrote")
+
+
+def _bytes_missing(file: Path) -> str:
+    """What is wrong with the length of a safetensors file, by its header; nothing where it is whole."""
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > size - 8:
+            return f"cut short: {size:,} bytes do not hold its header"
+        try:
+            header = json.loads(opened.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            return "damaged: its header cannot be read"
+    return f"cut short: {size:,} of {8 + length + end:,} bytes" if 8 + length + end > size else ""
+
+
 def check_sites(info: ModelInfo, sites: Iterable[Site]) -> None:
     """Raises ValueError for a site whose layer the model does not have."""
     for site in sites:
@@ -111,6 +186,7 @@ class ModelInfo:
     layer_parameters: int  # an estimate, of one layer
     embedding_parameters: int  # an estimate, of one embedding; the head has as many
     tied: bool  # the head is the embedding
+    quantization: str | None = None  # the method of a quantized checkpoint
 
     def parameters(self, layers: int | None = None) -> int:
         """About how many parameters are loaded: the whole model, or the embedding and the first layers."""
@@ -234,7 +310,16 @@ def _info(name: str, path: str, revision: str | None, offline: bool, config: Map
         layer_parameters=attention + gated * D * inner * experts,
         embedding_parameters=(first("vocab_size") or 0) * D,
         tied=bool(text.get("tie_word_embeddings", True)),
+        quantization=_quantization(config),
     )
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    told = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    if not isinstance(told, Mapping):
+        return None
+    named = told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") or told.get("load_in_8bit") else None)
+    return str(named) if named else None
 
 
 # --- the model -----------------------------------------------------------------------------------------------------------------
@@ -286,7 +371,7 @@ class LanguageModel:
     @classmethod
     def load(
         cls,
-        model_name: str,
+        model: str | ModelInfo,
         sites: Sequence[Site],
         *,
         revision: str | None = None,
@@ -296,37 +381,40 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load a model up to its deepest site, without its head; or, with `whole`, all of it, which splicing needs.
 
+        `model` is a name as `describe` takes it, with its `revision`, or what `describe` found: then exactly that commit is loaded.
         Of the weights only what is kept is read: no more than that and one shard are in memory at a time. `dtype` is "auto" (the model's
         own on a GPU, float32 on a CPU) or a name in torch; `device` "auto" (a GPU where there is one) or a name in torch.
-        Raises ValueError for what `describe` and `check_sites` refuse, a device that is not there, and a checkpoint that lacks weights.
+        Raises ValueError for what `describe`, `check_weights` and `check_sites` refuse, for a device that is not there, and for a
+        checkpoint that lacks weights or cannot be read.
         """
         import torch
         import transformers
 
-        info = describe(model_name, revision)
+        info = _described(model, revision)
         check_sites(info, sites)
-        device_ = _device(device)
+        check_weights(info)
+        device_ = checked_device(device)
         dtype_ = _dtype(dtype, device_)
         source = _source(info)
         config = transformers.AutoConfig.from_pretrained(**source)
         depths = [info.num_layers if site.depth is None else site.depth for site in sites]
         if not whole:
             _truncate(config, max(depths, default=info.num_layers))
-        auto = transformers.AutoModelForCausalLM if whole else transformers.AutoModel
+        auto = _with_head(config) if whole else transformers.AutoModel
         paths = [site.path for site in sites if site.kind == "module"]
         if paths:
             with torch.device("meta"):  # a module that is not there is told before any weights are read
                 skeleton = auto.from_config(config)
             for path in paths:
                 _module(skeleton, path)
-        with _quiet():
-            model, report = auto.from_pretrained(**source, config=config, dtype=dtype_, output_loading_info=True)  # type: ignore[misc]
+        with _quiet(), _readable(info):
+            loaded, report = auto.from_pretrained(**source, config=config, dtype=dtype_, output_loading_info=True)
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             allowed = f"a checkpoint with every weight (it lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''})"
-            raise invalid("model_name", model_name, allowed, "fetch or save the model again")
+            raise invalid("model_name", info.name, allowed, "fetch or save the model again")
         with torch.no_grad():
-            return cls(model.to(device_), sites, info)
+            return cls(loaded.to(device_), sites, info)
 
     # what it is
 
@@ -408,15 +496,17 @@ class LanguageModel:
     def norm_map(self) -> Tensor:
         """The linear part of the final norm, [D, D], up to the number by which it divides: gain and centring, whatever the norm's kind.
 
-        It is the norm's odd part on each unit vector; the identity where a model has no final norm.
+        It is the norm's odd part on each unit vector; the identity where a model has no final norm. The norm is the module after the last
+        layer whose output is the final state: one before them is not taken for it, though a zero embedding may give an equal output.
         """
         import torch
 
         parts = [child for child in self.decoder.children() if child is not self.layers and any(True for _ in child.parameters())]
-        calls = self._probed([*parts, self.decoder])
+        calls = self._probed([*parts, self.layers[-1], self.decoder])
         final = calls[-1].output.last_hidden_state
         unit_DD = torch.eye(final.shape[-1], device=final.device)
-        norm = next((call.module for call in calls[:-1] if torch.equal(_tensor(call.output).flatten(), final.flatten())), None)
+        after = next(i for i, call in enumerate(calls) if call.module is self.layers[-1]) + 1
+        norm = next((call.module for call in calls[after:-1] if torch.equal(_tensor(call.output).flatten(), final.flatten())), None)
         if norm is None:
             return unit_DD
         far_DD = (1e3 * unit_DD).to(final.dtype)
@@ -506,11 +596,40 @@ class LanguageModel:
         return found
 
 
-def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that `describe` knows. Raises ValueError as it does."""
+def load_tokenizer(model: str | ModelInfo, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, which is a name as `describe` takes it or what `describe` found.
+
+    Raises ValueError as `describe` does, and for a tokenizer that is not there or has ids beyond the model's embedding.
+    """
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(**_source(describe(model_name, revision)))
+    info = _described(model, revision)
+    source = _source(info)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        allowed = f"a model with a tokenizer that can be read ({_first_line(error)})"
+        raise invalid("model_name", info.name, allowed, "put tokenizer.json and tokenizer_config.json beside its config.json") from error
+    _check_vocabulary(tokenizer, info)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> None:
+    """Raises ValueError where text may give ids that the model has no embedding for.
+
+    Tokens that were added to a vocabulary may lie beyond the embedding, such as Gemma 3's for images: they stand for no text.
+    """
+    if info.vocab_size is None:
+        return
+    added = tokenizer.added_tokens_decoder
+    largest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
+    if largest >= info.vocab_size:
+        allowed = (
+            f"a model with an embedding for all ids of its tokenizer (which has {len(tokenizer)}; the embedding has {info.vocab_size} rows)"
+        )
+        raise invalid(
+            "model_name", info.name, allowed, "give it its own tokenizer, or call model.resize_token_embeddings and save it again"
+        )
 
 
 # --- small parts ---------------------------------------------------------------------------------------------------------------
@@ -603,6 +722,37 @@ def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
+def _described(model: str | ModelInfo, revision: str | None) -> ModelInfo:
+    return model if isinstance(model, ModelInfo) else describe(model, revision)
+
+
+def _with_head(config: PretrainedConfig) -> Any:
+    """The auto class of models with a language-modelling head: a wrapper that also sees or hears is registered with another one."""
+    import transformers
+
+    text = transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if type(config) in text else transformers.AutoModelForImageTextToText
+
+
+@contextmanager
+def _readable(info: ModelInfo) -> Iterator[None]:
+    """Raises ValueError where the files of a checkpoint, or a package that its format needs, cannot be had."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ImportError as error:
+        allowed = f"a model whose format can be read here ({_first_line(error)})"
+        raise invalid("model_name", info.name, allowed, "install that package, or name weights that are not quantized") from error
+    except (SafetensorError, OSError, EOFError) as error:
+        allowed = f"a checkpoint that can be read ({_first_line(error)})"
+        raise invalid("model_name", info.name, allowed, "fetch or save the model again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")[:300]
+
+
 def _source(info: ModelInfo) -> dict[str, Any]:
     """What tells transformers where a model is. Code that comes with a model is never run."""
     from monosemy import assets
@@ -622,7 +772,8 @@ def _truncate(config: PretrainedConfig, layers: int) -> None:
             setattr(text, name, value[:layers])
 
 
-def _device(name: str) -> torch.device:
+def checked_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name, "auto" being a GPU where there is one. Raises ValueError for one that is not there or not supported."""
     import torch
 
     if name == "auto":
@@ -630,7 +781,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise invalid("device", name, "auto, cpu, cuda or cuda:N", "correct the name") from error
+        raise invalid("device", str(name), "auto, cpu, cuda or cuda:N", "correct the name") from error
+    if device.type not in ("cpu", "cuda"):
+        raise invalid("device", str(name), "auto, cpu, cuda or cuda:N: kernels are made for these", "use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise invalid("device", name, f"one of this machine's {torch.cuda.device_count()} CUDA devices", "use --device auto")
     if device.type == "cuda":

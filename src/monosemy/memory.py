@@ -134,10 +134,11 @@ def estimate(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, context
     )
 
     group = max(GROUP_TOKENS // L, 1)
-    N = L * min(group, c.eval_num_inputs)
-    spliced = L * min(group, c.eval_num_inputs if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
+    contexts = c.eval_num_inputs or group
+    N = L * min(group, contexts)
+    spliced = L * min(group, contexts if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
     rows = max(1, min(HEAD_ELEMENTS // (model.vocab_size or HEAD_ELEMENTS), spliced))
-    modes = sum(_kind(a).modes * n for (a, _), n in grid.items()) // len(sites)
+    modes = sum(architecture_kind(a).modes * n for (a, _), n in grid.items()) // len(sites)
     kept = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D  # reconstructions, and where they lead to
     evaluation = Phase(
         {
@@ -149,7 +150,7 @@ def estimate(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, context
         {
             "opening": 0 if gpu else max(weights.values()),
             "splicing": kept + of_lm * min(M * L, N) * (_widths(model) + 2 * D),
-            "encoding": kept + 4 * modes * N * D + max(int(4 * N * F * (2.25 + _kind(a).products)) for a, F in grid),
+            "encoding": kept + 4 * modes * N * D + max(int(4 * N * F * (2.25 + architecture_kind(a).products)) for a, F in grid),
             "head": kept + rows * (model.vocab_size or 0) * (20 if of_lm == 4 else 22),
         },
         loading=libraries + whole + int(mapped * whole),
@@ -159,13 +160,13 @@ def estimate(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, context
 
 def sae_bytes(architecture: str, D: int, F: int, *, bf16: bool = False) -> int:
     """One SAE in training: parameters and moments in float32, W_enc's bfloat16 copy, each latent's tokens since it fired, counters."""
-    return 4 * _parameters(architecture, D, F) * (1 + _kind(architecture).moments) + 2 * F * D * bf16 + 8 * F + COUNTERS
+    return 4 * _parameters(architecture, D, F) * (1 + architecture_kind(architecture).moments) + 2 * F * D * bf16 + 8 * F + COUNTERS
 
 
 def lent_bytes(architecture: str, B: int, D: int, F: int, *, k: int = 0, bf16: bool = False) -> int:
     """The arrays that a CPU lends to one SAE after the other: pre-activations [B, F], and in the dense layout values, a mask and gradients;
     x and W_enc in 16-bit integers, which pre-activations are estimated by where few are active, as in the ReLU kinds sooner or later."""
-    kind = _kind(architecture)
+    kind = architecture_kind(architecture)
     of_products = (2 if bf16 else 4) * (1 + kind.products * (kind.lent > 0))  # the encoder's, and the gradients through the decoder
     integers = 2 * (B + F) * D * (not bf16 and (kind.lent > 0 or k < FEW * F))
     return B * F * (of_products + 4 * kind.lent + (kind.lent > 0)) + integers
@@ -173,7 +174,7 @@ def lent_bytes(architecture: str, B: int, D: int, F: int, *, k: int = 0, bf16: b
 
 def step_bytes(architecture: str, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0) -> int:
     """A step's gradients and what else comes and goes with it: on a CPU of one SAE; on a GPU of as many as share a stack of up to `on_gpu`."""
-    kind = _kind(architecture)
+    kind = architecture_kind(architecture)
     array, matrix, gradients, of_pre = 4 * B * F, 4 * F * D, 4 * _parameters(architecture, D, F), (2 if bf16 else 4) * B * F
     kept = of_pre + 16 * B * k if not kind.lent else of_pre + 5 * B * F  # on a GPU, until the stack's update
     if not kind.lent:
@@ -186,12 +187,13 @@ def step_bytes(architecture: str, B: int, D: int, F: int, *, k: int, bf16: bool 
     return together * gradients + (together - 1) * kept + work + 12 * B * D
 
 
-def _kind(architecture: str) -> Kind:
+def architecture_kind(architecture: str) -> Kind:
+    """What an architecture takes; one that is not known here as a plain ReLU kind."""
     return KINDS.get(architecture, Kind())
 
 
 def _parameters(architecture: str, D: int, F: int) -> int:
-    return 2 * F * D + _kind(architecture).vectors * F + D
+    return 2 * F * D + architecture_kind(architecture).vectors * F + D
 
 
 def _widths(model: ModelInfo) -> int:

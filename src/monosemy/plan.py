@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from monosemy.config import DECLARED_SWEEPS, SWEPT_BY, TrainConfig, architecture_names, invalid, path_of
+from monosemy.cost import contexts_of_evaluation
 from monosemy.files import LOCK
-from monosemy.lm import ModelInfo, Site, check_sites, describe
+from monosemy.lm import ModelInfo, Site, check_sites, check_weights, describe
 from monosemy.memory import Estimate, estimate
 from monosemy.recipe import RECIPES
 from monosemy.redact import without_secrets
@@ -134,13 +135,16 @@ def make(config: TrainConfig) -> Plan:
         config, dataset=config.dataset or ("sotu" if config.model_name == "smollm2-135m" else "HuggingFaceFW/fineweb")
     )
     folder, note = _folder(config)
-    model = describe(config.model_name, config.revision)
+    model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
     sites = _sites(config)
     if not sites:
         raise invalid("layers", config.layers, f"one or more of 0 to {model.num_layers - 1}", "name a layer, such as --layers 3")
     check_sites(model, sites)
-    config = _fill(config, model)
-    plan = Plan(config, model, sites, folder, note)
+    check_weights(model)
+    kept = _kept(folder) or {}
+    config = dataclasses.replace(config, eval_num_inputs=config.eval_num_inputs or kept.get("eval_num_inputs"))  # as the run began
+    plan = Plan(_fill(config, model, sites), model, sites, folder, note)
+    config = plan.config
     if plan.steps < 1:
         raise invalid(
             "num_tokens", config.num_tokens, f"{config.sae_batch_size} or more, one batch", "train on more tokens or lower --sae_batch_size"
@@ -152,17 +156,33 @@ def make(config: TrainConfig) -> Plan:
 
 
 def replan(config: TrainConfig) -> Plan:
-    """The plan of a run that exists, from its own configuration, which has no blanks."""
-    model = describe(config.model_name, config.revision)
+    """The plan of a run that exists, from its own configuration, which has no blanks; its model at the commit that it was trained on."""
+    folder = Path(config.save_dir)
+    model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
+    check_weights(model)
     return Plan(config, model, _sites(config), Path(config.save_dir))
 
 
-def of_evaluation(config: TrainConfig) -> Plan:
-    """The plan of evaluating SAEs that no run made, with the blanks filled in that it needs. Raises what `make` raises."""
-    model = describe(config.model_name, config.revision)
+def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
+    """The model's commit that a run in this folder was begun with; None where there is no run, or one of another model or revision."""
+    kept = _kept(folder)
+    if kept is None or (kept.get("model_name"), kept.get("revision")) != (config.model_name, config.revision):
+        return None
+    model = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("model")
+    commit = model.get("revision") if isinstance(model, dict) else None
+    return commit if isinstance(commit, str) else None
+
+
+def of_evaluation(config: TrainConfig, commit: str | None = None) -> Plan:
+    """The plan of evaluating SAEs that no run made, on a commit of their model, with the blanks filled in that it needs.
+
+    Raises what `make` raises.
+    """
+    model = describe(config.model_name, commit or config.revision)
     check_sites(model, _sites(config))
+    check_weights(model)
     check_sources(config)
-    return Plan(_fill(config, model), model, _sites(config), Path(config.save_dir))
+    return Plan(_fill(config, model, _sites(config)), model, _sites(config), Path(config.save_dir))
 
 
 def _sites(c: TrainConfig) -> tuple[Site, ...]:
@@ -250,8 +270,8 @@ def _check_values(c: TrainConfig) -> None:
         value = getattr(c, field)
         if value is not None and not 0 <= value < float("inf"):
             raise invalid(field, value, "0 or more", "raise it" if value < 0 else "lower it")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", c.device):
-        raise invalid("device", c.device, "auto, cpu, cuda or cuda:N", "correct it")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device):
+        raise invalid("device", c.device, "auto, cpu, cuda or cuda:N: kernels are made for these", "correct it, or use --device cpu")
     if c.mixed_dataset and not 0 < c.pretrain_frac < 1:
         raise invalid("pretrain_frac", c.pretrain_frac, "above 0 and below 1 for a mixture", "leave --mixed_dataset out for text alone")
     for field in ("text_key", "chat_key"):
@@ -278,8 +298,8 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and ruled and len(name) <= 96 and not re.search(r"--|\.\.|\.git$", name)
 
 
-def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
-    """Blanks from the model's preset, or from its size."""
+def _fill(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> TrainConfig:
+    """Blanks from the model's preset, or from its size; the contexts of evaluation from what all of that costs."""
     batch, length, gpu_dtype = PRESETS.get(c.model_name, (None, min(1024, model.max_length or 1024), None))
     length = c.context_length or length
     if model.max_length is not None and length > model.max_length:
@@ -292,7 +312,7 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
             if gpu
             else ("bfloat16" if cpu_has_bf16() else "float32")
         )
-    return dataclasses.replace(
+    filled = dataclasses.replace(
         c,
         context_length=length,
         llm_batch_size=c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1),
@@ -300,6 +320,7 @@ def _fill(c: TrainConfig, model: ModelInfo) -> TrainConfig:
         dtype=dtype,
         precision=("bf16" if gpu or cpu_has_bf16() else "float32") if c.precision == "auto" else c.precision,
     )
+    return dataclasses.replace(filled, eval_num_inputs=c.eval_num_inputs or contexts_of_evaluation(filled, model, sites))
 
 
 def _has_gpu(device: str) -> bool:

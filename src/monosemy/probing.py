@@ -10,7 +10,9 @@ T texts, L tokens of the longest in a batch, D width of a site.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,9 +30,13 @@ from monosemy.config import TrainConfig, invalid
 from monosemy.evaluation import Row, seed_results
 from monosemy.files import write_json, write_text
 from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.missing import Missing
+from monosemy.plan import replan
 from monosemy.report import page
 from monosemy.sae import SAE
 from monosemy.tokens import opening_id
+
+log = logging.getLogger(__name__)
 
 LATENTS = (1, 2, 5)  # that a probe sees, as in SAEBench
 METRICS = {"accuracy": "test_acc", "auc": "test_auc", "f1": "test_f1"}  # ours -> sae-probes'
@@ -50,15 +56,19 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
     chosen = _chosen(_sae_probes(), datasets)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     sites = {row["sae"]: Site.parse(row["site"]) for row in rows}
-    c = TrainConfig.read(folder / "run.json")
-    lm = LanguageModel.load(c.model_name, tuple(dict.fromkeys(sites.values())), revision=c.revision, dtype=c.dtype, device=device)
+    plan = replan(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
+    c = plan.config
+    lm = LanguageModel.load(plan.model, tuple(dict.fromkeys(sites.values())), dtype=c.dtype, device=device)
     saes = {name: (site, formats.load(folder / name, unfinished=True).to(lm.device)) for name, site in sites.items()}
-    found = probe(lm, saes, load_tokenizer(c.model_name, c.revision), chosen, batch_size=c.llm_batch_size or 8)
+    found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size or 8)
     for row in rows:
         row |= found[row["sae"]]
         write_json(folder / row["sae"] / "eval_results.json", seed_results(row))
     write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    page.write([folder])
+    missing = Missing(folder)
+    page.write([folder], missing=missing)
+    if missing:
+        log.warning("missing from the report: %s", missing)
     return rows
 
 

@@ -9,155 +9,52 @@ import dataclasses
 import gc
 import json
 import logging
-import os
-import platform
 import shlex
-import sys
+import shutil
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from monosemy import formats, latents
+from monosemy import formats, results
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
-from monosemy.config import TrainConfig, TryAgain, invalid
-from monosemy.evaluation import evaluate, seed_results, table
-from monosemy.files import alone_in, append, beside, room_for, sync, write_json, write_text
+from monosemy.config import EvalOptions, TrainConfig, TryAgain, invalid
+from monosemy.evaluation import table
+from monosemy.files import alone_in, beside, room_for, sync, write_text
 from monosemy.formats import dictionary_learning
-from monosemy.hub import Uploader
 from monosemy.interrupts import Interrupts
 from monosemy.lm import LanguageModel, load_tokenizer
-from monosemy.memory import high_water, size, tensor_bytes
+from monosemy.memory import tensor_bytes
+from monosemy.missing import Missing
 from monosemy.ops import Scratch
 from monosemy.plan import Plan, make, replan
+from monosemy.progress import Progress
 from monosemy.recipe import RECIPES
-from monosemy.redact import without_secrets
-from monosemy.report import page, plots
+from monosemy.results import ENDED, context_stream
+from monosemy.run_folder import Run, peak_memory, versions
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
-from monosemy.tokens import ContextStream, StreamEnded, sources_of
-from monosemy.trackers import Tracker, Wandb
+from monosemy.tokens import ContextStream, StreamEnded
 from monosemy.training import Member
 
 log = logging.getLogger(__name__)
 
 DRAWN = 2 << 20  # bytes that an evaluation, its plots and report take at least
-LAST_WORDS = 10.0  # seconds that a tracker has where a run is cut off
 SNAPSHOT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
-
-
-class Run:
-    """A run's folder and what is known of it. Every file is written whole or not at all, but for metrics.jsonl, which grows."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.config, self.folder = plan, plan.config, plan.folder
-        self.status: dict[str, Any] = {"status": "running", "reason": "", "saes": {}}
-        self.facts: dict[str, Any] = {}
-        self.trackers: list[Tracker] = []
-        self.uploader: Uploader | None = None
-
-    def open(self, members: Mapping[Any, Sequence[Member]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
-        """Write down what will be done, before the first step; of a run that goes on, what was recorded after its checkpoint is cut off."""
-        c = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        was = json.loads((self.folder / "run.json").read_text(encoding="utf-8")) if kept else {}
-        self.facts = {
-            "id": was.get("id") or uuid.uuid4().hex,  # under which trackers go on with the same runs
-            "config": c.as_dict(),
-            "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-            "started": was.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": _versions(),
-            "schedule": dataclasses.asdict(self.plan.schedule),
-            **facts,
-        }
-        self.write_facts({})
-        with open(self.folder / "metrics.jsonl", "ab") as file:
-            there, wanted = file.tell(), kept.state["metrics_bytes"] if kept else 0
-            if there < wanted:
-                log.warning("%s had %d bytes at the checkpoint and has %d: records are missing", file.name, wanted, there)
-            file.truncate(min(there, wanted))
-        self.write_status("running", saes={member.name: "running" for group in members.values() for member in group})
-        if c.use_wandb:
-            self.trackers.append(Wandb(c.wandb_project, entity=c.wandb_entity, group=self.folder.absolute().name, folder=self.folder))
-        if c.hf_repo_id:
-            self.uploader = Uploader(self.folder, c.hf_repo_id, waits=c.retry_seconds)
-        for tracker in self.trackers:
-            tracker.start(
-                self.facts,
-                [
-                    {
-                        "name": m.name,
-                        "config": {
-                            "architecture": m.sae.name,
-                            "d_sae": m.sae.d_sae,
-                            "lr": m.lr,
-                            "seed": m.spec.seed,
-                            **vars(m.sae.settings),
-                        },
-                    }
-                    for group in members.values()
-                    for m in group
-                ],
-            )
-
-    def write_facts(self, more: dict[str, Any]) -> None:
-        self.facts |= more
-        write_json(self.folder / "run.json", without_secrets(self.facts))
-
-    def write_status(self, status: str, reason: str = "", saes: dict[str, str] | None = None) -> None:
-        self.status = {"status": status, "reason": reason, "saes": self.status["saes"] | (saes or {})}
-        write_json(self.folder / "status.json", without_secrets(self.status))
-
-    def write_memory(self, of: str, predicted: int, **more: Any) -> None:
-        """Note the bytes that were predicted for a part of the run, and the most that were taken until now."""
-        measured = _peak_memory(self.plan)
-        self.write_facts({"memory": self.facts.get("memory", {}) | more | {of: {"predicted": predicted, "measured": measured}}})
-        log.info("memory of the %s: %s at most, %s predicted", of, size(measured), size(predicted))
-
-    def record(self, record: Record) -> None:
-        """One line of metrics.jsonl, mirrored to the trackers."""
-        append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
-        for tracker in self.trackers:
-            tracker.log(record)
-
-    @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Where what is done here breaks off, say so. Before the folder was opened there is nothing to tell."""
-        try:
-            yield
-        except BaseException as error:
-            if self.facts:
-                state = "interrupted" if isinstance(error, KeyboardInterrupt | TryAgain) else "failed"
-                unfinished = {name: state for name, was in self.status["saes"].items() if was == "running"}
-                try:
-                    self.write_status(state, f"{type(error).__name__}: {error}", unfinished)
-                except OSError as full:
-                    log.error("%s is not up to date: %s", self.folder / "status.json", full)
-                self.close(state)
-            raise
-
-    def close(self, status: str) -> None:
-        """Let trackers and the upload end; a run that was cut off does not wait for the hub, and not long for trackers."""
-        for tracker in self.trackers:
-            tracker.finish(status, *[LAST_WORDS] * (status == "interrupted"))
-        if self.uploader is not None and status != "interrupted":
-            self.uploader.finish()
 
 
 def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     """Train, evaluate, plot and upload as a configuration says. Returns the run's folder and its status.
 
-    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never stopped.
-    Status is "complete", "stopped_early" (the text ran out; what was trained is saved), or "failed" (an SAE did not stay finite).
+    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never stopped; where only parts of its
+    evaluation are missing, they are made.
+    Status is "complete", "stopped_early" (the text ran out; what was trained is saved), "failed" (an SAE did not stay finite), or "incomplete"
+    (all SAEs are saved, and parts of their evaluation could not be made).
     Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError for a hub that is out of reach.
     """
     plan = config if isinstance(config, Plan) else make(config)
@@ -169,20 +66,27 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         return plan.folder, "complete"
     init_from = formats.load(c.init_from) if c.init_from else None
     with alone_in(plan.folder, "save_dir"):
-        return _whole(run, init_from)
+        ended = _ended(plan)
+        status, rows = _whole(run, init_from) if ended is None else _rest(run, ended)
+    run.close(status[0])
+    print(table(rows))
+    log.info("%s", _where(run.folder))
+    if status[0] != "complete":
+        log.warning("%s: %s%s", *status, f"; {remedy(run.folder)}" if "missing: " in status[1] else "")
+    return run.folder, status[0]
 
 
-def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
-    """All of a run in its folder, which no other process is in."""
+def _whole(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """All of a run in its folder, which no other process is in. Returns status and reason, and the rows."""
     c, plan = run.config, run.plan
-    tokenizer = load_tokenizer(c.model_name, c.revision)
+    tokenizer = load_tokenizer(plan.model)
     # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
-    train_text, held_out = _contexts(c, tokenizer, "train", workers=2 if plan.gpu else 0), _contexts(c, tokenizer, "held_out")
-    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device)
+    train_text = context_stream(plan, tokenizer, "train", workers=2 if plan.gpu else 0)
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
     stream = _activations(plan, lm, train_text)
     store = Checkpoints(plan.folder / "checkpoints", c.checkpoint_every)
     with Interrupts() as interrupts, run.ending(), closing(store) as checkpoints:
-        with Progress(plan, stream) as progress:
+        with TrainingProgress(plan, stream) as progress:
             started, kept = time.monotonic(), checkpoints.newest()
             stream.wanted = plan.steps - (kept.step if kept else 0)
             ready = [] if kept else [_first_batch(c, stream)]
@@ -191,38 +95,42 @@ def _whole(run: Run, init_from: SAE | None) -> tuple[Path, str]:
                 stream.restore(kept.state["stream"])
             sweep = Sweep(_members(plan, stream, init_from))
             run.open(sweep.members, {"model": _model_facts(plan, lm), **_norms(stream)}, kept)
-            status, reason = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
+            ended = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
             run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
         del lm, stream, train_text, sweep, ready, progress  # the whole model takes their place
         gc.collect()  # members and their stacks hold each other
         with room_for(run.folder / "report.html", DRAWN):
-            rows = _evaluate(run, held_out)
-            plots.write(run.folder, rows)
-            page.write([run.folder], status=(status, reason))
+            rows, missing = results.make(run, ended)
         run.write_memory("run", plan.memory.peak)
-        run.write_status(status, reason)
-        if status == "complete" and not c.keep_checkpoints:
-            checkpoints.delete()
-    run.close(status)
-    print(table(rows))
-    log.info("%s", _where(run.folder))
-    if status != "complete":
-        log.warning("%s: %s", status, reason)
-    return run.folder, status
+        return _finish(run, ended, missing), rows
 
 
-def _contexts(c: TrainConfig, tokenizer: Any, split: Any, workers: int = 0) -> ContextStream:
-    return ContextStream(
-        sources_of(c),
-        tokenizer,
-        c.context_length or 2,
-        seed=c.data_seed,
-        split=split,
-        held_out_fraction=c.held_out_fraction,
-        system_prompt_to_remove=c.system_prompt_to_remove,
-        system_prompt_removal_freq=c.system_prompt_removal_freq,
-        workers=workers,
-    )
+def _finish(run: Run, ended: tuple[str, str], missing: Missing) -> tuple[str, str]:
+    """Write the status of a run whose evaluation has ended, and return it; a complete one needs its checkpoints no more."""
+    status = results.status_with(ended, missing)
+    run.write_status(*status)
+    if status[0] == "complete" and not run.config.keep_checkpoints:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    return status
+
+
+def _ended(plan: Plan) -> tuple[str, str] | None:
+    """How the training ended of a run that has all its SAEs and no checkpoint to go on from: only its evaluation can lack something."""
+    names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site())]
+    path = plan.folder / "run.json"
+    if not path.is_file() or any((plan.folder / "checkpoints").glob("step_*")):
+        return None
+    trained = json.loads(path.read_text(encoding="utf-8")).get("training", {})
+    whole = "status" in trained and all((plan.folder / name / "config.json").is_file() for name in names)
+    return (trained["status"], trained["reason"]) if whole else None
+
+
+def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """What an evaluation left out, or all of it, of a run that is trained. Returns status and reason, and the rows."""
+    run.facts, run.status = _written(run.folder)
+    with room_for(run.folder / "report.html", DRAWN):
+        rows, missing = results.make(run, ended)
+    return _finish(run, ended, missing), rows
 
 
 def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> ActivationStream:
@@ -243,10 +151,14 @@ def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> Activati
 def _first_batch(c: TrainConfig, stream: ActivationStream) -> dict[Any, Tensor]:
     """The first batch, for which the norm factors are measured that members are made with."""
     try:
-        return stream.next()
+        batch = stream.next()
     except StreamEnded as ended:
         allowed = f"text for at least one batch of {c.sae_batch_size} activations"
-        raise invalid("dataset", c.dataset, allowed, f"give more ({ended})") from ended
+        field = "chat_dataset" if c.mixed_dataset and ended.source == c.chat_dataset else "dataset"
+        raise invalid(field, getattr(c, field), allowed, f"give more ({ended})") from ended
+    for sentence in stream.contexts.damage():
+        log.warning("%s, of what was read until now", sentence)
+    return batch
 
 
 def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[Member]]:
@@ -283,7 +195,7 @@ def _train(
     kept: Checkpoint | None,
     started: float,
     checkpoints: Checkpoints,
-    progress: Progress,
+    progress: TrainingProgress,
     interrupts: Interrupts,
 ) -> tuple[str, str]:
     """The loop, and what is saved of it. `ready` holds the first batch where it was read already; `started` is when the reading began."""
@@ -345,15 +257,19 @@ def _train(
     run.write_facts(
         {
             "training": {
+                "status": status,
+                "reason": reason,
                 "steps": done,
                 "tokens": tokens,
                 "seconds": round(seconds, 1),
                 "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                "peak_memory_gb": round(_peak_memory(plan) / 1e9, 2),
+                "peak_memory_gb": round(peak_memory(plan) / 1e9, 2),
             },
             "data": {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)},
         }
     )
+    for sentence in stream.contexts.damage():
+        log.warning("%s", sentence)
     for site, group in sweep.members.items():
         rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
         log.info("%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, 100 * outliers / max(rows, 1))
@@ -419,117 +335,69 @@ def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
             "tokens": steps * (c.sae_batch_size or 1),
             "norm_factor": member.norm_factor,
             "dataset": c.dataset,
-            "versions": _versions(),
+            "versions": versions(),
             **entries,
         },
     )
 
 
-def evaluate_run(folder: str | Path, *, eval_num_inputs: int | None = None, device: str = "auto") -> list[dict[str, Any]]:
-    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text, and draw its plots. Returns the rows.
+def evaluate_run(folder: str | Path, options: EvalOptions | None = None) -> tuple[list[dict[str, Any]], Missing]:
+    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text; write its rows, plots and page anew.
 
-    Raises ValueError for a folder that holds no run.
+    Where parts of an earlier evaluation with the same options are missing, only they are made. Returns the rows, and what is missing.
+    Raises ValueError for a folder that holds no run, and for options that ask for another model, site or text than the run's.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), options or EvalOptions()
+    options.check_of_run(str(folder))
     config = TrainConfig.read(folder / "run.json")
-    config = dataclasses.replace(config, save_dir=str(folder), device=device, eval_num_inputs=eval_num_inputs or config.eval_num_inputs)
-    run = Run(replan(config))
-    run.facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    rows = _evaluate(run, _contexts(config, load_tokenizer(config.model_name, config.revision), "held_out"))
-    plots.write(folder, rows)
-    page.write([folder])
+    run = Run(replan(dataclasses.replace(config, save_dir=str(folder), **options.changes())))
+    run.facts, run.status = _written(folder)
+    trained = run.facts.get("training", {})
+    ended = (trained.get("status", run.status["status"]), trained.get("reason", run.status["reason"]))
+    rows, missing = results.make(run, ended)
+    if ended[0] in ENDED:
+        run.write_facts({"training": trained | {"status": ended[0], "reason": ended[1]}})
+        _finish(run, ended, missing)
+    if options.rows is not None:
+        write_text(Path(options.rows), (folder / "rows.jsonl").read_text(encoding="utf-8"))
     print(table(rows))
-    return rows
+    if missing:
+        log.warning("missing: %s; %s", missing, remedy(folder, options))
+    return rows, missing
 
 
-def _evaluate(run: Run, held_out: ContextStream) -> list[dict[str, Any]]:
-    """A row for each SAE of the run, on the same held-out contexts, through the whole model."""
-    c, plan = run.config, run.plan
-    try:
-        contexts = held_out.next(c.eval_num_inputs)
-    except StreamEnded as ended:
-        if not ended.contexts:
-            raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
-        log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, c.eval_num_inputs)
-        contexts = held_out.next(ended.contexts)
-    lm = LanguageModel.load(c.model_name, plan.sites, revision=c.revision, dtype=c.dtype, device=c.device, whole=True)
-    saes, info = {}, {}
-    for site in plan.sites:
-        for folder in sorted((run.folder / site.folder).glob("trainer_*"), key=lambda path: int(path.name.removeprefix("trainer_"))):
-            sae = formats.load(folder, unfinished=True).to(lm.device)
-            kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            name = f"{site.folder}/{folder.name}"
-            saes[name] = (site, sae)
-            info[name] = {
-                "lr": kept["lr"],
-                "seed": kept["seed"],
-                "sparsity_setting": sae.sparsity,
-                "sparsity": getattr(sae.settings, sae.sparsity),
-                "status": kept["status"],
-            }
-    limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
-    gathered = {
-        name: latents.Gathering(sae.d_sae, contexts.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
-        for name, (site, sae) in saes.items()
-        if c.report_latents
-    }
-    rows = evaluate(
-        lm,
-        saes,
-        contexts,
-        ignore_ids=held_out.special_ids if not c.keep_special_tokens else held_out.special_ids[:0],
-        batch_size=c.llm_batch_size or 1,
-        splice_contexts=c.eval_spliced_inputs,
-        norm_limits=limits,
-        info=info,
-        gather=gathered,
-        seed=c.data_seed,
+def remedy(folder: Path, options: EvalOptions | None = None) -> str:
+    """The command that makes what is missing."""
+    flags = "".join(
+        f" --{name} {shlex.quote(str(value))}" for name, value in (options.changes() if options else {}).items() if name != "device"
     )
-    probed = {row["sae"]: {k: v for k, v in row.items() if k.startswith("probing_")} for row in plots.read_lines(run.folder / "rows.jsonl")}
-    for row in rows:
-        row |= probed.get(row["sae"], {})  # of the same SAEs
-        row |= latents.geometry(saes[row["sae"]][1])
-    for stale in (run.folder / "eval_text.npz", *(run.folder / name / "latents.npz" for name in saes)):
-        stale.unlink(missing_ok=True)
-    if gathered:
-        tokenizer, special = load_tokenizer(c.model_name, c.revision), held_out.special_ids.tolist()
-        latents.write(run.folder, gathered, saes, lm, contexts, tokenizer, special, pages=c.report_latents, text=c.report_text)
-    write_text(run.folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    for row in rows:
-        write_json(run.folder / row["sae"] / "eval_results.json", seed_results(row))
-        for tracker in run.trackers:
-            tracker.summarise(row)
-        if run.uploader is not None:
-            run.uploader.submit(row["sae"])
-    return rows
+    return f"the SAEs are saved, and `monosemy eval {shlex.quote(str(folder))}{flags}` makes only what is missing"
 
 
-class Progress:
-    """One bar with tokens per second and the time left, on a terminal; nothing where there is none."""
+def _written(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What run.json and status.json say; a run of which there is no status is unknown."""
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    path = folder / "status.json"
+    status = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return facts, {"status": "unknown", "reason": "", "saes": {}} | status
+
+
+class TrainingProgress(Progress):
+    """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every record."""
 
     def __init__(self, plan: Plan, stream: ActivationStream) -> None:
-        batch = plan.config.sae_batch_size or 1
-        self.bar = tqdm(
-            total=plan.steps * batch, unit="tok", unit_scale=True, desc="training", disable=not sys.stderr.isatty(), smoothing=0.05
-        )
-        self.batch, self.verbose = batch, plan.config.verbose
-        stream.on_contexts = lambda n: self.bar.set_postfix_str(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read", refresh=True)
+        self.batch, self.verbose = plan.config.sae_batch_size or 1, plan.config.verbose
+        super().__init__(total=plan.steps * self.batch, unit="tok", desc="training")
+        stream.on_contexts = lambda n: self.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
 
     def step(self, step: int) -> None:
-        self.bar.update(step * self.batch - self.bar.n)
+        self.update(step * self.batch - self.done)
 
     def record(self, record: Record) -> None:
         if self.verbose:
-            self.bar.write(
-                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}",
-                file=sys.stderr,
+            self.write(
+                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}"
             )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
 
 def _is_complete(folder: Path) -> bool:
@@ -546,21 +414,6 @@ def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
         "device": str(lm.device),
         "sites": [str(s) for s in plan.sites],
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("monosemy", "torch", "transformers", "datasets", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            found[name] = "not installed"
-    return found
-
-
-def _peak_memory(plan: Plan) -> int:
-    """The most bytes that were held at a time: of the GPU's memory where one is used, else resident."""
-    return high_water(torch.cuda if plan.gpu and torch.cuda.is_available() else None)
 
 
 def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:

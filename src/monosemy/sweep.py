@@ -22,6 +22,7 @@ from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, invalid
 from monosemy.files import alone_in
 from monosemy.interrupts import Interrupts
+from monosemy.lm import checked_device
 from monosemy.ops import Scratch
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE, architecture
@@ -146,6 +147,7 @@ def fit(
     Raises ValueError where the number of steps is not known, batches are empty or no matrices, those that are measured are not finite,
     or the folder holds checkpoints of something else.
     """
+    device = checked_device(device)
     if not saes:
         raise invalid("saes", saes, "one SAESpec or more", "say what to train, such as SAESpec('batch_top_k', d_sae=4096)")
     for field, value in (("steps", steps), ("log_steps", log_steps), ("checkpoint_every", checkpoint_every)):
@@ -192,7 +194,7 @@ def fit(
         interrupts.obey()
 
     with ExitStack() as ending:
-        if torch.device(device).type == "cuda":
+        if device.type == "cuda":
             ending.enter_context(torch.cuda.device(device))  # kernels and streams are made on the current one
         if store:
             for context in (alone_in(store.folder, "checkpoints"), interrupts, closing(store), interrupts.held()):

@@ -56,6 +56,16 @@ UNUSABLE_IN_A_ROW = 10_000
 """After so many rows without a usable text, one after the other, a source is refused."""
 AHEAD = 2**18
 """Ids that a process which reads ahead has in store."""
+LEFT_OUT = {
+    "missing": "without the field, or with null in it",
+    "not_text": "with something else than text or a conversation in it",
+    "unreadable": "that are not JSON objects",
+    "empty": "with an empty text",
+    "unrenderable": "refused by the chat template",
+}
+"""Why rows are left out, by their key in `ContextStream.counts`."""
+WARN_SHARE = 0.01
+"""Of a source's rows; where more of them are left out or damaged, it is told."""
 
 
 class StreamEnded(Exception):
@@ -64,7 +74,7 @@ class StreamEnded(Exception):
     def __init__(self, source: str, contexts: int, split: Split):
         advice = "; a larger held_out_fraction keeps more" if split == "held_out" else ""
         super().__init__(f"{source} has no further {split} text ({contexts} whole contexts are left){advice}")
-        self.contexts = contexts
+        self.source, self.contexts = source, contexts
 
 
 class DatasetUnavailable(ConnectionError):
@@ -119,6 +129,8 @@ class ContextStream:
     `split="held_out"` serves only them, `split="train"` all others. From a share `system_prompt_removal_freq` of the
     conversations that contain `system_prompt_to_remove`, it is taken out, chosen by a hash of (seed, source, row).
 
+    `vocab_size` is how many rows the model's embedding has: a token beyond it, such as one that stands for an image, is left out of a text.
+
     With `workers` all of this is done in advance, in a process of its own: one process, because a source has one order, whose
     tokenizer runs on so many threads. Contexts, states and errors are the same for any number.
 
@@ -138,6 +150,7 @@ class ContextStream:
         system_prompt_to_remove: str | None = None,
         system_prompt_removal_freq: float = 0.9,
         workers: int = 0,
+        vocab_size: int | None = None,
     ):
         if not sources:
             raise invalid("sources", sources, "one source or more", "name a data set")
@@ -155,7 +168,18 @@ class ContextStream:
         self.opening_id, self.separator_id = _opening_and_separator(tokenizer)
         self._tokenizer = tokenizer
         opening = str(tokenizer.convert_ids_to_tokens(self.opening_id))
-        reading = _Reading(tokenizer, opening, seed, split, held_out_fraction, system_prompt_to_remove, system_prompt_removal_freq)
+        # no id of most tokenizers lies beyond the embedding, and then none is looked at
+        beyond = vocab_size is not None and max(tokenizer.get_vocab().values(), default=0) >= vocab_size
+        reading = _Reading(
+            tokenizer,
+            opening,
+            seed,
+            split,
+            held_out_fraction,
+            system_prompt_to_remove,
+            system_prompt_removal_freq,
+            vocab_size if beyond else None,
+        )
         self._split = split
         self._sources = tuple(sources)
         for source in sources:
@@ -193,12 +217,25 @@ class ContextStream:
         """What was read so far: `documents` (rows), how many of them were used, were left out and why, and tokens by source.
 
         used; other_split; empty; missing (no such field, or null); not_text; unreadable (not JSON); unrenderable (refused by
-        the chat template); broken_utf8 (used, with replacement characters); prompt_removed; tokens/NAME.
+        the chat template); broken_utf8 (used, with replacement characters); prompt_removed; tokens beyond the embedding, that were left
+        out of a text; tokens/NAME.
         """
         state = self._packed.state
         total = sum((Counter(source["counts"]) for source in state["sources"]), Counter())
         tokens = {f"tokens/{s.name}": n * self.context_length for s, n in zip(self._sources, state["served"], strict=True)}
         return {**total, **tokens}
+
+    def damage(self) -> list[str]:
+        """A sentence for each source of whose rows more than `WARN_SHARE` were left out, or read with damaged characters."""
+        told = []
+        for source, kept in zip(self._sources, self._packed.state["sources"], strict=True):
+            counts = Counter(kept["counts"])
+            rows = counts["documents"]
+            whys = LEFT_OUT | {"broken_utf8": "with bytes that are not UTF-8, read as replacement characters"}
+            shares = [f"{counts[key] / rows:.1%} {why}" for key, why in whys.items() if counts[key] > WARN_SHARE * rows]
+            if shares:
+                told.append(f"{source.name}: of {rows:,} rows, {', '.join(shares)} (field {source.key!r})")
+        return told
 
     @cached_property
     def special_ids(self) -> torch.Tensor:
@@ -370,6 +407,7 @@ class _IdStream:
         self._pieces = self._read(None)
         self._queue: deque[tuple[_Piece, list[int]]] = deque()
         self._behind: Counter[str] = Counter()  # counts of the rows behind the last document
+        self._unusable: dict | None = None  # the last row without a usable text
         self._position: dict[str, Any] = {}  # of the piece being cut
         self._ids: list[int] = []  # of that piece, its separator included
         self._used = 0
@@ -425,8 +463,16 @@ class _IdStream:
         if not pieces:
             self.counts += self._behind
             self._behind.clear()
+            if self.counts["documents"] and not self.counts["used"] + self.counts["other_split"]:
+                raise _no_usable_text(self.source, self.counts, self._unusable, self._reading)
             raise StopIteration
-        self._queue.extend(zip(pieces, self._reading.encode([piece.text for piece in pieces]), strict=True))
+        encoded = self._reading.encode([piece.text for piece in pieces])
+        if (limit := self._reading.vocab_size) is not None:
+            for piece, ids in zip(pieces, encoded, strict=True):
+                if beyond := sum(i >= limit for i in ids):
+                    piece.passed["tokens beyond the embedding"] += beyond
+                    ids[:] = [i for i in ids if i < limit]
+        self._queue.extend(zip(pieces, encoded, strict=True))
 
     def _read(self, start: dict | None) -> Iterator[_Piece]:
         """Pieces from `start`, the position of one of them, or from the beginning. What `start` counted is not counted again."""
@@ -437,8 +483,10 @@ class _IdStream:
             text, verdicts = self._reading.text(self.source, n, row)
             passed.update(["documents", *verdicts])
             unusable = 0 if text is not None or "other_split" in verdicts else unusable + 1
+            if unusable:
+                self._unusable = row
             if unusable == UNUSABLE_IN_A_ROW:
-                raise _no_usable_text(self.source, self.counts + passed, row)
+                raise _no_usable_text(self.source, self.counts + passed, row, self._reading)
             if start and text is None:
                 raise _changed(self.source)
             if row is None or text is None:
@@ -460,10 +508,21 @@ def _changed(source: Source) -> ValueError:
     return invalid("dataset", source.name, "the data and tokenizer that the state was taken from", "it has changed: begin a new run")
 
 
-def _no_usable_text(source: Source, counts: Counter[str], row: dict | None) -> ValueError:
+def _no_usable_text(source: Source, counts: Counter[str], row: dict | None, reading: _Reading) -> ValueError:
+    """The error for a source all of whose rows so far are unusable: how many, why, and what the last one is like."""
+    field = "chat_dataset" if source.kind == "chat" else "dataset"
+    left_out = ", ".join(f"{n:,} {LEFT_OUT[reason]}" for reason, n in counts.items() if reason in LEFT_OUT)
+    what = f"no row of {counts['documents']:,} has a usable text in {source.key!r}: {left_out}"
+    turns = _turns(row.get(source.key)) if row else None
+    if counts["unrenderable"] and turns:
+        try:
+            reading.render(turns)
+        except _Refused as refused:
+            return invalid(
+                field, source.name, "conversations that the model's chat template renders", f'{what}. The template says "{refused}"'
+            )
     fields = f"The last row has the fields {', '.join(sorted(row))}" if row else "The last row is not a JSON object"
-    what = f"{UNUSABLE_IN_A_ROW:,} rows one after the other hold no text in {source.key!r} ({dict(counts)})"
-    return invalid("dataset", source.name, "rows with a text", f"{what}. {fields}: name the field with the text")
+    return invalid(field, source.name, "rows with a text", f"{what}. {fields}: name the one with the text")
 
 
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
@@ -498,6 +557,7 @@ class _Reading:
     held_out_fraction: float
     prompt: str | None
     prompt_removal: float
+    vocab_size: int | None = None  # of the embedding, where the tokenizer has ids beyond it
 
     def text(self, source: Source, n: int, row: dict | None) -> tuple[str | None, list[str]]:
         """The text of row `n` (None if it is left out), and what there is to count about it."""
@@ -508,15 +568,15 @@ class _Reading:
             return None, ["missing"]
         if isinstance(value, str):
             text = identity = value
-        elif _is_conversation(value):
+        elif (turns := _turns(value)) is not None:
             if not self.tokenizer.chat_template:
                 raise _no_template(source, self.tokenizer)
             # of the conversation, not of its rendering: it is held out from every model alike
-            identity = "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
-            rendering = self._render(value) if any(turn["content"].strip() for turn in value) else ""
-            if rendering is None:
+            identity = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            try:
+                text = self.render(turns) if any(turn["content"].strip() for turn in turns) else ""
+            except _Refused:
                 return None, ["unrenderable"]
-            text = rendering
         else:
             return None, ["not_text"]
         if not text.strip():
@@ -534,14 +594,20 @@ class _Reading:
             verdicts.append("broken_utf8")
         return sound, verdicts
 
-    def _render(self, conversation: list[dict]) -> str | None:
+    def render(self, turns: list[dict]) -> str:
+        """Render a conversation by the chat template. Turns without text are left out unless the template knows tool calls.
+
+        Raises `_Refused` with the template's own words.
+        """
         from jinja2 import TemplateError
 
+        if "tool_call" not in str(self.tokenizer.chat_template):
+            turns = [turn for turn in turns if turn["content"] or not turn.get("tool_calls")]
         try:
             # Llama 3's templates write today's date unless they are given one: contexts would differ from day to day
-            text = str(self.tokenizer.apply_chat_template(conversation, tokenize=False, date_string="26 Jul 2024"))
-        except TemplateError:  # such as Gemma's, for a system message
-            return None
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024"))
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:  # such as Gemma's, for a system message
+            raise _Refused(str(error) or type(error).__name__) from error
         return text.removeprefix(self.opening)  # some templates write the BOS that every context has
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -559,10 +625,37 @@ def _no_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> ValueErr
     return invalid("tokenizer", tokenizer.name_or_path, "a tokenizer with a chat template", remedy)
 
 
-def _is_conversation(value: Any) -> bool:
+class _Refused(Exception):
+    """A chat template does not render a conversation; its words."""
+
+
+def _turns(value: Any) -> list[dict] | None:
+    """The turns of a conversation with text for content, or None for what is no conversation.
+
+    Content that is a list of parts becomes the text of its text parts; content that is null, as of a turn that only calls tools, is empty.
+    """
     if not isinstance(value, list):
-        return False
-    return all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value)
+        return None
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            return None
+        content = turn.get("content")
+        if isinstance(content, list):
+            texts = [part if isinstance(part, str) else _text_part(part) for part in content]
+            turn = turn | {"content": "".join(text for text in texts if text is not None)}
+        elif content is None:
+            turn = turn | {"content": ""}
+        elif not isinstance(content, str):
+            return None
+        turns.append(turn)
+    return turns
+
+
+def _text_part(part: Any) -> str | None:
+    """The text of a part of a message; None of an image, a file or a tool's call."""
+    text = part.get("text") if isinstance(part, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def _without_lone_surrogates(text: str) -> str:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,10 +24,15 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from monosemy import arrays
 from monosemy.assets import cache_folder
-from monosemy.files import write_bytes
+from monosemy.config import invalid
+from monosemy.files import DiskFull, write_bytes, write_text
+from monosemy.missing import Missing
 from monosemy.report import plots
 from monosemy.report.plots import Row
+
+log = logging.getLogger(__name__)
 
 LIMIT = 14_500_000  # bytes of a report; latents lose their pages until it fits
 POINTS = 200  # of a training curve
@@ -114,47 +119,70 @@ COLUMNS = (
 )
 
 
+NO_TEXT: dict[str, np.ndarray] = {  # a vocabulary of no tokens
+    "token_ids": np.zeros(0, np.uint32),
+    "token_lengths": np.zeros(0, np.uint16),
+    "token_bytes": np.zeros(0, np.uint8),
+    "token_special": np.zeros(0, np.uint8),
+}
+
+
 class DoesNotFit(ValueError):
     """No report below the limit can be made."""
 
 
 def write(
-    folders: Sequence[str | Path], out: str | Path | None = None, *, latents: int | None = None, status: tuple[str, str] | None = None
+    folders: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    latents: int | None = None,
+    status: tuple[str, str] | None = None,
+    missing: Missing | None = None,
 ) -> Path:
     """Write the report of one run or several, into the first one's folder where nothing else is said. Returns its path.
 
-    `latents` limits the pages of each SAE; `status` is that of a run which is about to end.
+    `latents` limits the pages of each SAE; `status` is that of a run which is about to end. With `missing` a file that cannot be read costs
+    its part of the page alone, which the page says; it lists them.
     Raises ValueError for runs that cannot be told apart, and where no page below `LIMIT` can be made.
     """
-    runs = [_Run(Path(folder), status) for folder in folders]
-    names = _names([run.folder for run in runs])
+    names = _names([Path(folder) for folder in folders])
+    missing = Missing(strict=True) if missing is None else missing
+    runs = [_Run(Path(folder), status, missing) for folder in folders]
     path = Path(out) if out else runs[0].folder / "report.html"
+    with missing.part("report.html", passing=(DoesNotFit,)):
+        write_bytes(path, _that_fits(runs, names, latents, missing))
+    return path
+
+
+def _that_fits(runs: Sequence[_Run], names: Sequence[str], latents: int | None, missing: Missing) -> bytes:
+    """The page, with as many pages of latents as fit."""
     pages = max((sae.pages for run in runs for sae in run.saes), default=0)
     pages = pages if latents is None else min(pages, latents)
-    html = _html(runs, names, pages)
+    library = ""
+    with missing.part("interactive plots of the page"):
+        library = _library()
+    html = _html(runs, names, pages, library, str(missing))
     while len(html) > LIMIT and pages:
         pages = int(pages * min(0.9, LIMIT / len(html))) if pages > 8 else 0
-        html = _html(runs, names, pages)
+        html = _html(runs, names, pages, library, str(missing))
     if len(html) > LIMIT:
         raise DoesNotFit(f"a report of {len(runs)} runs takes {len(html):,} bytes even without pages for latents; name fewer runs")
-    write_bytes(path, html)
-    return path
+    return html
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------------------
 
 
 class _Latents:
-    """One SAE's latents.npz, or what stands for it where nothing was gathered."""
+    """One SAE's latents.npz, or what stands for it where nothing was gathered or the file cannot be read."""
 
-    def __init__(self, row: Row, path: Path) -> None:
+    def __init__(self, row: Row, path: Path, missing: Missing) -> None:
         self.row = row
         self.facts: dict[str, Any] = {}
         self.columns: dict[str, np.ndarray] = {}
         if path.is_file():
-            with np.load(path, allow_pickle=False) as file:
-                self.facts = json.loads(str(file["facts"]))
-                self.columns = {name: file[name] for name in file.files if name != "facts"}
+            with missing.part("pages of latents", row["sae"]):
+                self.columns, self.facts = arrays.load(path)
         self.pages = len(self.columns.get("page_latent", ()))
 
     def block(self, pages: int, renumbered: np.ndarray) -> dict[str, np.ndarray]:
@@ -177,22 +205,33 @@ class _Latents:
 
 
 class _Run:
-    def __init__(self, folder: Path, status: tuple[str, str] | None) -> None:
+    def __init__(self, folder: Path, status: tuple[str, str] | None, missing: Missing) -> None:
         self.folder = folder
         self.facts = _json(folder / "run.json")
         told = _json(folder / "status.json")
         self.status: str
         self.reason: str
         self.status, self.reason = status or (told.get("status", "unknown"), told.get("reason", ""))
-        self.rows = plots.read_lines(folder / "rows.jsonl")
-        self.records = [record for record in plots.read_lines(folder / "metrics.jsonl") if "sae" in record]
-        self.saes = [_Latents(row, folder / row["sae"] / "latents.npz") for row in self.rows]
-        self.text: dict[str, np.ndarray] = {}
+        self.rows: list[Row] = []
+        self.records: list[Row] = []
+        with missing.part("table of the page"):
+            self.rows = plots.read_lines(folder / "rows.jsonl")
+        with missing.part("training curves of the page"):
+            self.records = [record for record in plots.read_lines(folder / "metrics.jsonl") if "sae" in record]
+        self.saes = [_Latents(row, folder / row["sae"] / "latents.npz", missing) for row in self.rows]
+        self.text = NO_TEXT
         self.text_facts: dict[str, Any] = {}
         if (folder / "eval_text.npz").is_file():
-            with np.load(folder / "eval_text.npz", allow_pickle=False) as file:
-                self.text_facts = json.loads(str(file["facts"]))
-                self.text = {name: file[name] for name in file.files if name != "facts"}
+            with missing.part("text of the page"):
+                self.text, self.text_facts = arrays.load(folder / "eval_text.npz")
+        if "ids" not in self.text:
+            for sae in self.saes:
+                sae.columns = {name: column for name, column in sae.columns.items() if name not in arrays.OF_TEXT}
+
+    def cost(self, name: str) -> float | None:
+        """What the gathering of all SAEs' latents cost; older runs have it beside their text."""
+        found = [sae.facts[name] for sae in self.saes if name in sae.facts]
+        return sum(found) if found else self.text_facts.get(name)
 
     def kept_text(self, pages: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The text of the contexts that the pages show, with its vocabulary, and where each of its places went."""
@@ -222,7 +261,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 # --- what is written -------------------------------------------------------------------------------------------------------------
 
 
-def _html(runs: Sequence[_Run], names: Sequence[str], pages: int) -> bytes:
+def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, missing: str) -> bytes:
     blocks: dict[str, str] = {}
     layouts: dict[str, Any] = {}
 
@@ -255,9 +294,10 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int) -> bytes:
         looks=overview["looks"],
         markers=MARKERS,
         title=", ".join(names),
+        missing=missing,
         style=Markup((folder / "report.css").read_text("utf-8")),
         script=Markup((folder / "report.js").read_text("utf-8")),
-        library=Markup(_library()),
+        library=Markup(library),
         licenses=(folder / "licenses.txt").read_text("utf-8"),
         blocks=blocks,
         layouts=layouts,
@@ -296,6 +336,7 @@ def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, An
         "row": {key: _finite(row, key) if isinstance(value, int | float) else value for key, value in row.items()},
         "text": {column.key: column.text(row) for column in COLUMNS},
         "facts": sae.facts,
+        "unit": plots.unit([row]),
         "gathered": bool(sae.columns),
         "logits": "page_promotes" in sae.columns,
         "curves": _curves([record for record in of.records if record["sae"] == row["sae"]]),
@@ -306,7 +347,7 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
     """What is told of a run, and its provenance as (label, text)."""
     facts, config = run.facts, run.facts.get("config", {})
     training, model, memory = facts.get("training", {}), facts.get("model", {}), facts.get("memory", {})
-    rows = run.rows
+    rows, unit = run.rows, plots.unit(run.rows)
 
     def number(value: Any, unit: str = "", digits: int = 0) -> str:
         return f"{value:,.{digits}f}{unit}" if isinstance(value, int | float) else ""
@@ -317,11 +358,11 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
         "Training time": number(training["seconds"] / 3600, " h", 2) if "seconds" in training else "",
         "Peak memory": number(training.get("peak_memory_gb"), " GB", 2),
         "Peak memory of the whole run": number(memory.get("run", {}).get("measured", 0) / 1e9, " GB", 2) if "run" in memory else "",
-        "Held-out tokens": number(rows[0].get("tokens")) if rows else "",
+        f"Held-out {unit}": number(rows[0].get("tokens")) if rows else "",
         "Held-out tokens with the SAEs in place": number(rows[0].get("spliced_tokens")) if rows else "",
-        "Gathering latents": number(run.text_facts.get("gather_seconds"), " s", 1),
-        "Latents' pages": number(run.text_facts.get("pages_seconds"), " s", 1),
-        "Memory of what was gathered": number(run.text_facts["state_bytes"] / 1e6, " MB", 1) if run.text_facts else "",
+        "Gathering latents": number(run.cost("gather_seconds"), " s", 1),
+        "Latents' pages": number(run.cost("pages_seconds"), " s", 1),
+        "Memory of what was gathered": number((run.cost("state_bytes") or 0) / 1e6, " MB", 1) if run.cost("state_bytes") else "",
     }
     source = {
         "Model": model.get("name", config.get("model_name", "")),
@@ -338,6 +379,8 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
     }
     return {
         "name": name,
+        "unit": unit,
+        "held_out": number(rows[0].get("tokens")) if rows else "",
         "status": run.status,
         "reason": run.reason,
         "saes": len(rows),
@@ -383,18 +426,23 @@ def _shortened(x: np.ndarray) -> np.ndarray:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise invalid(path.name, str(path), "what a run wrote", f"repair it, or take it from a copy of the run ({error})") from error
 
 
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script. vl-convert has them and takes seconds to join them, so the result is kept."""
     kept = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
-    if not kept.is_file():
+    if kept.is_file():
+        script = kept.read_text(encoding="utf-8")
+    else:
         import vl_convert
 
-        bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for a snippet
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_name(f"{kept.name}.{os.getpid()}")
-        part.write_text(bundle, encoding="utf-8")
-        part.replace(kept)
-    return kept.read_text(encoding="utf-8").replace("</script", "<\\/script").replace("<!--", "<\\!--")
+        script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for a snippet
+        try:
+            write_text(kept, script)
+        except (OSError, DiskFull) as error:
+            log.warning("%s cannot be kept for the next report (%s)", kept, error)
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from monosemy.files import write_bytes
+from monosemy.missing import Missing
 
 Row = dict[str, Any]
 
@@ -142,7 +143,7 @@ def alive(rows: Sequence[Row]) -> Figure:
             axis.grid(visible=False, axis="y")
             axis.tick_params(axis="y", length=0)
         tokens = {row["tokens"] for row in shown if "tokens" in row}
-        on = f"{tokens.pop():,} held-out tokens" if len(tokens) == 1 else "the held-out tokens"
+        on = f"{tokens.pop():,} held-out {unit(rows)}" if len(tokens) == 1 else f"the held-out {unit(rows)}"
         _below(
             figure,
             f"Latents that fired at least once on {on}; at the right: how many never did",
@@ -239,7 +240,7 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
         figure.supylabel("Share of the SAE's latents", fontsize=9)
         _below(
             figure,
-            "Share of the held-out tokens on which a latent fires (log scale)",
+            f"Share of the held-out {unit(rows)} on which a latent fires (log scale)",
             "Dashed: 10%, above it a latent counts as dense",
             _left_out(len(rows) - len(shown), len(rows), "firing histogram"),
         )
@@ -248,38 +249,49 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
 
 def figures(rows: Sequence[Row], records: Iterable[Row]) -> dict[str, Figure]:
     """Every plot of a run by its file name; a plot for which no SAE has a number is left out."""
-    made: dict[str, Figure] = {}
-    if any(_number(row, "loss_recovered_zero") is not None for row in rows):
-        made["loss_recovered"] = loss_recovered_against_l0(rows)
-    if any(_number(row, "fvu") is not None for row in rows):
-        made["fvu"] = fvu_against_l0(rows)
-    if any(_number(row, "frac_alive") is not None for row in rows):
-        made["alive"] = alive(rows)
-    if any(row.get("firing_counts") for row in rows):
-        made["firing_frequencies"] = firing_frequencies(rows)
+    return {name: draw() for name, draw in _drawings(rows, list(records)).items()}
+
+
+def _drawings(rows: Sequence[Row], records: Sequence[Row]) -> dict[str, Callable[[], Figure]]:
+    """The plots for which some SAE has a number, by name."""
     records = [record for record in records if "sae" in record]
-    if records:
-        made["training_curves"] = training_curves(records, rows)
-    return made
+    drawings: dict[str, tuple[bool, Callable[[], Figure]]] = {
+        "loss_recovered": (any(_number(row, "loss_recovered_zero") is not None for row in rows), lambda: loss_recovered_against_l0(rows)),
+        "fvu": (any(_number(row, "fvu") is not None for row in rows), lambda: fvu_against_l0(rows)),
+        "alive": (any(_number(row, "frac_alive") is not None for row in rows), lambda: alive(rows)),
+        "firing_frequencies": (any(row.get("firing_counts") for row in rows), lambda: firing_frequencies(rows)),
+        "training_curves": (bool(records), lambda: training_curves(records, rows)),
+    }
+    return {name: draw for name, (has_numbers, draw) in drawings.items() if has_numbers}
 
 
-def write(run_folder: str | Path, rows: Sequence[Row] | None = None, records: Iterable[Row] | None = None) -> list[Path]:
+def write(
+    run_folder: str | Path, rows: Sequence[Row] | None = None, records: Iterable[Row] | None = None, *, missing: Missing | None = None
+) -> list[Path]:
     """Draw a run's plots into `run_folder`/plots as PNG and SVG; the paths of the PNGs.
 
-    Rows and records are read from the folder's `rows.jsonl` and `metrics.jsonl` where they are not given.
+    Rows and records are read from the folder's `rows.jsonl` and `metrics.jsonl` where they are not given. With `missing` a plot or a file
+    that fails costs the others nothing; it lists them.
     """
     folder = Path(run_folder)
-    rows = read_lines(folder / "rows.jsonl") if rows is None else rows
-    records = read_lines(folder / "metrics.jsonl") if records is None else records
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    missing = Missing(strict=True) if missing is None else missing
+    if rows is None:
+        with missing.part("plots' rows"):
+            rows = read_lines(folder / "rows.jsonl")
+    if records is None:
+        with missing.part("plots' training records"):
+            records = read_lines(folder / "metrics.jsonl")
     paths = []
-    for name, figure in figures(rows, records).items():
-        path = folder / "plots" / f"{name}.png"
-        with rc_context(STYLE):
-            _save(figure, path, dpi=DPI)
-            figure.set_layout_engine("none")  # the layout is found; finding it again for the SVG is a quarter of the time
-            _save(figure, path.with_suffix(".svg"), metadata={"Date": None})
-        paths.append(path)
+    for name, draw in _drawings(rows or [], list(records or [])).items():
+        with missing.part(f"plot {name}"):
+            path = folder / "plots" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with rc_context(STYLE):
+                figure = draw()
+                _save(figure, path, dpi=DPI)
+                figure.set_layout_engine("none")  # the layout is found; finding it again for the SVG is a quarter of the time
+                _save(figure, path.with_suffix(".svg"), metadata={"Date": None})
+            paths.append(path)
     return paths
 
 
@@ -287,6 +299,11 @@ def _save(figure: Figure, path: Path, **how: Any) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:], **how)
     write_bytes(path, drawn.getvalue())
+
+
+def unit(rows: Sequence[Row]) -> str:
+    """What was counted: tokens of a language model's text, or rows of batches."""
+    return next((str(row["unit"]) for row in rows if "unit" in row), "tokens")
 
 
 def read_lines(path: str | Path) -> list[Row]:

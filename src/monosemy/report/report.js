@@ -150,6 +150,11 @@ function axis(values, type, title, extra = {}) {
   return { scale: { type: "log", domain: [low, high], nice: false }, axis: { title, format: "~g", values: at, ...extra } };
 }
 
+/** Fill one panel; where that fails the panel says so, and the others are drawn all the same. */
+async function panel(box, fill) {
+  try { await fill(); } catch (error) { box.replaceChildren(make("p", { class: "note" }, `This panel cannot be drawn (${error.message}).`)); }
+}
+
 /** Draw a specification into a container; points with a `sae` open it, by click or Enter, and tell about themselves on hover and focus. */
 async function draw(container, spec, title) {
   const ink = css("--ink"), line = css("--line"), font = "system-ui, Noto Sans, sans-serif";
@@ -274,13 +279,13 @@ function curves(container, saes) {
   for (const { label, scale, values, box } of drawn) { // all boxes are in their places now
     const Y = axis(values.map((p) => p.v), scale, scale === "log" ? "log scale" : "", { title: null });
     if (scale === "linear") Y.scale = { zero: true };
-    draw(box, {
+    panel(box, () => draw(box, {
       data: { values }, width: box.clientWidth - 50, height: 150,
       mark: { type: "line", strokeWidth: 1.3, opacity: 0.85, aria: false },
-      encoding: { x: { field: "t", type: "quantitative", axis: { title: "training tokens", labelExpr: "datum.value ? format(datum.value, '~s') : '0'", tickCount: 4, grid: false } }, y: { field: "v", type: "quantitative", ...Y, axis: { ...Y.axis, title: null, ...(scale === "log" ? {} : { format: "~s", tickCount: 4 }) } },
+      encoding: { x: { field: "t", type: "quantitative", axis: { title: `training ${saes[0].unit}`, labelExpr: "datum.value ? format(datum.value, '~s') : '0'", tickCount: 4, grid: false } }, y: { field: "v", type: "quantitative", ...Y, axis: { ...Y.axis, title: null, ...(scale === "log" ? {} : { format: "~s", tickCount: 4 }) } },
         color: { field: "architecture", type: "nominal", scale: colours(names) }, detail: { field: "sae" },
         strokeDash: { field: "site", type: "nominal", scale: { domain: sites, range: sites.map((_, i) => [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]][i % 4]) } } },
-    }, `${label} against training tokens, ${saes.length} SAEs`);
+    }, `${label} against training ${saes[0].unit}, ${saes.length} SAEs`));
   }
   if (!container.children.length) container.append(make("p", { class: "note" }, "The run kept no records of its training."));
   else if (sites.length > 1) container.after(siteNote(container, `Solid: ${sites[0]}; dashed: ${sites.slice(1).join(", ")}. Losses have log scales and are comparable within an architecture only.`));
@@ -308,13 +313,13 @@ function firing(container, saes) {
         strokeDash: { field: "site", type: "nominal", scale: { domain: sites, range: sites.map((_, i) => [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]][i % 4]) } } } },
       { mark: { type: "rule", strokeDash: [3, 3], color: css("--muted"), aria: false }, encoding: { x: { datum: -1 } } },
     ] },
-  }, `How many latents fire on which share of the tokens, ${shown.length} SAEs`);
+  }, `How many latents fire on which share of the ${shown[0].unit}, ${shown.length} SAEs`);
 }
 
 /** One bar for each SAE: never, usual, dense, always on. */
 function bars(container, saes) {
   const shown = saes.filter((s) => Number.isFinite(s.row.never_fired) && s.width);
-  const legend = [["never", "never fired"], ["usual", "fires"], ["dense", "on over 10 % of tokens"], ["always", "on over half"]];
+  const legend = [["never", "never fired"], ["usual", "fires"], ["dense", "on over 10 % of the held-out data"], ["always", "on over half"]];
   container.replaceChildren(make("p", { class: "note" }, legend.map(([name, text]) => [make("i", { class: `key ${name}` }), text]).flat()),
     make("div", { class: "bars" }, shown.map((s) => {
       const { never_fired: never, dense = 0, always_on: always = 0 } = s.row, parts = { never, usual: s.width - never - dense, dense: dense - always, always };
@@ -327,20 +332,19 @@ function bars(container, saes) {
 // --- the overview -----------------------------------------------------------------------------------------------------
 
 function overview() {
-  const again = () => { filterTable(); pareto(); charts(); };
+  const again = () => { filterTable(); points(); charts(); };
+  const points = () => panel(byId("pareto"), pareto);
   const charts = () => {
     const saes = DATA.saes.filter(inside);
-    curves(byId("curves"), saes);
-    bars(byId("alive"), saes);
-    firing(byId("firing"), saes);
+    for (const [id, fill] of [["curves", curves], ["alive", bars], ["firing", firing]]) panel(byId(id), () => fill(byId(id), saes));
   };
   if (!byId("saes")) return;
   const plotted = shownColumns().filter((c) => c.scale), values = (key) => [...new Set(DATA.saes.map((s) => s[key]))];
   const axes = () => byId("axes").replaceChildren(
-    pick("y", plotted.filter((c) => c.key !== "l0").map((c) => [c.key, c.label]), state.y, (v) => { state.y = v; axes(); pareto(); }),
-    pick("x", plotted.map((c) => [c.key, c.label]), state.x, (v) => { state.x = v; pareto(); }),
-    pick("panels by", [["site", "site"], ["architecture", "architecture"], ["width", "width"]], state.by, (v) => { state.by = v; pareto(); }),
-    state.y === "loss_recovered_zero" ? make("label", {}, make("input", { type: "checkbox", checked: state.perfect, onchange: (e) => { state.perfect = e.target.checked; pareto(); } }), " distance from perfect (log)") : "");
+    pick("y", plotted.filter((c) => c.key !== "l0").map((c) => [c.key, c.label]), state.y, (v) => { state.y = v; axes(); points(); }),
+    pick("x", plotted.map((c) => [c.key, c.label]), state.x, (v) => { state.x = v; points(); }),
+    pick("panels by", [["site", "site"], ["architecture", "architecture"], ["width", "width"]], state.by, (v) => { state.by = v; points(); }),
+    state.y === "loss_recovered_zero" ? make("label", {}, make("input", { type: "checkbox", checked: state.perfect, onchange: (e) => { state.perfect = e.target.checked; points(); } }), " distance from perfect (log)") : "");
   if (!plotted.some((c) => c.key === state.y)) state.y = "fvu";
   axes();
   const choose = (key, label, name) => (values(key).length < 2 ? "" : pick(label, [["", "all"], ...values(key).sort((a, b) => (a > b ? 1 : -1)).map((v) => [v, name ? name(v) : v])], state[key], (v) => { state[key] = v; again(); }));
@@ -360,7 +364,7 @@ function overview() {
   if (state.sort != null || state.down) sort(state.sort ?? "", state.down);
   again();
   let wide = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== wide && !byId("overview").hidden) { wide = innerWidth; pareto(); charts(); } });
+  addEventListener("resize", () => { if (innerWidth !== wide && !byId("overview").hidden) { wide = innerWidth; points(); charts(); } });
   overview.again = again;
 }
 
@@ -413,8 +417,8 @@ async function saePage(view, sae) {
   view.append(latents, make("section", {}, make("h2", {}, "Firing frequencies"), firingBox), make("section", {}, make("h2", {}, "Training"), curveBox));
   if (!sae.gathered) latents.append(make("h2", {}, "Latents"), make("p", { class: "banner" }, "Nothing was gathered about single latents. ", make("code", {}, "monosemy eval RUN"), " gathers it."));
   else await latentList(latents, sae, await open(sae), await text(sae));
-  firing(firingBox, [sae]);
-  curves(curveBox, [sae]);
+  panel(firingBox, () => firing(firingBox, [sae]));
+  panel(curveBox, () => curves(curveBox, [sae]));
 }
 
 /** What a search asks: a test of latents. Words are tokens, `freq:>0.01` and the like statistics, a bare number a latent. */
@@ -443,11 +447,11 @@ async function latentList(box, sae, columns, table) {
   const tabs = { ...Object.fromEntries(REASONS.map((name) => [name, everyone.filter((l) => reason(l) === name)])), all: everyone, "never fired": everyone.filter((l) => !columns.count[l]) };
   if (!tabs[kept.tab]?.length) kept.tab = "all";
   const place = (l) => columns.page.get(l) ?? Infinity;
-  const fields = [["latent", "", (l) => l], ["fires on", "number", (l) => columns.count[l]], ["contexts", "number", (l) => columns.contexts[l]], ["max", "number", (l) => columns.max[l]], ["mean", "number", (l) => columns.mean[l]],
+  const fields = [["latent", "", (l) => l], ["fires on", "number", (l) => columns.count[l]], sae.unit === "tokens" ? ["contexts", "number", (l) => columns.contexts[l]] : null, ["max", "number", (l) => columns.max[l]], ["mean", "number", (l) => columns.mean[l]],
     columns.peak_token ? ["peak token", "", null] : null, columns.page_promotes ? ["promotes", "", null] : null, ["enc-dec", "number", (l) => columns.enc_dec[l]], ["nearest", "number", (l) => columns.near_cosine[l]], ["page", "", null]].filter(Boolean);
   const head = make("thead"), body = make("tbody"), foot = make("div", { class: "controls" }), note = make("p", { class: "note" });
   const tabRow = make("div", { class: "controls", role: "group", "aria-label": "Lists of latents" });
-  const search = make("input", { type: "search", id: "search", size: 34, placeholder: 'word, number, freq:>0.01', value: kept.words, "aria-label": "Search latents", oninput: (e) => { kept.words = e.target.value; kept.first = 0; if (kept.words) kept.tab = "all"; show(); } });
+  const search = make("input", { type: "search", id: "search", size: 34, placeholder: sae.unit === "tokens" ? "word, number, freq:>0.01" : "number, freq:>0.01", value: kept.words, "aria-label": "Search latents", oninput: (e) => { kept.words = e.target.value; kept.first = 0; if (kept.words) kept.tab = "all"; show(); } });
   const show = () => {
     tabRow.replaceChildren(...Object.entries(tabs).filter(([, list]) => list.length).map(([name, list]) => button(`${name} ${whole(list.length)}`, () => { Object.assign(kept, { tab: name, first: 0, sort: "" }); show(); }, kept.tab === name)));
     const test = kept.words.trim() ? query(kept.words, columns, table, tokens) : () => true;
@@ -465,7 +469,7 @@ async function latentList(box, sae, columns, table) {
     const last = Math.min(kept.first + ROWS, list.length), turn = (by_, label, off) => { const b = button(label, () => { kept.first += by_; show(); box.scrollIntoView(); }); b.disabled = off; return b; };
     foot.replaceChildren(turn(-ROWS, "←", kept.first === 0), list.length ? `${whole(kept.first + 1)} to ${whole(last)} of ${whole(list.length)}` : "no latent", turn(ROWS, "→", last >= list.length));
   };
-  note.textContent = `All ${whole(F)} latents are listed; ${whole(pages)} have a page, a third of them drawn at random among those that fire in at least 4 contexts (About says how the others were chosen). Measured on ${whole(tokens)} held-out tokens. Search also takes token:"…" promotes:"…" and freq: max: mean: cos: near: contexts: with < or >.`;
+  note.textContent = `All ${whole(F)} latents are listed; ${whole(pages)} have a page, a third of them drawn at random among those that fire in at least 4 ${sae.unit === "tokens" ? "contexts" : sae.unit} (About says how the others were chosen). Measured on ${whole(tokens)} held-out ${sae.unit}. Search also takes ${sae.unit === "tokens" ? 'token:"…" promotes:"…" and ' : ""}freq: max: mean: cos: near: contexts: with < or >.`;
   box.replaceChildren(make("h2", {}, "Latents ", make("span", { class: "muted" }, whole(F))), tabRow, make("div", { class: "controls" }, search), make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of latents" }, make("table", {}, head, body)), foot, note);
   show();
 }
@@ -482,9 +486,9 @@ async function latentPage(view, sae, latent) {
   view.replaceChildren(
     make("div", { class: "title" }, mark(sae.architecture), make("h1", {}, `Latent ${latent}`), make("span", { class: "muted" }, `${sae.architecture}, ${sae.site}`), make("span", { class: "grow" }),
       beside[0] ? link(beside[0], "← previous") : "", at >= 0 ? make("span", { class: "muted" }, `${whole(at + 1)} of ${whole(list.length)} in the list`) : "", beside[1] ? link(beside[1], "next →") : ""),
-    tiles([["of tokens", percent(n / tokens), `${whole(n)} of ${whole(tokens)}`], ["firings", whole(n)], ["of contexts", percent(columns.contexts[latent] / sae.facts.contexts), whole(columns.contexts[latent])], ["largest activation", digits(columns.max[latent])], ["mean where active", digits(columns.mean[latent])],
+    tiles([[`of ${sae.unit}`, percent(n / tokens), `${whole(n)} of ${whole(tokens)}`], ["firings", whole(n)], sae.unit === "tokens" ? ["of contexts", percent(columns.contexts[latent] / sae.facts.contexts), whole(columns.contexts[latent])] : null, ["largest activation", digits(columns.max[latent])], ["mean where active", digits(columns.mean[latent])],
       ["encoder-decoder cosine", (columns.enc_dec[latent] / 100).toFixed(2), "Does it read the direction that it writes?"], ["cosine of the nearest decoder", (columns.near_cosine[latent] / 100).toFixed(2)], p != null ? ["chosen as", REASONS[columns.page_reason[p]]] : null]));
-  if (!n) view.append(make("p", { class: "banner" }, `Never fired on ${whole(tokens)} held-out tokens: with 95 % confidence it fires on fewer than ${digits(3e6 / tokens)} in a million.`));
+  if (!n) view.append(make("p", { class: "banner" }, `Never fired on ${whole(tokens)} held-out ${sae.unit}: with 95 % confidence it fires on fewer than ${digits(3e6 / tokens)} in a million.`));
   if (p == null) return view.append(make("p", { class: "banner" }, `Latent ${latent} has no page in this report; pages are for ${whole(columns.page_latent.length)} of ${whole(F)}. Its nearest decoder is `, link(address(sae, columns.near[latent]), String(columns.near[latent])), "."));
   const tokensOf = (name) => {
     if (!columns[`page_${name}`]) return null;
@@ -493,24 +497,35 @@ async function latentPage(view, sae, latent) {
   };
   const width = columns.shape.page_near[1];
   view.append(make("section", { class: "cards" },
-    make("div", {}, make("h2", {}, "Activations"), histogram(columns, p), make("p", { class: "note" }, "Tokens by activation, quarter octaves")),
+    make("div", {}, make("h2", {}, "Activations"), histogram(columns, p, sae.unit), make("p", { class: "note" }, `${sae.unit[0].toUpperCase() + sae.unit.slice(1)} by activation, quarter octaves`)),
     tokensOf("promotes"), tokensOf("suppresses"),
     make("div", {}, make("h2", {}, "Nearest decoders"), make("ol", {}, Array.from(columns.page_near.subarray(width * p, width * p + width), (l, i) => { const c = columns.page_near_cosine[width * p + i] / 100; return make("li", { style: { "--w": Math.max(c, 0) } }, link(address(sae, l), String(l)), c.toFixed(2)); })))));
+  if (columns.page_rows) view.append(strongestRows(columns, p));
+  if (sae.unit === "rows") return;
   if (!sae.logits) view.append(make("p", { class: "note" }, "No tokens are promoted or suppressed directly: this site does not write into the residual stream."));
   if (columns.page_at) view.append(contexts(sae, columns, table, p, latent));
   else view.append(make("p", { class: "note" }, "The report was made without text."));
 }
 
-function histogram(columns, p) {
+/** The rows on which a latent of activations without text is strongest. */
+function strongestRows(columns, p) {
+  const R = columns.shape.page_rows[1], at = Array.from(columns.page_rows.subarray(R * p, R * p + R)), values = columns.page_row_values.subarray(R * p, R * p + R);
+  return make("section", {}, make("h2", {}, "Strongest rows"), make("div", { class: "scroll" }, make("table", {},
+    make("thead", {}, make("tr", {}, make("th", { scope: "col", class: "number" }, "row"), make("th", { scope: "col", class: "number" }, "activation"))),
+    make("tbody", {}, at.map((row, r) => (row < 0 ? null : make("tr", {}, make("td", { class: "number" }, whole(row)), make("td", { class: "number" }, digits(values[r]))))).filter(Boolean)))),
+    make("p", { class: "note" }, "Rows are counted from 0, in the order in which the batches came."));
+}
+
+function histogram(columns, p, unit) {
   const bins = columns.shape.page_bins[1], n = columns.page_bins.subarray(bins * p, bins * p + bins), first = n.findIndex((v) => v > 0);
   let last = bins - 1;
   while (last > first && !n[last]) last--;
   const low = Math.max(first - 1, 0), high = Math.min(Math.max(last + 2, low + 12), bins), most = Math.max(...n), W = 260, H = 120, w = W / (high - low), value = (bin) => 2 ** (LOWEST + Math.floor(bin / 4)) * (1 + (bin % 4) / 4);
   const svg = (tag, props, ...children) => { const e = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const [k, v] of Object.entries(props)) e.setAttribute(k, v); e.append(...children); return e; };
   const parts = [];
-  for (let b = low; b < high; b++) if (n[b]) { const h = Math.max(1.5, (H - 32) * n[b] / most); parts.push(svg("rect", { x: (b - low) * w + 0.5, y: H - 18 - h, width: Math.max(w - 1, 1), height: h }, svg("title", {}, `${digits(value(b))} to ${digits(value(b + 1))}: ${whole(n[b])} tokens`))); }
+  for (let b = low; b < high; b++) if (n[b]) { const h = Math.max(1.5, (H - 32) * n[b] / most); parts.push(svg("rect", { x: (b - low) * w + 0.5, y: H - 18 - h, width: Math.max(w - 1, 1), height: h }, svg("title", {}, `${digits(value(b))} to ${digits(value(b + 1))}: ${whole(n[b])} ${unit}`))); }
   for (const bin of [low, Math.round((low + high) / 2), high]) parts.push(svg("text", { x: (bin - low) * w, y: H - 3, "text-anchor": bin === low ? "start" : bin === high ? "end" : "middle" }, digits(value(bin))));
-  parts.push(svg("text", { x: 0, y: 10 }, `${whole(most)} tokens`));
+  parts.push(svg("text", { x: 0, y: 10 }, `${whole(most)} ${unit}`));
   return svg("svg", { viewBox: `0 0 ${W} ${H}`, class: "histogram", role: "img", "aria-label": `Activations from ${digits(value(first))} to ${digits(value(last + 1))}` }, ...parts);
 }
 

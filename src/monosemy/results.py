@@ -1,0 +1,271 @@
+"""What is made of a run's trained SAEs: rows, what `report` shows of latents, plots and the page.
+
+RUN/rows.jsonl, evaluation.json, eval_text.npz, errors.log, plots/, report.html, SITE/trainer_N/{eval_results.json, latents.npz}
+
+Every part is made by itself (`missing.Missing`): an SAE that cannot be read, a site that cannot be spliced or a plot that cannot be drawn
+costs nothing else. evaluation.json holds the settings and the digest of each SAE whose part is whole, so that what is missing can be made
+without the rest being made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from monosemy import __version__, arrays, formats, latents
+from monosemy.config import TrainConfig, invalid
+from monosemy.cost import MOST
+from monosemy.evaluation import ROWS, Row, evaluate_on_model, seed_results
+from monosemy.files import write_json, write_text
+from monosemy.formats.untrusted import sha256
+from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.missing import ERRORS, Missing
+from monosemy.plan import Plan
+from monosemy.progress import Progress
+from monosemy.report import page, plots
+from monosemy.run_folder import Run
+from monosemy.sae import SAE
+from monosemy.tokens import ContextStream, StreamEnded, sources_of
+
+log = logging.getLogger(__name__)
+
+GEOMETRY, LATENTS, EFFECTS, TEXT = "decoder geometry", "latents", "effects on logits", "text of the report"  # parts that may be missing
+EVALUATION = "evaluation"
+ENDED = ("complete", "stopped_early", "failed", "incomplete")  # of a run whose SAEs are all saved
+
+
+def make(run: Run, status: tuple[str, str]) -> tuple[list[Row], Missing]:
+    """Evaluate the SAEs in a run's folder, draw the plots and write the page. Returns the rows of all SAEs, and what is missing.
+
+    Where parts of an earlier evaluation with the same settings are missing, only they are made; else everything is made anew.
+    `status` and its reason are what the page says of the run, beside what is missing.
+    Raises ValueError where no text is held out, ConnectionError where the model cannot be reached, and TryAgain (a full disk).
+    """
+    (run.folder / ERRORS).unlink(missing_ok=True)
+    missing = Missing(run.folder)
+    with missing.part(EVALUATION, passing=(ValueError, ConnectionError)):
+        _evaluate(run, missing)
+    plots.write(run.folder, missing=missing)
+    page.write([run.folder], status=status, missing=missing)
+    _write_record(run, missing)
+    return plots.read_lines(run.folder / "rows.jsonl"), missing
+
+
+def status_with(status: tuple[str, str], missing: Missing) -> tuple[str, str]:
+    """A run's status and reason, where parts of its evaluation may be missing."""
+    state, reason = status
+    if not missing:
+        return status
+    return ("failed" if state == "failed" else "incomplete"), "; ".join(said for said in (reason, f"missing: {missing}") if said)
+
+
+def context_stream(plan: Plan, tokenizer: Any, split: Any, workers: int = 0) -> ContextStream:
+    """A plan's text, of documents to train on ("train") or of those kept for evaluation ("held_out")."""
+    c = plan.config
+    return ContextStream(
+        sources_of(c),
+        tokenizer,
+        c.context_length or 2,
+        seed=c.data_seed,
+        split=split,
+        held_out_fraction=c.held_out_fraction,
+        system_prompt_to_remove=c.system_prompt_to_remove,
+        system_prompt_removal_freq=c.system_prompt_removal_freq,
+        workers=workers,
+        vocab_size=plan.model.vocab_size,
+    )
+
+
+def held_out_contexts(c: TrainConfig, held_out: ContextStream) -> Tensor:
+    """As many contexts as a configuration evaluates on, or all there are. Raises ValueError where there is none."""
+    wanted = c.eval_num_inputs or MOST
+    try:
+        return held_out.next(wanted)
+    except StreamEnded as ended:
+        if not ended.contexts:
+            raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
+        log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, wanted)
+        return held_out.next(ended.contexts)
+
+
+# --- the evaluation ------------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(run: Run, missing: Missing) -> None:
+    """Write the rows of all SAEs, new ones and those that are kept, and what is gathered of their latents."""
+    c = run.config
+    names = _names(run)
+    rows = _kept(run, names)
+    todo = {name: site for name, site in names.items() if name not in rows}
+    text = run.folder / "eval_text.npz"
+    if todo or (c.report_latents and not _readable(text)):
+        tokenizer = load_tokenizer(run.plan.model)
+        held_out = context_stream(run.plan, tokenizer, "held_out")
+        contexts_CL = held_out_contexts(c, held_out)
+        for stale in (run.folder / "evaluation.json", text, *(run.folder / name / "latents.npz" for name in todo)):
+            stale.unlink(missing_ok=True)
+        new = _measured(run, todo, contexts_CL, held_out.special_ids, tokenizer, missing) if todo else {}
+        rows = {name: (rows | new)[name] for name in names if name in rows or name in new}
+        if c.report_latents:
+            with missing.part(TEXT):
+                files = [path for name in rows if (path := run.folder / name / "latents.npz").is_file()]
+                latents.write_text(text, files, contexts_CL, tokenizer, held_out.special_ids.tolist(), text=c.report_text)
+    write_text(run.folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows.values()))
+    for name in (name for name in todo if name in rows):
+        with missing.part("eval_results.json", name):
+            write_json(run.folder / name / "eval_results.json", seed_results(rows[name]))
+        for tracker in run.trackers:
+            tracker.summarise(rows[name])
+        if run.uploader is not None:
+            run.uploader.submit(name)
+
+
+def _measured(
+    run: Run, todo: Mapping[str, Site], contexts_CL: Tensor, special_ids: Tensor, tokenizer: Any, missing: Missing
+) -> dict[str, Row]:
+    """New rows, on the same contexts through the whole model; writes the SAEs' latents.npz."""
+    c, plan = run.config, run.plan
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
+    saes, info = _opened(run, todo, lm, missing)
+    gathered = {
+        name: latents.Gathering(sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
+        for name, (site, sae) in saes.items()
+        if c.report_latents
+    }
+    rows = evaluate_on_model(
+        lm,
+        saes,
+        contexts_CL,
+        ignore_ids=special_ids[:0] if c.keep_special_tokens else special_ids,
+        batch_size=c.llm_batch_size or 1,
+        splice_contexts=c.eval_spliced_inputs,
+        norm_limits={site: run.facts["norm_limit"][str(site)] for site in plan.sites},
+        info=info,
+        gather=gathered,
+        seed=c.data_seed,
+        missing=missing,
+    )
+    before = {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
+    with Progress(total=len(rows), unit="SAEs", desc="pages of latents") as progress:
+        for row in rows:
+            site, sae = saes[row["sae"]]
+            row |= {key: value for key, value in before.get(row["sae"], {}).items() if key.startswith("probing_")}  # of the same SAE
+            _add_latents(run, row, sae, site, gathered.get(row["sae"]), lm, contexts_CL, special_ids, tokenizer, missing)
+            progress.update(1)
+    return {row["sae"]: row for row in rows}
+
+
+def _add_latents(
+    run: Run,
+    row: Row,
+    sae: SAE,
+    site: Site,
+    gathered: latents.Gathering | None,
+    lm: LanguageModel,
+    contexts_CL: Tensor,
+    special_ids: Tensor,
+    tokenizer: Any,
+    missing: Missing,
+) -> None:
+    """Add the columns of the decoder's geometry to a row, and write the SAE's latents.npz where latents were gathered."""
+    c, name, began = run.config, row["sae"], time.monotonic()
+    with missing.part(GEOMETRY, name):
+        like = latents.geometry(sae)
+        row |= like.columns()
+    if gathered is None or missing.lacks(GEOMETRY, name):
+        return
+    with missing.part(LATENTS, name):
+        columns = latents.statistics(gathered, sae, like, c.report_latents, contexts_CL)
+        with missing.part(EFFECTS, name):
+            masked_V = latents.untold(lm, tokenizer, special_ids.tolist())
+            columns |= latents.effects(sae, lm, site, columns["page_latent"], masked_V)
+        path = run.folder / name / "latents.npz"
+        latents.write(path, gathered, columns, seconds=time.monotonic() - began, text=c.report_text)
+
+
+def _opened(run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Missing) -> tuple[dict[str, tuple[Site, SAE]], dict[str, Row]]:
+    """The SAEs that can be read, on the model's device, and what their rows say beside measurements."""
+    saes, info = {}, {}
+    for name, site in names.items():
+        with missing.part(ROWS, name):
+            sae, about = formats.read(run.folder / name, unfinished=True)
+            setting = {"sparsity_setting": sae.sparsity, "sparsity": getattr(sae.settings, sae.sparsity)}
+            info[name] = {"lr": about["lr"], "seed": about["seed"], **setting, "status": about["status"]}
+            saes[name] = (site, sae.to(lm.device))
+    return saes, info
+
+
+# --- what there is of an earlier evaluation ----------------------------------------------------------------------------------------
+
+
+def _names(run: Run) -> dict[str, Site]:
+    """The run's SAEs in order, by their folders and by what status.json says was trained."""
+    found = {}
+    for site in run.plan.sites:
+        folders = {path.name for path in (run.folder / site.folder).glob("trainer_*")}
+        folders |= {name.rpartition("/")[2] for name in run.status["saes"] if name.rpartition("/")[0] == site.folder}
+        for folder in sorted(folders, key=lambda name: int(name.removeprefix("trainer_"))):
+            found[f"{site.folder}/{folder}"] = site
+    return found
+
+
+def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
+    """The rows of an earlier evaluation that need not be made again: none where nothing was missing, or with other settings."""
+    record = _read_record(run)
+    if record.get("settings") != _settings(run):
+        return {}
+    rows = {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
+    whole = {
+        name: rows[name]
+        for name in names
+        if name in rows
+        and record["saes"].get(name) == _digest(run.folder / name)
+        and (not run.config.report_latents or _readable(run.folder / name / "latents.npz"))
+    }
+    text = not run.config.report_latents or _readable(run.folder / "eval_text.npz")
+    return whole if record["missing"] or len(whole) < len(names) or not text else {}
+
+
+def _readable(path: Path) -> bool:
+    try:
+        arrays.load(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What rows and latents depend on beside the SAEs, and what a later call may change."""
+    c = run.config
+    kept = ("eval_num_inputs", "eval_spliced_inputs", "report_latents", "report_text")
+    return {"version": __version__} | {name: getattr(c, name) for name in kept}
+
+
+def _read_record(run: Run) -> dict[str, Any]:
+    path = run.folder / "evaluation.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_record(run: Run, missing: Missing) -> None:
+    """Note which SAEs have all of their parts, so that `_kept` finds them."""
+    failed = {part.of for part in missing.parts}
+    rows = [] if missing.lacks(EVALUATION) else plots.read_lines(run.folder / "rows.jsonl")
+    saes = {row["sae"]: _digest(run.folder / row["sae"]) for row in rows if not failed & {row["sae"], row["site"]}}
+    write_json(run.folder / "evaluation.json", {"settings": _settings(run), "saes": saes, "missing": str(missing)})
+
+
+def _digest(folder: Path) -> str:
+    """Of all that an SAE computes with: its tensors, and its settings."""
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        told = json.dumps([about.get(key) for key in ("architecture", "d_in", "d_sae", "settings", "pre_bias", "status")])
+        return hashlib.sha256((sha256(folder / "sae.safetensors") + told).encode()).hexdigest()
+    except (OSError, ValueError, AttributeError):  # `formats.read` will say what is wrong with it
+        return ""
