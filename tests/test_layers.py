@@ -14,6 +14,7 @@ FLOORS = {
     "progress": 0,
     "rng": 0,
     "recipe": 0,
+    "releases": 0,
     "ahead": 0,
     "arrays": 2,
     "assets": 1,
@@ -42,6 +43,7 @@ FLOORS = {
     "report": 7,
     "hub": 6,
     "run_folder": 7,
+    "pretrained": 7,
     "results": 8,
     "run": 9,
     "comparison": 9,
@@ -50,7 +52,8 @@ FLOORS = {
     "__main__": 11,
     "__init__": 12,  # it names what lies in all of them
 }
-UPWARDS = {("sae", "architectures")}  # the registry fills itself when it is first asked
+# the registry fills itself when it is first asked; an SAE knows its way from and to the hub
+UPWARDS = {("sae", "architectures"), ("sae", "pretrained")}
 
 
 def room(path: Path) -> str:

@@ -12,11 +12,12 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.config import TrainConfig as TrainConfig
     from monosemy.evaluation import evaluate as evaluate
     from monosemy.evaluation import evaluate_on_model as evaluate_on_model
-    from monosemy.formats import load as load
     from monosemy.formats import save as save
     from monosemy.lm import LanguageModel as LanguageModel
     from monosemy.lm import Site as Site
     from monosemy.lm import load_tokenizer as load_tokenizer
+    from monosemy.pretrained import list_saes as list_saes
+    from monosemy.pretrained import load as load
     from monosemy.report.of_batches import write_report as write_report
     from monosemy.run import train as train
     from monosemy.sae import SAE as SAE
@@ -49,7 +50,8 @@ _HOME = {
     "evaluate": "evaluation",
     "evaluate_on_model": "evaluation",
     "fit": "sweep",
-    "load": "formats",
+    "list_saes": "pretrained",
+    "load": "pretrained",
     "load_tokenizer": "lm",
     "register": "sae",
     "reset_relu": "sae",

@@ -30,6 +30,7 @@ USAGE = """usage: monosemy COMMAND ...
            FOLDER ...: evaluate SAEs of any tool, and runs' SAEs, on the same tokens, in one table
   convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
   report   RUN ...: write report.html of one run, or several side by side, and draw the plots again
+  list     OWNER/REPO: list the SAEs of a repository of the Hugging Face hub, a release, or a folder
   push     RUN OWNER/NAME: upload a run to the Hugging Face hub
 """
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "convert": _convert,
         "report": _report,
+        "list": _list,
         "push": _push,
     }
     if command not in commands:
@@ -225,6 +227,29 @@ def _report(arguments: list[str]) -> int:
         return int(bool(missing))
 
     return tyro.cli(report, args=arguments, prog="monosemy report", use_underscores=True)
+
+
+def _list(arguments: list[str]) -> int:
+    def list_(repo: Annotated[str, tyro.conf.Positional], revision: str | None = None) -> int:
+        """List the SAEs of a repository, with their layouts and sizes. Nothing but names is fetched.
+
+        Args:
+            repo: OWNER/REPO or OWNER/REPO/FOLDER on the hub, a release such as gemma-scope-2b-pt-res, or a folder.
+            revision: A branch, tag or commit.
+        """
+        from monosemy.pretrained import list_saes
+
+        records = list_saes(repo, revision)
+        lines = [
+            ("SAE", "layout", "size", ""),
+            *((r.sae_id, r.format or "-", "-" if r.bytes is None else f"{r.bytes / 1e6:,.1f} MB", r.note) for r in records),
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        for sae_id, layout, bytes_, note in lines:
+            print(f"{sae_id:{widths[0]}}  {layout:{widths[1]}}  {bytes_:>{widths[2]}}  {note}".rstrip())
+        return 0
+
+    return tyro.cli(list_, args=arguments, prog="monosemy list", use_underscores=True)
 
 
 def _push(arguments: list[str]) -> int:

@@ -17,6 +17,7 @@ from monosemy.evaluation import Row, evaluate_on_model, table
 from monosemy.files import write_text
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.plan import of_evaluation
+from monosemy.pretrained import Resolved, resolve
 from monosemy.results import context_stream, held_out_contexts
 from monosemy.sae import SAE
 
@@ -24,19 +25,19 @@ log = logging.getLogger(__name__)
 
 
 def compare(paths: Sequence[str | Path], options: EvalOptions | None = None) -> list[Row]:
-    """Evaluate folders of SAEs, and all SAEs of runs, through the same model on the same tokens; print the table, return the rows.
+    """Evaluate SAEs, by their folders or their names on the hub, and all SAEs of runs, through the same model on the same tokens; print the table, return the rows.
 
     Model and site are each folder's own; the options say them for folders that do not. Text, context length and the limit on norms are
     the options', else the first run's that a folder is or belongs to, else the defaults of training.
     Raises ValueError for a folder whose model or site nobody says, for another model than the others', and for what `formats.load` refuses.
     """
     o = options or EvalOptions()
-    folders = [folder for path in paths for folder in _saes(Path(path))]
-    if not folders:
-        raise invalid("paths", tuple(map(str, paths)), "the folder of an SAE or of a run, or several", "name one")
-    read = {str(folder): formats.read(folder, _format(folder, o.format)) for folder in folders}
+    found = {name: sae for path in paths for name, sae in _resolved(path, o.format).items()}
+    if not found:
+        raise invalid("paths", tuple(map(str, paths)), "the folder or hub name of an SAE, the folder of a run, or several", "name one")
+    read = {name: formats.read(sae.path, sae.format, source=sae.source) for name, sae in found.items()}
     sites = {name: _site(name, about, o.layer, o.site) for name, (_, about) in read.items()}
-    runs = [run for path in folders if (run := _run(path)) is not None]
+    runs = [run for sae in found.values() if not sae.origin and (run := _run(sae.path)) is not None]
     begin = TrainConfig.read(runs[0] / "run.json") if runs else TrainConfig(save_dir=".")
     config = dataclasses.replace(
         begin,
@@ -57,7 +58,7 @@ def compare(paths: Sequence[str | Path], options: EvalOptions | None = None) -> 
         if sae.d_in != lm.d_in(sites[name]):
             allowed = f"{lm.d_in(sites[name])}, the width of {sites[name]} of {c.model_name}"
             raise invalid(f"{name}: d_in", sae.d_in, allowed, "name the model and the site that it was trained on")
-    found = evaluate_on_model(
+    rows = evaluate_on_model(
         lm,
         {name: (sites[name], sae.to(lm.device)) for name, (sae, _) in read.items()},
         contexts,
@@ -65,13 +66,20 @@ def compare(paths: Sequence[str | Path], options: EvalOptions | None = None) -> 
         batch_size=c.llm_batch_size or 1,
         splice_contexts=c.eval_spliced_inputs,
         norm_limits=_norm_limits(runs, lm, contexts[: c.llm_batch_size or 1], c.max_activation_norm_multiple),
-        info={name: _info(sae, about) for name, (sae, about) in read.items()},
+        info={name: _info(sae, about) | found[name].origin for name, (sae, about) in read.items()},
         seed=c.data_seed,
     )
     if o.rows is not None:
-        write_text(Path(o.rows), "".join(json.dumps(row) + "\n" for row in found))
-    print(table(found))
-    return found
+        write_text(Path(o.rows), "".join(json.dumps(row) + "\n" for row in rows))
+    print(table(rows))
+    return rows
+
+
+def _resolved(path: str | Path, format: str | None) -> dict[str, Resolved]:
+    """The SAEs of a path, by what a row calls them: a folder's own, a run's, or one from the hub by its name."""
+    if not Path(path).exists():
+        return {str(path): resolve(path, format=format)}
+    return {str(folder): Resolved(folder, format=_format(folder, format)) for folder in _saes(Path(path))}
 
 
 def _saes(path: Path) -> list[Path]:

@@ -93,24 +93,54 @@ def upload(folder: str | Path, repo_id: str, *, run_folder: str | Path | None = 
         raise _failure(root, repo_id, f"{folder} is not inside {root}")
     place = folder.resolve().relative_to(root.resolve()).as_posix()
     _refuse_links(folder, root, repo_id)
+
+    def once() -> str:
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=None if place == "." else place,
+            allow_patterns=list(UPLOADED),
+            ignore_patterns=list(NOT_UPLOADED),
+            commit_message=f"Upload {root.resolve().name if place == '.' else place} with monosemy",
+        )
+        return str(commit.commit_url)
+
+    return _tried(once, repo_id, lambda reason: str(_failure(root, repo_id, reason)), waits)
+
+
+def upload_saved(folder: Path, repo_id: str, card: str, *, private: bool = False, waits: Sequence[float] = WAITS) -> str:
+    """Upload a folder of saved SAEs as one commit, with `card` for a README.md where the repository has none. Returns its address.
+
+    The repository is made if there is none. What may pass is tried again after each of `waits`. Raises `UploadFailed`.
+    """
+    from huggingface_hub import HfApi
+
+    def once() -> str:
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True, private=private)
+        if not api.file_exists(repo_id, "README.md"):
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        allowed = ["README.md", *(name for file in SAE_FILES for name in (file, f"*/{file}"))]
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=allowed, commit_message="Upload an SAE with monosemy"
+        )
+        return str(commit.commit_url)
+
+    return _tried(once, repo_id, lambda reason: f"Upload to {repo_id} failed: {reason}.", waits)
+
+
+def _tried(once: Callable[[], str], repo_id: str, said: Callable[[str], str], waits: Sequence[float]) -> str:
+    """Do something with the hub, again after each of `waits` where what failed may pass. Raises `UploadFailed` with what is said of it."""
     jitter = random.Random()  # its own, because the global generator belongs to the caller
     for wait in (*waits, None):
         try:
             limit_waits(SILENCE)
-            api = HfApi()
-            api.create_repo(repo_id, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=None if place == "." else place,
-                allow_patterns=list(UPLOADED),
-                ignore_patterns=list(NOT_UPLOADED),
-                commit_message=f"Upload {root.resolve().name if place == '.' else place} with monosemy",
-            )
-            return str(commit.commit_url)
+            return once()
         except Exception as error:  # the hub library lets through those of its HTTP client, whichever that is; none is hidden
             if wait is None or not _may_pass(error):
-                raise _failure(root, repo_id, _reason(error), _may_pass(error)) from error
+                raise UploadFailed(said(_reason(error)), may_pass=_may_pass(error)) from error
             wait = max(wait * jitter.uniform(0.5, 1.5), min(_retry_after(error), LONGEST_WAIT))
             log.info("Upload to %s: %s; next try in %.0f s", repo_id, _reason(error), wait)
             time.sleep(wait)

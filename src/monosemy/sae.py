@@ -15,7 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -453,6 +454,36 @@ class SAE(nn.Module, ABC):
     def shift_encoder_(self, shift_F: Tensor) -> None:
         """Add to x W_enc^T, [F], wherever it is used."""
         self.b_enc.add_(shift_F)
+
+    # from a name to an SAE, and back
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, sae_id: str | None = None, **options: Any) -> Self:
+        """Open an SAE by name or path; takes what `monosemy.load` takes.
+
+        Called on an architecture's own class it raises ValueError for an SAE of another one.
+        """
+        from monosemy import pretrained
+
+        sae = pretrained.load(name_or_path, sae_id, **options)
+        if not isinstance(sae, cls):
+            raise invalid("name_or_path", str(name_or_path), f"an SAE of {cls.name} (this one is {sae.name})", "call SAE.from_pretrained")
+        return sae
+
+    def save_pretrained(self, folder: str | Path, config: dict[str, Any] | None = None) -> None:
+        """Write the SAE's folder, with what is known of it (`cfg`) and `config` over that; `monosemy.load` opens it. Raises DiskFull."""
+        from monosemy import pretrained
+
+        pretrained.save(self, folder, config)
+
+    def push_to_hub(self, repo_id: str, path_in_repo: str = ".", *, private: bool = False) -> str:
+        """Upload the SAE to OWNER/REPO, which is created if it does not exist. Returns the address of the commit.
+
+        Raises ValueError for a name that is none, and UploadFailed.
+        """
+        from monosemy import pretrained
+
+        return pretrained.push(self, repo_id, path_in_repo, private=private)
 
 
 REGISTRY: dict[str, type[SAE]] = {}

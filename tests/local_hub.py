@@ -1,0 +1,149 @@
+"""A hub of our own: repositories at commits, served as the Hugging Face hub serves them, that fail as they are told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pytest
+
+from tests.test_hub import FakeHub, Handler
+
+LARGE = (".safetensors", ".npz", ".pt", ".pth")  # kept in LFS, with a sha256 that the hub tells
+
+
+class LocalHub(FakeHub):
+    """Besides what `FakeHub` takes in, repositories that were published. The newest commit of each is its branch main."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.RequestHandlerClass = Reading
+        self.published: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.gated: set[str] = set()
+        self.fetched: list[tuple[str, str]] = []  # (commit, path) of every file that was sent
+
+    def publish(self, repo: str, files: dict[str, bytes]) -> str:
+        """Add a commit; returns its name."""
+        commits = self.published.setdefault(repo, {})
+        commit = hashlib.sha1(f"{repo} {len(commits)}".encode()).hexdigest()
+        commits[commit] = dict(files)
+        return commit
+
+    def at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        commits = self.published.get(repo) or ({f"{self.commits:040x}": self.repositories[repo]} if self.repositories.get(repo) else {})
+        commit = list(commits)[-1] if commits and revision == "main" else revision
+        return (commit, commits[commit]) if commit in commits else None
+
+
+class Reading(Handler):
+    server: LocalHub
+
+    def handle_request(self) -> None:
+        path = unquote(urlparse(self.path).path).strip("/")
+        parts = path.split("/")
+        if parts[:2] == ["api", "models"] and len(parts) >= 4 and "commit" not in parts and "preupload" not in parts:
+            return self.tell("/".join(parts[2:4]), parts[4:])
+        if len(parts) > 4 and parts[2] == "resolve":
+            return self.send("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        return super().handle_request()
+
+    do_GET = do_POST = do_PUT = do_HEAD = handle_request
+
+    def refused(self, repo: str, revision: str) -> bool:
+        """Answer with the hub's refusal, if there is one."""
+        hub = self.server
+        hub.requests[self.path] += 1
+        for piece, faults in hub.faults.items():
+            if piece in self.path and faults and isinstance(faults[0], int):
+                self.answer({"error": "as told"}, faults.pop(0))
+                return True
+        if repo in hub.gated:
+            return self.error(403, "GatedRepo")
+        if hub.at(repo, "main") is None:
+            return self.error(404, "RepoNotFound")
+        return hub.at(repo, revision) is None and self.error(404, "RevisionNotFound")
+
+    def error(self, status: int, code: str) -> bool:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
+    def tell(self, repo: str, rest: list[str]) -> None:
+        """What the repository is at a revision, or the sizes and digests of some of its files."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        revision = rest[1] if len(rest) > 1 else "main"
+        if self.refused(repo, revision):
+            return
+        commit, files = self.server.at(repo, revision) or ("", {})
+        if rest[:1] == ["paths-info"]:
+            asked = parse_qs(body.decode())["paths"] if b"=" in body[:20] else json.loads(body)["paths"]
+            return self.answer([{"type": "file", **described(name, files[name])} for name in asked if name in files])
+        with_sizes = "blobs" in urlparse(self.path).query
+        siblings = [{"rfilename": name} | (described(name, data) if with_sizes else {}) for name, data in files.items()]
+        self.answer({"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings})
+
+    def send(self, repo: str, revision: str, name: str) -> None:
+        """A file, whole or as the next of its faults has it: "half" of it, "other" bytes, or a status."""
+        hub = self.server
+        if self.refused(repo, revision):
+            return
+        commit, files = hub.at(repo, revision) or ("", {})
+        if name not in files:
+            self.error(404, "EntryNotFound")
+            return
+        data = files[name]
+        getting = self.command == "GET"
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if not getting:
+            return
+        hub.fetched.append((commit, name))
+        faults = next((faults for piece, faults in hub.faults.items() if piece in name and faults), [])
+        fault = faults.pop(0) if faults else None
+        if fault == "half":
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+        else:
+            self.wfile.write(bytes(b ^ 1 for b in data) if fault == "other" else data)
+
+
+def described(name: str, data: bytes) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "path": name,
+        "size": len(data),
+        "oid": hashlib.sha1(data).hexdigest(),
+        "blobId": hashlib.sha1(data).hexdigest(),
+    }
+    if name.endswith(LARGE):
+        digest = hashlib.sha256(data).hexdigest()
+        about["lfs"] = {"size": len(data), "oid": digest, "sha256": digest, "pointerSize": 130}
+    return about
+
+
+@contextmanager
+def serving(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """The hub, in the place of huggingface.co, with an empty cache."""
+    from huggingface_hub import constants
+
+    server = LocalHub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

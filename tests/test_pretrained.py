@@ -1,0 +1,287 @@
+"""SAEs by name: from a hub of our own, of every published layout, at a commit, from the cache, and with every way to fail."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import monosemy
+from monosemy import pretrained
+from monosemy.cli import main
+from monosemy.releases import RELEASES, repository
+from tests.architectures.test_contract import SETTINGS, batch, every, trained
+from tests.layout_trees import TREES, Tree
+from tests.local_hub import LocalHub, serving
+
+PICKLES = {"dictionary_learning", "qwen_scope", "goodfire"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    with serving(tmp_path / "hub_cache", monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def gemma(hub: LocalHub) -> Tree:
+    """A repository with three SAEs of Gemma Scope's."""
+    tree = TREES["gemma_scope"]()
+    (data,) = tree.files.values()
+    ids = ("layer_20/width_16k/average_l0_71", "layer_20/width_16k/average_l0_38", "layer_5/width_16k/average_l0_18")
+    hub.publish("google/gemma-scope-2b-pt-res", {"README.md": b"#", **{f"{i}/params.npz": data for i in ids}})
+    return tree
+
+
+def format_of(layout: str) -> str | None:
+    return next((f for f in PICKLES if layout.startswith(f)), None)
+
+
+# --- every layout by its name ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", sorted(TREES))
+def test_every_layout_opens_by_name_and_only_its_files_are_fetched(hub: LocalHub, layout: str) -> None:
+    tree = TREES[layout]()
+    beside = {"README.md": b"# SAEs", ".gitattributes": b"", "notes/plot.png": b"png"}
+    commit = hub.publish(tree.repo, tree.files | beside)
+    (record,) = monosemy.list_saes(tree.repo)
+    assert record.sae_id == tree.sae_id and not hub.fetched
+    sae = monosemy.load(tree.repo, tree.sae_id, format=format_of(record.format))
+    x = torch.from_numpy(tree.x).float()
+    assert (sae.encode(x) - torch.from_numpy(tree.f)).abs().max() <= 1e-5 * abs(tree.f).max()
+    assert (sae(x) - torch.from_numpy(tree.x_hat)).abs().max() <= 1e-5 * abs(tree.x_hat).max()
+    assert {"repo_id": tree.repo, "commit": commit, "sae_id": tree.sae_id}.items() <= sae.cfg.items()
+    assert (sae.cfg.get("site"), sae.cfg.get("model")) == (tree.site, tree.model)
+    names = [name for _, name in hub.fetched]
+    assert set(names) <= set(tree.files) and len(names) == len(set(names)) and {c for c, _ in hub.fetched} == {commit}
+    for same in (
+        monosemy.SAE.from_pretrained(f"{tree.repo}/{tree.sae_id}", format=format_of(record.format)),
+        type(sae).from_pretrained(tree.repo, format=format_of(record.format)),
+    ):
+        assert torch.equal(same.W_dec, sae.W_dec)
+    assert len(hub.fetched) == len(names)  # the second time they were there
+
+
+def test_only_the_asked_one_of_many_is_fetched(hub: LocalHub, gemma: Tree) -> None:
+    sae = monosemy.load("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_38")
+    assert [name for _, name in hub.fetched] == ["layer_20/width_16k/average_l0_38/params.npz"]
+    assert (sae.cfg["site"], sae.cfg["model"]) == ("resid_post.20", "google/gemma-2-2b")
+    again = monosemy.load("gemma-scope-2b-pt-res", "layer_5")  # a release, and the only one in a folder
+    assert again.cfg["sae_id"] == "layer_5/width_16k/average_l0_18"
+
+
+def test_a_commit_stays_though_the_branch_moves(hub: LocalHub) -> None:
+    one, other = TREES["sae_lens"](), TREES["sparsify"]()
+    first = hub.publish("a/b", one.files)
+    assert monosemy.load("a/b").cfg["commit"] == first
+    second = hub.publish("a/b", other.files)
+    moved = monosemy.load("a/b")
+    assert moved.cfg["commit"] == second and {commit for commit, _ in hub.fetched} == {first, second}
+    assert monosemy.load("a/b", revision=first).cfg["commit"] == first
+
+
+def test_an_sae_of_ours_on_the_hub_needs_no_pickle(hub: LocalHub, tmp_path: Path) -> None:
+    """A run's folder has an ae.pt beside it, which stays where it is, unless it is asked for."""
+    sae = trained("batch_top_k", 30).finished()
+    monosemy.save(sae, tmp_path / "sae", {"status": "complete"} | {"trainer": {}})
+    files = {f"resid_post_layer_3/trainer_0/{p.name}": p.read_bytes() for p in (tmp_path / "sae").iterdir()}
+    hub.publish("me/run", files)
+    assert torch.equal(monosemy.load("me/run").W_enc, sae.W_enc)
+    assert not [name for _, name in hub.fetched if name.endswith(".pt")]
+
+
+# --- there and back -------------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_pushed_and_loaded_by_name_it_is_the_same_to_the_bit(hub: LocalHub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    sae = trained(name, 30).finished()
+    sae.metadata |= {"site": "resid_post.3", "model": "made/model"}
+    sae.push_to_hub("me/saes", "layer_3/mine")
+    again = monosemy.SAE.from_pretrained("me/saes/layer_3/mine")
+    assert type(again) is type(sae) and again.settings == sae.settings
+    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True))
+    assert again.cfg["site"] == "resid_post.3" and again.cfg["repo_id"] == "me/saes"
+    card = hub.repositories["me/saes"]["README.md"].decode()
+    assert 'monosemy.load("me/saes", sae_id="layer_3/mine")' in card and "made/model" in card
+
+
+@every
+def test_saved_and_loaded_by_path(name: str, tmp_path: Path) -> None:
+    sae = trained(name, 30).finished()
+    sae.save_pretrained(tmp_path / "sae", {"site": "mlp_out.2"})
+    again = monosemy.load(tmp_path / "sae", device="cpu", dtype="bfloat16")
+    assert again.dtype == torch.bfloat16 and again.cfg["site"] == "mlp_out.2"
+    f = again.encode(batch(3))
+    assert f.dtype == torch.bfloat16 and f.shape == (128, again.d_sae)
+    assert torch.equal(type(sae).from_pretrained(tmp_path / "sae").W_dec, sae.W_dec)
+    other = next(kind for kind in SETTINGS if kind != name)
+    with pytest.raises(ValueError, match=f"an SAE of {other} .this one is {name}"):
+        monosemy.architecture(other).from_pretrained(tmp_path / "sae")
+
+
+# --- offline --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_hub_the_cache_serves_what_it_has(
+    hub: LocalHub, gemma: Tree, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"
+    commit = monosemy.load(*one).cfg["commit"]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with caplog.at_level(logging.WARNING):
+        sae = monosemy.load(*one)
+    assert sae.cfg["commit"] == commit and sum("using the cached files" in r.getMessage() for r in caplog.records) == 1
+    assert monosemy.load(*one, revision=commit).cfg["commit"] == commit
+    assert [record.sae_id for record in monosemy.list_saes(one[0])] == [one[1]]
+    with pytest.raises(ValueError, match="layer_5"):
+        monosemy.load(one[0], "layer_5/width_16k/average_l0_18")
+    with pytest.raises(ConnectionError, match="not all in the cache"):
+        monosemy.load("google/gemma-scope-9b-pt-res", "layer_9")
+
+
+def test_offline_by_choice(hub: LocalHub, gemma: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    one = "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"
+    monosemy.load(*one)
+    asked = sum(hub.requests.values())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert monosemy.load(*one).d_in == gemma.x.shape[1]
+    assert sum(hub.requests.values()) == asked
+
+
+# --- what cannot be had -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_told_with_what_is(hub: LocalHub, gemma: Tree) -> None:
+    hub.publish("a/plain", {"README.md": b"#", "model.safetensors": b""})
+    hub.publish("a/gated", {"README.md": b"#"})
+    hub.gated.add("a/gated")
+    repo = "google/gemma-scope-2b-pt-res"
+    for asked, said in {
+        (repo, None): "one of the 3 there: layer_20/width_16k/average_l0_38, layer_20/.*`monosemy list google/gemma-scope-2b-pt-res`",
+        (repo, "layer_20/width_16k"): "one of the 2 there: .*average_l0_38, .*average_l0_71",
+        (repo, "layer_20/width_16k/average_l0_70"): "such as layer_20/width_16k/average_l0_71",
+        ("a/nothing", None): "a repository on the hub .looked for https://huggingface.co/a/nothing",
+        ("a/gated", None): "this one is gated.*hf auth login",
+        ("a/plain", None): "a repository with SAEs in a layout that is read here",
+        ("not a name", None): "OWNER/REPO on the hub, or a release",
+        ("../up", None): "OWNER/REPO",
+        ("gpt9-small-res-zz", None): "a release such as",
+    }.items():
+        with pytest.raises(ValueError, match=said) as error:
+            monosemy.load(*asked)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="revision is 'v9'; allowed: a branch, tag or commit"):
+        monosemy.load(repo, "layer_5", revision="v9")
+    with pytest.raises(ValueError, match=r"revision is '../up'"):
+        monosemy.load(repo, "layer_5", revision="../up")
+    with pytest.raises(ValueError, match="revision is 'v9'; allowed: left out for a path"):
+        monosemy.load(Path(__file__).parent, revision="v9")
+    assert not hub.fetched
+
+
+@pytest.mark.parametrize("layout", [name for name in sorted(TREES) if format_of(name)])
+def test_a_pickle_is_fetched_only_where_its_format_is_named(hub: LocalHub, layout: str) -> None:
+    tree = TREES[layout]()
+    hub.publish(tree.repo, tree.files)
+    with pytest.raises(ValueError, match=f'ass format="{format_of(layout)}" if you trust {tree.repo}'):
+        monosemy.load(tree.repo)
+    assert not hub.fetched
+    with pytest.raises(ValueError, match="format is 'sae_lens'"):
+        monosemy.load(tree.repo, format="sae_lens")
+
+
+def test_half_a_file_and_other_bytes_are_not_kept(hub: LocalHub, gemma: Tree) -> None:
+    one = "google/gemma-scope-2b-pt-res", "layer_5"
+    hub.faults["params.npz"] = ["other"]
+    with pytest.raises(ValueError, match=r"params.npz arrived with sha256 \w+.. instead of \w+..\). Try again; it was not kept"):
+        monosemy.load(*one)
+    hub.faults["params.npz"] = ["half"] * 12
+    with pytest.raises((ValueError, ConnectionError)) as error:
+        monosemy.load(*one)
+    assert "\n" not in str(error.value)
+    hub.faults.clear()
+    assert monosemy.load(*one).d_in == gemma.x.shape[1]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_hub_that_fails_is_told_as_out_of_reach(hub: LocalHub, gemma: Tree, status: int) -> None:
+    hub.faults["/api/models/"] = [status] * 20
+    with pytest.raises(ConnectionError, match=f"could not be had from the hub .*{status}"):
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [
+        ("gpu", "float32", "device is 'gpu'"),
+        ("cuda:99", "float32", "device is"),
+        ("cpu", "float8", "dtype is"),
+        ("cpu", torch.int8, "dtype is"),
+    ],
+)
+def test_devices_and_precisions_are_checked_before_anything_is_fetched(
+    hub: LocalHub, gemma: Tree, device: str, dtype: object, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5", device=device, dtype=dtype)
+    assert not hub.fetched
+
+
+def test_a_place_in_a_repository_is_a_folder_in_it(hub: LocalHub) -> None:
+    sae = trained("standard", 3).finished()
+    for place in ("/abs", "../up", "a/../../b"):
+        with pytest.raises(ValueError, match="path_in_repo"):
+            sae.push_to_hub("me/saes", place)
+    with pytest.raises(ValueError, match="OWNER/REPO"):
+        sae.push_to_hub("justaname")
+
+
+# --- release names and the command line ---------------------------------------------------------------------------------------------------
+
+
+def test_releases_name_repositories() -> None:
+    assert repository("gemma-scope-9b-pt-res-canonical") == "google/gemma-scope-9b-pt-res"
+    assert repository("gemma-scope-2-4b-it-res") == "google/gemma-scope-2-4b-it/resid_post"
+    assert repository("llama_scope_lxr_32x") == "fnlp/Llama3_1-8B-Base-LXR-32x"
+    assert repository("gpt2-small-res-jb") == "jbloom/GPT2-Small-SAEs-Reformatted"
+    assert repository("unknown") is None and all(len(repo.split("/")) == 2 for repo in RELEASES.values())
+
+
+def test_a_release_may_mean_a_folder(hub: LocalHub) -> None:
+    tree = TREES["gemma_scope_2"]()
+    data = next(iter(tree.files.values()))
+    hub.publish(
+        "google/gemma-scope-2-4b-it",
+        {f"{place}/layer_17_width_16k_l0_medium/params.safetensors": data for place in ("resid_post", "mlp_out")},
+    )
+    sae = monosemy.load("gemma-scope-2-4b-it-res", "layer_17_width_16k_l0_medium")
+    assert sae.cfg["sae_id"] == "resid_post/layer_17_width_16k_l0_medium" and sae.cfg["site"] == "resid_post.17"
+    assert [r.sae_id for r in monosemy.list_saes("gemma-scope-2-4b-it-mlp")] == ["mlp_out/layer_17_width_16k_l0_medium"]
+
+
+def test_monosemy_list(hub: LocalHub, gemma: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "google/gemma-scope-2b-pt-res"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["SAE", "layout", "size"] and len(out) == 4
+    assert out[1].startswith("layer_20/width_16k/average_l0_38") and "gemma_scope" in out[1] and out[1].endswith("MB")
+    assert main(["list", "a/nothing"]) == 2
+    assert "error: name_or_path is 'a/nothing'" in capsys.readouterr().err
+    assert not hub.fetched
+
+
+def test_a_local_folder_is_listed_too(tmp_path: Path) -> None:
+    tree = TREES["llama_scope"]()
+    tree.write(tmp_path)
+    assert [record.sae_id for record in monosemy.list_saes(str(tmp_path))] == [tree.sae_id]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="OWNER/REPO"):
+        pretrained.resolve(str(tmp_path))
