@@ -1,6 +1,7 @@
-"""A small SAE in every layout that is read, as its authors publish it, with what their own formula makes of x in float64.
+"""A small SAE in every layout that is read, with what its authors' own formula makes of x in float64.
 
-Each builder gives the files of a repository under a name that the repository could have. B tokens, D d_in, F d_sae.
+Each builder gives the files of a repository under a name that the repository could have.
+B tokens, D d_in, F d_sae.
 """
 
 import io
@@ -128,7 +129,10 @@ def dictionary_learning() -> Tree:
         "submodule_name": "resid_post_layer_3",
     }
     folder = "saes_pythia/resid_post_layer_3/trainer_8"
-    files = {f"{folder}/ae.pt": pickled(state), f"{folder}/config.json": text({"trainer": trainer, "buffer": {"ctx_len": 128}})}
+    files = {
+        f"{folder}/ae.pt": pickled(state),
+        f"{folder}/config.json": text({"trainer": trainer, "buffer": {"ctx_len": 128}}),
+    }
     return Tree(files, "adamkarvonen/saes", folder, x, f, f @ W_dec + b_dec, "resid_post.3", trainer["lm_name"])
 
 
@@ -149,7 +153,11 @@ def sae_lens() -> Tree:
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.10.0", "model_name": "gpt2-small", "hook_name": "blocks.8.hook_resid_pre"},
+        "metadata": {
+            "sae_lens_version": "6.10.0",
+            "model_name": "gpt2-small",
+            "hook_name": "blocks.8.hook_resid_pre",
+        },
     }
     tensors = {name: w[name] for name in (*SAE_LENS, "threshold")}
     return _sae_lens(tensors, cfg, "someone/gpt2-small-jumprelu", x, f, f @ W_dec + b_dec)
@@ -209,7 +217,12 @@ def sparsify() -> Tree:
     w = drawn()
     W_enc, W_dec, b_enc, b_dec, _, x = wide(w)
     f = top_k(relu((x - b_dec) @ W_enc + b_enc), K)
-    tensors = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    tensors = {
+        "encoder.weight": w["W_enc"].T,
+        "encoder.bias": w["b_enc"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+    }
     cfg = {"expansion_factor": F // D, "normalize_decoder": True, "num_latents": F, "k": K, "d_in": D}
     files = {"layers.3/sae.safetensors": safetensors(tensors), "layers.3/cfg.json": text(cfg)}
     return Tree(files, "EleutherAI/sae-SmolLM2-135M-64x", "layers.3", x, f, f @ W_dec + b_dec, "resid_post.3", None)
@@ -269,7 +282,7 @@ def llama(w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def llama_latents(w: dict[str, np.ndarray], threshold: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and reconstruction as the authors have them at inference: of unit decoder rows and the scale of x.
+    """Latents and reconstruction as the authors have them at inference: in x's scale, for unit decoder rows.
 
     A latent is active where its share of the scaled input's reconstruction is longer than the threshold [F].
     """
@@ -282,7 +295,8 @@ def llama_latents(w: dict[str, np.ndarray], threshold: np.ndarray | float) -> tu
 
 def llama_scope() -> Tree:
     w = drawn()
-    f, x_hat = llama_latents(w, 0.4 * D**0.5 / LLAMA_NORM)  # the threshold is one of latents in the scale of x
+    scale = D**0.5 / LLAMA_NORM
+    f, x_hat = llama_latents(w, 0.4 * scale)  # the threshold is one of latents in the scale of x
     hyperparams = {
         "dtype": "torch.bfloat16",
         "hook_point_in": "blocks.15.hook_resid_post",
@@ -302,7 +316,10 @@ def llama_scope() -> Tree:
     }
     folder = "Llama3_1-8B-Base-L15R-8x"
     weights = safetensors(llama(w))
-    files = {f"{folder}/checkpoints/final.safetensors": weights, f"{folder}/hyperparams.json": text(hyperparams)}
+    files = {
+        f"{folder}/checkpoints/final.safetensors": weights,
+        f"{folder}/hyperparams.json": text(hyperparams),
+    }
     site, model = "resid_post.15", "meta-llama/Llama-3.1-8B"
     return Tree(files, "fnlp/Llama3_1-8B-Base-LXR-8x", folder, w["x"], f, x_hat, site, model)
 

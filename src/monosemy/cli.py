@@ -151,7 +151,7 @@ def _eval(arguments: list[str]) -> int:
         no file: model, site and text are what the folders say, or the run that one of them belongs to; flags say the rest.
 
         Args:
-            paths: A run's folder alone; or folders of SAEs of any tool and of runs, and SAEs on the hub by their names, OWNER/REPO/SAE_ID.
+            paths: A run's folder alone; or folders of runs and SAEs of any layout that docs/formats.md has, and SAEs on the hub: OWNER/REPO/SAE_ID.
             sparse_probing: Add to a run's rows how well probes on 1, 2 and 5 latents tell pairs of classes of texts apart; needs sae-probes.
             probing_datasets: Pairs of classes by sae-probes' names; all 113 where nothing is given.
         """
@@ -188,10 +188,11 @@ def _convert(arguments: list[str]) -> int:
         """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for goes to monosemy.json beside it.
 
         Args:
-            folder: An SAE's own folder.
+            folder: An SAE's own folder, or its file in layouts of one file for each SAE.
             out: A new folder.
             to: native, dictionary_learning, sae_lens or sparsify.
-            format: dictionary_learning opens a folder that holds nothing but an ae.pt, restricted to tensors; others are told by their files.
+            format: dictionary_learning, qwen_scope or goodfire: opens a pickle of that layout, restricted to tensors. Others are told apart
+                by their files.
             unfinished: Also an SAE whose training did not complete.
         """
         from monosemy import formats

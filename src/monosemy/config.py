@@ -80,7 +80,7 @@ class EvalOptions:
     site: str | None = None
     """Or another place, such as mlp_out.3."""
     format: str | None = None
-    """dictionary_learning opens folders that hold nothing but an ae.pt, restricted to tensors."""
+    """dictionary_learning, qwen_scope or goodfire: opens pickles of that layout, restricted to tensors."""
     dataset: str | None = None
     """Other text than the run's, or text where no run says which."""
     context_length: int | None = None

@@ -90,14 +90,10 @@ def detect(path: str | Path, source: str | None = None) -> str:
     Raises ValueError for none, and for a pickle, which is opened only where its format is named.
     """
     path = Path(path)
-    entry = _entry(path, source)
+    found = _found(path, source)
+    entry = _entry(path, found)
     if entry is None:
-        raise invalid(
-            "folder",
-            str(path),
-            "the folder or file of an SAE, such as sae.safetensors with its config.json (docs/formats.md has all layouts)",
-            "name an SAE's own folder, such as RUN/resid_post_layer_3/trainer_0",
-        )
+        raise _nothing(path, found)
     if entry.note:
         raise _closed(path, entry)
     if entry.named:
@@ -147,8 +143,12 @@ def _parts(path: Path, format: str | None, unfinished: bool, source: str | None 
         raise invalid("format", format, ", ".join(FORMATS), "leave it out to have it detected")
     if format is None:
         format = detect(path, source)
-    elif (entry := _entry(path, source)) is not None and entry.format == format and entry.note:
+    found = _found(path, source)
+    entry = _entry(path, found)
+    if entry is not None and entry.format == format and entry.note:
         raise _closed(path, entry)
+    if format in layouts.ONE_FILE and path.is_dir():
+        raise _nothing(path, found)
     parts = _native(path) if format == "native" else _OTHERS[format].read(path, source or path.absolute().as_posix())
     if format in _WRITTEN and (path / KEPT).exists():
         parts = _restored(parts, path, format)
@@ -160,17 +160,29 @@ def _parts(path: Path, format: str | None, unfinished: bool, source: str | None 
     return parts
 
 
-def _entry(path: Path, source: str | None) -> layouts.Entry | None:
+def _found(path: Path, source: str | None) -> dict[str, layouts.Entry]:
     """What the names of its files make of a folder or file."""
     source = source or path.absolute().as_posix()
     if path.is_file():
-        return layouts.find([path.name], source).get(path.name)
+        return layouts.find([path.name], source)
     files = [file for pattern in ("*", "checkpoints/*") for file in path.glob(pattern) if file.is_file()]
-    return layouts.find([file.relative_to(path).as_posix() for file in files], source).get(".")
+    return layouts.find([file.relative_to(path).as_posix() for file in files], source)
+
+
+def _entry(path: Path, found: dict[str, layouts.Entry]) -> layouts.Entry | None:
+    return found.get(path.name if path.is_file() else ".")
 
 
 def _closed(path: Path, entry: layouts.Entry) -> ValueError:
     return invalid("folder", str(path), "an SAE that can be opened here", f"it cannot be: {entry.note}")
+
+
+def _nothing(path: Path, found: dict[str, layouts.Entry]) -> ValueError:
+    """The error for a folder that is no SAE's own, though its files may be SAEs."""
+    files = [entry.path for entry in found.values() if entry.format in layouts.ONE_FILE]
+    own = f"file, such as {path / files[0]}" if files else "folder, such as RUN/resid_post_layer_3/trainer_0"
+    allowed = "the folder or file of an SAE, such as sae.safetensors with its config.json (docs/formats.md has all layouts)"
+    return invalid("folder", str(path), allowed, f"name an SAE's own {own}")
 
 
 def _native(folder: Path) -> Parts:

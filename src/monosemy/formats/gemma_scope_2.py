@@ -1,7 +1,7 @@
 """Gemma Scope 2's `params.safetensors`: JumpReLU SAEs whose encoder sees x itself.
 
-w_enc is [D, F] and w_dec [F, D]. A config.json lies beside some of them; layer, place and model stand in the path:
-`google/gemma-scope-2-1b-pt/resid_post/layer_13_width_16k_l0_small`.
+w_enc is [D, F] and w_dec [F, D]. A config.json lies beside some of them; layer, place and model stand in
+the path: `google/gemma-scope-2-1b-pt/resid_post/layer_13_width_16k_l0_small`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def read(folder: Path, source: str) -> Parts:
     """Read the SAE in a params.safetensors. Raises ValueError for a transcoder, and for a damaged one."""
     tensors = untrusted.safetensors(folder / WEIGHTS)
     if "affine_skip_connection" in tensors:
-        raise invalid(f"{WEIGHTS}: affine_skip_connection", "there", "the tensors of an SAE", "a transcoder is no SAE")
+        where = f"{WEIGHTS}: affine_skip_connection"
+        raise invalid(where, "there", "the tensors of an SAE", "a transcoder is no SAE")
     only(tensors, NAMES.values(), WEIGHTS)
     if (folder / "config.json").exists():
         _check(untrusted.json_object(folder / "config.json"))
@@ -34,9 +35,9 @@ def read(folder: Path, source: str) -> Parts:
 
 def _check(config: dict[str, Any]) -> None:
     """Refuse what a config.json says of anything but a JumpReLU SAE."""
-    neutral(config, "config.json", "it is not computed here", architecture="jump_relu", affine_connection=False)
     point = config.get("hf_hook_point_in")
-    neutral(config, "config.json", "a transcoder is no SAE", hf_hook_point_out=point)
+    neutral(config, "config.json", "a transcoder is no SAE", affine_connection=False, hf_hook_point_out=point)
+    neutral(config, "config.json", "it is not computed here", architecture="jump_relu")
 
 
 def _site(source: str) -> str | None:

@@ -1,7 +1,7 @@
 """Goodfire's `*.pth`: ReLU SAEs, each a pickle of two linear layers, whose encoder sees x itself.
 
-qresearch's SAE of DeepSeek's model has the same under shorter names. The weights are [out, in], as nn.Linear keeps
-them; model and layer stand in the file's name: `Llama-3.1-8B-Instruct-SAE-l19.pth`.
+qresearch's SAE of DeepSeek's model has the same under shorter names. The weights are [out, in], as nn.Linear
+keeps them; model and layer stand in the file's name: `Llama-3.1-8B-Instruct-SAE-l19.pth`.
 """
 
 from __future__ import annotations

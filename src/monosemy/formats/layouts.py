@@ -34,19 +34,25 @@ _FOLDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("dictionary_learning", ("ae.pt", "config.json")),
 )
 _OPTIONAL = {"gemma_scope_2": ("config.json",)}
-_ONE_FILE = {"qwen_scope": r"layer\d+\.sae\.pt", "goodfire": r".+\.pth|.+-SAE-l\d+\.pt"}
-PICKLES = ("dictionary_learning", *_ONE_FILE)
+ONE_FILE = {"qwen_scope": r"layer\d+\.sae\.pt", "goodfire": r".+\.pth|.+-SAE-l\d+\.pt"}
+_PICKLES = ("dictionary_learning", *ONE_FILE)
 
 _CLT = "a cross-layer transcoder is no SAE"
-_BY_PATH = {  # what Google's repositories hold beside SAEs, in files of the same names
-    r".*\bgemma-scope-\w+-\w+-transcoders/.+": "a transcoder is no SAE",
-    r"(.*/)?transcoder\w*/[^/]+": "a transcoder is no SAE",
-    r"(.*/)?crosscoder\w*/[^/]+": "a crosscoder is no SAE",
-    r"(.*/)?clt\w*/[^/]+": _CLT,
+_CROSSCODER = "a crosscoder is no SAE"
+_TRANSCODER = "a transcoder is no SAE"
+_BY_PATH = {  # what lies in files of the same names beside SAEs
+    "gemma_scope": {r".*\bgemma-scope-\w+-\w+-transcoders/.+": _TRANSCODER},
+    "gemma_scope_2": {
+        r"(.*/)?transcoder\w*/[^/]+": _TRANSCODER,
+        r"(.*/)?crosscoder\w*/[^/]+": _CROSSCODER,
+        r"(.*/)?clt\w*/[^/]+": _CLT,
+    },
+    "llama_scope": {r"(.*/)?Llama3_1-8B-Base-L\d+TC-\d+x": _TRANSCODER},
 }
 _NO_SAES = {  # files, relative to the repository
-    r"(.+/)?W_(enc|dec)_\d+\.safetensors|(.+/)?clt\b.*_layer_\d+\.safetensors": _CLT,
-    r"(.+/)?layer_\d+\.safetensors": "transcoders are no SAEs",
+    r"(.+/)?W_(enc|dec)_\d+\.safetensors|(.+/)?clt\w*/.+\.safetensors": _CLT,
+    r"(.+/)?crosscoder\w*/.+\.safetensors": _CROSSCODER,
+    r"(.+/)?layer_\d+\.safetensors": "transcoders are laid out so, which are no SAEs",
     r"(.+/)?latest_ckpt\.safetensors": "a temporal SAE is computed otherwise",
 }
 
@@ -77,7 +83,8 @@ def _in_folder(folder: PurePosixPath, inside: set[str], source: str) -> Entry | 
     for format, files in known:
         if inside.issuperset(files):
             optional = [name for name in (*_OPTIONAL.get(format, ()), KEPT) if name in inside]
-            return _entry(format, folder, [*files, *optional], _by_path(format, str(PurePosixPath(source, folder))))
+            note = _by_path(format, str(PurePosixPath(source, folder)))
+            return _entry(format, folder, [*files, *optional], note)
     if known:
         format, (weights, *_) = known[0]
         configs = " or ".join(files[1] for _, files in known)
@@ -92,16 +99,15 @@ def _one_file_each(folder: PurePosixPath, inside: set[str]) -> list[Entry]:
     return [
         Entry(format, (str(folder / name),), str(folder / name), named=True)
         for name in sorted(inside)
-        for format, pattern in _ONE_FILE.items()
+        for format, pattern in ONE_FILE.items()
         if "/" not in name and re.fullmatch(pattern, name)
     ]
 
 
 def _entry(format: str, folder: PurePosixPath, names: Collection[str], note: str) -> Entry:
-    return Entry(format, tuple(str(folder / name) for name in names), str(folder), format in PICKLES, note)
+    return Entry(format, tuple(str(folder / name) for name in names), str(folder), format in _PICKLES, note)
 
 
 def _by_path(format: str, path: str) -> str:
-    if format not in ("gemma_scope", "gemma_scope_2"):
-        return ""
-    return next((note for pattern, note in _BY_PATH.items() if re.fullmatch(pattern, path)), "")
+    notes = _BY_PATH.get(format, {})
+    return next((note for pattern, note in notes.items() if re.fullmatch(pattern, path)), "")

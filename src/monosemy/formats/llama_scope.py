@@ -1,10 +1,11 @@
 """Llama Scope's folders: JumpReLU SAEs of activations scaled to a mean norm of sqrt(D).
 
-checkpoints/final.safetensors  hyperparams.json     one threshold for all latents, in the scale of the raw activations
-sae_weights.safetensors        config.json          those of R1: the logarithm of each latent's threshold, scaled
+checkpoints/final.safetensors  hyperparams.json  one threshold for all latents, for activations as they are
+sae_weights.safetensors        config.json       R1's: the logarithm of each latent's threshold, scaled
 
-The weights are [out, in], as nn.Linear keeps them. Latents come out as the authors have them at inference: in the
-scale of the raw activations, and of decoder rows of length 1 where these are part of what thresholds are held to.
+The weights are [out, in], as nn.Linear keeps them. Latents come out as the authors have them at inference: in
+the scale of the raw activations, and for decoder rows of length 1 where thresholds are compared with latents
+times that length.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from monosemy.config import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, dtype_of, neutral, only, renamed, site_of, whole
 
-NAMES = {"W_enc": "encoder.weight", "W_dec": "decoder.weight'", "b_enc": "encoder.bias", "b_dec": "decoder.bias"}
+NAMES = {
+    "W_enc": "encoder.weight",
+    "W_dec": "decoder.weight'",
+    "b_enc": "encoder.bias",
+    "b_dec": "decoder.bias",
+}
 LOG_THRESHOLD = "log_jumprelu_threshold"
 NORM = "dataset_average_activation_norm"
 MODELS = {
@@ -31,9 +37,10 @@ MODELS = {
 
 
 def read(folder: Path, source: str) -> Parts:
-    """Read the SAE in a folder of either kind. Raises ValueError for a transcoder, and for other activations."""
+    """Read the SAE in a folder of either kind. Raises ValueError for a transcoder, and other activations."""
     r1 = not (folder / "hyperparams.json").is_file()
-    where, weights = ("config.json", "sae_weights.safetensors") if r1 else ("hyperparams.json", "final.safetensors")
+    where = "config.json" if r1 else "hyperparams.json"
+    weights = "sae_weights.safetensors" if r1 else "final.safetensors"
     config = untrusted.json_object(folder / where)
     _check(config, where)
     tensors = untrusted.safetensors(folder / weights if r1 else folder / "checkpoints" / weights)
@@ -41,11 +48,7 @@ def read(folder: Path, source: str) -> Parts:
     names = NAMES | ({"threshold": LOG_THRESHOLD} if r1 else {})
     only(tensors, names.values(), weights)
     ours = renamed(tensors, names, weights)
-    d_in = whole(config, "d_model", where)
-    d_sae = whole(config, "d_sae", where) if "d_sae" in config else d_in * whole(config, "expansion_factor", where)
-    for name, shape in {"W_enc": (d_sae, d_in), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}.items():
-        if ours[name].shape != shape:
-            raise invalid(f"{weights}: {names[name]}", tuple(ours[name].shape), f"{shape}, by {where}", "copy both again")
+    d_in, d_sae = _sizes(config, ours, where)
     scale = _scale(config, norms, d_in, where)
     threshold_F = ours["threshold"].float().exp() / scale if r1 else _threshold(config, where).expand(d_sae)
     about = {
@@ -55,13 +58,36 @@ def read(folder: Path, source: str) -> Parts:
     }
     folded = _folded(ours, scale, config.get("sparsity_include_decoder_norm") is not False)
     pre_bias = config.get("apply_decoder_bias_to_pre_encoder") is True
-    return Parts("jump_relu", d_in, d_sae, {}, folded | {"threshold": threshold_F}, weights, pre_bias, about, names=names)
+    return Parts(
+        "jump_relu",
+        d_in,
+        d_sae,
+        {},
+        folded | {"threshold": threshold_F},
+        weights,
+        pre_bias,
+        about,
+        names=names,
+    )
+
+
+def _sizes(config: Mapping[str, Any], ours: Mapping[str, Tensor], where: str) -> tuple[int, int]:
+    """D and F, which the weights must have before they are multiplied."""
+    d_in = whole(config, "d_model", where)
+    told = "d_sae" in config
+    d_sae = whole(config, "d_sae", where) if told else d_in * whole(config, "expansion_factor", where)
+    for name, shape in {"W_enc": (d_sae, d_in), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}.items():
+        if ours[name].shape != shape:
+            allowed = f"{shape}, by {where}"
+            raise invalid(NAMES[name].rstrip("'"), tuple(ours[name].shape), allowed, "copy both files again")
+    return d_in, d_sae
 
 
 def _check(config: Mapping[str, Any], where: str) -> None:
     """Refuse what is no JumpReLU SAE of the kind that is computed here."""
     if config.get("act_fn") != "jumprelu":
-        raise invalid(f"{where}: act_fn", str(config.get("act_fn"))[:80], "jumprelu", "others are not read here")
+        found = str(config.get("act_fn"))[:80]
+        raise invalid(f"{where}: act_fn", found, "jumprelu", "others are not read here")
     neutral(config, where, "a transcoder is no SAE", hook_point_out=config.get("hook_point_in"))
     reason = "it is not computed here"
     neutral(config, where, reason, sae_type="sae", use_glu_encoder=False, use_decoder_bias=True)
@@ -76,8 +102,8 @@ def _scale(config: Mapping[str, Any], norms: Mapping[str, Tensor], d_in: int, wh
     if kind == "inference":
         return 1.0
     if kind != "dataset-wise":
-        allowed = "dataset-wise or inference"
-        raise invalid(f"{where}: norm_activation", str(kind)[:80], allowed, "others differ for each token or batch")
+        allowed, reason = "dataset-wise or inference", "others differ for each token or batch"
+        raise invalid(f"{where}: norm_activation", str(kind)[:80], allowed, reason)
     told = config.get(NORM)
     if isinstance(told, dict):
         found = [told[side] for side in ("in", "out") if side in told]
@@ -89,15 +115,16 @@ def _scale(config: Mapping[str, Any], norms: Mapping[str, Tensor], d_in: int, wh
         remedy = "the scale of its activations stands there alone"
         raise invalid(f"{where}: {NORM}", str(values)[:80] if values else None, "a number above 0", remedy)
     if len(set(values)) > 1:
-        raise invalid(f"{where}: {NORM}", str(values)[:80], "one norm of input and output", "a transcoder is no SAE")
+        allowed = "one norm of input and output"
+        raise invalid(f"{where}: {NORM}", str(values)[:80], allowed, "a transcoder is no SAE")
     return float(math.sqrt(d_in) / values[0])
 
 
 def _threshold(config: Mapping[str, Any], where: str) -> Tensor:
     value = _number(config.get("jump_relu_threshold"))
     if not 0 <= value < math.inf:
-        found = str(config.get("jump_relu_threshold"))[:80]
-        raise invalid(f"{where}: jump_relu_threshold", found, "a number of at least 0", "copy the folder again")
+        found, field = str(config.get("jump_relu_threshold"))[:80], f"{where}: jump_relu_threshold"
+        raise invalid(field, found, "a number of at least 0", "copy the folder again")
     return torch.tensor(value)
 
 
