@@ -273,5 +273,11 @@ def test_they_are_taken_where_saes_are_set_beside_each_other(evaluated, text_fil
 
 @pytest.mark.parametrize(("flag", "least"), [("eval_num_inputs", 1), ("eval_spliced_inputs", 0), ("llm_batch_size", 1)])
 def test_sizes_of_an_evaluation_are_checked(evaluated, capsys, flag, least):
-    assert main(["eval", str(evaluated), f"--{flag}", str(least - 1)]) == 2
+    assert main(["eval", str(evaluated), f"--{flag}={least - 1}"]) == 2
     assert f"{flag} is {least - 1}; allowed: {least} or more" in capsys.readouterr().err
+
+
+def test_a_run_can_be_evaluated_without_splicing(evaluated):
+    assert main(["eval", str(evaluated), "--eval_spliced_inputs", "0"]) == 0
+    row = row_of(evaluated / "rows.jsonl")
+    assert row["loss_recovered_zero"] is None and row["spliced_tokens"] == 0 and row["fvu"] is not None

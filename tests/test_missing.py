@@ -182,6 +182,23 @@ def test_a_damaged_file_of_the_report_is_told_and_made_again(run, file, capsys):
     assert written(run, NAMES[2:]) == before
 
 
+@pytest.mark.parametrize("file", ["rows.jsonl", "evaluation.json"])
+def test_what_is_known_of_an_earlier_evaluation_may_be_damaged(run, file, capsys):
+    rows = rows_of(run)
+    (run / file).write_text("{\n}\n{")
+    if file == "rows.jsonl":
+        assert main(["report", str(run)]) == 1 and "table of the page" in capsys.readouterr().err
+    assert main(["eval", str(run)]) == 0 and rows_of(run) == rows
+
+
+def test_a_run_all_of_whose_saes_are_damaged_keeps_its_curves_and_its_page(run, caplog):
+    for name in NAMES:
+        cut(run / name / "sae.safetensors")
+    assert main(["eval", str(run)]) == 1
+    assert rows_of(run) == {} and f"row of {', '.join(NAMES[:1])}" in caplog.text
+    assert "Missing from this page" in (run / "report.html").read_text() and (run / "plots" / "training_curves.png").is_file()
+
+
 def test_records_that_cannot_be_read_cost_the_curves(run, capsys):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([lines[0][:10], *lines[1:]]))

@@ -64,7 +64,7 @@ class EvalOptions:
     eval_num_inputs: int | None = None
     """Held-out contexts; as many as in the run where nothing is given."""
     eval_spliced_inputs: int | None = None
-    """How many of them also run through the rest of the model with each SAE in place; as in the run, or all, where nothing is given."""
+    """How many of them also run through the rest of the model with each SAE in place, for losses and KL: as in the run, or all, where nothing is given; 0 for none."""
     llm_batch_size: int | None = None
     """Contexts of a forward pass of the model. Changes nothing but speed and memory."""
     device: str = "auto"
@@ -88,9 +88,8 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         _take_types(self)
-        for name in ("eval_num_inputs", "eval_spliced_inputs", "llm_batch_size"):
+        for name, least in (("eval_num_inputs", 1), ("eval_spliced_inputs", 0), ("llm_batch_size", 1)):
             value = getattr(self, name)
-            least = 0 if name == "eval_spliced_inputs" else 1  # 0: nothing is spliced
             if value is not None and value < least:
                 raise invalid(name, value, f"{least} or more", "raise it")
 

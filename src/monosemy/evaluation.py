@@ -50,9 +50,10 @@ def evaluate(
 ) -> list[Row]:
     """A row for each SAE, in order, on activations of any kind [B, D]: of a vision model, of proteins, of a simulator.
 
-    The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry; `tokens` counts rows, as `unit` says. `batches` may
-    be an iterator: it is read once, moved to the SAEs' device and regrouped to 2,048 rows, so that the size of batches cannot show, not even
-    in the exact selection of batch_top_k. A list of SAEs is named sae_0, sae_1, ..; `site` names where the activations are from.
+    The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry; `tokens` counts rows, as
+    `unit` says. `batches` may be an iterator: it is read once, moved to the SAEs' device and regrouped to 2,048 rows, so that the size
+    of batches cannot show, not even in the exact selection of batch_top_k. A list of SAEs is named sae_0, sae_1, ..; `site` names where
+    the activations are from.
     `gather` sees the codes of every SAE that it names. With `missing` an SAE that fails has no row; it lists them.
     Raises ValueError for batches that are empty, not [B, d_in] or not finite, and for no SAE.
     """

@@ -55,7 +55,7 @@ def make(run: Run, status: tuple[str, str]) -> tuple[list[Row], Missing]:
     plots.write(run.folder, missing=missing)
     page.write([run.folder], status=status, missing=missing)
     _write_record(run, missing)
-    return plots.read_lines(run.folder / "rows.jsonl"), missing
+    return list(_rows_by_sae(run).values()), missing
 
 
 def status_with(status: tuple[str, str], missing: Missing) -> tuple[str, str]:
@@ -134,6 +134,8 @@ def _measured(
     c, plan = run.config, run.plan
     lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
     saes, info = _opened(run, todo, lm, missing)
+    if not saes:
+        return {}
     gathered = {
         name: latents.Gathering(sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
         for name, (site, sae) in saes.items()
@@ -152,7 +154,7 @@ def _measured(
         seed=c.data_seed,
         missing=missing,
     )
-    before = {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
+    before = _rows_by_sae(run)
     with Progress(total=len(rows), unit="SAEs", desc="pages of latents") as progress:
         for row in rows:
             site, sae = saes[row["sae"]]
@@ -221,7 +223,7 @@ def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
     record = _read_record(run)
     if record.get("settings") != _settings(run):
         return {}
-    rows = {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
+    rows = _rows_by_sae(run)
     whole = {
         name: rows[name]
         for name in names
@@ -231,6 +233,14 @@ def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
     }
     text = not run.config.report_latents or _readable(run.folder / "eval_text.npz")
     return whole if record["missing"] or len(whole) < len(names) or not text else {}
+
+
+def _rows_by_sae(run: Run) -> dict[str, Row]:
+    """The rows by SAE; none where the file is damaged, and so is made again."""
+    try:
+        return {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 def _readable(path: Path) -> bool:
@@ -249,15 +259,19 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _read_record(run: Run) -> dict[str, Any]:
-    path = run.folder / "evaluation.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """evaluation.json; nothing where there is none or it is damaged."""
+    try:
+        record = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.keys() >= {"settings", "saes", "missing"} else {}
 
 
 def _write_record(run: Run, missing: Missing) -> None:
     """Note which SAEs have all of their parts, so that `_kept` finds them."""
     failed = {part.of for part in missing.parts}
-    rows = [] if missing.lacks(EVALUATION) else plots.read_lines(run.folder / "rows.jsonl")
-    saes = {row["sae"]: _digest(run.folder / row["sae"]) for row in rows if not failed & {row["sae"], row["site"]}}
+    rows = {} if missing.lacks(EVALUATION) else _rows_by_sae(run)
+    saes = {name: _digest(run.folder / name) for name, row in rows.items() if not failed & {name, row["site"]}}
     write_json(run.folder / "evaluation.json", {"settings": _settings(run), "saes": saes, "missing": str(missing)})
 
 
