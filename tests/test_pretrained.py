@@ -316,3 +316,12 @@ def test_published_saes_are_evaluated_beside_an_own_one(
     origin = {"sae", "repo_id", "commit", "sae_id"}
     plain = [{key: value for key, value in row.items() if key not in origin} for row in rows]
     assert plain[0] == plain[1] == plain[2] and 0 < rows[0]["top_k_fvu"] < 2
+
+
+def test_a_published_sae_is_converted_by_its_name(hub: LocalHub, tmp_path: Path) -> None:
+    """Of a layout whose k stands in the repository's name alone."""
+    tree = TREES["qwen_scope"]()
+    hub.publish(tree.repo, tree.files)
+    assert main(["convert", tree.repo, str(tmp_path / "ours"), "--to", "native", "--format", "qwen_scope"]) == 0
+    x = torch.from_numpy(tree.x).float()
+    assert torch.equal(monosemy.load(tmp_path / "ours")(x), monosemy.load(tree.repo, format="qwen_scope")(x))

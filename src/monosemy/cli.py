@@ -188,16 +188,17 @@ def _convert(arguments: list[str]) -> int:
         """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for goes to monosemy.json beside it.
 
         Args:
-            folder: An SAE's own folder, or its file in layouts of one file for each SAE.
+            folder: An SAE's own folder, its file in layouts of one file for each SAE, or its name on the hub, OWNER/REPO/SAE_ID.
             out: A new folder.
             to: native, dictionary_learning, sae_lens or sparsify.
             format: dictionary_learning, qwen_scope or goodfire: opens a pickle of that layout, restricted to tensors. Others are told apart
                 by their files.
             unfinished: Also an SAE whose training did not complete.
         """
-        from monosemy import formats
+        from monosemy import formats, pretrained
 
-        formats.convert(folder, out, to, format=format, unfinished=unfinished)
+        found = pretrained.resolve(folder, format=format)
+        formats.convert(found.path, out, to, format=found.format, unfinished=unfinished, source=found.source)
         print(out)
         return 0
 

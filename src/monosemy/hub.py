@@ -308,7 +308,8 @@ def _summary(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], status: 
     )
     state = status.get("status")
     if isinstance(state, str) and state != "complete":
-        text += f"\n\n**The run's status is {_code(state)}: it did not reach its planned end.**"
+        why = "parts of its evaluation are missing" if state == "incomplete" else "it did not reach its planned end"
+        text += f"\n\n**The run's status is {_code(state)}: {why}.**"
     return text
 
 

@@ -458,14 +458,25 @@ class SAE(nn.Module, ABC):
     # from a name to an SAE, and back
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, sae_id: str | None = None, **options: Any) -> Self:
-        """Open an SAE by name or path; takes what `monosemy.load` takes.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        sae_id: str | None = None,
+        *,
+        revision: str | None = None,
+        format: str | None = None,
+        unfinished: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+    ) -> Self:
+        """Open an SAE by name or path, as `monosemy.load` does.
 
         Called on an architecture's own class it raises ValueError for an SAE of another one.
         """
         from monosemy import pretrained
 
-        sae = pretrained.load(name_or_path, sae_id, **options)
+        how: dict[str, Any] = {"revision": revision, "format": format, "unfinished": unfinished, "device": device, "dtype": dtype}
+        sae = pretrained.load(name_or_path, sae_id, **how)
         if not isinstance(sae, cls):
             raise invalid("name_or_path", str(name_or_path), f"an SAE of {cls.name} (this one is {sae.name})", "call SAE.from_pretrained")
         return sae

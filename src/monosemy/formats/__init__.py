@@ -102,21 +102,29 @@ def detect(path: str | Path, source: str | None = None) -> str:
     return entry.format
 
 
-def convert(source: str | Path, target: str | Path, to: str, *, format: str | None = None, unfinished: bool = False) -> None:
-    """Write the SAE in one folder to a new one in another tool's layout.
+def convert(
+    path: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    format: str | None = None,
+    unfinished: bool = False,
+    source: str | None = None,
+) -> None:
+    """Write an SAE, given as `read` takes it, to a new folder in another tool's layout.
 
     What the layout has no place for goes to monosemy.json beside it, with which the SAE is read again as it was, to the bit.
     Raises ValueError where that tool would compute something else, for what `load` refuses, and for a target that is not empty.
     """
-    source, target = Path(source), Path(os.path.abspath(target))
+    path, target = Path(path), Path(os.path.abspath(target))
     if to not in TARGETS:
         raise invalid("to", to, ", ".join(TARGETS), "these layouts can be written")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise invalid("target", str(target), "a new or empty folder", "name another; nothing is overwritten")
-    parts = _parts(source, format, unfinished)
+    parts = _parts(path, format, unfinished, source)
     sae = parts.build()
     if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
-        raise invalid("source", str(source), "weights that are finite", "there is nothing to convert in an SAE that diverged")
+        raise invalid("path", str(path), "weights that are finite", "there is nothing to convert in an SAE that diverged")
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
