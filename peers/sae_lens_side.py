@@ -85,8 +85,10 @@ def published(folder: Path) -> None:
         sae, *_ = SAE.from_pretrained_with_cfg_and_sparsity(asked["repo"], asked["sae_id"], converter=loader)
         if asked["scale"] is not None:  # which from_pretrained folds in for releases that its table has
             sae.fold_activation_norm_scaling_factor(asked["scale"])
-        f = sae.encode(load_file(folder / name / "x.safetensors")["x"])
-        made = {"f": f, "x_hat": sae.decode(f)}
+        x = load_file(folder / name / "x.safetensors")["x"]
+        heads = (1, -1) if sae.cfg.reshape_activations == "hook_z" else (-1,)  # [B, heads, d_head], which it puts side by side
+        f = sae.encode(x.unflatten(-1, heads))
+        made = {"f": f, "x_hat": sae.decode(f).reshape(x.shape)}
         save_file({of: tensor.float().contiguous() for of, tensor in made.items()}, folder / name / "reconstruction.safetensors")
 
 

@@ -102,6 +102,7 @@ SAE_LENS_LOADERS = {
     "sae_lens_3": "sae_lens",
     "sae_lens_3_top_k": "sae_lens",
     "gemma_scope": "gemma_2",
+    "gemma_scope_lower": "gemma_2",
     "gemma_scope_2": "gemma_3",
     "gemma_scope_2_bare": "gemma_3",
     "llama_scope": "llama_scope",

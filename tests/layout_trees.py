@@ -240,6 +240,17 @@ def gemma_scope() -> Tree:
     return Tree(files, repo, folder, x, f, f @ W_dec + b_dec, "resid_post.20", "google/gemma-2-2b")
 
 
+def gemma_scope_lower() -> Tree:
+    """With the weights' names in small letters, at another place."""
+    tree = gemma_scope()
+    folder = "layer_3/width_16k/average_l0_20"
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name.replace("W_", "w_"): array for name, array in drawn().items() if name != "x"})
+    tree.files, tree.sae_id = {f"{folder}/params.npz": buffer.getvalue()}, folder
+    tree.repo, tree.site, tree.model = "google/gemma-scope-9b-it-att", "blocks.3.attn.hook_z", "google/gemma-2-9b-it"
+    return tree
+
+
 def gemma_scope_2() -> Tree:
     w = drawn()
     W_enc, W_dec, b_enc, b_dec, threshold, x = wide(w)
@@ -400,6 +411,7 @@ TREES: dict[str, Callable[[], Tree]] = {
         sae_lens_3_top_k,
         sparsify,
         gemma_scope,
+        gemma_scope_lower,
         gemma_scope_2,
         gemma_scope_2_bare,
         llama_scope,

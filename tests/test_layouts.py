@@ -158,6 +158,12 @@ def test_a_transcoder_of_llama_scope_is_told_by_its_folder():
     assert layouts.find(files, "fnlp/Llama3_1-8B-Base-LXTC-8x")[folder].note == TRANSCODER
 
 
+def test_gemma_scope_s_names_are_all_of_one_spelling(tmp_path):
+    tree = tensors_changed(TREES["gemma_scope"](), lambda tensors: tensors.update(w_enc=tensors["W_enc"]))
+    with pytest.raises(ValueError, match="and no others"):
+        opened(tree, tmp_path)
+
+
 def test_all_saes_of_a_repository_are_listed():
     files = [f"layer_{i}/width_16k/average_l0_{k}/params.npz" for i in range(3) for k in (22, 71)]
     found = layouts.find([*files, "README.md", ".gitattributes"], "google/gemma-scope-2b-pt-res")

@@ -1,6 +1,7 @@
 """Gemma Scope's `params.npz`: JumpReLU SAEs with arrays W_enc [D, F], W_dec [F, D], b_enc, b_dec, threshold, whose encoder sees x itself.
 
-Layer, place and model stand in the path alone: `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`.
+Some files call the weights w_enc and w_dec. Layer, place and model stand in the path alone:
+`google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, matrix_shape, renamed
 
 NAMES = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
-PLACES = {"res": "resid_post", "mlp": "mlp_out"}  # "att" is what enters the output projection, which is read nowhere here
+LOWER = NAMES | {"W_enc": "w_enc'", "W_dec": "w_dec"}
+# the last place is read nowhere here
+PLACES = {"res": "resid_post.{}", "mlp": "mlp_out.{}", "att": "blocks.{}.attn.hook_z"}
 
 
 def read(folder: Path, source: str) -> Parts:
-    """The SAE in a params.npz. Raises ValueError for a compressed or damaged one."""
-    tensors = untrusted.npz(folder / "params.npz", [name.rstrip("'") for name in NAMES.values()])
-    ours = renamed(tensors, NAMES, "params.npz")
+    """Read the SAE in a params.npz. Raises ValueError for a compressed or damaged one, and for other arrays."""
+    spellings = [[name.rstrip("'") for name in names.values()] for names in (NAMES, LOWER)]
+    tensors = untrusted.npz(folder / "params.npz", *spellings)
+    names = LOWER if "w_enc" in tensors else NAMES
+    ours = renamed(tensors, names, "params.npz")
     d_sae, d_in = matrix_shape(ours["W_enc"], "params.npz: W_enc")
-    release, layer = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp)\b", source), re.search(r"/layer_(\d{1,3})\b", source)
+    release = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)\b", source)
+    layer = re.search(r"/layer_(\d{1,3})\b", source)
     config = {
-        "site": f"{PLACES[release[3]]}.{layer[1]}" if release and layer else None,
+        "site": PLACES[release[3]].format(layer[1]) if release and layer else None,
         "model": f"google/gemma-2-{release[1]}{'-it' if release[2] == 'it' else ''}" if release else None,
     }
-    return Parts("jump_relu", d_in, d_sae, {}, ours, "params.npz", False, config, names=NAMES)
+    return Parts("jump_relu", d_in, d_sae, {}, ours, "params.npz", False, config, names=names)

@@ -68,20 +68,21 @@ def safetensors(path: Path) -> dict[str, Tensor]:
         raise invalid(path.name, str(path), "a whole safetensors file", f"copy it again ({error})") from error
 
 
-def npz(path: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """The named arrays of numbers of an uncompressed .npz, as float32. Raises ValueError where it has fewer, more or others."""
-    arrays = {}
+def npz(path: Path, *spellings: Collection[str]) -> dict[str, Tensor]:
+    """Read the arrays of numbers of an uncompressed .npz, as float32.
+
+    Their names must be those of one of the `spellings`. Raises ValueError where there are fewer, more or others.
+    """
     try:
         with _regular(path) as file, _plain_archive(file) as archive:
-            unknown = sorted({name.removesuffix(".npy") for name in archive.namelist()} - set(names))
-            if unknown:
-                raise ValueError(f"it has {', '.join(unknown)[:80]} beside them")
-            for name in names:
-                arrays[name] = _npy(archive.read(f"{name}.npy"))
+            inside = sorted(name.removesuffix(".npy") for name in archive.namelist())
+            if inside not in map(sorted, spellings):
+                raise ValueError(f"it has {', '.join(inside)[:80]}")
+            return {name: _npy(archive.read(f"{name}.npy")) for name in inside}
     except _DAMAGE as error:
-        allowed = f"an uncompressed .npz with the arrays {', '.join(names)}"
+        names = " or ".join(map(", ".join, spellings))
+        allowed = f"an uncompressed .npz with the arrays {names}, and no others"
         raise invalid(path.name, str(path), allowed, f"copy it again ({type(error).__name__}: {str(error)[:200]})") from error
-    return arrays
 
 
 def state_dict(path: Path) -> dict[str, Tensor]:
