@@ -117,6 +117,11 @@ def test_an_sae_is_told_from_its_files_names(source, files, sae_id, format, want
     [
         ("google/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_8/params.npz", TRANSCODER),
         (
+            "google/gemma-scope-2b-pt-res",
+            "embedding/width_4k/average_l0_6/params.npz",
+            "it reads embeddings, whose scale its files do not say",
+        ),
+        (
             "google/gemma-scope-2-1b-pt",
             "transcoder_all/layer_3_width_16k_l0_big_affine/params.safetensors",
             TRANSCODER,
@@ -156,6 +161,14 @@ def test_a_transcoder_of_llama_scope_is_told_by_its_folder():
     folder = "Llama3_1-8B-Base-L8TC-8x"
     files = [f"{folder}/checkpoints/final.safetensors", f"{folder}/hyperparams.json"]
     assert layouts.find(files, "fnlp/Llama3_1-8B-Base-LXTC-8x")[folder].note == TRANSCODER
+
+
+def test_gemma_scope_s_sae_of_embeddings_is_not_opened(tmp_path):
+    tree = TREES["gemma_scope"]()
+    (data,) = tree.files.values()
+    folder = "embedding/width_4k/average_l0_6"
+    with pytest.raises(ValueError, match="It cannot be: it reads embeddings, whose scale"):
+        opened(replace(tree, files={f"{folder}/params.npz": data}, sae_id=folder), tmp_path)
 
 
 def test_gemma_scope_s_names_are_all_of_one_spelling(tmp_path):

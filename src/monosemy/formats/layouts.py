@@ -41,7 +41,10 @@ _CLT = "a cross-layer transcoder is no SAE"
 _CROSSCODER = "a crosscoder is no SAE"
 _TRANSCODER = "a transcoder is no SAE"
 _BY_PATH = {  # what lies in files of the same names beside SAEs
-    "gemma_scope": {r".*\bgemma-scope-\w+-\w+-transcoders/.+": _TRANSCODER},
+    "gemma_scope": {
+        r".*\bgemma-scope-\w+-\w+-transcoders/.+": _TRANSCODER,
+        r"(.*/)?embedding/width_\w+/average_l0_\w+": "it reads embeddings, whose scale its files do not say",
+    },
     "gemma_scope_2": {
         r"(.*/)?transcoder\w*/[^/]+": _TRANSCODER,
         r"(.*/)?crosscoder\w*/[^/]+": _CROSSCODER,
