@@ -171,6 +171,13 @@ def test_gemma_scope_s_sae_of_embeddings_is_not_opened(tmp_path):
         opened(replace(tree, files={f"{folder}/params.npz": data}, sae_id=folder), tmp_path)
 
 
+@pytest.mark.parametrize("above", ["JoshEngels/", "/cache/models--JoshEngels--"])
+def test_activations_that_are_rescaled_without_a_word_are_refused(above, tmp_path):
+    tree = TREES["sae_lens_3"]()
+    with pytest.raises(ValueError, match="It cannot be: each token's activations are rescaled"):
+        opened(replace(tree, repo=f"{above}Mistral-7B-Residual-Stream-SAEs"), tmp_path)
+
+
 def test_gemma_scope_s_names_are_all_of_one_spelling(tmp_path):
     tree = tensors_changed(TREES["gemma_scope"](), lambda tensors: tensors.update(w_enc=tensors["W_enc"]))
     with pytest.raises(ValueError, match="and no others"):

@@ -40,7 +40,10 @@ _PICKLES = ("dictionary_learning", *ONE_FILE)
 _CLT = "a cross-layer transcoder is no SAE"
 _CROSSCODER = "a crosscoder is no SAE"
 _TRANSCODER = "a transcoder is no SAE"
-_BY_PATH = {  # what lies in files of the same names beside SAEs
+_BY_PATH = {  # what lies in files of the same names beside SAEs, or is not all in its files
+    "sae_lens": {  # SAELens' own list of SAEs has it
+        r".*\bMistral-7B-Residual-Stream-SAEs/.+": "each token's activations are rescaled; its cfg.json is silent"
+    },
     "gemma_scope": {
         r".*\bgemma-scope-\w+-\w+-transcoders/.+": _TRANSCODER,
         r"(.*/)?embedding/width_\w+/average_l0_\w+": "it reads embeddings, whose scale its files do not say",
