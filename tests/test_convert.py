@@ -271,7 +271,7 @@ def test_monosemy_json_is_of_the_files_beside_it(ours, tmp_path):
         ("sae_lens/standard", {"architecture": "temporal"}, "others are no SAE"),
         ("sae_lens/standard", {"architecture": "batchtopk"}, "save_inference_model"),
         ("sae_lens/standard", {"architecture": ["standard"]}, "architecture"),
-        ("sae_lens/standard", {"normalize_activations": "layer_norm"}, "for each token anew cannot be"),
+        ("sae_lens/standard", {"normalize_activations": "layer_norm"}, "for each token anew cannot be folded"),
         ("sae_lens/standard", {"normalize_activations": "expected_average_only_in"}, "fold the factor in"),
         ("sae_lens/standard", {"apply_b_dec_to_input": 1}, "true or false"),
         ("sae_lens/standard", {"d_sae": 25}, "belong together"),

@@ -334,7 +334,8 @@ def test_no_name_in_a_folder_is_used_as_a_path(name, tmp_path):
         folder = sae_folder(tmp_path / to, to)
         if (folder / "monosemy.json").exists():
             (folder / "monosemy.json").unlink()
-        keep = {"architecture", "format", "trainer_class", "dict_class", "activation", "normalize_activations", "dtype", "status"}
+        keep = {"architecture", "format", "trainer_class", "dict_class", "activation", "dtype", "status"}
+        keep |= {"normalize_activations", "reshape_activations"}
 
         def poison(value, key=None, keep=keep):
             if isinstance(value, dict):

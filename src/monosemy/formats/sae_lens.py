@@ -34,8 +34,8 @@ TO_THEIRS = {"standard": "standard", "standard_new": "standard", "p_anneal": "st
 def read(folder: Path, source: str) -> Parts:
     """The SAE in one of SAELens' folders, of version 6 or before. Raises ValueError for what is computed otherwise here."""
     cfg = untrusted.json_object(folder / "cfg.json")
-    about = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
-    theirs, k = _architecture(cfg)
+    about = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
+    theirs, k = _architecture(cfg, about)
     tensors = untrusted.safetensors(folder / "sae_weights.safetensors")
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         scale = tensors.pop(name, None)
@@ -103,35 +103,45 @@ def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tenso
     }
 
 
-def _architecture(cfg: dict[str, Any]) -> tuple[str, int | None]:
-    """Which of NAMES it is, and its k."""
-    theirs = cfg.get("architecture", "standard")
-    if "metadata" not in cfg:
-        theirs, cfg = _before_6(theirs, cfg)
+def _architecture(cfg: dict[str, Any], about: dict[str, Any]) -> tuple[str, int | None]:
+    """Which of NAMES it is, and its k. Raises ValueError for what is computed otherwise here."""
+    theirs, k = _selection(cfg)
     if not isinstance(theirs, str) or theirs not in NAMES:
         allowed = f"{', '.join(NAMES)} (others are no SAE, or compute what none here does)"
         raise invalid("cfg.json: architecture", str(theirs)[:80], allowed, "a training checkpoint is to be saved with save_inference_model")
-    if cfg.get("normalize_activations") not in (None, False, "none"):
-        raise invalid(
-            "cfg.json: normalize_activations",
-            str(cfg["normalize_activations"])[:80],
-            '"none": an SAE of raw activations',
-            "fold the factor in with SAELens first; what is measured for each token anew cannot be",
-        )
+    normalized = cfg.get("normalize_activations")
+    if normalized not in (None, False, "none"):
+        remedy = "what is measured for each token anew cannot be folded in"
+        if normalized in (True, "expected_average_only_in"):
+            remedy = "fold the factor in (norm_scaling_factor in SAELens' list): multiply W_enc, divide W_dec and b_dec by it"
+        allowed = '"none": an SAE of raw activations'
+        raise invalid("cfg.json: normalize_activations", str(normalized)[:80], allowed, remedy)
     if theirs != "topk":
         neutral(cfg, "cfg.json", "it is not computed here", rescale_acts_by_decoder_norm=False)
-    return theirs, whole(cfg, "k", "cfg.json") if theirs == "topk" else None
+    if cfg.get("reshape_activations") != "hook_z":  # heads side by side, which is how activations come here
+        neutral(cfg, "cfg.json", "it is not computed here", reshape_activations="none")
+    same = {"d_out": cfg.get("d_in"), "hook_name_out": about.get("hook_name", about.get("hook_point"))}
+    neutral(about, "cfg.json", "a transcoder is no SAE", is_transcoder=False, **same)
+    return theirs, whole({"k": k}, "k", "cfg.json") if theirs == "topk" else None
 
 
-def _before_6(theirs: Any, cfg: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Architecture and cfg as version 6 has them: before it, one activation or another made a TopK SAE."""
-    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
-    if activation == "topk" and theirs in ("standard", "topk"):
-        kwargs = cfg.get("activation_fn_kwargs")
-        return "topk", {"k": kwargs.get("k") if isinstance(kwargs, dict) else None} | cfg
-    if activation != "relu":
-        raise invalid("cfg.json: activation_fn", str(activation)[:80], "relu or topk", "it is not computed here")
-    return theirs, cfg
+def _selection(cfg: dict[str, Any]) -> tuple[Any, Any]:
+    """Architecture and k; before version 6 the name of an activation made a TopK SAE of a standard one."""
+    theirs, k = cfg.get("architecture", "standard"), cfg.get("k")
+    named = [cfg[key] for key in ("activation_fn", "activation_fn_str") if cfg.get(key) is not None]
+    computed = ("relu", "topk") if theirs in ("standard", "topk") else ("relu",)
+    for activation in named:
+        if activation != named[0] or activation not in computed:
+            allowed = "relu, or topk for a standard SAE"
+            raise invalid("cfg.json: activation_fn", str(activation)[:80], allowed, "it is not computed here")
+    if "topk" not in named:
+        return theirs, k
+    kwargs: Any = cfg.get("activation_fn_kwargs")
+    plain = isinstance(kwargs, dict) and not kwargs.keys() - {"k", "signed"} and not kwargs.get("signed")
+    if not plain or k not in (None, kwargs.get("k")):
+        reason = "an SAE here keeps the k largest and takes a ReLU of them"
+        raise invalid("cfg.json: activation_fn_kwargs", str(kwargs)[:80], 'an object with "k" alone', reason)
+    return "topk", kwargs.get("k")
 
 
 def _fold_norms(ours: dict[str, Tensor]) -> dict[str, Tensor]:
