@@ -178,6 +178,22 @@ def test_activations_that_are_rescaled_without_a_word_are_refused(above, tmp_pat
         opened(replace(tree, repo=f"{above}Mistral-7B-Residual-Stream-SAEs"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("hook", "site"),
+    [
+        ("model.layers.13.output", "resid_post.13"),
+        ("model.language_model.layers.2.post_feedforward_layernorm.output", "mlp_out.2"),
+        ("model.layers.4.self_attn.o_proj.input", "blocks.4.attn.hook_z"),
+        ("model.embed_tokens", None),
+        (None, None),
+    ],
+)
+def test_gemma_scope_2_names_its_place_where_its_folder_does_not(hook, site, tmp_path):
+    tree = config_changed(TREES["gemma_scope_2"](), hf_hook_point_in=hook)
+    files = {f"downloaded/{name.rsplit('/', 1)[1]}": data for name, data in tree.files.items()}
+    assert opened(replace(tree, files=files, repo="me/saes", sae_id="downloaded"), tmp_path)[1]["site"] == site
+
+
 def test_gemma_scope_s_names_are_all_of_one_spelling(tmp_path):
     tree = tensors_changed(TREES["gemma_scope"](), lambda tensors: tensors.update(w_enc=tensors["W_enc"]))
     with pytest.raises(ValueError, match="and no others"):
@@ -329,6 +345,8 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
         ("sae_lens", {"architecture": "jumprelu_transcoder"}, "architecture is 'jumprelu_transcoder'"),
         ("sparsify", {"transcode": True}, "transcode is 'True'"),
         ("gemma_scope_2", {"architecture": "top_k"}, "architecture is 'top_k'"),
+        ("gemma_scope_2", {"type": "crosscoder"}, "type is 'crosscoder'"),
+        ("gemma_scope_2", {"hf_hook_point_in": "model.layers.5.output"}, "allowed: resid_post.13, as in its path"),
         ("gemma_scope_2", {"affine_connection": True}, "affine_connection is 'True'"),
         ("gemma_scope_2", {"hf_hook_point_out": "model.layers.13.mlp"}, "A transcoder is no SAE"),
         ("llama_scope", {"act_fn": "topk"}, "act_fn is 'topk'"),

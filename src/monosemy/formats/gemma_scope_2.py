@@ -16,6 +16,9 @@ from monosemy.formats.parts import Parts, matrix_shape, neutral, only, renamed
 
 WEIGHTS = "params.safetensors"
 NAMES = {"W_enc": "w_enc'", "W_dec": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
+# the last place is read nowhere here
+PLACES = {"resid_post": "resid_post.{}", "mlp_out": "mlp_out.{}", "attn_out": "blocks.{}.attn.hook_z"}
+HOOKS = {"output": "resid_post", "post_feedforward_layernorm.output": "mlp_out", "self_attn.o_proj.input": "attn_out"}
 
 
 def read(folder: Path, source: str) -> Parts:
@@ -25,11 +28,11 @@ def read(folder: Path, source: str) -> Parts:
         where = f"{WEIGHTS}: affine_skip_connection"
         raise invalid(where, "there", "the tensors of an SAE", "a transcoder is no SAE")
     only(tensors, NAMES.values(), WEIGHTS)
-    if (folder / "config.json").exists():
-        _check(untrusted.json_object(folder / "config.json"))
+    about = untrusted.json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    _check(about)
     ours = renamed(tensors, NAMES, WEIGHTS)
     d_sae, d_in = matrix_shape(ours["W_enc"], f"{WEIGHTS}: w_enc")
-    config = {"site": _site(source), "model": _model(source)}
+    config = {"site": _site(about.get("hf_hook_point_in"), source), "model": _model(source)}
     return Parts("jump_relu", d_in, d_sae, {}, ours, WEIGHTS, False, config, names=NAMES)
 
 
@@ -37,15 +40,19 @@ def _check(config: dict[str, Any]) -> None:
     """Refuse what a config.json says of anything but a JumpReLU SAE."""
     point = config.get("hf_hook_point_in")
     neutral(config, "config.json", "a transcoder is no SAE", affine_connection=False, hf_hook_point_out=point)
-    neutral(config, "config.json", "it is not computed here", architecture="jump_relu")
+    neutral(config, "config.json", "it is not computed here", architecture="jump_relu", type="sae")
 
 
-def _site(source: str) -> str | None:
-    found = re.search(r"(?:^|/)(resid_post|mlp_out|attn_out)(?:_all)?/layer_(\d{1,3})_", source)
-    if found is None:
-        return None
-    # "attn_out" is what enters the output projection, which is read nowhere here
-    return f"blocks.{found[2]}.attn.hook_z" if found[1] == "attn_out" else f"{found[1]}.{found[2]}"
+def _site(hook: Any, source: str) -> str | None:
+    """Where it reads, by its config.json and by its path. Raises ValueError where they differ."""
+    named = re.search(r"(?:^|/)(resid_post|mlp_out|attn_out)(?:_all)?/layer_(\d{1,3})_", source)
+    told = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d{1,3})\.([\w.]{1,80})", str(hook)[:200])
+    by_path = PLACES[named[1]].format(named[2]) if named else None
+    by_config = PLACES[HOOKS[told[2]]].format(told[1]) if told and told[2] in HOOKS else None
+    if by_path and by_config and by_path != by_config:
+        allowed = f"{by_path}, as in its path"
+        raise invalid("config.json: hf_hook_point_in", str(hook)[:80], allowed, "copy both files again")
+    return by_config or by_path
 
 
 def _model(source: str) -> str | None:
