@@ -155,7 +155,7 @@ def test_others_layouts_are_read_as_sae_lens_reads_them(name: str, published: Pa
     tree = comparable(name)
     path = tree.write(tmp_path)
     entry = layouts.find(tree.files, tree.repo)[tree.sae_id]
-    sae = monosemy.load(path, entry.format if entry.named else None, source=tree.source)
+    sae = formats.load(path, entry.format if entry.named else None, source=tree.source)
     theirs, x = load_file(published / name / "reconstruction.safetensors"), torch.from_numpy(tree.x).float()
     f = sae.encode(x)
     if name in SCALED:  # SAELens leaves latents in the scale of the encoder's input
