@@ -96,6 +96,24 @@ def test_an_sae_of_ours_on_the_hub_needs_no_pickle(hub: LocalHub, tmp_path: Path
     assert not [name for _, name in hub.fetched if name.endswith(".pt")]
 
 
+def test_an_sae_of_a_run_that_did_not_complete_is_no_other_on_the_hub(hub: LocalHub, tmp_path: Path) -> None:
+    """What a run says of its SAEs lies beside all of them, and is fetched with one."""
+    for trainer in ("trainer_0", "trainer_1"):
+        monosemy.save(trained("batch_top_k", 30).finished(), tmp_path / "resid_post_layer_3" / trainer, {"trainer": {}})
+    status = {"saes": {"resid_post_layer_3/trainer_0": "diverged", "resid_post_layer_3/trainer_1": "complete"}}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    here = [tmp_path / "status.json", *tmp_path.glob("resid_post_layer_3/*/*")]
+    files = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in here}
+    hub.publish("me/run", files)
+    with pytest.raises(ValueError, match="one is diverged; pass unfinished=True"):
+        monosemy.load("me/run", "resid_post_layer_3/trainer_0")
+    assert monosemy.load("me/run", "resid_post_layer_3/trainer_0", unfinished=True)
+    assert monosemy.load("me/run/resid_post_layer_3/trainer_1")
+    pickled = pretrained.resolve("me/run/resid_post_layer_3/trainer_0", format="dictionary_learning")
+    assert (pickled.path / "ae.pt").is_file() and (pickled.path.parent.parent / "status.json").is_file()
+    assert [name for _, name in hub.fetched].count("status.json") == 1
+
+
 # --- there and back -------------------------------------------------------------------------------------------------------------------
 
 

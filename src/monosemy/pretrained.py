@@ -216,13 +216,18 @@ def _some(names: list[str]) -> str:
 
 
 def _files(entry: Entry, sae_id: str, format: str | None, held: _Repository) -> tuple[str, ...]:
-    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked for, those."""
+    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked for, those.
+
+    With them comes what an SAE's run says of all of its SAEs: whether their training is complete.
+    """
+    status = str(PurePosixPath(entry.path).parent.parent / "status.json")
+    run = (status,) if status in held.files and len(PurePosixPath(entry.path).parts) > 1 else ()
     if format in (None, entry.format):
-        return entry.files
+        return entry.files + run
     if format == "dictionary_learning":
         files = tuple(str(PurePosixPath(sae_id, name)) for name in ("ae.pt", "config.json"))
         if all(name in held.files for name in files):
-            return files
+            return files + run
     raise invalid("format", format, f"{entry.format}, which {sae_id} of {held.repo_id} is", "leave it out")
 
 
