@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import unquote, urlparse
 
 import pytest
 
 from tests.test_hub import FakeHub, Handler
 
+STALL = 2.0  # seconds without a byte, where a fault is "stall"
 LARGE = (".safetensors", ".npz", ".pt", ".pth")  # kept in LFS, with a sha256 that the hub tells
 
 
@@ -60,32 +61,30 @@ class Reading(Handler):
         hub = self.server
         hub.requests[self.path] += 1
         for piece, faults in hub.faults.items():
-            if piece in self.path and faults and isinstance(faults[0], int):
-                self.answer({"error": "as told"}, faults.pop(0))
-                return True
+            if piece in self.path and faults and faults[0] == "stall":
+                time.sleep(STALL)
+            elif piece in self.path and faults and isinstance(faults[0], int):
+                return self.error(faults.pop(0))
         if repo in hub.gated:
             return self.error(403, "GatedRepo")
         if hub.at(repo, "main") is None:
             return self.error(404, "RepoNotFound")
         return hub.at(repo, revision) is None and self.error(404, "RevisionNotFound")
 
-    def error(self, status: int, code: str) -> bool:
+    def error(self, status: int, code: str = "") -> bool:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
         return True
 
     def tell(self, repo: str, rest: list[str]) -> None:
-        """What the repository is at a revision, or the sizes and digests of some of its files."""
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        """What the repository is at a revision, with the sizes and digests of its files where they are asked for."""
         revision = rest[1] if len(rest) > 1 else "main"
         if self.refused(repo, revision):
             return
         commit, files = self.server.at(repo, revision) or ("", {})
-        if rest[:1] == ["paths-info"]:
-            asked = parse_qs(body.decode())["paths"] if b"=" in body[:20] else json.loads(body)["paths"]
-            return self.answer([{"type": "file", **described(name, files[name])} for name in asked if name in files])
         with_sizes = "blobs" in urlparse(self.path).query
         siblings = [{"rfilename": name} | (described(name, data) if with_sizes else {}) for name, data in files.items()]
         self.answer({"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from monosemy.cli import main
 from monosemy.releases import RELEASES, repository
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
 from tests.layout_trees import TREES, Tree
-from tests.local_hub import LocalHub, serving
+from tests.local_hub import STALL, LocalHub, serving
 
 PICKLES = {"dictionary_learning", "qwen_scope", "goodfire"}
 
@@ -156,11 +157,14 @@ def test_without_the_hub_the_cache_serves_what_it_has(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with caplog.at_level(logging.WARNING):
         sae = monosemy.load(*one)
-    assert sae.cfg["commit"] == commit and sum("using the cached files" in r.getMessage() for r in caplog.records) == 1
+    (warning,) = (r.getMessage() for r in caplog.records)
+    assert sae.cfg["commit"] == commit and warning.endswith(f"using the cached files of {one[0]}, {one[1]}")
     assert monosemy.load(*one, revision=commit).cfg["commit"] == commit
     assert [record.sae_id for record in monosemy.list_saes(one[0])] == [one[1]]
-    with pytest.raises(ValueError, match="layer_5"):
+    said = "cannot be reached .*Connection refused.*does not have layer_5/width_16k/average_l0_18 .*, but layer_20/width_16k/average_l0_71"
+    with pytest.raises(ConnectionError, match=said) as error:
         monosemy.load(one[0], "layer_5/width_16k/average_l0_18")
+    assert "\n" not in str(error.value)
     with pytest.raises(ConnectionError, match="not all in the cache"):
         monosemy.load("google/gemma-scope-9b-pt-res", "layer_9")
 
@@ -231,7 +235,33 @@ def test_half_a_file_and_other_bytes_are_not_kept(hub: LocalHub, gemma: Tree) ->
     assert monosemy.load(*one).d_in == gemma.x.shape[1]
 
 
-@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("place", ["/revision/", "/resolve/"])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    {401: "HTTP 401.*Run `hf auth login`, or unset HF_TOKEN", 403: "HTTP 403.*Run `hf auth login`", 404: "looked for https"}.items(),
+)
+def test_a_refusal_without_a_name_is_no_silence(hub: LocalHub, gemma: Tree, status: int, said: str, place: str) -> None:
+    """Such as that of a token that has expired: what is in the cache is not all that there is."""
+    one = "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"
+    commit = monosemy.load(*one).cfg["commit"]
+    hub.faults[place] = [status] * 20
+    with pytest.raises(ValueError, match=said) as error:
+        monosemy.load(one[0], "layer_5", revision=commit)
+    assert "\n" not in str(error.value) and "layer_20" not in str(error.value)
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+def test_a_hub_that_falls_silent_is_waited_for_so_long(hub: LocalHub, gemma: Tree, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first request, and at the second, of the digests."""
+    monkeypatch.setattr(pretrained, "SECONDS", 0.2)
+    hub.faults["/revision/" if asked == 2 else "/api/models/"] = ["stall"]
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"could not be had from the hub \(timed out\)"):
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+    assert time.monotonic() - begun < STALL
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_hub_that_fails_is_told_as_out_of_reach(hub: LocalHub, gemma: Tree, status: int) -> None:
     hub.faults["/api/models/"] = [status] * 20
     with pytest.raises(ConnectionError, match=f"could not be had from the hub .*{status}"):
