@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ import torch
 import monosemy
 from monosemy import formats, pretrained
 from monosemy.cli import main
+from monosemy.files import DiskFull
 from monosemy.releases import RELEASES, repository
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
 from tests.layout_trees import TREES, Tree
 from tests.local_hub import STALL, LocalHub, serving
+from tests.test_full_disk import KiB, disk, fill  # noqa: F401  (a fixture)
 
 PICKLES = {"dictionary_learning", "qwen_scope", "goodfire"}
 
@@ -266,6 +269,35 @@ def test_a_hub_that_fails_is_told_as_out_of_reach(hub: LocalHub, gemma: Tree, st
     hub.faults["/api/models/"] = [status] * 20
     with pytest.raises(ConnectionError, match=f"could not be had from the hub .*{status}"):
         monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_hub(
+    hub: LocalHub, gemma: Tree, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(text_file / "cache"))
+    with pytest.raises(ValueError, match=r"HF_HUB_CACHE is '.*'; allowed: a folder that can be written. .*\(Not a directory\)"):
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+
+
+@pytest.mark.parametrize("free", [0, 24])
+def test_a_cache_without_room_says_what_it_needs(
+    hub: LocalHub,
+    disk: Path,  # noqa: F811
+    free: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Known before anything is fetched, or met on the way, where another file takes the room."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(disk / "cache"))
+    tree = TREES["sae_lens"]()
+    name = next(name for name in tree.files if name.endswith(".safetensors"))
+    hub.publish(tree.repo, tree.files | {name: bytes(1 << 20)})
+    with pytest.raises(DiskFull, match=r"needs [\d,]+ bytes and its disk has [\d,]+ free"):
+        if free:
+            monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+        fill(disk, free * KiB)
+        monosemy.load(tree.repo)
+    (disk / "filler").unlink()
+    assert bool(hub.fetched) == bool(free)
 
 
 @pytest.mark.parametrize(

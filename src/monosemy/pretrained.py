@@ -7,6 +7,7 @@ its commit once; the files are then those of that commit, and no others than the
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import logging
 import re
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from monosemy.config import invalid, path_of
+from monosemy.files import room_for
 from monosemy.hub import causes, status_of
 from monosemy.redact import without_secrets
 from monosemy.releases import repository
@@ -277,7 +279,7 @@ class _Repository:
     def fetch(self, files: tuple[str, ...]) -> Path:
         """Have files of this commit on this machine, and return the folder that they lie in as in the repository.
 
-        What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it differs.
+        What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it differs, and DiskFull.
         """
         from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 
@@ -286,7 +288,8 @@ class _Repository:
         if wanted:
             with _answers(self.repo_id, self.commit):
                 told = _told(self.repo_id, self.commit)
-                for name in wanted:
+            for name in wanted:
+                with _cached_at(_home(self.repo_id) / name, told[name].size or 0), _answers(self.repo_id, self.commit):
                     path = Path(hf_hub_download(self.repo_id, name, revision=self.commit))
                     _check(path, self.repo_id, told[name])
             self._remember()
@@ -390,9 +393,29 @@ def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
         allowed = f"files that are there ({_reason(error)})"
         raise invalid("name_or_path", repo_id, allowed, "the repository has changed: try again") from error
     except (OSError, HTTPError) as error:
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) or _of_disk(error):
             raise
         raise _failed(repo_id, page, error) from error
+
+
+@contextmanager
+def _cached_at(path: Path, needed: int) -> Iterator[None]:
+    """Write `needed` bytes below the cache. Raises DiskFull, and ValueError for a cache that cannot be written."""
+    from huggingface_hub import constants
+
+    try:
+        with room_for(path, needed):
+            yield
+    except OSError as error:
+        if not _of_disk(error):
+            raise
+        remedy = f"make it so, or set HF_HUB_CACHE to another ({error.strerror})"
+        raise invalid("HF_HUB_CACHE", constants.HF_HUB_CACHE, "a folder that can be written", remedy) from error
+
+
+def _of_disk(error: BaseException) -> bool:
+    """Whether an error is that of a file here, and not of a connection."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT))
 
 
 def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
