@@ -20,7 +20,7 @@ from monosemy.files import DiskFull
 from monosemy.releases import RELEASES, repository
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
 from tests.layout_trees import TREES, Tree
-from tests.local_hub import STALL, LocalHub, serving
+from tests.local_hub import SIGNATURE, STALL, LocalHub, serving
 from tests.test_full_disk import KiB, disk, fill  # noqa: F401  (a fixture)
 
 PICKLES = {"dictionary_learning", "qwen_scope", "goodfire"}
@@ -236,6 +236,26 @@ def test_half_a_file_and_other_bytes_are_not_kept(hub: LocalHub, gemma: Tree) ->
     assert "\n" not in str(error.value)
     hub.faults.clear()
     assert monosemy.load(*one).d_in == gemma.x.shape[1]
+
+
+def test_a_small_file_is_held_to_its_digest_too(hub: LocalHub) -> None:
+    """Another k in a cfg.json would be another SAE."""
+    tree = TREES["sae_lens"]()
+    hub.publish(tree.repo, tree.files)
+    hub.faults["cfg.json"] = ["other"]
+    with pytest.raises(ValueError, match=r"cfg.json arrived with sha1 \w+.. instead of \w+..\). Try again; it was not kept"):
+        monosemy.load(tree.repo)
+    assert monosemy.load(tree.repo).cfg["site"] == tree.site
+    assert [name.split("/")[-1] for _, name in hub.fetched].count("cfg.json") == 2
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_store_that_refuses_a_file_is_not_the_hub(hub: LocalHub, gemma: Tree, status: int) -> None:
+    """Its addresses are signed, and expire."""
+    hub.faults["/cdn/"] = [status] * 20
+    with pytest.raises(ConnectionError, match=rf"from the hub \(HTTP {status}\).* Try again in a while") as error:
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+    assert SIGNATURE not in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("place", ["/revision/", "/resolve/"])

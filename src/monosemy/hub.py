@@ -213,10 +213,16 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def answer_to(error: BaseException) -> Any:
+    """Return the HTTP response behind an error, None if the hub did not answer."""
+    answers = (getattr(cause, "response", None) for cause in causes(error))
+    return next((answer for answer in answers if answer is not None), None)
+
+
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status behind an error, None if the hub did not answer."""
-    answers = (getattr(cause, "response", None) for cause in causes(error))
-    return next((answer.status_code for answer in answers if answer is not None), None)
+    answer = answer_to(error)
+    return None if answer is None else int(answer.status_code)
 
 
 def _may_pass(error: Exception) -> bool:

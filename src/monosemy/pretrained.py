@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from monosemy.config import invalid, path_of
 from monosemy.files import room_for
-from monosemy.hub import causes, status_of
+from monosemy.hub import answer_to, causes, status_of
 from monosemy.redact import without_secrets
 from monosemy.releases import repository
 
@@ -354,14 +354,21 @@ def _check(path: Path, repo_id: str, told: RepoSibling) -> None:
     found = path.stat().st_size
     wrong = f"{found:,} bytes of {told.size:,}" if told.size is not None and found != told.size else ""
     if not wrong and told.lfs is not None:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        wrong = f"sha256 {digest[:12]}.. instead of {told.lfs.sha256[:12]}.." if digest != told.lfs.sha256 else ""
+        wrong = _differs(path, "sha256", b"", told.lfs.sha256)
+    elif not wrong and re.fullmatch(r"[0-9a-f]{40}", told.blob_id or ""):  # git's own name of a small file
+        wrong = _differs(path, "sha1", f"blob {found}\0".encode(), str(told.blob_id))
     if wrong:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         allowed = f"files as the hub has them ({told.rfilename} arrived with {wrong})"
         raise invalid("name_or_path", repo_id, allowed, "try again; it was not kept")
+
+
+def _differs(path: Path, kind: str, before: bytes, wanted: str) -> str:
+    """How the digest of `before` and a file differs from the one that is wanted, "" where it does not."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, before, usedforsecurity=False)).hexdigest()
+    return f"{kind} {digest[:12]}.. instead of {wanted[:12]}.." if digest != wanted else ""
 
 
 @contextmanager
@@ -419,12 +426,18 @@ def _of_disk(error: BaseException) -> bool:
 
 
 def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
-    """What it means that the hub refused without a name for it, was in trouble, or did not answer."""
+    """What it means that the hub refused without a name for it, was in trouble, or did not answer.
+
+    Large files come from a store elsewhere, by addresses that expire; what it refuses may be had in a while.
+    """
+    from huggingface_hub import constants
+
     status = status_of(error)
-    if status in (401, 403):
+    by_hub = status is not None and str(answer_to(error).url).startswith(constants.ENDPOINT)
+    if by_hub and status in (401, 403):
         allowed = f"a repository that you may read (to {page} the hub answers HTTP {status})"
         return invalid("name_or_path", repo_id, allowed, "run `hf auth login`, or unset HF_TOKEN if its token is no longer valid")
-    if status == 404:
+    if by_hub and status == 404:
         allowed = f"a repository on the hub (looked for {page}), and its revision"
         return invalid("name_or_path", repo_id, allowed, "correct the name")
     remedy = "Connect to the hub and try again" if status is None else "Try again in a while"
