@@ -129,9 +129,9 @@ def test_a_residual_of_zero_in_the_middle_changes_nothing_else():
 # --- what cannot be trained ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr", [-1.0, 0.0, float("nan"), float("inf")])
-def test_a_learning_rate_is_a_number_above_0(lr):
-    with pytest.raises(ValueError, match=f"lr is {lr!r}; allowed: a number above 0"):
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf"), -float("inf")])
+def test_a_learning_rate_is_a_number_of_0_or_more(lr):
+    with pytest.raises(ValueError, match=f"lr is {lr!r}; allowed: a number, 0 or more"):
         monosemy.SAESpec("top_k", F, lr=lr)
 
 
