@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import unquote, urlparse
 
 import pytest
 
 from tests.test_hub import FakeHub, Handler
 
+SIGNATURE = "signed-by-the-store"
+STALL = 2.0  # seconds without a byte, where a fault is "stall"
 LARGE = (".safetensors", ".npz", ".pt", ".pth")  # kept in LFS, with a sha256 that the hub tells
 
 
@@ -35,8 +37,16 @@ class LocalHub(FakeHub):
         commits[commit] = dict(files)
         return commit
 
+    def commits_of(self, repo: str) -> dict[str, dict[str, bytes]]:
+        """What was published, or else pushed."""
+        pushed = self.repositories.get(repo)
+        return self.published.get(repo) or ({f"{self.commits:040x}": pushed} if pushed else {})
+
+    def everything(self) -> Iterator[dict[str, dict[str, bytes]]]:
+        return (self.commits_of(repo) for repo in [*self.published, *self.repositories])
+
     def at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        commits = self.published.get(repo) or ({f"{self.commits:040x}": self.repositories[repo]} if self.repositories.get(repo) else {})
+        commits = self.commits_of(repo)
         commit = list(commits)[-1] if commits and revision == "main" else revision
         return (commit, commits[commit]) if commit in commits else None
 
@@ -49,6 +59,8 @@ class Reading(Handler):
         parts = path.split("/")
         if parts[:2] == ["api", "models"] and len(parts) >= 4 and "commit" not in parts and "preupload" not in parts:
             return self.tell("/".join(parts[2:4]), parts[4:])
+        if parts[0] == "cdn":
+            return self.store(parts[1], "/".join(parts[2:]))
         if len(parts) > 4 and parts[2] == "resolve":
             return self.send("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return super().handle_request()
@@ -58,34 +70,38 @@ class Reading(Handler):
     def refused(self, repo: str, revision: str) -> bool:
         """Answer with the hub's refusal, if there is one."""
         hub = self.server
-        hub.requests[self.path] += 1
-        for piece, faults in hub.faults.items():
-            if piece in self.path and faults and isinstance(faults[0], int):
-                self.answer({"error": "as told"}, faults.pop(0))
-                return True
+        if self.faulty():
+            return True
         if repo in hub.gated:
             return self.error(403, "GatedRepo")
         if hub.at(repo, "main") is None:
             return self.error(404, "RepoNotFound")
         return hub.at(repo, revision) is None and self.error(404, "RevisionNotFound")
 
-    def error(self, status: int, code: str) -> bool:
+    def faulty(self) -> bool:
+        """Count the request, and fail it as it was told: with a status, or at first without a word."""
+        self.server.requests[self.path] += 1
+        for piece, faults in self.server.faults.items():
+            if piece in self.path and faults and faults[0] == "stall":
+                time.sleep(STALL)
+            elif piece in self.path and faults and isinstance(faults[0], int):
+                return self.error(faults.pop(0))
+        return False
+
+    def error(self, status: int, code: str = "") -> bool:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
         return True
 
     def tell(self, repo: str, rest: list[str]) -> None:
-        """What the repository is at a revision, or the sizes and digests of some of its files."""
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        """What the repository is at a revision, with the sizes and digests of its files where they are asked for."""
         revision = rest[1] if len(rest) > 1 else "main"
         if self.refused(repo, revision):
             return
         commit, files = self.server.at(repo, revision) or ("", {})
-        if rest[:1] == ["paths-info"]:
-            asked = parse_qs(body.decode())["paths"] if b"=" in body[:20] else json.loads(body)["paths"]
-            return self.answer([{"type": "file", **described(name, files[name])} for name in asked if name in files])
         with_sizes = "blobs" in urlparse(self.path).query
         siblings = [{"rfilename": name} | (described(name, data) if with_sizes else {}) for name, data in files.items()]
         self.answer({"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings})
@@ -99,15 +115,33 @@ class Reading(Handler):
         if name not in files:
             self.error(404, "EntryNotFound")
             return
-        data = files[name]
-        getting = self.command == "GET"
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        about = described(name, files[name])
+        large = "lfs" in about
+        self.send_response(302 if large else 200)
+        self.send_header("X-Linked-Etag" if large else "ETag", f'"{about["lfs"]["oid"] if large else about["oid"]}"')
         self.send_header("X-Repo-Commit", commit)
+        if large:
+            self.send_header("X-Linked-Size", str(about["size"]))
+            self.send_header("Location", f"http://localhost:{hub.server_port}/cdn/{commit}/{name}?Expires=1&Signature={SIGNATURE}")
+        self.send_header("Content-Length", "0" if large else str(about["size"]))
+        self.end_headers()
+        if not large:
+            self.send_body(commit, name, files[name])
+
+    def store(self, commit: str, name: str) -> None:
+        """A large file, from the address that was signed for it."""
+        data = next(commits[commit][name] for commits in self.server.everything() if commit in commits)
+        if self.faulty():
+            return
+        self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if not getting:
+        self.send_body(commit, name, data)
+
+    def send_body(self, commit: str, name: str, data: bytes) -> None:
+        if self.command != "GET":
             return
+        hub = self.server
         hub.fetched.append((commit, name))
         faults = next((faults for piece, faults in hub.faults.items() if piece in name and faults), [])
         fault = faults.pop(0) if faults else None
@@ -119,16 +153,14 @@ class Reading(Handler):
 
 
 def described(name: str, data: bytes) -> dict[str, Any]:
-    about: dict[str, Any] = {
-        "path": name,
-        "size": len(data),
-        "oid": hashlib.sha1(data).hexdigest(),
-        "blobId": hashlib.sha1(data).hexdigest(),
-    }
-    if name.endswith(LARGE):
-        digest = hashlib.sha256(data).hexdigest()
-        about["lfs"] = {"size": len(data), "oid": digest, "sha256": digest, "pointerSize": 130}
-    return about
+    """Its size and digests: git's own of a small file, and the sha256 of a large one."""
+    if not name.endswith(LARGE):
+        oid = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+        return {"size": len(data), "oid": oid, "blobId": oid}
+    digest = hashlib.sha256(data).hexdigest()
+    oid = hashlib.sha1(digest.encode()).hexdigest()  # of the pointer that git has in its place
+    lfs = {"size": len(data), "oid": digest, "sha256": digest, "pointerSize": 130}
+    return {"size": len(data), "oid": oid, "blobId": oid, "lfs": lfs}
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ import torch
 import monosemy
 from monosemy import formats, pretrained
 from monosemy.cli import main
+from monosemy.files import DiskFull
 from monosemy.releases import RELEASES, repository
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
 from tests.layout_trees import TREES, Tree
-from tests.local_hub import LocalHub, serving
+from tests.local_hub import SIGNATURE, STALL, LocalHub, serving
+from tests.test_full_disk import KiB, disk, fill  # noqa: F401  (a fixture)
 
 PICKLES = {"dictionary_learning", "qwen_scope", "goodfire"}
 
@@ -96,6 +100,24 @@ def test_an_sae_of_ours_on_the_hub_needs_no_pickle(hub: LocalHub, tmp_path: Path
     assert not [name for _, name in hub.fetched if name.endswith(".pt")]
 
 
+def test_an_sae_of_a_run_that_did_not_complete_is_no_other_on_the_hub(hub: LocalHub, tmp_path: Path) -> None:
+    """What a run says of its SAEs lies beside all of them, and is fetched with one."""
+    for trainer in ("trainer_0", "trainer_1"):
+        monosemy.save(trained("batch_top_k", 30).finished(), tmp_path / "resid_post_layer_3" / trainer, {"trainer": {}})
+    status = {"saes": {"resid_post_layer_3/trainer_0": "diverged", "resid_post_layer_3/trainer_1": "complete"}}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    here = [tmp_path / "status.json", *tmp_path.glob("resid_post_layer_3/*/*")]
+    files = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in here}
+    hub.publish("me/run", files)
+    with pytest.raises(ValueError, match="one is diverged; pass unfinished=True"):
+        monosemy.load("me/run", "resid_post_layer_3/trainer_0")
+    assert monosemy.load("me/run", "resid_post_layer_3/trainer_0", unfinished=True)
+    assert monosemy.load("me/run/resid_post_layer_3/trainer_1")
+    pickled = pretrained.resolve("me/run/resid_post_layer_3/trainer_0", format="dictionary_learning")
+    assert (pickled.path / "ae.pt").is_file() and (pickled.path.parent.parent / "status.json").is_file()
+    assert [name for _, name in hub.fetched].count("status.json") == 1
+
+
 # --- there and back -------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,11 +160,14 @@ def test_without_the_hub_the_cache_serves_what_it_has(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with caplog.at_level(logging.WARNING):
         sae = monosemy.load(*one)
-    assert sae.cfg["commit"] == commit and sum("using the cached files" in r.getMessage() for r in caplog.records) == 1
+    (warning,) = (r.getMessage() for r in caplog.records)
+    assert sae.cfg["commit"] == commit and warning.endswith(f"using the cached files of {one[0]}, {one[1]}")
     assert monosemy.load(*one, revision=commit).cfg["commit"] == commit
     assert [record.sae_id for record in monosemy.list_saes(one[0])] == [one[1]]
-    with pytest.raises(ValueError, match="layer_5"):
+    said = "cannot be reached .*Connection refused.*does not have layer_5/width_16k/average_l0_18 .*, but layer_20/width_16k/average_l0_71"
+    with pytest.raises(ConnectionError, match=said) as error:
         monosemy.load(one[0], "layer_5/width_16k/average_l0_18")
+    assert "\n" not in str(error.value)
     with pytest.raises(ConnectionError, match="not all in the cache"):
         monosemy.load("google/gemma-scope-9b-pt-res", "layer_9")
 
@@ -213,11 +238,86 @@ def test_half_a_file_and_other_bytes_are_not_kept(hub: LocalHub, gemma: Tree) ->
     assert monosemy.load(*one).d_in == gemma.x.shape[1]
 
 
-@pytest.mark.parametrize("status", [500, 503])
+def test_a_small_file_is_held_to_its_digest_too(hub: LocalHub) -> None:
+    """Another k in a cfg.json would be another SAE."""
+    tree = TREES["sae_lens"]()
+    hub.publish(tree.repo, tree.files)
+    hub.faults["cfg.json"] = ["other"]
+    with pytest.raises(ValueError, match=r"cfg.json arrived with sha1 \w+.. instead of \w+..\). Try again; it was not kept"):
+        monosemy.load(tree.repo)
+    assert monosemy.load(tree.repo).cfg["site"] == tree.site
+    assert [name.split("/")[-1] for _, name in hub.fetched].count("cfg.json") == 2
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_store_that_refuses_a_file_is_not_the_hub(hub: LocalHub, gemma: Tree, status: int) -> None:
+    """Its addresses are signed, and expire."""
+    hub.faults["/cdn/"] = [status] * 20
+    with pytest.raises(ConnectionError, match=rf"from the hub \(HTTP {status}\).* Try again in a while") as error:
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+    assert SIGNATURE not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["/revision/", "/resolve/"])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    {401: "HTTP 401.*Run `hf auth login`, or unset HF_TOKEN", 403: "HTTP 403.*Run `hf auth login`", 404: "looked for https"}.items(),
+)
+def test_a_refusal_without_a_name_is_no_silence(hub: LocalHub, gemma: Tree, status: int, said: str, place: str) -> None:
+    """Such as that of a token that has expired: what is in the cache is not all that there is."""
+    one = "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"
+    commit = monosemy.load(*one).cfg["commit"]
+    hub.faults[place] = [status] * 20
+    with pytest.raises(ValueError, match=said) as error:
+        monosemy.load(one[0], "layer_5", revision=commit)
+    assert "\n" not in str(error.value) and "layer_20" not in str(error.value)
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+def test_a_hub_that_falls_silent_is_waited_for_so_long(hub: LocalHub, gemma: Tree, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first request, and at the second, of the digests."""
+    monkeypatch.setattr(pretrained, "SECONDS", 0.2)
+    hub.faults["/revision/" if asked == 2 else "/api/models/"] = ["stall"]
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"could not be had from the hub \(timed out\)"):
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+    assert time.monotonic() - begun < STALL
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_hub_that_fails_is_told_as_out_of_reach(hub: LocalHub, gemma: Tree, status: int) -> None:
     hub.faults["/api/models/"] = [status] * 20
     with pytest.raises(ConnectionError, match=f"could not be had from the hub .*{status}"):
         monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_hub(
+    hub: LocalHub, gemma: Tree, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(text_file / "cache"))
+    with pytest.raises(ValueError, match=r"HF_HUB_CACHE is '.*'; allowed: a folder that can be written. .*\(Not a directory\)"):
+        monosemy.load("google/gemma-scope-2b-pt-res", "layer_5")
+
+
+@pytest.mark.parametrize("free", [0, 24])
+def test_a_cache_without_room_says_what_it_needs(
+    hub: LocalHub,
+    disk: Path,  # noqa: F811
+    free: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Known before anything is fetched, or met on the way, where another file takes the room."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(disk / "cache"))
+    tree = TREES["sae_lens"]()
+    name = next(name for name in tree.files if name.endswith(".safetensors"))
+    hub.publish(tree.repo, tree.files | {name: bytes(1 << 20)})
+    with pytest.raises(DiskFull, match=r"needs [\d,]+ bytes and its disk has [\d,]+ free"):
+        if free:
+            monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+        fill(disk, free * KiB)
+        monosemy.load(tree.repo)
+    (disk / "filler").unlink()
+    assert bool(hub.fetched) == bool(free)
 
 
 @pytest.mark.parametrize(

@@ -206,31 +206,38 @@ def _failure(run_folder: Path, repo_id: str, reason: str, may_pass: bool = False
     return UploadFailed(said, may_pass=may_pass)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what caused it, and so on to the root."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error, if the hub answered at all."""
-    answers = (getattr(cause, "response", None) for cause in _chain(error))
-    return next((answer.status_code for answer in answers if answer is not None), None)
+def answer_to(error: BaseException) -> Any:
+    """Return the HTTP response behind an error, None if the hub did not answer."""
+    answers = (getattr(cause, "response", None) for cause in causes(error))
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status behind an error, None if the hub did not answer."""
+    answer = answer_to(error)
+    return None if answer is None else int(answer.status_code)
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether the same upload may work in a while."""
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 412, 429)  # 409, 412: another commit came in between
     if isinstance(error, ValueError | FileNotFoundError | PermissionError):  # a wrong name, a file of ours
         return False
     clients = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
-    return any(isinstance(cause, OSError | RuntimeError) or type(cause).__module__.split(".")[0] in clients for cause in _chain(error))
+    return any(isinstance(cause, OSError | RuntimeError) or type(cause).__module__.split(".")[0] in clients for cause in causes(error))
 
 
 def _reason(error: Exception) -> str:
-    status = _status(error)
+    status = status_of(error)
     if status is None:
         return without_secrets(f"{type(error).__name__}: {error}").rstrip(". ")
     return f"{REFUSALS.get(status, 'the hub answered with an error')} (HTTP {status})"
@@ -238,7 +245,7 @@ def _reason(error: Exception) -> str:
 
 def _retry_after(error: Exception) -> float:
     """Seconds that the hub asks to wait, 0 if it does not say."""
-    for cause in _chain(error):
+    for cause in causes(error):
         value = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
         if value.isdecimal():
             return float(value)

@@ -7,6 +7,7 @@ its commit once; the files are then those of that commit, and no others than the
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import logging
 import re
@@ -18,10 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from monosemy.config import invalid, path_of
+from monosemy.files import room_for
+from monosemy.hub import answer_to, causes, status_of
+from monosemy.redact import without_secrets
 from monosemy.releases import repository
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub.hf_api import RepoSibling
 
     from monosemy.formats.layouts import Entry
     from monosemy.sae import SAE
@@ -108,6 +113,8 @@ def list_saes(repo: str, revision: str | None = None) -> list[SAERecord]:
         return [_record(sae_id, entry, {name: files[name] for name in entry.files}) for sae_id, entry in entries.items()]
     repo_id, inside = _parsed(repo)
     held = _repository(repo_id, revision, sizes=True)
+    if held.silence:
+        log.warning("the hub cannot be reached (%s): these SAEs of %s are in the cache", held.silence, repo_id)
     entries = layouts.find(held.files, repo_id)
     within = {sae_id: entry for sae_id, entry in entries.items() if _is_within(sae_id, inside)}
     return [_record(sae_id, entry, held.files) for sae_id, entry in within.items()]
@@ -160,6 +167,8 @@ def resolve(
     repo_id, inside = _parsed(str(name_or_path))
     held = _repository(repo_id, revision)
     chosen, entry = _chosen(held, inside, sae_id)
+    if held.silence:
+        log.warning("the hub cannot be reached (%s): using the cached files of %s, %s", held.silence, repo_id, chosen)
     if entry.note and not (format and entry.named):
         raise invalid("sae_id", chosen, f"an SAE of {repo_id} that can be opened", entry.note)
     if entry.named and format is None and trusted == entry.format:
@@ -184,11 +193,11 @@ def _parsed(name: str) -> tuple[str, str]:
 
 
 def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, Entry]:
-    """The SAE that is meant, by its whole id. Raises ValueError with the ids that come nearest."""
+    """The SAE that is meant, by its whole id. Raises ValueError with the ids that come nearest, and HubUnreachable."""
     from monosemy.formats import layouts
 
     entries = layouts.find(held.files, held.repo_id)
-    if not entries:
+    if not entries and not held.silence:
         allowed = "a repository with SAEs in a layout that is read here (docs/formats.md has them)"
         raise invalid("name_or_path", held.repo_id, allowed, f"look at https://huggingface.co/{held.repo_id}/tree/{held.commit}")
     asked = "/".join(part.strip("/") for part in (inside, sae_id or "") if part.strip("/"))
@@ -202,6 +211,11 @@ def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, En
     if within:
         allowed = f"one of the {len(within)} there: {_some(list(within))}"
         raise invalid("sae_id", asked or None, allowed, remedy)
+    if held.silence:
+        raise HubUnreachable(
+            f"the hub cannot be reached ({held.silence}), and the cache does not have {asked or 'an SAE'} of {held.repo_id}"
+            f"{f', but {_some(list(entries))}' if entries else ''}. Connect to the hub and try again, or give a local folder."
+        )
     near = difflib.get_close_matches(asked, entries, NAMED, 0.5) or list(entries)
     raise invalid("sae_id", asked, f"an SAE of {held.repo_id}, such as {_some(near)}", remedy)
 
@@ -216,13 +230,18 @@ def _some(names: list[str]) -> str:
 
 
 def _files(entry: Entry, sae_id: str, format: str | None, held: _Repository) -> tuple[str, ...]:
-    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked for, those."""
+    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked for, those.
+
+    With them comes what an SAE's run says of all of its SAEs: whether their training is complete.
+    """
+    status = str(PurePosixPath(entry.path).parent.parent / "status.json")
+    run = (status,) if status in held.files and len(PurePosixPath(entry.path).parts) > 1 else ()
     if format in (None, entry.format):
-        return entry.files
+        return entry.files + run
     if format == "dictionary_learning":
         files = tuple(str(PurePosixPath(sae_id, name)) for name in ("ae.pt", "config.json"))
         if all(name in held.files for name in files):
-            return files
+            return files + run
     raise invalid("format", format, f"{entry.format}, which {sae_id} of {held.repo_id} is", "leave it out")
 
 
@@ -255,11 +274,12 @@ class _Repository:
     revision: str  # the branch, tag or commit that was asked for
     commit: str  # what it was when it was resolved
     files: dict[str, int | None]  # all of its files, with their sizes where they are known
+    silence: str = ""  # why the hub was not heard: the files are then those that the cache has
 
     def fetch(self, files: tuple[str, ...]) -> Path:
         """Have files of this commit on this machine, and return the folder that they lie in as in the repository.
 
-        What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it differs.
+        What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it differs, and DiskFull.
         """
         from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 
@@ -267,10 +287,11 @@ class _Repository:
         wanted = [name for name, path in known.items() if not isinstance(path, str)]
         if wanted:
             with _answers(self.repo_id, self.commit):
-                told = _told(self.repo_id, self.commit, wanted)
-                for name in wanted:
+                told = _told(self.repo_id, self.commit)
+            for name in wanted:
+                with _cached_at(_home(self.repo_id) / name, told[name].size or 0), _answers(self.repo_id, self.commit):
                     path = Path(hf_hub_download(self.repo_id, name, revision=self.commit))
-                    _check(path, name, self.repo_id, *told[name])
+                    _check(path, self.repo_id, told[name])
             self._remember()
         with _answers(self.repo_id, self.commit):
             return Path(snapshot_download(self.repo_id, revision=self.commit, local_files_only=True))
@@ -301,15 +322,14 @@ def _repository(repo_id: str, revision: str | None, *, sizes: bool = False) -> _
         with _answers(repo_id, revision):
             info = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS, files_metadata=sizes)
     except HubUnreachable as error:
-        if (cached := _cached(repo_id, revision)) is None:
+        if (cached := _cached(repo_id, revision, _reason(error.__cause__ or error))) is None:
             raise
-        log.warning("the hub cannot be reached (%s): using the cached files of %s", _first_line(error.__cause__ or error), repo_id)
         return cached
     files = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     return _Repository(repo_id, revision or "main", str(info.sha), files)
 
 
-def _cached(repo_id: str, revision: str | None) -> _Repository | None:
+def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | None:
     """What the cache has of a repository at a revision."""
     home = _home(repo_id)
     ref = home / "refs" / (revision or "main")
@@ -318,30 +338,37 @@ def _cached(repo_id: str, revision: str | None) -> _Repository | None:
     if commit is None or not snapshot.is_dir():
         return None
     files: dict[str, int | None] = {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
-    return _Repository(repo_id, revision or "main", commit, files)
+    return _Repository(repo_id, revision or "main", commit, files, silence)
 
 
-def _told(repo_id: str, commit: str, files: list[str]) -> dict[str, tuple[int | None, str | None]]:
-    """The size and the sha256 of files, as far as the hub tells them: digests of large files alone."""
+def _told(repo_id: str, commit: str) -> dict[str, RepoSibling]:
+    """The sizes and digests of a commit's files, as the hub tells them."""
     from huggingface_hub import HfApi
 
-    found = HfApi().get_paths_info(repo_id, files, revision=commit)
-    told = {info.path: (getattr(info, "size", None), getattr(getattr(info, "lfs", None), "sha256", None)) for info in found}
-    return {name: told.get(name, (None, None)) for name in files}
+    info = HfApi().model_info(repo_id, revision=commit, timeout=SECONDS, files_metadata=True)
+    return {sibling.rfilename: sibling for sibling in info.siblings or ()}
 
 
-def _check(path: Path, name: str, repo_id: str, size: int | None, sha256: str | None) -> None:
+def _check(path: Path, repo_id: str, told: RepoSibling) -> None:
     """Raises ValueError, and takes the file out of the cache, where it is not what the hub says."""
     found = path.stat().st_size
-    wrong = f"{found:,} bytes of {size:,}" if size is not None and found != size else ""
-    if not wrong and sha256 is not None:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        wrong = f"sha256 {digest[:12]}.. instead of {sha256[:12]}.." if digest != sha256 else ""
+    wrong = f"{found:,} bytes of {told.size:,}" if told.size is not None and found != told.size else ""
+    if not wrong and told.lfs is not None:
+        wrong = _differs(path, "sha256", b"", told.lfs.sha256)
+    elif not wrong and re.fullmatch(r"[0-9a-f]{40}", told.blob_id or ""):  # git's own name of a small file
+        wrong = _differs(path, "sha1", f"blob {found}\0".encode(), str(told.blob_id))
     if wrong:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-        raise invalid("name_or_path", repo_id, f"files as the hub has them ({name} arrived with {wrong})", "try again; it was not kept")
+        allowed = f"files as the hub has them ({told.rfilename} arrived with {wrong})"
+        raise invalid("name_or_path", repo_id, allowed, "try again; it was not kept")
+
+
+def _differs(path: Path, kind: str, before: bytes, wanted: str) -> str:
+    """How the digest of `before` and a file differs from the one that is wanted, "" where it does not."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, before, usedforsecurity=False)).hexdigest()
+    return f"{kind} {digest[:12]}.. instead of {wanted[:12]}.." if digest != wanted else ""
 
 
 @contextmanager
@@ -352,7 +379,6 @@ def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
         GatedRepoError,
         HTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -368,27 +394,64 @@ def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         allowed = f"a repository on the hub (looked for {page})"
         raise invalid("name_or_path", repo_id, allowed, "correct the name, or run `hf auth login` if it is private") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise _unreachable(repo_id, error) from error
+    except LocalEntryNotFoundError as error:  # what was to be fetched, and why it was not, in its cause
+        raise _failed(repo_id, page, error) from error
     except EntryNotFoundError as error:
-        raise invalid(
-            "name_or_path", repo_id, f"files that are there ({_first_line(error)})", "the repository has changed: try again"
-        ) from error
+        allowed = f"files that are there ({_reason(error)})"
+        raise invalid("name_or_path", repo_id, allowed, "the repository has changed: try again") from error
     except (OSError, HTTPError) as error:
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) or _of_disk(error):
             raise
-        raise _unreachable(repo_id, error) from error
+        raise _failed(repo_id, page, error) from error
 
 
-def _unreachable(repo_id: str, error: BaseException) -> HubUnreachable:
-    return HubUnreachable(
-        f"{repo_id} could not be had from the hub ({_first_line(error)}), and its files are not all in the cache. "
-        "Connect to the hub and try again, or give a local folder."
-    )
+@contextmanager
+def _cached_at(path: Path, needed: int) -> Iterator[None]:
+    """Write `needed` bytes below the cache. Raises DiskFull, and ValueError for a cache that cannot be written."""
+    from huggingface_hub import constants
+
+    try:
+        with room_for(path, needed):
+            yield
+    except OSError as error:
+        if not _of_disk(error):
+            raise
+        remedy = f"make it so, or set HF_HUB_CACHE to another ({error.strerror})"
+        raise invalid("HF_HUB_CACHE", constants.HF_HUB_CACHE, "a folder that can be written", remedy) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")[:200]
+def _of_disk(error: BaseException) -> bool:
+    """Whether an error is that of a file here, and not of a connection."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
+    """What it means that the hub refused without a name for it, was in trouble, or did not answer.
+
+    Large files come from a store elsewhere, by addresses that expire; what it refuses may be had in a while.
+    """
+    from huggingface_hub import constants
+
+    status = status_of(error)
+    by_hub = status is not None and str(answer_to(error).url).startswith(constants.ENDPOINT)
+    if by_hub and status in (401, 403):
+        allowed = f"a repository that you may read (to {page} the hub answers HTTP {status})"
+        return invalid("name_or_path", repo_id, allowed, "run `hf auth login`, or unset HF_TOKEN if its token is no longer valid")
+    if by_hub and status == 404:
+        allowed = f"a repository on the hub (looked for {page}), and its revision"
+        return invalid("name_or_path", repo_id, allowed, "correct the name")
+    remedy = "Connect to the hub and try again" if status is None else "Try again in a while"
+    reason = f"{repo_id} could not be had from the hub ({_reason(error)}), and its files are not all in the cache"
+    return HubUnreachable(f"{reason}. {remedy}, or give a local folder.")
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the root of an error, in a line."""
+    status = status_of(error)
+    if status is not None:
+        return f"HTTP {status}"
+    *_, root = causes(error)
+    return str(without_secrets((str(root).strip() or type(root).__name__).splitlines()[0].rstrip(". ")[:200]))
 
 
 def _card(sae: SAE, repo_id: str, place: str) -> str:
