@@ -969,7 +969,7 @@ def trainer(sae: SAE) -> Any:
     """Their trainer of an architecture, with the weights of ours."""
     device = sae.W_enc.device
     module, name = DictionaryLearning.trainers[sae.name].split(".")
-    given = dict(vars(sae.settings)) | {
+    given = DictionaryLearning.settings(sae) | {
         "activation_dim": sae.d_in,
         "dict_size": sae.d_sae,
         "device": str(device),

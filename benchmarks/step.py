@@ -147,9 +147,14 @@ class DictionaryLearning(Theirs):
     }
     architectures = tuple(trainers)
 
+    @staticmethod
+    def settings(sae: SAE) -> dict[str, Any]:
+        """The settings of ours that its trainers take, too: it has one l0_loss."""
+        return {name: value for name, value in vars(sae.settings).items() if name != "l0_loss"}
+
     def __init__(self, sae: SAE, args: argparse.Namespace, variant: str) -> None:
         module, trainer = self.trainers[sae.name].split(".")
-        settings: dict[str, Any] = dict(vars(sae.settings))
+        settings = self.settings(sae)
         settings |= {"threshold_start_step": 0} if sae.name in TOP_K else {"sparsity_warmup_steps": None}
         settings |= {"sparsity_function": "Lp^p", "anneal_start": 1} if sae.name == "p_anneal" else {}
         settings |= {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": 0, "lm_name": "", "device": "cpu"}

@@ -7,6 +7,7 @@ import torch
 import monosemy
 from monosemy.sae import architecture
 from tests.architectures.test_contract import SETTINGS, D, F, batch, every, trained
+from tests.layout_trees import TREES, K
 
 
 @every
@@ -129,9 +130,9 @@ def test_a_residual_of_zero_in_the_middle_changes_nothing_else():
 # --- what cannot be trained ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr", [-1.0, 0.0, float("nan"), float("inf")])
-def test_a_learning_rate_is_a_number_above_0(lr):
-    with pytest.raises(ValueError, match=f"lr is {lr!r}; allowed: a number above 0"):
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf"), -float("inf")])
+def test_a_learning_rate_is_a_number_of_0_or_more(lr):
+    with pytest.raises(ValueError, match=f"lr is {lr!r}; allowed: a number, 0 or more"):
         monosemy.SAESpec("top_k", F, lr=lr)
 
 
@@ -165,3 +166,14 @@ def test_fit_refuses_counts_below_1(what):
     (field,) = what
     with pytest.raises(ValueError, match=f"{field} is"):
         monosemy.fit([batch(0)], **({"saes": [monosemy.SAESpec("standard", F)]} | what))
+
+
+def test_settings_that_another_tool_s_files_do_not_say_are_not_made_up(tmp_path):
+    """Gemma Scope's say no target L0: ours would be shown, and saved, as if it had been theirs."""
+    tree = TREES["gemma_scope"]()
+    sae = monosemy.load(tree.write(tmp_path))
+    assert repr(sae) == f"JumpReLU(d_in={sae.d_in}, d_sae={sae.d_sae})" and "target_l0" not in sae.cfg
+    sae.save_pretrained(tmp_path / "ours")
+    assert repr(monosemy.load(tmp_path / "ours")) == repr(sae)
+    top_k = TREES["sparsify"]()
+    assert f"k={K}" in repr(monosemy.load(top_k.write(tmp_path / "other")))

@@ -225,7 +225,7 @@ class TrainConfig:
 
     # --- evaluation and output ---
     eval_num_inputs: int | None = None
-    """Held-out contexts on which each SAE is evaluated. As many as take about as long as training where nothing is given, from 32 to 200;
+    """Held-out contexts on which each SAE is evaluated. As many as take about as long as training where nothing is given, from 20 to 200;
     --dry_run says how many."""
     eval_spliced_inputs: int | None = None
     """How many of them also run through the rest of the model with each SAE in place, for losses and KL: all where nothing is given."""

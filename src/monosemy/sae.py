@@ -289,6 +289,7 @@ class SAE(nn.Module, ABC):
         for field, value in vars(self.settings).items():
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise invalid(field, value, "a finite number, 0 or more", "correct it")
+        self.unknown_settings: frozenset[str] = frozenset()  # of an SAE that another tool trained; they hold their defaults
         self.metadata: dict[str, Any] = {}
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -388,14 +389,19 @@ class SAE(nn.Module, ABC):
         return {
             **self.metadata,
             **about,
-            **vars(self.settings),
+            **self.known_settings,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """The settings, but for those that the files of an SAE that another tool trained do not say."""
+        return {name: value for name, value in vars(self.settings).items() if name not in self.unknown_settings}
+
     def extra_repr(self) -> str:
         settings = ", ".join(
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in vars(self.settings).items()
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in self.known_settings.items()
         )
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
 

@@ -47,8 +47,8 @@ class SAESpec:
         """Raises ValueError for a width, learning rate or seed that no SAE can be trained with."""
         if not isinstance(self.d_sae, int) or isinstance(self.d_sae, bool) or self.d_sae < 1:
             raise invalid("d_sae", self.d_sae, "a whole number, 1 or more", "give the number of latents")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise invalid("lr", self.lr, "a number above 0, or None for the recipe's", "3e-4 suits long runs")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise invalid("lr", self.lr, "a number, 0 or more, or None for the recipe's", "3e-4 suits long runs")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise invalid("seed", self.seed, "a whole number", "correct it")
 

@@ -249,7 +249,7 @@ def _status(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _about(sae: SAE) -> dict[str, Any]:
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(sae.settings).items()}
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in sae.known_settings.items()}
     about = {"format": "monosemy", "version": 2, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "settings": settings}
     return about if sae.pre_bias == type(sae).pre_bias else about | {"pre_bias": sae.pre_bias}
 

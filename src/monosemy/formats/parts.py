@@ -61,6 +61,7 @@ class Parts:
                 found = f"{self._called(name)} {tuple(tensor.shape)}, {tensor.dtype}"
                 raise self._unfit(found, f"a tensor of shape {tuple(wanted[name].shape)}")
         sae = kind(self.d_in, self.d_sae, **settings)
+        sae.unknown_settings = frozenset(vars(sae.settings)) - settings.keys()
         state = sae.state_dict()
         for name, tensor in self.tensors.items():
             state[name].copy_(tensor)
