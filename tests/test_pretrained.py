@@ -17,6 +17,7 @@ import monosemy
 from monosemy import formats, pretrained
 from monosemy.cli import main
 from monosemy.files import DiskFull
+from monosemy.formats import names
 from monosemy.releases import RELEASES, repository, sae_of
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
 from tests.layout_trees import TREES, Tree
@@ -55,8 +56,10 @@ def test_every_layout_opens_by_name_and_only_its_files_are_fetched(hub: LocalHub
     beside = {"README.md": b"# SAEs", ".gitattributes": b"", "notes/plot.png": b"png"}
     commit = hub.publish(tree.repo, tree.files | beside)
     (record,) = monosemy.list_saes(tree.repo)
-    assert record.sae_id == tree.sae_id and not hub.fetched
+    assert record.sae_id == tree.sae_id and record.site == tree.site and not hub.fetched
     sae = monosemy.load(tree.repo, tree.sae_id, format=format_of(record.format))
+    assert record.architecture in (None, sae.name)
+    assert record.bytes == sum(len(tree.files[name]) for _, name in hub.fetched)
     x = torch.from_numpy(tree.x).float()
     assert (sae.encode(x) - torch.from_numpy(tree.f)).abs().max() <= 1e-5 * abs(tree.f).max()
     assert (sae(x) - torch.from_numpy(tree.x_hat)).abs().max() <= 1e-5 * abs(tree.x_hat).max()
@@ -399,11 +402,29 @@ def test_a_release_may_mean_a_folder(hub: LocalHub) -> None:
     assert [r.sae_id for r in monosemy.list_saes("gemma-scope-2-4b-it-mlp")] == ["mlp_out/layer_17_width_16k_l0_medium"]
 
 
+@pytest.mark.parametrize(
+    ("place", "site", "width"),
+    [
+        ("google/gemma-scope-27b-pt-res/layer_22/width_131k/average_l0_82", "resid_post.22", 131072),
+        ("google/gemma-scope-2-27b-it/attn_out_all/layer_9_width_1m_l0_small", "blocks.9.attn.hook_z", 1 << 20),
+        ("fnlp/Llama3_1-8B-Base-LXM-32x/Llama3_1-8B-Base-L7M-32x", "mlp_out.7", None),
+        ("Qwen/SAE-Res-Qwen3.5-27B-W80K-L0_50/layer63.sae.pt", "resid_post.63", 81920),
+        ("a/width-2pow12_date-1109/gemma-2-2b_topk/resid_post_layer_12_checkpoints/trainer_0_step_97", "resid_post.12", 4096),
+        ("jbloom/Gemma-2b-IT-Residual-Stream-SAEs/gemma_2b_it_blocks.12.hook_resid_post_16384", "resid_post.12", None),
+        ("EleutherAI/sae-llama/layers.7.mlp", "mlp_out.7", None),
+        ("a/b/blocks.3.hook_resid_postscript", None, None),
+        ("a/b/.", None, None),
+    ],
+)
+def test_names_say_site_and_width(place: str, site: str | None, width: int | None) -> None:
+    assert (names.site(place), names.width(place)) == (site, width)
+
+
 def test_monosemy_list(hub: LocalHub, gemma: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "google/gemma-scope-2b-pt-res"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split() == ["SAE", "layout", "size"] and len(out) == 4
-    assert out[1].startswith("layer_20/width_16k/average_l0_38") and "gemma_scope" in out[1] and out[1].endswith("MB")
+    assert out[0].split() == ["SAE", "layout", "site", "width", "size"] and len(out) == 4
+    assert out[1].split() == ["layer_20/width_16k/average_l0_38", "gemma_scope", "resid_post.20", "16,384", "0.0", "MB"]
     assert main(["list", "a/nothing"]) == 2
     assert "error: name_or_path is 'a/nothing'" in capsys.readouterr().err
     assert not hub.fetched

@@ -232,7 +232,7 @@ def _report(arguments: list[str]) -> int:
 
 def _list(arguments: list[str]) -> int:
     def list_(repo: Annotated[str, tyro.conf.Positional], revision: str | None = None) -> int:
-        """List the SAEs of a repository, with their layouts and sizes. Nothing but names is fetched.
+        """List the SAEs of a repository, with their layouts, sites, widths and sizes. Nothing but names is fetched.
 
         Args:
             repo: OWNER/REPO or OWNER/REPO/FOLDER on the hub, a release such as gemma-scope-2b-pt-res, or a folder.
@@ -242,15 +242,23 @@ def _list(arguments: list[str]) -> int:
 
         records = list_saes(repo, revision)
         lines = [
-            ("SAE", "layout", "size", ""),
-            *((r.sae_id, r.format or "-", "-" if r.bytes is None else f"{r.bytes / 1e6:,.1f} MB", r.note) for r in records),
+            ("SAE", "layout", "site", "width", "size", ""),
+            *((r.sae_id, r.format or "-", r.site or "-", _count(r.d_sae), _megabytes(r.bytes), r.note) for r in records),
         ]
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        for sae_id, layout, bytes_, note in lines:
-            print(f"{sae_id:{widths[0]}}  {layout:{widths[1]}}  {bytes_:>{widths[2]}}  {note}".rstrip())
+        w = [max(len(line[i]) for line in lines) for i in range(5)]
+        for sae_id, layout, site, width, size, note in lines:
+            print(f"{sae_id:{w[0]}}  {layout:{w[1]}}  {site:{w[2]}}  {width:>{w[3]}}  {size:>{w[4]}}  {note}".rstrip())
         return 0
 
     return tyro.cli(list_, args=arguments, prog="monosemy list", use_underscores=True)
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _megabytes(bytes_: int | None) -> str:
+    return "-" if bytes_ is None else f"{bytes_ / 1e6:,.1f} MB"
 
 
 def _push(arguments: list[str]) -> int:

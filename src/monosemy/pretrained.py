@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -57,6 +57,9 @@ class SAERecord:
 
     sae_id: str
     format: str
+    architecture: str | None  # this and the next two where names say them
+    site: str | None
+    d_sae: int | None
     bytes: int | None  # of its files, where the hub says
     note: str = ""  # why it is not opened, or what that takes
 
@@ -110,14 +113,14 @@ def list_saes(repo: str, revision: str | None = None) -> list[SAERecord]:
     if folder.is_dir():
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         entries = layouts.find(files, repo)
-        return [_record(sae_id, entry, {name: files[name] for name in entry.files}) for sae_id, entry in entries.items()]
+        return [_record(folder.absolute().as_posix(), sae_id, entry, files) for sae_id, entry in entries.items()]
     repo_id, inside = _parsed(repo)
     held = _repository(repo_id, revision, sizes=True)
     if held.silence:
         log.warning("the hub cannot be reached (%s): these SAEs of %s are in the cache", held.silence, repo_id)
     entries = layouts.find(held.files, repo_id)
     within = {sae_id: entry for sae_id, entry in entries.items() if _is_within(sae_id, inside)}
-    return [_record(sae_id, entry, held.files) for sae_id, entry in within.items()]
+    return [_record(repo_id, sae_id, entry, held.files) for sae_id, entry in within.items()]
 
 
 def save(sae: SAE, folder: str | Path, config: dict[str, Any] | None = None) -> None:
@@ -247,10 +250,14 @@ def _files(entry: Entry, sae_id: str, format: str | None, held: _Repository) -> 
     raise invalid("format", format, f"{entry.format}, which {sae_id} of {held.repo_id} is", "leave it out")
 
 
-def _record(sae_id: str, entry: Entry, sizes: dict[str, int | None]) -> SAERecord:
+def _record(repo: str, sae_id: str, entry: Entry, sizes: Mapping[str, int | None]) -> SAERecord:
+    from monosemy.formats import names
+
+    place = str(PurePosixPath(repo, sae_id))
     known = [size for name in entry.files if (size := sizes.get(name)) is not None]
     note = entry.note or (f'a pickle: opens with format="{entry.format}"' if entry.named else "")
-    return SAERecord(sae_id, entry.format, sum(known) if known else None, note)
+    architecture = names.ARCHITECTURES.get(entry.format)
+    return SAERecord(sae_id, entry.format, architecture, names.site(place), names.width(place), sum(known) if known else None, note)
 
 
 def _device(device: str | torch.device) -> torch.device:
