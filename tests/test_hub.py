@@ -35,6 +35,7 @@ class FakeHub(ThreadingHTTPServer):
         self.faults: dict[str, list[int | str]] = {}
         self.requests: Counter[str] = Counter()
         self.tokens: set[str | None] = set()
+        self.messages: list[str] = []
         self.commits = 0
 
 
@@ -90,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             files = hub.repositories[REPO]
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
+                if line["key"] == "header":
+                    hub.messages.append(value["summary"])
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":

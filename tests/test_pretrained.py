@@ -138,6 +138,18 @@ def test_pushed_and_loaded_by_name_it_is_the_same_to_the_bit(hub: LocalHub, name
     assert 'monosemy.load("me/saes", sae_id="layer_3/mine")' in card and "made/model" in card
 
 
+def test_pushed_twice_it_keeps_its_card_and_says_what_is_new(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    sae = trained("top_k", 30).finished()
+    sae.push_to_hub("me/saes")
+    files = hub.repositories["me/saes"]
+    files["README.md"] = b"# Mine"
+    sae.push_to_hub("me/saes", "b", commit_message="Another place")
+    assert hub.messages == ["Upload an SAE with monosemy", "Another place"] and files["README.md"] == b"# Mine"
+    assert [record.sae_id for record in monosemy.list_saes("me/saes")] == [".", "b"]
+    assert monosemy.load("me/saes", ".").cfg["sae_id"] == "."
+
+
 @every
 def test_saved_and_loaded_by_path(name: str, tmp_path: Path) -> None:
     sae = trained(name, 30).finished()

@@ -110,7 +110,7 @@ def upload(folder: str | Path, repo_id: str, *, run_folder: str | Path | None = 
     return _tried(once, repo_id, lambda reason: str(_failure(root, repo_id, reason)), waits)
 
 
-def upload_saved(folder: Path, repo_id: str, card: str, *, private: bool = False, waits: Sequence[float] = WAITS) -> str:
+def upload_saved(folder: Path, repo_id: str, card: str, message: str, *, private: bool = False, waits: Sequence[float] = WAITS) -> str:
     """Upload a folder of saved SAEs as one commit, with `card` for a README.md where the repository has none. Returns its address.
 
     The repository is made if there is none. What may pass is tried again after each of `waits`. Raises `UploadFailed`.
@@ -123,9 +123,7 @@ def upload_saved(folder: Path, repo_id: str, card: str, *, private: bool = False
         if not api.file_exists(repo_id, "README.md"):
             (folder / "README.md").write_text(card, encoding="utf-8")
         allowed = ["README.md", *(name for file in SAE_FILES for name in (file, f"*/{file}"))]
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=allowed, commit_message="Upload an SAE with monosemy"
-        )
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=allowed, commit_message=message)
         return str(commit.commit_url)
 
     return _tried(once, repo_id, lambda reason: f"Upload to {repo_id} failed: {reason}.", waits)

@@ -130,7 +130,7 @@ def save(sae: SAE, folder: str | Path, config: dict[str, Any] | None = None) -> 
     formats.save(sae, folder, {"status": "complete"} | sae.metadata | (config or {}))
 
 
-def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = False) -> str:
+def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = False, commit_message: str | None = None) -> str:
     """Upload an SAE to the hub in our layout, and a model card where the repository has none. Returns the address of the commit.
 
     The repository is created if it does not exist. Raises ValueError for a name that is none, and `UploadFailed`.
@@ -144,7 +144,8 @@ def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = Fal
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / place
         save(sae, folder)
-        return upload_saved(Path(scratch), repo_id, _card(sae, repo_id, str(place)), private=private)
+        message = commit_message or "Upload an SAE with monosemy"
+        return upload_saved(Path(scratch), repo_id, _card(sae, repo_id, str(place)), message, private=private)
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------------

@@ -493,14 +493,14 @@ class SAE(nn.Module, ABC):
 
         pretrained.save(self, folder, config)
 
-    def push_to_hub(self, repo_id: str, path_in_repo: str = ".", *, private: bool = False) -> str:
+    def push_to_hub(self, repo_id: str, path_in_repo: str = ".", *, private: bool = False, commit_message: str | None = None) -> str:
         """Upload the SAE to OWNER/REPO, which is created if it does not exist. Returns the address of the commit.
 
         Raises ValueError for a name that is none, and UploadFailed.
         """
         from monosemy import pretrained
 
-        return pretrained.push(self, repo_id, path_in_repo, private=private)
+        return pretrained.push(self, repo_id, path_in_repo, private=private, commit_message=commit_message)
 
 
 REGISTRY: dict[str, type[SAE]] = {}
