@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
@@ -21,13 +21,17 @@ LARGE = (".safetensors", ".npz", ".pt", ".pth")  # kept in LFS, with a sha256 th
 
 
 class LocalHub(FakeHub):
-    """Besides what `FakeHub` takes in, repositories that were published. The newest commit of each is its branch main."""
+    """Besides what `FakeHub` takes in, repositories that were published. The newest commit of each is its branch main.
+
+    What it says of a repository has `listed` files at most; a page of its tree, two.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.RequestHandlerClass = Reading
         self.published: dict[str, dict[str, dict[str, bytes]]] = {}
         self.gated: set[str] = set()
+        self.listed = 1000
         self.fetched: list[tuple[str, str]] = []  # (commit, path) of every file that was sent
 
     def publish(self, repo: str, files: dict[str, bytes]) -> str:
@@ -102,9 +106,19 @@ class Reading(Handler):
         if self.refused(repo, revision):
             return
         commit, files = self.server.at(repo, revision) or ("", {})
+        if rest[:1] == ["tree"]:
+            return self.tree(self.path.partition("?")[0], files)
         with_sizes = "blobs" in urlparse(self.path).query
         siblings = [{"rfilename": name} | (described(name, data) if with_sizes else {}) for name, data in files.items()]
+        siblings = siblings[: self.server.listed]
         self.answer({"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings})
+
+    def tree(self, path: str, files: dict[str, bytes]) -> None:
+        """A page of all files, which names the next one."""
+        start = int(parse_qs(urlparse(self.path).query).get("cursor", ["0"])[0])
+        page = [{"type": "file", "path": name} | described(name, files[name]) for name in list(files)[start : start + 2]]
+        following = f'<{self.server.url}{path}?recursive=true&cursor={start + 2}>; rel="next"'
+        self.answer(page, Link=following if start + 2 < len(files) else "")
 
     def send(self, repo: str, revision: str, name: str) -> None:
         """A file, whole or as the next of its faults has it: "half" of it, "other" bytes, or a status."""

@@ -83,6 +83,20 @@ def test_only_the_asked_one_of_many_is_fetched(hub: LocalHub, gemma: Tree) -> No
     assert again.cfg["sae_id"] == "layer_5/width_16k/average_l0_18"
 
 
+def test_of_a_repository_with_more_files_than_the_hub_describes_all_are_known(
+    hub: LocalHub, gemma: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = "google/gemma-scope-2b-pt-res"
+    ids = [record.sae_id for record in monosemy.list_saes(repo)]
+    hub.listed = 2
+    monkeypatch.setattr(pretrained, "MANY", 2)
+    assert [record.sae_id for record in monosemy.list_saes(repo)] == ids and len(ids) == 3
+    hub.faults["params.npz"] = ["other"]
+    with pytest.raises(ValueError, match="arrived with sha256"):
+        monosemy.load(repo, ids[2])
+    assert monosemy.load(repo, ids[2]).cfg["sae_id"] == ids[2]
+
+
 def test_a_commit_stays_though_the_branch_moves(hub: LocalHub) -> None:
     one, other = TREES["sae_lens"](), TREES["sparsify"]()
     first = hub.publish("a/b", one.files)

@@ -26,7 +26,7 @@ from monosemy.releases import repository, sae_of
 
 if TYPE_CHECKING:
     import torch
-    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.hf_api import RepoFile, RepoSibling
 
     from monosemy.formats.layouts import Entry
     from monosemy.sae import SAE
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # that the hub has to answer before what is in the cache serves
+MANY = 50_000  # files of a repository, from which on the hub may leave some out of its description
 NAMED = 8  # ids of SAEs in an error
 
 
@@ -297,11 +298,11 @@ class _Repository:
         wanted = [name for name, path in known.items() if not isinstance(path, str)]
         if wanted:
             with _answers(self.repo_id, self.commit):
-                told = _told(self.repo_id, self.commit)
+                _, told = _described(self.repo_id, self.commit, sizes=True)
             for name in wanted:
                 with _cached_at(_home(self.repo_id) / name, told[name].size or 0), _answers(self.repo_id, self.commit):
                     path = Path(hf_hub_download(self.repo_id, name, revision=self.commit))
-                    _check(path, self.repo_id, told[name])
+                    _check(path, name, self.repo_id, told[name])
             self._remember()
         with _answers(self.repo_id, self.commit):
             return Path(snapshot_download(self.repo_id, revision=self.commit, local_files_only=True))
@@ -324,19 +325,16 @@ def _home(repo_id: str) -> Path:
 
 def _repository(repo_id: str, revision: str | None, *, sizes: bool = False) -> _Repository:
     """The repository at the commit that a revision means now; from the cache where the hub is out of reach."""
-    from huggingface_hub import HfApi
-
     if revision is not None and not re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", revision, re.ASCII):
         raise invalid("revision", revision, "a branch, tag or commit", "correct it")
     try:
         with _answers(repo_id, revision):
-            info = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS, files_metadata=sizes)
+            commit, described = _described(repo_id, revision, sizes)
     except HubUnreachable as error:
         if (cached := _cached(repo_id, revision, _reason(error.__cause__ or error))) is None:
             raise
         return cached
-    files = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
-    return _Repository(repo_id, revision or "main", str(info.sha), files)
+    return _Repository(repo_id, revision or "main", commit, {name: file.size for name, file in described.items()})
 
 
 def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | None:
@@ -351,15 +349,20 @@ def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | N
     return _Repository(repo_id, revision or "main", commit, files, silence)
 
 
-def _told(repo_id: str, commit: str) -> dict[str, RepoSibling]:
-    """The sizes and digests of a commit's files, as the hub tells them."""
+def _described(repo_id: str, revision: str | None, sizes: bool) -> tuple[str, dict[str, RepoSibling | RepoFile]]:
+    """A revision's commit and its files, with their sizes and digests where those are asked for."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
-    info = HfApi().model_info(repo_id, revision=commit, timeout=SECONDS, files_metadata=True)
-    return {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    info = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS, files_metadata=sizes)
+    files: dict[str, RepoSibling | RepoFile] = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    if len(files) >= MANY:
+        tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=info.sha)
+        files = {item.path: item for item in tree if isinstance(item, RepoFile)}
+    return str(info.sha), files
 
 
-def _check(path: Path, repo_id: str, told: RepoSibling) -> None:
+def _check(path: Path, name: str, repo_id: str, told: RepoSibling | RepoFile) -> None:
     """Raises ValueError, and takes the file out of the cache, where it is not what the hub says."""
     found = path.stat().st_size
     wrong = f"{found:,} bytes of {told.size:,}" if told.size is not None and found != told.size else ""
@@ -370,7 +373,7 @@ def _check(path: Path, repo_id: str, told: RepoSibling) -> None:
     if wrong:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-        allowed = f"files as the hub has them ({told.rfilename} arrived with {wrong})"
+        allowed = f"files as the hub has them ({name} arrived with {wrong})"
         raise invalid("name_or_path", repo_id, allowed, "try again; it was not kept")
 
 
