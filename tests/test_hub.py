@@ -277,7 +277,7 @@ def test_the_card_tells_what_the_run_is(run: Path) -> None:
     numbers = "4,096 | 32.0 | 0.9731 [0.9718, 0.9744] | 0.0412 | 0.1123 | 98.8 % |"
     assert f"| `resid_post_layer_3/trainer_0` | `resid_post.3` | `top_k` | {numbers}" in body and "†" not in body
     assert "| 0.9731 [0.9718, 0.9744] | 0.0412 | - | 98.8 % |" in body  # a missing FVU is a dash
-    loading = ('snapshot_download("me/saes"', "monosemy.load(folder", "load_dictionary(folder")
+    loading = ('snapshot_download("me/saes"', 'monosemy.load("me/saes", "resid_post_layer_3/trainer_0")', "load_dictionary(folder")
     facts = ("614,400 tokens", "8,192 held-out", "torch 2.13", "monosemy train --x")
     for piece in (*loading, *facts, "![Loss recovered against L0](plots/loss_recovered.png)"):
         assert piece in body, piece

@@ -18,6 +18,7 @@ from monosemy import formats, pretrained
 from monosemy.cli import main
 from monosemy.files import DiskFull
 from monosemy.formats import names
+from monosemy.hub import push
 from monosemy.releases import RELEASES, repository, sae_of
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
 from tests.layout_trees import TREES, Tree
@@ -162,6 +163,20 @@ def test_pushed_twice_it_keeps_its_card_and_says_what_is_new(hub: LocalHub, monk
     assert hub.messages == ["Upload an SAE with monosemy", "Another place"] and files["README.md"] == b"# Mine"
     assert [record.sae_id for record in monosemy.list_saes("me/saes")] == [".", "b"]
     assert monosemy.load("me/saes", ".").cfg["sae_id"] == "."
+
+
+@pytest.mark.parametrize("state", ["complete", "stopped_early"])
+def test_the_card_of_a_run_loads_its_sae(hub: LocalHub, tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, also where the run did not complete."""
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    sae = trained("gated", 30).finished()
+    monosemy.save(sae, tmp_path / "resid_post_layer_3" / "trainer_0", {"trainer": {}})
+    (tmp_path / "status.json").write_text(json.dumps({"status": state, "saes": {"resid_post_layer_3/trainer_0": state}}))
+    push(tmp_path, "me/saes")
+    card = hub.repositories["me/saes"]["README.md"].decode()
+    said = {"activations": batch(3)}
+    exec(card.split("```python\n")[1].split("```")[0], said)
+    assert torch.equal(said["reconstruction"], sae(batch(3))) and ("unfinished" in card) == (state != "complete")
 
 
 @every

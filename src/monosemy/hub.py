@@ -271,7 +271,7 @@ def model_card(run_folder: str | Path, repo_id: str = "USER/NAME") -> str:
         _summary(run, rows, _read(folder / "status.json")),
         "## Results\n\n" + _table(rows) if rows else "",
         "\n\n".join(f"![{title}](plots/{name}.png)" for name, title in PLOTS.items() if (folder / "plots" / f"{name}.png").exists()),
-        _loading(repo_id, next(iter(rows), {}), config),
+        _loading(repo_id, next(iter(rows), {}), config, _read(folder / "status.json")),
         _limits(config, rows),
         _provenance(run),
     ]
@@ -359,17 +359,16 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _loading(repo_id: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _loading(repo_id: str, row: Mapping[str, Any], config: Mapping[str, Any], status: Mapping[str, Any]) -> str:
     sae = row.get("sae", "SITE/trainer_0")
+    unfinished = ", unfinished=True" if status.get("saes", {}).get(sae, "complete") != "complete" else ""
     where = f"{config.get('model_name', 'the model')} at {row.get('site', 'the site')}".replace("\n", " ")
     return f"""## Loading
 
 ```python
 import monosemy
-from huggingface_hub import snapshot_download
 
-folder = snapshot_download({json.dumps(repo_id)}, allow_patterns={json.dumps(sae + "/*")})
-sae = monosemy.load(folder + {json.dumps("/" + sae)})
+sae = monosemy.load({json.dumps(repo_id)}, {json.dumps(sae)}{unfinished})
 latents = sae.encode(activations)         # [..., d_in] -> [..., d_sae]; raw activations of {where}
 reconstruction = sae.decode(latents)      # [..., d_in]
 ```
@@ -378,7 +377,9 @@ With [dictionary_learning](https://github.com/saprmarks/dictionary_learning) ins
 
 ```python
 from dictionary_learning.utils import load_dictionary
+from huggingface_hub import snapshot_download
 
+folder = snapshot_download({json.dumps(repo_id)}, allow_patterns={json.dumps(sae + "/*")})
 ae, config = load_dictionary(folder + {json.dumps("/" + sae)}, device="cpu")
 ```"""
 
