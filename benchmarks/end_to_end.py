@@ -100,11 +100,11 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
     from monosemy.lm import LanguageModel
     from monosemy.run import train
     from monosemy.sweep import Sweep
-    from monosemy.training import Stack
+    from monosemy.training import TrainerGroup
 
     clock, found = Clock(), {}
     clock.watch(LanguageModel, "activations", "language model")
-    clock.watch(Stack, "step", "SAE steps", lambda stack, *args: len(stack.members))
+    clock.watch(TrainerGroup, "step", "SAE steps", lambda group, *args: len(group.members))
     make, sweep = ActivationStream.__init__, Sweep.run
 
     def begin(*args: Any, **kwargs: Any) -> None:

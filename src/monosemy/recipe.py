@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SEED_STEPS = 244_140  # of the seed's runs: 500M tokens in batches of 2048
-SEED_LR = 3e-4
+REFERENCE_STEPS = 244_140  # of the seed's runs: 500M tokens in batches of 2048
+REFERENCE_LR = 3e-4
 SHORT_STEPS, SHORT_WIDTH = 150, 1024  # of the runs that the architectures' short_run_lr was chosen in
 WIDTH_POWER = 0.25
 
@@ -51,8 +51,8 @@ def learning_rate(recipe: Recipe, short_run_lr: float, width: int, steps: int) -
     The seed's at the seed's length; the architecture's own in the shortest runs, less in wide SAEs; between them a power of the number
     of steps.
     """
-    if not recipe.scaled_learning_rate or steps >= SEED_STEPS:
-        return SEED_LR
-    short = max(short_run_lr * (SHORT_WIDTH / width) ** WIDTH_POWER, SEED_LR)
-    share = min(math.log(SEED_STEPS / steps) / math.log(SEED_STEPS / SHORT_STEPS), 1.0)
-    return SEED_LR * (short / SEED_LR) ** share
+    if not recipe.scaled_learning_rate or steps >= REFERENCE_STEPS:
+        return REFERENCE_LR
+    short = max(short_run_lr * (SHORT_WIDTH / width) ** WIDTH_POWER, REFERENCE_LR)
+    share = min(math.log(REFERENCE_STEPS / steps) / math.log(REFERENCE_STEPS / SHORT_STEPS), 1.0)
+    return REFERENCE_LR * (short / REFERENCE_LR) ** share
