@@ -73,7 +73,7 @@ def test_nothing_else_is_named_like_an_sae(finished):
         assert all(path.parent.name.startswith("trainer_") for path in finished.rglob(name))
 
 
-def test_the_seed_s_notebook_finds_its_keys(finished):
+def test_the_reference_s_notebook_finds_its_keys(finished):
     for folder in finished.glob("*/trainer_*"):
         results, config = (json.loads((folder / f"{n}.json").read_text()) for n in ("eval_results", "config"))
         assert {

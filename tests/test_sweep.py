@@ -87,7 +87,7 @@ def test_fit_tells_which_sae_failed_and_keeps_the_others():
 
 
 def test_learning_rates_fit_the_run():
-    """The recipe's: larger in short runs, smaller in wide SAEs, the seed's at the seed's length and under the seed's recipe."""
+    """The recipe's: larger in short runs, smaller in wide SAEs, dictionary_learning's at its length and under its recipe."""
     short, middle, wide = (learning_rate(MONOSEMY, 3e-3, width, steps) for width, steps in ((1024, 150), (1024, 5000), (65536, 150)))
     assert short == pytest.approx(3e-3) and 3e-4 < middle < short and 3e-4 < wide < short
     assert learning_rate(MONOSEMY, 3e-3, 1024, 10) == pytest.approx(short)
@@ -99,7 +99,7 @@ def test_learning_rates_fit_the_run():
     assert SAETrainer("", SAESpec("top_k", F, 0.5, settings={"k": 4}), D, plan).lr == 0.5
 
 
-def test_schedules_scale_with_short_runs_and_are_the_seed_s_at_its_length():
+def test_schedules_scale_with_short_runs_and_are_dictionary_learning_s_at_its_length():
     short = Schedule.of_run(300, 2048)
     assert (short.warmup_steps, short.sparsity_warmup_steps, short.threshold_start_step, short.anneal_start) == (15, 60, 150, 60)
     assert short.dead_tokens == int(0.2 * 300 * 2048) and short.decay_start == 240

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-SELECTION_TOKENS = 2048  # about so many tokens compete in BatchTopK's exact selection: a batch of the seed's training
+SELECTION_TOKENS = 2048  # about so many tokens compete in BatchTopK's exact selection: a batch of dictionary_learning's training
 HEAD_ELEMENTS = 2**24  # logits held at a time
 DRAWS = 1000  # of the bootstrap
 HISTOGRAM_EDGES = [-6 + i / 2 for i in range(13)]  # log10 of the share of tokens on which a latent fires
@@ -211,7 +211,7 @@ def evaluate_on_model(
 
 
 def dictionary_learning_results(row: Row) -> dict[str, Any]:
-    """A row as the seed's `eval_results.json` nests it: its keys under its names, and ours beside them."""
+    """A row as dictionary_learning's `eval_results.json` nests it: its keys under its names, and ours beside them."""
     return {**row, "hyperparameters": {"n_inputs": row["n_inputs"], "context_length": row["context_length"]}}
 
 
@@ -515,9 +515,9 @@ def _finite(value: Any) -> Any:
 
 
 def _reconstruction(sums: _Sums, variance: float) -> Row:
-    """The columns that need no language model, of one SAE in one mode. First the seed's, under its names, then ours."""
+    """The columns that need no language model, of one SAE in one mode. First dictionary_learning's, under its names, then ours."""
     n, of = sums.tokens, {key: float(value) for key, value in sums.of.items()}
-    # The seed's variance is about the residual's own mean, so that a constant error is free; FVU's is not.
+    # dictionary_learning's variance is about the residual's own mean, so that a constant error is free; FVU's is not.
     residual_variance = of["squared_error"] - float(sums.residual_D.square().sum()) / n
     frequency_F = sums.fired_F.double() / n
     fires_F = frequency_F > 0
@@ -543,7 +543,7 @@ def _reconstruction(sums: _Sums, variance: float) -> Row:
 
 
 def _loss_columns(spliced: _Losses, shared: Mapping[str, _Losses], weights_WC: Tensor) -> Row:
-    """The columns of the language model's losses, of one SAE in one mode. First the seed's, under its names, then ours."""
+    """The columns of the language model's losses, of one SAE in one mode. First dictionary_learning's, under its names, then ours."""
     clean, zero, mean = (shared[key] for key in ("clean", "zero", "mean"))
     recovered = {against: _ratio(base.ce - spliced.ce, base.ce - clean.ce) for against, base in (("zero", zero), ("mean", mean))}
     columns = {

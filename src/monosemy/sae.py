@@ -561,7 +561,7 @@ def unit(x: Tensor, dim: int, eps: float = 0.0) -> Tensor:
 def reset_relu(sae: SAE, generator: torch.Generator) -> None:
     """How the ReLU kinds begin: decoder rows of norm 0.1, the encoder their transpose, a small random encoder bias.
 
-    Drawn in the seed's order, which makes two linear layers first and keeps only the bias of one.
+    Drawn in dictionary_learning's order, which makes two linear layers first and keeps only the bias of one.
     """
     D, F = sae.d_in, sae.d_sae
     uniform((F, D), D**-0.5, generator)

@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
-    """Every architecture at every sparsity, width, learning rate and seed of a configuration, in the seed's order."""
+    """Every architecture at every sparsity, width, learning rate and seed of a configuration, in dictionary_learning's order."""
     specs = []
     for seed, width, lr in itertools.product(config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)):
         for name in config.architectures:

@@ -37,7 +37,7 @@ class Gated(SAE):
 
     def reset(self, generator: torch.Generator) -> None:
         D, F = self.d_in, self.d_sae
-        uniform((F, D), D**-0.5, generator)  # the seed makes two linear layers first
+        uniform((F, D), D**-0.5, generator)  # dictionary_learning makes two linear layers first
         uniform((D, F), F**-0.5, generator)
         rows_FD = unit(torch.randn(D, F, generator=generator), 0).T
         self.W_enc.data.copy_(rows_FD)
