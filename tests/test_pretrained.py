@@ -17,7 +17,7 @@ import monosemy
 from monosemy import formats, pretrained
 from monosemy.cli import main
 from monosemy.files import DiskFull
-from monosemy.releases import RELEASES, repository
+from monosemy.releases import RELEASES, repository, sae_of
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
 from tests.layout_trees import TREES, Tree
 from tests.local_hub import SIGNATURE, STALL, LocalHub, serving
@@ -354,7 +354,37 @@ def test_releases_name_repositories() -> None:
     assert repository("gemma-scope-2-4b-it-res") == "google/gemma-scope-2-4b-it/resid_post"
     assert repository("llama_scope_lxr_32x") == "fnlp/Llama3_1-8B-Base-LXR-32x"
     assert repository("gpt2-small-res-jb") == "jbloom/GPT2-Small-SAEs-Reformatted"
-    assert repository("unknown") is None and all(len(repo.split("/")) == 2 for repo in RELEASES.values())
+    assert repository("qwen-scope-3-8b-base-w64k-l50") == "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"
+    assert repository("unknown") is None and all(len(place.split("/")) in (2, 3) for place in RELEASES.values())
+
+
+@pytest.mark.parametrize(
+    ("repo", "asked", "ids", "meant"),
+    [
+        ("fnlp/Llama3_1-8B-Base-LXR-8x", "l5r_8x", ["Llama3_1-8B-Base-L5R-8x", "Llama3_1-8B-Base-L15R-8x"], 0),
+        ("fnlp/Llama3_1-8B-Base-LXR-8x", "l5m_8x", ["Llama3_1-8B-Base-L5R-8x"], None),
+        ("jbloom/GPT2-Small-OAI-v5-32k-resid-mid-SAEs", "blocks.1.hook_resid_mid", ["v5_32k_layer_10", "v5_32k_layer_1"], 1),
+        ("jbloom/GPT2-Small-OAI-v5-32k-resid-mid-SAEs", "blocks.1.hook_mlp_out", ["v5_32k_layer_1"], None),
+        ("ctigges/pythia-70m-deduped__att-sm_processed", "blocks.3.hook_attn_out", ["3-att-sm"], 0),
+        ("ctigges/pythia-70m-deduped__att-sm_processed", "blocks.3.hook_mlp_out", ["3-att-sm"], None),
+        ("Goodfire/Llama-3.1-8B-Instruct-SAE-l19", "layer_19", ["Llama-3.1-8B-Instruct-SAE-l19.pth"], 0),
+        ("google/gemma-scope-2b-pt-res", "a/canonical", ["a/average_l0_9", "a/average_l0_90", "b/average_l0_100"], 1),
+        ("google/gemma-scope-2b-pt-res", "a/canonical", ["a/average_l0_66", "a/average_l0_134"], None),
+        ("google/gemma-scope-2b-pt-res", "c/canonical", ["a/average_l0_66"], None),
+        ("some/other", "l5r_8x", ["Llama3_1-8B-Base-L5R-8x"], None),
+    ],
+)
+def test_ids_as_saelens_has_them(repo: str, asked: str, ids: list[str], meant: int | None) -> None:
+    assert sae_of(repo, asked, ids) == (None if meant is None else ids[meant])
+
+
+def test_saelens_s_names_open(hub: LocalHub, gemma: Tree) -> None:
+    assert monosemy.load("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical").cfg["sae_id"].endswith("average_l0_71")
+    with pytest.raises(ValueError, match="such as layer_20/width_16k/average_l0_71"):
+        monosemy.load("gemma-scope-2b-pt-res-canonical", "layer_21/width_16k/canonical")
+    llama = TREES["llama_scope"]()
+    hub.publish("fnlp/Llama3_1-8B-Base-LXR-8x", llama.files | {"Llama3_1-8B-Base-L5R-8x/hyperparams.json": b"{}"})
+    assert monosemy.load("llama_scope_lxr_8x", "l15r_8x").cfg["sae_id"] == llama.sae_id
 
 
 def test_a_release_may_mean_a_folder(hub: LocalHub) -> None:

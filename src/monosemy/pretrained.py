@@ -22,7 +22,7 @@ from monosemy.config import invalid, path_of
 from monosemy.files import room_for
 from monosemy.hub import answer_to, causes, status_of
 from monosemy.redact import without_secrets
-from monosemy.releases import repository
+from monosemy.releases import repository, sae_of
 
 if TYPE_CHECKING:
     import torch
@@ -204,6 +204,8 @@ def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, En
     for whole in (asked, (sae_id or "").strip("/")):
         if whole in entries:
             return whole, entries[whole]
+    if (meant := sae_of(held.repo_id, asked, entries)) is not None:
+        return meant, entries[meant]
     within = {name: entry for name, entry in entries.items() if _is_within(name, asked)}
     if len(within) == 1:
         return next(iter(within.items()))
