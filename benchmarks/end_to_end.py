@@ -1,4 +1,4 @@
-"""Tokens per second of a whole training run of `make demo`'s shape: ours against the seed's pipeline (seed_pipeline.py), on the CPU.
+"""Tokens per second of a whole training run of `make demo`'s shape: ours against the reference pipeline (reference_pipeline.py), on the CPU.
 
     python benchmarks/end_to_end.py [--precision float32|bf16] [--steps 200] [--rounds 1] [--json FILE] [--small]
 
@@ -6,12 +6,12 @@ Both sides train the eight architectures of examples/demo.json at both of its la
 Tokens are steps * batch for each layer. Seconds run from the empty buffer to the end of the last step: tokenising, every forward, the norm
 factor, the SAEs' making, their steps and records; loading the model, saving and evaluation are left out. "As run" is tokens over seconds.
 
-The seed reads more than a short run trains on (up to a buffer is left over, 102 batches go to the norm factor), so "steady" is what a long run
+dictionary_learning reads more than a short run trains on (up to a buffer is left over, 102 batches go to the norm factor), so "steady" is what a long run
 would give it: every token trained on costs a row's share of all fills, and its share of the training loop without fills. Ours as run is held
-against both. Its buffer is a quarter of the seed's unless --buffer_tokens says otherwise, so that a run refills it several times and ends
+against both. Its buffer is a quarter of dictionary_learning's unless --buffer_tokens says otherwise, so that a run refills it several times and ends
 soon; a smaller one helps its figure as run, and leaves the price of a row, on which the steady one rests, as it is.
 
---precision is of our language model and encoder; the seed's side is float32. Both have THP_MEM_ALLOC_ENABLE=1, which the seed does not set.
+--precision is of our language model and encoder; dictionary_learning's side is float32. Both have THP_MEM_ALLOC_ENABLE=1, which dictionary_learning does not set.
 The machine should have nothing else to do. This file imports the standard library alone until a half runs.
 """
 
@@ -36,7 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / ".venv-peers" / "dictionary_learning" / "bin" / "python"
-SEED_BUFFER = 250_000
+REFERENCE_BUFFER = 250_000
 STEPS, SMALL_STEPS = 200, 30
 SMALL = {
     "layers": (0, 1),
@@ -100,11 +100,11 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
     from monosemy.lm import LanguageModel
     from monosemy.run import train
     from monosemy.sweep import Sweep
-    from monosemy.training import Stack
+    from monosemy.training import TrainerGroup
 
     clock, found = Clock(), {}
     clock.watch(LanguageModel, "activations", "language model")
-    clock.watch(Stack, "step", "SAE steps", lambda stack, *args: len(stack.members))
+    clock.watch(TrainerGroup, "step", "SAE steps", lambda group, *args: len(group.members))
     make, sweep = ActivationStream.__init__, Sweep.run
 
     def begin(*args: Any, **kwargs: Any) -> None:
@@ -147,7 +147,7 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from monosemy.plan import make
 
     demo = json.loads((ROOT / "examples" / "demo.json").read_text(encoding="utf-8"))
-    asked = demo | {"buffer_tokens": SEED_BUFFER // 4} | (SMALL if args.small else {})
+    asked = demo | {"buffer_tokens": REFERENCE_BUFFER // 4} | (SMALL if args.small else {})
     asked |= {"buffer_tokens": args.buffer_tokens or asked["buffer_tokens"]}
     steps = args.steps or (SMALL_STEPS if args.small else STEPS)
     asked |= {"num_tokens": steps * asked["sae_batch_size"], "save_dir": str(folder / "run"), "device": "cpu"}
@@ -169,7 +169,9 @@ def half(side: str, told: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One side's run in a process of its own, and what is worked out from its seconds. Raises CalledProcessError where it fails."""
     if side == "theirs" and not PEER.exists():
         subprocess.run([ROOT / "peers" / "environment", "dictionary_learning"], check=True)
-    command = {"ours": [sys.executable, "-m", "benchmarks.end_to_end", "--half"], "theirs": [PEER, "-m", "benchmarks.seed_pipeline"]}[side]
+    command = {"ours": [sys.executable, "-m", "benchmarks.end_to_end", "--half"], "theirs": [PEER, "-m", "benchmarks.reference_pipeline"]}[
+        side
+    ]
     files = folder / "settings.json", folder / "result.json"
     files[0].write_text(json.dumps(told), encoding="utf-8")
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1", "HF_HUB_OFFLINE": "1"}
@@ -210,7 +212,7 @@ def ratios(rounds: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def report(told: dict[str, Any], about: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
     """The table, and in words what was counted."""
-    c, last, names = told["config"], rounds[-1], {"ours": "monosemy", "theirs": "the seed's pipeline"}
+    c, last, names = told["config"], rounds[-1], {"ours": "monosemy", "theirs": "the reference pipeline"}
     lines = ["| | tokens/s, as run | tokens/s, steady | seconds | language model | SAE steps | rest | peak memory |", "|" + " --- |" * 8]
     for side in last:
         m = medians(rounds, side)
@@ -229,7 +231,9 @@ def report(told: dict[str, Any], about: dict[str, Any], rounds: list[dict[str, A
     if "ours" in last:
         lines.append(f"monosemy: {c['dtype']} model, {c['precision']} encoder; {last['ours']['read']:,} tokens read once for all layers")
     if "theirs" in last:
-        lines.append(f"the seed's pipeline: float32; a buffer of {c['buffer_tokens']:,} tokens where the seed has {SEED_BUFFER:,}")
+        lines.append(
+            f"the reference pipeline: float32; a buffer of {c['buffer_tokens']:,} tokens where dictionary_learning has {REFERENCE_BUFFER:,}"
+        )
         lines += [
             f"  layer {run['layer']}: {run['tokens']:,} tokens trained on in {run['seconds']:.1f} s; {run['filled']:,} rows read in a first fill "
             f"and {run['refills']} refills of {run['buffer']:,} rows; {run['norm_batches']} batches for the norm factor"
@@ -243,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of our language model and encoder")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of each layer ({STEPS}; {SMALL_STEPS} with --small)")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each side, in turn (1)")
-    parser.add_argument("--buffer_tokens", type=int, help="rows of its buffer (62,500; the seed has 250,000)")
+    parser.add_argument("--buffer_tokens", type=int, help="rows of its buffer (62,500; dictionary_learning has 250,000)")
     parser.add_argument("--json", type=Path, help="write settings, machine and every run here")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it works")
     parser.add_argument("--only", choices=("ours", "theirs"), help="one side alone")

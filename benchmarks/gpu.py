@@ -17,7 +17,7 @@ steps: the eight architectures, the encoder's product of bfloat16 operands, k or
     the same maths takes at rates measured here: the encoder's product, a reading of it, the rows that decoding and its backward
     pass gather (or dense products, where these are faster), and for each parameter 30 bytes (22 without a first moment). TARGET times
     the floor is aimed at.
-sweep: 24 SAEs, 4 each of six architectures, in stacks.
+sweep: 24 SAEs, 4 each of six architectures, in groups.
 headlines: tokens per second through the activation stream and the sweep, over whole blocks: 24 SAEs on Pythia-70M's layer 3; four
     BatchTopK SAEs on Qwen2.5-Coder-32B's layer 32, which must stay under 62 GB.
 peers: `update` of dictionary_learning's trainers on bfloat16 activations under autocast, as its training loop calls it, where the package
@@ -66,12 +66,12 @@ from benchmarks.step import RELU, TOP_K, DictionaryLearning
 from monosemy import ops
 from monosemy.formats.dictionary_learning import state_dict
 from monosemy.ops import torch as plain
-from monosemy.ops.entries import Entries, Picked
+from monosemy.ops.entries import Entries, Selection
 from monosemy.ops.forms import form
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
-from monosemy.training import ROOM, SPARSE_BELOW, Member, SAESpec, Stack
+from monosemy.training import ROOM, SPARSE_BELOW, SAESpec, SAETrainer, TrainerGroup
 
 Row = dict[str, Any]
 ARCHITECTURES = TOP_K + RELU
@@ -368,34 +368,34 @@ def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
     sae.b_enc.sub_(candidates.topk(k * len(x_BD)).values[-1] - (sae.threshold if sae.name == "jump_relu" else 0))
 
 
-def member(sae: SAE, name: str, B: int, k: int, *, scratch: ops.Scratch, dense: bool = False, any_dead: bool = False) -> Member:
+def member(sae: SAE, name: str, B: int, k: int, *, scratch: ops.Workspace, dense: bool = False, any_dead: bool = False) -> SAETrainer:
     """The SAE in training with a bfloat16 product, at a step at which nothing begins or ends, in one of the layouts; AuxK with `any_dead`."""
     device = sae.W_enc.device
     phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
     schedule = Schedule.of_run(STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases)
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
     with torch.device(device):
-        made = Member(name, spec, sae.d_in, schedule, device=device, bf16=True, scratch=scratch)
+        made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, scratch=scratch)
     made.spec = dataclasses.replace(spec, init_from=None)  # whose memory it need not keep
     made.sparse, made.capacity, made.any_dead = made.sae.always_sparse or not dense, min(ROOM * (k + 1), sae.d_sae) * B, any_dead
     return made
 
 
-def uncaptured(stack: Stack) -> None:
-    """Have a stack on a GPU run its steps as they are."""
-    stack.captured = lambda function, phase, batches, step: function(batches, step)  # type: ignore[assignment]
+def uncaptured(group: TrainerGroup) -> None:
+    """Have a group on a GPU run its steps as they are."""
+    group.captured = lambda function, phase, batches, step: function(batches, step)  # type: ignore[assignment]
 
 
 class Stepping:
     """Members that train together, a step at each call, on some batches in turn."""
 
-    def __init__(self, members: list[Member], batches: list[Tensor]) -> None:
-        self.members, self.batches, self.stacks, self.step = members, batches, Sweep({"": members}).stacks, 0
+    def __init__(self, members: list[SAETrainer], batches: list[Tensor]) -> None:
+        self.members, self.batches, self.groups, self.step = members, batches, Sweep({"": members}).groups, 0
 
     def __call__(self) -> None:
         x_BD = self.batches[self.step % len(self.batches)]
-        for stack in self.stacks:
-            stack.step({m.name: x_BD for m in stack.members}, self.step)
+        for group in self.groups:
+            group.step({m.name: x_BD for m in group.members}, self.step)
         self.step += 1
 
     def warmed(self, n: int = WARM) -> Stepping:
@@ -404,8 +404,8 @@ class Stepping:
         return self
 
     def uncaptured(self) -> Stepping:
-        for stack in self.stacks:
-            uncaptured(stack)
+        for group in self.groups:
+            uncaptured(group)
         return self.warmed(2)
 
 
@@ -453,7 +453,7 @@ class Errors:
             report.add(name, error, unit, bound=ENTRY_ERROR if unit == "relative error" else 0)
 
 
-def differing(got: Picked, wanted: Picked) -> float:
+def differing(got: Selection, wanted: Selection) -> float:
     """In how many places two selections differ, padding included."""
     starts = int((got.starts_B1 != wanted.starts_B1).sum())
     n = len(wanted.latents_N)
@@ -472,10 +472,10 @@ def preactivations(B: int, F: int, device: torch.device) -> dict[str, Tensor]:
     return {"normal": normal_BF, "seldom": seldom_BF, "always": always_BF, "ties": ties_BF, "equal": torch.zeros_like(normal_BF)}
 
 
-def selections(B: int, F: int, k: int, device: torch.device, *, every: bool) -> dict[str, Callable[[Any, Tensor], Picked]]:
+def selections(B: int, F: int, k: int, device: torch.device, *, every: bool) -> dict[str, Callable[[Any, Tensor], Selection]]:
     """Calls of selections; the ones that training makes, or every kind."""
     some_F, each_F = torch.arange(F, device=device) % 3 == 0, torch.randn(F, device=device)
-    calls: dict[str, Callable[[Any, Tensor], Picked]] = {
+    calls: dict[str, Callable[[Any, Tensor], Selection]] = {
         "top_k": lambda o, pre: o.top_k(pre, k),
         "top_k of dead latents": lambda o, pre: o.top_k(pre, k, some_F),
         "batch_top_k": lambda o, pre: o.batch_top_k(pre, k * B),
@@ -512,7 +512,7 @@ def check_selections(report: Report, fast: Called) -> None:
     errors.tell(report)
 
 
-def supports(B: int, F: int, k: int, device: torch.device) -> list[tuple[Picked, int]]:
+def supports(B: int, F: int, k: int, device: torch.device) -> list[tuple[Selection, int]]:
     """Selections to sum over, and places for padding behind them, which lists have on a GPU alone."""
     pre = {name: pre_BF.double() for name, pre_BF in preactivations(B, F, device).items()}
     room = B * F if device.type == "cuda" else 0
@@ -567,7 +567,7 @@ def check_estimate(report: Report, fast: Called) -> None:
     worst, made = 0.0, False
     for B, D, F, _ in report.sizes.sums:
         x_BD, W_FD, b_F = (torch.randn(*shape, device=report.device) for shape in ((B, D), (F, D), (F,)))
-        estimate = fast.estimate(x_BD, W_FD, b_F, ops.Scratch())
+        estimate = fast.estimate(x_BD, W_FD, b_F, ops.Workspace())
         if estimate is not None:
             off_BF = (estimate.pre_BF.double() - (x_BD.double() @ W_FD.double().T + b_F)).abs()
             worst, made = max(worst, float((off_BF / estimate.error_B[:, None]).max())), True
@@ -630,11 +630,11 @@ def trained(report: Report, name: str, *, sparse: bool, how: str, bf16: bool = F
     schedule = Schedule.of_run(200, B, dead_feature_threshold=6 * B, **phases)
     spec = SAESpec(name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {}))
     with ops.using("torch") if how == "plain" else nullcontext():
-        m = Member("", spec, D, schedule, device=device, bf16=bf16, scratch=ops.Scratch())
+        m = SAETrainer("", spec, D, schedule, device=device, bf16=bf16, scratch=ops.Workspace())
         if sparse:
             m.sparse, m.capacity = True, B * F
         if how == "uncaptured" and device.type == "cuda":
-            uncaptured(m.stack)
+            uncaptured(m.group)
         losses = []
         for step, x_BD in enumerate(activations(20, B, D, "cpu")):
             m.step(x_BD.to(device), step)
@@ -667,9 +667,9 @@ def check_steps(report: Report, name: str, sparse: bool) -> None:
 
 
 def logged(report: Report, names: Sequence[str], *, together: bool, captured: bool) -> dict[str, list[dict[str, float]]]:
-    """Every number of 24 steps of SAEs over phase changes, by SAE; `together`, each in a stack of its own, or one after the other.
+    """Every number of 24 steps of SAEs over phase changes, by SAE; `together`, each in a group of its own, or one after the other.
 
-    A step's numbers are read once all stacks have made it, as a sweep reads them.
+    A step's numbers are read once all groups have made it, as a sweep reads them.
     """
     B, D, F, k = report.sizes.trained
     phases = {"warmup_steps": 0, "sparsity_warmup_steps": 10, "threshold_start_step": 6, "anneal_start": 4}
@@ -679,9 +679,9 @@ def logged(report: Report, names: Sequence[str], *, together: bool, captured: bo
         members = []
         for name in group:
             spec = SAESpec(name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {}))
-            members.append(Member(name, spec, D, schedule, device=report.device))
+            members.append(SAETrainer(name, spec, D, schedule, device=report.device))
             if not captured:
-                uncaptured(members[-1].stack)
+                uncaptured(members[-1].group)
         for step, x_BD in enumerate(batches):
             for m in members:
                 m.step(x_BD, step)
@@ -691,17 +691,17 @@ def logged(report: Report, names: Sequence[str], *, together: bool, captured: bo
 
 
 def check_logging(report: Report) -> None:
-    """What one stack's graph writes must not reach the numbers that another's left to be read."""
+    """What one group's graph writes must not reach the numbers that another's left to be read."""
     names = [*RELU, *TOP_K]
-    if report.needs_a_gpu("numbers of several stacks"):
+    if report.needs_a_gpu("numbers of several groups"):
         return
     apart = logged(report, names, together=False, captured=True)
     beside = logged(report, names, together=True, captured=True)
     eager = logged(report, names, together=True, captured=False)
     differ = sum(a[n] != b[n] for name in names for a, b in zip(apart[name], beside[name], strict=True) for n in a)
-    report.add("numbers of several stacks: beside each other against alone", float(differ), "numbers differ", bound=0)
+    report.add("numbers of several groups: beside each other against alone", float(differ), "numbers differ", bound=0)
     worst = max(abs(a[n] - b[n]) / max(abs(b[n]), 1.0) for name in names for a, b in zip(beside[name], eager[name], strict=True) for n in a)
-    report.add("numbers of several stacks: captured against uncaptured", worst, "relative difference", bound=LOSS_ERROR)
+    report.add("numbers of several groups: captured against uncaptured", worst, "relative difference", bound=LOSS_ERROR)
 
 
 def check_host(report: Report, name: str, dense: bool) -> None:
@@ -711,7 +711,7 @@ def check_host(report: Report, name: str, dense: bool) -> None:
     sae = drawn(name, D, F, sizes.k, device)
     if name in RELU and not dense:
         thin_out(sae, x[0], sizes.k)
-    made = member(sae, "", sizes.B, sizes.k, scratch=ops.Scratch(), dense=dense, any_dead=name in TOP_K)
+    made = member(sae, "", sizes.B, sizes.k, scratch=ops.Workspace(), dense=dense, any_dead=name in TOP_K)
     run = Stepping([made], x).warmed()
     for how in ("captured", "uncaptured"):
         if how == "uncaptured":
@@ -737,7 +737,7 @@ def checks(report: Report) -> None:
         with report.case(f"steps of {name}{'' if sparse else ', dense'}") as there_is_time:
             if there_is_time:
                 check_steps(report, name, sparse)
-    with report.case("numbers of several stacks") as there_is_time:
+    with report.case("numbers of several groups") as there_is_time:
         if there_is_time:
             check_logging(report)
     if report.needs_a_gpu("waits of the host and launches"):
@@ -760,7 +760,7 @@ def time_steps(report: Report, rates: Rates, name: str, D: int, F: int, batches:
     sae = drawn(name, D, F, sizes.k, device)
     if name in RELU and not dense:
         thin_out(sae, batches[0], sizes.k)
-    run = Stepping([member(sae, "", sizes.B, sizes.k, scratch=ops.Scratch(), dense=dense)], batches)
+    run = Stepping([member(sae, "", sizes.B, sizes.k, scratch=ops.Workspace(), dense=dense)], batches)
     del sae
     free(device)
     reset_peak(device)
@@ -803,9 +803,9 @@ def steps(report: Report) -> None:
 SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
 
 
-def grid(sizes: Sizes, D: int, F: int, x_BD: Tensor, names: list[str], *, dense: bool) -> list[Member]:
+def grid(sizes: Sizes, D: int, F: int, x_BD: Tensor, names: list[str], *, dense: bool) -> list[SAETrainer]:
     """Some SAEs of each architecture, which share their scratch memory; in the layout that a run would choose."""
-    scratch, members = ops.Scratch(), []
+    scratch, members = ops.Workspace(), []
     chosen = dense or sizes.k >= SPARSE_BELOW[x_BD.device.type] * F
     for name in names:
         sae = drawn(name, D, F, sizes.k, x_BD.device)
@@ -833,7 +833,7 @@ def sweep(report: Report) -> None:
                 layouts = Counter("sparse" if m.sparse else "dense" for m in run.members)
                 laid = " and ".join(f"{n} {layout}" for layout, n in layouts.items())
                 a_token = f"{ms / sizes.B * 1e3:.2f} us a token"
-                note = told(target(ms, floor), f"{laid} in {len(run.stacks)} stacks", a_token, gigabytes(peak(device)))
+                note = told(target(ms, floor), f"{laid} in {len(run.groups)} groups", a_token, gigabytes(peak(device)))
                 report.add(case, ms, "ms", note=note, floor_ms=floor, ratio=ms / floor, peak_bytes=peak(device))
                 if not report.needs_a_gpu(f"{case}: launches"):
                     asked, ran = launches(run, 3)
@@ -890,7 +890,7 @@ def stream_of(report: Report, config: Any, forward: int, block: int) -> tuple[An
 
 
 def headline(
-    report: Report, case: str, stream: Any, site: Any, members: list[Member], block: int, blocks: int, limit: float | None
+    report: Report, case: str, stream: Any, site: Any, members: list[SAETrainer], block: int, blocks: int, limit: float | None
 ) -> None:
     """Train over one block to warm up, and over some whole blocks that are timed: each step then has its share of the forwards."""
     device, begun = report.device, [0.0]
@@ -937,7 +937,7 @@ def headlines(report: Report) -> None:
     with report.case(case) as there_is_time:
         if there_is_time and "batch_top_k" in report.args.architectures:
             stream, site, per_block = stream_of(report, config, forward, block)
-            scratch, members = ops.Scratch(), []
+            scratch, members = ops.Workspace(), []
             for F in sizes.qwen_widths:
                 for k in sizes.qwen_k:
                     sae = drawn("batch_top_k", config.hidden_size, F, k, device)
@@ -1027,7 +1027,7 @@ def peers(report: Report) -> None:
                         report.add(label(name, D, F), note="out of memory")
 
 
-def beside(rows: list[Row]) -> None:
+def atomic_path(rows: list[Row]) -> None:
     """Put our times into the notes of the peer's rows."""
     ours = {row["case"]: row["value"] for row in rows if row["section"] == "steps"}
     for row in rows:
@@ -1101,7 +1101,7 @@ def main(argv: list[str]) -> int:
         left = min(allowed, args.seconds) - (time.perf_counter() - begun)
         rows += run_section(name, args) if args.here else run_apart(name, argv, max(left, 5.0))
     if not args.here:
-        beside(rows)
+        atomic_path(rows)
         if args.json:
             args.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"\n{table(rows)}\n\n{time.perf_counter() - begun:.0f} s", flush=True)

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from monosemy.activations import ActivationStream
 from monosemy.lm import LanguageModel, Site, load_tokenizer
-from monosemy.sae import Moment
+from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
 from monosemy.tokens import ContextStream, Source
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 
 STEPS, BATCH, HELD_OUT = 150, 512, 20
 WIDTHS, LAYERS = (1024, 4096), (3, 9)
@@ -52,10 +52,10 @@ def activations() -> dict[Site, list[Tensor]]:
 def trained(spec: SAESpec, batches: list[Tensor]) -> tuple[float, float, float, float]:
     """An SAE's learning rate, and its objective, FVU and L0 on the batches after those it is trained on."""
     plan = Schedule.of_run(STEPS, BATCH)
-    member = Member("", spec, batches[0].shape[1], plan)
+    member = SAETrainer("", spec, batches[0].shape[1], plan)
     for step in range(STEPS):
         member.step(batches[step], step)
-    at = Moment(STEPS - 1, plan, sparse=member.sparse, dead_F=torch.zeros(spec.d_sae, dtype=torch.bool))
+    at = StepContext(STEPS - 1, plan, sparse=member.sparse, dead_F=torch.zeros(spec.d_sae, dtype=torch.bool))
     sums = torch.zeros(4)
     with torch.no_grad():
         for x_BD in batches[STEPS:]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from monosemy.formats.dictionary_learning import LAYOUTS, state_dict
 from monosemy.recipe import DICTIONARY_LEARNING
 from monosemy.schedule import Schedule
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 
 BOUNDS = {"standard": 1e-5, "standard_new": 1e-5, "gated": 1e-5, "p_anneal": 1e-5}
 BOUND = 1e-4  # of the others: a near-tie or a value at a threshold's edge may fall on the other side
@@ -63,7 +63,7 @@ def arguments(told: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, args
 
 
-def member(name: str, args: dict[str, Any], batch: int) -> Member:
+def member(name: str, args: dict[str, Any], batch: int) -> SAETrainer:
     """Our member for a recorded trainer, with the weights that its seed draws."""
     settings = {ours: args[theirs] for ours, theirs in LAYOUTS[name].settings.items() if theirs in args}
     if name == "p_anneal":
@@ -82,7 +82,7 @@ def member(name: str, args: dict[str, Any], batch: int) -> Member:
         dead_tokens=args.get("dead_feature_threshold", 10_000_000),
     )
     spec = SAESpec(name, args["dict_size"], lr=args["lr"], seed=args["seed"] or 0, settings=settings)
-    return Member(name, spec, args["activation_dim"], schedule, recipe=DICTIONARY_LEARNING)
+    return SAETrainer(name, spec, args["activation_dim"], schedule, recipe=DICTIONARY_LEARNING)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -93,7 +93,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return 0.0 if apart == 0 else apart / largest if largest else float("inf")
 
 
-def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[str, float], Member]]:
+def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[str, float], SAETrainer]]:
     """(steps done, difference of each tensor, our member) at each recorded step of a run.
 
     `sparse` is the layout of the ReLU kinds; with `few` selections look up what an estimate of the encoder's product leaves open.

@@ -33,10 +33,10 @@ from monosemy.activations import ActivationStream
 from monosemy.evaluation import evaluate_on_model
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.ops import compiled
-from monosemy.sae import Codes, DenseCodes, Moment, Product, SparseCodes
+from monosemy.sae import Codes, DenseCodes, Preactivations, SparseCodes, StepContext
 from monosemy.schedule import Schedule
 from monosemy.tokens import ContextStream, Source
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 
 SITE, MODEL = Site("resid_post", 3), "smollm2-135m"
 STEPS = 300  # of the run whose states are compared: the ReLU kinds go over to the sparse layout at 200
@@ -77,11 +77,13 @@ def data(number: int, batch: int, *, held_out: int = 8, whole: bool = False) -> 
     return Data(batches, stream.norm_factor[SITE], lm, kept_out.next(held_out), contexts.special_ids)
 
 
-def member(name: str, d_sae: int, batches: Sequence[Tensor], steps: int, *, seed: int = 0, dead: int | None = None, **how: Any) -> Member:
+def member(
+    name: str, d_sae: int, batches: Sequence[Tensor], steps: int, *, seed: int = 0, dead: int | None = None, **how: Any
+) -> SAETrainer:
     """An SAE of an architecture; `dead` is after how many batches without firing a latent is."""
     B, D = batches[0].shape
     plan = Schedule.of_run(steps, B, dead_feature_threshold=dead and dead * B)
-    return Member(name, SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]), D, plan, scratch=ops.Scratch(), **how)
+    return SAETrainer(name, SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]), D, plan, scratch=ops.Workspace(), **how)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -89,7 +91,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def weights(member: Member) -> Tensor:
+def weights(member: SAETrainer) -> Tensor:
     """All of them, float64 in one row."""
     return torch.cat([p.detach().double().flatten() for p in member.sae.parameters()])
 
@@ -113,9 +115,9 @@ class Seen:
         return self.codes.entries.bags_N.long() * self.codes.entries.F + self.codes.entries.latents_N
 
 
-def watched(member: Member, x_BD: Tensor, step: int, grads: dict[str, Tensor] | None = None) -> Seen:
+def watched(member: SAETrainer, x_BD: Tensor, step: int, grads: dict[str, Tensor] | None = None) -> Seen:
     """Take a step and tell what it went through. The update takes `grads` in place of the step's own where they are given."""
-    optimizer, seen = member.stack.optimizer, []
+    optimizer, seen = member.group.optimizer, []
 
     def update(own: dict[str, list[Tensor]], *rest: Any) -> Tensor:
         seen.append(Seen(float(member.parts["loss"]), {n: g[0].clone() for n, g in own.items()}, member.noted[0]))
@@ -129,18 +131,18 @@ def watched(member: Member, x_BD: Tensor, step: int, grads: dict[str, Tensor] | 
     return seen[0]
 
 
-def exact(member: Member, x_BD: Tensor, step: int, pre_BF: Tensor | None = None) -> Seen:
+def exact(member: SAETrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = None) -> Seen:
     """What the next step of a member should go through, in float64: all of it, or what comes after the encoder's product `pre_BF`."""
     sae, x_BD = copy.deepcopy(member.sae).double(), x_BD.double()
 
-    def product(x_BD: Tensor, at: Moment) -> Product:
+    def product(x_BD: Tensor, at: StepContext) -> Preactivations:
         made = type(sae).product(sae, x_BD, at)
         if pre_BF is not None:
             made.pre = made.pre_BF = pre_BF.double()
         return made
 
     sae.product = product
-    at = Moment(step, member.schedule, member.recipe, member.sparse, sparsity=member.schedule.sparsity(step))
+    at = StepContext(step, member.schedule, member.recipe, member.sparse, sparsity=member.schedule.sparsity(step))
     codes = sae.codes(x_BD, at)
     f = sae.active(codes)
     since_F = torch.where(sae.fired(codes, f.count(), at), 0, member.since_fired_F + len(x_BD))
@@ -182,7 +184,7 @@ def gradients_apart(ours: Seen, theirs: Seen) -> float:
     return max(over_largest(ours.grads[n], g) for n, g in theirs.grads.items())
 
 
-def flips(member: Member, ours: Seen, theirs: Seen) -> tuple[int, int]:
+def flips(member: SAETrainer, ours: Seen, theirs: Seen) -> tuple[int, int]:
     """How many latents only one of two steps took, and how many of them lie within 1e-5 of the selection's boundary."""
     mine, other = ours.entries(), theirs.entries()
     flat = torch.cat([mine[~torch.isin(mine, other)], other[~torch.isin(other, mine)]])

@@ -51,12 +51,12 @@ import torch
 from torch import Tensor
 
 from monosemy.formats.dictionary_learning import state_dict
-from monosemy.ops import Scratch
+from monosemy.ops import Workspace
 from monosemy.plan import cpu_has_bf16
 from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY
 from monosemy.sae import SAE
 from monosemy.schedule import Schedule
-from monosemy.training import FEW, Member, SAESpec
+from monosemy.training import FEW, SAESpec, SAETrainer
 
 ROOT = Path(__file__).parents[1]
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
@@ -79,7 +79,7 @@ class Ours:
         schedule = Schedule.of_run(STEPS, args.batch, recipe=recipe, decay_start_fraction=1.0, **phases)
         settings = {kind: {"k": args.k} for kind in TOP_K} | {"jump_relu": {"target_l0": args.k}, "p_anneal": {"p_start": 0.8}}
         spec = SAESpec(name, args.d_sae, lr=LR, settings=settings.get(name, {}))
-        self.member = Member(name, spec, args.d_in, schedule, recipe=recipe, bf16=args.precision == "bf16", scratch=Scratch())
+        self.member = SAETrainer(name, spec, args.d_in, schedule, recipe=recipe, bf16=args.precision == "bf16", scratch=Workspace())
         self.sparse = not args.dense
         self.few = self.sparse and args.k < FEW * args.d_sae
 

@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 import monosemy
-from monosemy import SAE, Codes, Moment, reset_relu
+from monosemy import SAE, Codes, StepContext, reset_relu
 
 
 @monosemy.register
@@ -38,10 +38,10 @@ class Tanh(SAE):
     def reset(self, generator: torch.Generator) -> None:
         reset_relu(self, generator)
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         saturating = f.total(lambda values: torch.tanh(self.settings.steepness * values)) / len(x_BD)
         return {"loss": mse + self.settings.penalty * at.sparsity * saturating, "mse": mse, "tanh": saturating}

@@ -16,7 +16,7 @@ from monosemy.cli import main
 from monosemy.formats.dictionary_learning import LAYOUTS, trainer_config
 from monosemy.rng import generator
 from monosemy.schedule import Schedule
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 
 pytest_plugins = ("tests.conftest",)  # its tiny model and text
 
@@ -61,7 +61,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our eight, trained on activations divided by a norm factor and saved as a run saves them, then opened by the peer."""
     folder, schedule = tmp_path_factory.mktemp("ours"), Schedule.of_run(STEPS, B)
     for name, settings in SETTINGS.items():
-        member = Member(name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factor=FACTOR)
+        member = SAETrainer(name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factor=FACTOR)
         for step in range(STEPS):
             member.step(batch(step), step)
         sae = member.finished()

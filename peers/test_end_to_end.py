@@ -1,4 +1,4 @@
-"""benchmarks/end_to_end.py as a whole in its small mode: both halves, the seed's buffer as it should be, one table. Run by peers/run."""
+"""benchmarks/end_to_end.py as a whole in its small mode: both halves, dictionary_learning's buffer as it should be, one table. Run by peers/run."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def test_both_read_the_same_place_of_the_same_model(found: dict[str, Any]) -> No
 
 def test_the_table_has_both_and_their_ratios(found: dict[str, Any]) -> None:
     printed, ratios = found["printed"], found["medians"]["ratios"]
-    assert "| monosemy |" in printed and "| the seed's pipeline |" in printed
+    assert "| monosemy |" in printed and "| the reference pipeline |" in printed
     for what in ("as run", "ours as run to theirs steady"):
         assert f"ratio, {what}: {ratios[what][0]:.2f}" in printed
-    assert "2,048 tokens where the seed has 250,000" in printed
+    assert "2,048 tokens where dictionary_learning has 250,000" in printed

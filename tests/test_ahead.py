@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from monosemy.ahead import Ahead
+from monosemy.ahead import Prefetcher
 
 
 def ahead(function, *arguments, capacity=8):
-    return Ahead(function, *arguments, capacity=capacity, environment={"GREETING": "hello"})
+    return Prefetcher(function, *arguments, capacity=capacity, environment={"GREETING": "hello"})
 
 
 def squares(n):
@@ -140,9 +140,9 @@ def test_it_ends_with_its_parent_however_that_ends(tmp_path, function, how):
     main = tmp_path / "main.py"
     main.write_text(f"""
 import time
-from monosemy.ahead import Ahead
+from monosemy.ahead import Prefetcher
 from tests.test_ahead import {function}
-items = Ahead({function}, capacity=8, environment={{}})
+items = Prefetcher({function}, capacity=8, environment={{}})
 print(next(items), flush=True)
 {"time.sleep(1000)" if how else ""}
 """)

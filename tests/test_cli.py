@@ -113,7 +113,7 @@ def test_flags_that_do_not_parse(flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", SEED_COMMANDS)
-def test_the_seed_s_commands_end_within_seconds_without_the_hub(command, tmp_path):
+def test_the_reference_s_commands_end_within_seconds_without_the_hub(command, tmp_path):
     """Verbatim, one after the other would be: each names what it could not reach, and writes nothing."""
     environment = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
     start = time.monotonic()
@@ -133,7 +133,7 @@ def test_the_seed_s_commands_end_within_seconds_without_the_hub(command, tmp_pat
 
 
 @pytest.mark.parametrize("command", SEED_COMMANDS)
-def test_the_seed_s_commands_parse_and_plan_where_the_model_is_known(command, tmp_path, capsys, monkeypatch, text_file):
+def test_the_reference_s_commands_parse_and_plan_where_the_model_is_known(command, tmp_path, capsys, monkeypatch, text_file):
     """With the models' config.json and a local text in the place of the hub's: the presets, the grid, the budget."""
     from monosemy import plan
 
@@ -172,7 +172,7 @@ def test_the_seed_s_commands_parse_and_plan_where_the_model_is_known(command, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_every_constant_of_the_seed_is_a_flag_with_its_sentence():
+def test_every_constant_of_the_reference_is_a_flag_with_its_sentence():
     done = subprocess.run([sys.executable, str(ROOT / "demo.py"), "--help"], capture_output=True, text=True, check=True)
     flags = "num_tokens eval_num_inputs random_seeds dictionary_widths warmup_steps sparsity_warmup_steps decay_start_fraction learning_rates wandb_project target_l0s "
     flags += "standard_penalties standard_new_penalties p_anneal_penalties gated_penalties sae_batch_size llm_batch_size context_length dtype dataset bandwidth "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from monosemy.ops import Scratch, compiled
+from monosemy.ops import Workspace, compiled
 from monosemy.ops import torch as plain
 from monosemy.ops.entries import Entries
 
@@ -112,7 +112,7 @@ def estimated(B, D, F, operands, bf16):
     """An estimate, the exact pre-activations in float64, and for each token what float32 may lose of them."""
     x_BD, W_FD = OPERANDS[operands](draw(B, D), draw(F, D, seed=1))
     b_F = 0.1 * draw(F, seed=2)
-    estimate = compiled.estimate(x_BD, W_FD, b_F, Scratch(), W_FD.bfloat16() if bf16 else None)
+    estimate = compiled.estimate(x_BD, W_FD, b_F, Workspace(), W_FD.bfloat16() if bf16 else None)
     if estimate is None:
         pytest.skip("no product of integers on this processor")
     lost_B = 1e-6 * (x_BD.abs().double() @ W_FD.abs().double().T + b_F.abs()).amax(1)
@@ -179,7 +179,7 @@ def test_numbers_that_no_bound_is_known_of_are_not_estimated(where, value, bf16)
     operands = {"x": draw(9, 16), "W": draw(40, 16), "b": draw(40)}
     operands[where].view(-1)[5] = value
     shadow_FD = operands["W"].bfloat16() if bf16 else None
-    estimate = compiled.estimate(*operands.values(), Scratch(), shadow_FD)
+    estimate = compiled.estimate(*operands.values(), Workspace(), shadow_FD)
     assert estimate is None or (value == 1e30 and estimate.error_B.isfinite().all())
 
 
@@ -312,7 +312,7 @@ def test_the_number_of_threads_changes_no_bit(as_many_threads):
         after = adam(compiled, torch.float32, (2, 130, 24), "project", beta1=0.9, shadow=False)
         d_W_enc_FD, d_b_F = compiled.encode_backward(d_values_N, decoded_BD, e)
         selected = [*picked, *compiled.top_k(pre_BF, 4), *compiled.above(pre_BF, 1)]
-        for pre in (compiled.estimate(rows_BD, W_FD, b_F, Scratch(), shadow_FD) for shadow_FD in (None, W_FD.bfloat16())):
+        for pre in (compiled.estimate(rows_BD, W_FD, b_F, Workspace(), shadow_FD) for shadow_FD in (None, W_FD.bfloat16())):
             pre = pre_BF if pre is None else pre
             selected += [*compiled.batch_top_k(pre, B * 9), *compiled.top_k(pre, 4), *compiled.above(pre, 1)]
         return [*selected, *e.by_latent, decoded_BD, d_values_N, d_W_FD, d_W_enc_FD, d_b_F, after["p"], after["norms"]]

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from monosemy import evaluation
-from monosemy.evaluation import evaluate_on_model, seed_results, table
+from monosemy.evaluation import dictionary_learning_results, evaluate_on_model, table
 from monosemy.lm import LanguageModel, Site
 
 D, L, C, V = 32, 16, 24, 97
@@ -329,7 +329,7 @@ def test_rows_are_flat_json_with_the_seeds_keys(lm: LanguageModel, contexts: Ten
     assert row["site"] == "resid_post.0" and row["layer"] == 0 and row["architecture"] == "batch_top_k" and row["d_sae"] == 64
     metrics = ["l2_loss", "l1_loss", "l0", "frac_variance_explained", "cossim", "l2_ratio", "relative_reconstruction_bias", "frac_alive"]
     losses = ["loss_original", "loss_reconstructed", "loss_zero", "frac_recovered"]
-    nested = seed_results(row)
+    nested = dictionary_learning_results(row)
     assert all(isinstance(nested[key], float) and math.isfinite(nested[key]) for key in metrics + losses)
     assert nested["hyperparameters"] == {"n_inputs": C, "context_length": L}
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from monosemy.checkpoints import Checkpoints
-from monosemy.files import DiskFull, append, beside, room_for, write_json
+from monosemy.files import DiskFull, append, atomic_path, room_for, write_json
 from tests.test_broken_off import contents, small, status, train  # noqa: F401  (a fixture)
 
 KiB = 1024
@@ -88,7 +88,7 @@ def test_files_are_whole_or_as_they_were(left, disk):
         write_json(disk / "a.json", {"new": "x" * 20_000})
     with pytest.raises(DiskFull, match="lines needs 20,000 bytes"):
         append(disk / "lines", "x" * 20_000)
-    with pytest.raises(DiskFull, match=r"ae\.pt needs"), beside(disk / "sae" / "ae.pt", 0) as part:
+    with pytest.raises(DiskFull, match=r"ae\.pt needs"), atomic_path(disk / "sae" / "ae.pt", 0) as part:
         torch.save({"x": torch.zeros(10_000)}, part)
     assert json.loads((disk / "a.json").read_text()) == {"old": 1}
     assert (disk / "lines").read_text() == "first\n"

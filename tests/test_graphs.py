@@ -1,4 +1,4 @@
-"""Steps as graphs whose memory all graphs of a process share, modeled on a CPU: what one stack leaves to be read, no other writes over."""
+"""Steps as graphs whose memory all graphs of a process share, modeled on a CPU: what one group leaves to be read, no other writes over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 from tests.architectures.test_contract import SETTINGS, B, D, F, batch
 
 STEPS = 24
@@ -42,7 +42,7 @@ class Pool(TorchDispatchMode):
 
 
 class Modeled:
-    """`graphs.Captured`: the first step of a phase runs as it is, all others as graphs."""
+    """`graphs.CUDAGraphCache`: the first step of a phase runs as it is, all others as graphs."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool, self.phases = pool, set()
@@ -58,10 +58,10 @@ class Modeled:
 
 def records(names: list[str], pool: Pool | None) -> tuple[list[dict], Sweep]:
     schedule = Schedule.of_run(STEPS, B, warmup_steps=0, sparsity_warmup_steps=10, threshold_start_step=6, anneal_start=4)
-    sweep = Sweep({"": [Member(name, SAESpec(name, F, settings=SETTINGS[name]), D, schedule) for name in names]})
+    sweep = Sweep({"": [SAETrainer(name, SAESpec(name, F, settings=SETTINGS[name]), D, schedule) for name in names]})
     if pool is not None:
-        for stack in sweep.stacks:
-            stack.captured = Modeled(pool)
+        for group in sweep.groups:
+            group.captured = Modeled(pool)
     found, step = [], iter(range(STEPS))
     sweep.run(lambda: {"": batch(next(step))}, STEPS, log_steps=1, on_record=found.append)
     return found, sweep
@@ -71,7 +71,7 @@ def records(names: list[str], pool: Pool | None) -> tuple[list[dict], Sweep]:
 def test_what_a_sweep_of_stacks_logs_is_what_each_logs_alone(names):
     """Thresholds begin, p falls and latents die on the way, so that phases change and graphs of several lie in the pool."""
     beside, sweep = records(names, Pool())
-    captured = {member.name: stack.captured for stack in sweep.stacks for member in stack.members}
+    captured = {member.name: group.captured for group in sweep.groups for member in group.members}
     assert len(captured["p_anneal"].phases) > 4 and len(captured["batch_top_k"].phases) > 1
     assert all(captured[name].replays > 5 for name in names if name != "p_anneal")
     alone = [record for name in names for record in records([name], None)[0]]

@@ -19,7 +19,7 @@ from monosemy.ops import compiled, entries
 from monosemy.plan import make
 from monosemy.recipe import MONOSEMY
 from monosemy.schedule import Schedule
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -50,16 +50,16 @@ def wide_model(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", architecture_names())
 def test_an_sae_takes_what_was_said(name, bf16):
-    """Every storage that a member reaches after two steps in each layout, itself and through its stack, but for the arrays that all share."""
+    """Every storage that a member reaches after two steps in each layout, itself and through its group, but for the arrays that all share."""
     D, F, B = 64, 512, 128
     settings = {"k": 8} if memory.KINDS.get(name) and memory.KINDS[name].modes == 2 else {}
-    scratch = ops.Scratch()
-    member = Member("", SAESpec(name, F, 1e-3, 0, settings), D, Schedule.of_run(1000, B, recipe=MONOSEMY), bf16=bf16, scratch=scratch)
+    scratch = ops.Workspace()
+    member = SAETrainer("", SAESpec(name, F, 1e-3, 0, settings), D, Schedule.of_run(1000, B, recipe=MONOSEMY), bf16=bf16, scratch=scratch)
     for step in range(4):
         member.sparse |= step > 1
         member.few |= step > 1
         member.step(torch.randn(B, D, generator=torch.Generator().manual_seed(step)), step)
-    assert abs(tensor_bytes(member.stack, apart=[scratch]) - sae_bytes(name, D, F, bf16=bf16)) <= 64
+    assert abs(tensor_bytes(member.group, apart=[scratch]) - sae_bytes(name, D, F, bf16=bf16)) <= 64
     if compiled.available():
         assert tensor_bytes(scratch) == lent_bytes(name, B, D, F, bf16=bf16)
 
@@ -81,9 +81,9 @@ def most_allocated(job):
 def test_a_step_takes_what_was_said(name, bf16):
     """Its gradients and arrays, those that are kept for the next SAE included; for the TopK kinds with latents that are dead."""
     D, F, B, k = 64, 4096, 512, 16
-    scratch, schedule = ops.Scratch(), Schedule.of_run(1000, B, recipe=MONOSEMY, dead_feature_threshold=10**8)
+    scratch, schedule = ops.Workspace(), Schedule.of_run(1000, B, recipe=MONOSEMY, dead_feature_threshold=10**8)
     spec = SAESpec(name, F, 1e-3, 0, {"k": k} if memory.KINDS.get(name) and memory.KINDS[name].modes == 2 else {})
-    member = Member("", spec, D, schedule, bf16=bf16, scratch=scratch)
+    member = SAETrainer("", spec, D, schedule, bf16=bf16, scratch=scratch)
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(0)) / D**0.5
     member.step(x_BD, 0)
     member.since_fired_F.fill_(10**9)
@@ -94,10 +94,10 @@ def test_a_step_takes_what_was_said(name, bf16):
 
 def test_members_of_a_stack_are_counted_once():
     specs = [SAESpec("top_k", 256, 1e-3, seed, {"k": 8}) for seed in range(3)]
-    members = [Member(str(s), spec, 32, Schedule.of_run(1000, 64, recipe=MONOSEMY)) for s, spec in enumerate(specs)]
-    stack = training.Stack(members)
-    stack.step({member.name: torch.randn(64, 32) for member in members}, 0)
-    assert abs(tensor_bytes(members[0].stack) - 3 * sae_bytes("top_k", 32, 256)) <= 3 * 64
+    members = [SAETrainer(str(s), spec, 32, Schedule.of_run(1000, 64, recipe=MONOSEMY)) for s, spec in enumerate(specs)]
+    group = training.TrainerGroup(members)
+    group.step({member.name: torch.randn(64, 32) for member in members}, 0)
+    assert abs(tensor_bytes(members[0].group) - 3 * sae_bytes("top_k", 32, 256)) <= 3 * 64
 
 
 def test_bytes_of_tensors_are_of_whole_storages():

@@ -10,7 +10,7 @@ from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
 from monosemy.tokens import ContextStream, Source
-from monosemy.training import Member
+from monosemy.training import SAETrainer
 from tests.workers.fitting import B, Batches, D, spec
 
 STEPS, BAD = 16, 9
@@ -37,7 +37,7 @@ def broken(x_BD, kind):
 def run(names, kind=None, *, on_nonfinite="stop", sparse=False, steps=STEPS, at=BAD):
     """Members side by side, the first of which meets a broken batch; the sweep, and the members."""
     plan = Schedule.of_run(STEPS, B, dead_feature_threshold=4 * B, threshold_start_step=4)
-    members = [Member(f"{i}", spec(name), D, plan, on_nonfinite=on_nonfinite) for i, name in enumerate(names)]
+    members = [SAETrainer(f"{i}", spec(name), D, plan, on_nonfinite=on_nonfinite) for i, name in enumerate(names)]
     members[0].sparse = sparse or members[0].sparse
     sweep, source, now = Sweep({i: [m] for i, m in enumerate(members)}), iter(Batches(STEPS)), iter(range(STEPS))
 
@@ -71,7 +71,7 @@ def test_a_broken_batch_harms_nothing(name, kind, alone):
         if kind in ("NaN", "infinite", "one NaN"):
             assert first == BAD and refused == (STEPS - BAD if on_nonfinite == "stop" else 1)
         if on_nonfinite == "skip":
-            assert not sweep.failed and int(sick.stack.optimizer.steps_S) == STEPS - refused
+            assert not sweep.failed and int(sick.group.optimizer.steps_S) == STEPS - refused
         elif refused:
             assert (f"at step {first}" in sweep.failed["0"] and "not finite either" in sweep.failed["0"]) or kind == "1e30"
             before = run([name], steps=BAD)[1][0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from monosemy import ops
 from monosemy.ops import compiled
-from monosemy.sae import Product
+from monosemy.sae import Preactivations
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (16, 8, 33), (33, 5, 130), (64, 24, 96)]
 FORMS = ["torch", "aten", pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no compiler"))]
@@ -80,7 +80,7 @@ def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
     if selection == "one latent always":
         b_enc.data.fill_(-1e3)
         b_enc.data[F // 2] = 1e3
-    product = Product(x, W_enc, b_enc, b_dec)
+    product = Preactivations(x, W_enc, b_enc, b_dec)
     k, some = max(F // 4, 1), torch.arange(F) % 3 == 0
     codes = {
         "k=1": lambda: product.top_k(1),
@@ -150,7 +150,7 @@ def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
 @pytest.mark.parametrize(("B", "D", "F"), SHAPES)
 def test_the_two_layouts_agree(form, dtype, B, D, F):
     x, params = draw(B, D).to(dtype), weights(D, F, dtype)
-    product = Product(x, *params[:3])
+    product = Preactivations(x, *params[:3])
     named = dict(zip(("W_enc", "b_enc", "b_dec", "W_dec"), params, strict=True))
     results = []
     for sparse in (False, True):
@@ -174,7 +174,7 @@ def test_power_at_the_support_s_edge_has_finite_gradients(form, dtype):
     """d f^p / df is infinite at 0 for p < 1: what is off the support must be selected away, not multiplied by 0."""
     x, params = draw(8, 4).to(dtype), weights(4, 9, dtype)
     for sparse in (False, True):
-        codes = Product(x, *params[:3]).above(0, sparse=sparse)
+        codes = Preactivations(x, *params[:3]).above(0, sparse=sparse)
         loss = codes.total(lambda f: ops.power(f, 0.3)) * 0.0 + codes.map(lambda f: f**0.3).decode(params[3]).sum()
         assert all(g.isfinite().all() for g in gradients(loss, dict(enumerate(params))).values())
 
@@ -222,7 +222,7 @@ def test_bf16_rounds_the_product_s_operands_and_nothing_else():
     wanted = x.bfloat16().double() @ W.bfloat16().double().T + b.bfloat16().double()
     assert pre.dtype == torch.bfloat16
     assert (pre.double() - wanted).abs().max() <= 0.01 * wanted.abs().max()
-    codes = Product(x, nn.Parameter(W), nn.Parameter(b), None, bf16=True).top_k(3)
+    codes = Preactivations(x, nn.Parameter(W), nn.Parameter(b), None, bf16=True).top_k(3)
     assert codes.values.dtype == torch.float32
 
 
@@ -231,7 +231,7 @@ def test_bf16_rounds_the_product_s_operands_and_nothing_else():
 @pytest.mark.parametrize("clip", [None, 1.0, 0.01])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constraint, clip, beta1):
-    """Two SAEs in one stack, each like torch's Adam in float64 on it alone."""
+    """Two SAEs in one group, each like torch's Adam in float64 on it alone."""
     S, F, D = 2, 9, 5
     start = {"W_enc": draw(S, F, D, seed=1), "b": draw(S, F, seed=2), "W_dec": nn.functional.normalize(draw(S, F, D, seed=3), dim=2)}
     optimizer = ops.Optimizer(
@@ -275,7 +275,7 @@ def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constrain
 @pytest.mark.parametrize("where", ["loss", "W_enc", "b"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_updates_nothing(form, dtype, clip, where, value):
-    """Of two SAEs in a stack one has a loss or gradient that is not finite: it stays as it is, bit by bit; the other goes on."""
+    """Of two SAEs in a group one has a loss or gradient that is not finite: it stays as it is, bit by bit; the other goes on."""
     F, D = 9, 5
     make = lambda: ops.Optimizer(  # noqa: E731
         {"W_enc": draw(2, F, D, seed=1).to(dtype), "b": draw(2, F, seed=2).to(dtype)},

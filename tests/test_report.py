@@ -13,7 +13,7 @@ import torch
 from monosemy import latents, memory
 from monosemy.cli import main
 from monosemy.config import architecture_names
-from monosemy.latents import BEFORE, LOWEST, OCTAVES, SAMPLED, STRONGEST, WINDOW, Gathering
+from monosemy.latents import BEFORE, LOWEST, OCTAVES, SAMPLED, STRONGEST, WINDOW, LatentStats
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.report import page
 from monosemy.sae import architecture
@@ -39,7 +39,7 @@ def codes():
 
 def gathered(codes, parts=C, shuffled=False, seed=0):
     f_NF, at_N = codes
-    g = Gathering(F, L, seed=seed, salt="x")
+    g = LatentStats(F, L, seed=seed, salt="x")
     groups = list(torch.arange(C).split(parts))
     for group in [groups[i] for i in torch.randperm(len(groups), generator=torch.Generator().manual_seed(1))] if shuffled else groups:
         mine = torch.isin(at_N // L, group)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import monosemy
 from monosemy.checkpoints import Checkpoints
 from monosemy.config import architecture_names
-from monosemy.files import alone_in
+from monosemy.files import exclusive_lock
 from tests.certify import share
 from tests.workers.fitting import Batches, spec
 
@@ -124,7 +124,7 @@ def test_a_folder_of_other_saes_is_refused(tmp_path):
 
 
 def test_a_folder_that_another_fit_is_in_is_refused(tmp_path):
-    with alone_in(tmp_path, "checkpoints"), pytest.raises(ValueError, match="checkpoints is .*no other process trains in"):
+    with exclusive_lock(tmp_path, "checkpoints"), pytest.raises(ValueError, match="checkpoints is .*no other process trains in"):
         monosemy.fit(Batches(3), [spec("top_k")], checkpoints=tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 import monosemy
 from monosemy.cli import main
 from monosemy.config import architecture_names
-from monosemy.files import alone_in
+from monosemy.files import exclusive_lock
 from tests.conftest import write_text
 
 SMALL = (
@@ -73,7 +73,7 @@ def test_nothing_else_is_named_like_an_sae(finished):
         assert all(path.parent.name.startswith("trainer_") for path in finished.rglob(name))
 
 
-def test_the_seed_s_notebook_finds_its_keys(finished):
+def test_the_reference_s_notebook_finds_its_keys(finished):
     for folder in finished.glob("*/trainer_*"):
         results, config = (json.loads((folder / f"{n}.json").read_text()) for n in ("eval_results", "config"))
         assert {
@@ -147,7 +147,7 @@ def test_another_configuration_is_refused_and_other_architectures_go_beside(fini
 
 
 def test_two_processes_do_not_share_a_folder(finished, tiny_model, text_file, tmp_path, capsys):
-    with alone_in(tmp_path / "taken", "save_dir"):
+    with exclusive_lock(tmp_path / "taken", "save_dir"):
         assert train(tmp_path / "taken", tiny_model, text_file) == 2
         assert "no other process trains in" in capsys.readouterr().err
         assert [path.name for path in (tmp_path / "taken").iterdir()] == [".lock"]

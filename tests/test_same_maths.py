@@ -17,10 +17,10 @@ from benchmarks.same_maths import SETTINGS, Data, weights
 from monosemy import ops, training
 from monosemy.ops import compiled
 from monosemy.ops import torch as plain
-from monosemy.sae import Moment
+from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
-from monosemy.training import LOOK_EVERY, SPARSE_BELOW, Member, SAESpec, Stack
+from monosemy.training import LOOK_EVERY, SPARSE_BELOW, SAESpec, SAETrainer, TrainerGroup
 
 FAST = "compiled" if compiled.available() else "aten"
 RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu")
@@ -144,7 +144,7 @@ def test_how_the_product_is_estimated_changes_no_bit(name: str) -> None:
         m.few = True
         for step, x_BD in enumerate(batches(96, 48)):
             m.step(x_BD, step)
-        estimated = isinstance(m.sae.product(x_BD, Moment(8, m.schedule, few=True)).pre, ops.Estimate)
+        estimated = isinstance(m.sae.product(x_BD, StepContext(8, m.schedule, few=True)).pre, ops.Estimate)
         runs.append((weights(m), m.last["loss"]))
     assert not estimated or all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -159,23 +159,23 @@ def batches(B: int, D: int, n: int = 8) -> Tensor:
     return (torch.rand(n, B, 48, generator=draw) * (torch.rand(n, B, 48, generator=draw) < 0.08)) @ directions
 
 
-def begun(name: str, shape: tuple[int, int, int], *, seed: int = 0, sparse: bool = False, tag: str = "", **how: object) -> Member:
+def begun(name: str, shape: tuple[int, int, int], *, seed: int = 0, sparse: bool = False, tag: str = "", **how: object) -> SAETrainer:
     B, D, F = shape
     settings = SETTINGS[name] | ({"k": 4} if "k" in SETTINGS[name] else {})
     plan = Schedule.of_run(60, B, dead_feature_threshold=4 * B)
-    m = Member(tag or name, SAESpec(name, F, lr=3e-3, seed=seed, settings=settings), D, plan, **({"scratch": ops.Scratch()} | how))
+    m = SAETrainer(tag or name, SAESpec(name, F, lr=3e-3, seed=seed, settings=settings), D, plan, **({"scratch": ops.Workspace()} | how))
     m.sparse |= sparse
     return m
 
 
-def trained(name: str, shape: tuple[int, int, int], steps: int = 60, **how: object) -> Member:
+def trained(name: str, shape: tuple[int, int, int], steps: int = 60, **how: object) -> SAETrainer:
     m, of = begun(name, shape, **how), batches(*shape[:2])
     for step in range(steps):
         m.step(of[step % len(of)], step)
     return m
 
 
-def equal(a: Member, b: Member) -> bool:
+def equal(a: SAETrainer, b: SAETrainer) -> bool:
     ours, theirs = a.state(), b.state()
     return ours.keys() == theirs.keys() and all(torch.equal(t.nan_to_num(nan=-7), theirs[n].nan_to_num(nan=-7)) for n, t in ours.items())
 
@@ -208,7 +208,7 @@ def test_bits_do_not_follow_the_threads(threads: None, name: str, sparse: bool) 
 @pytest.mark.parametrize("form", sorted({FAST, "aten"}))
 def test_company_and_logging_change_no_bit(form: str) -> None:
     """Each SAE alone, never logged, and in a sweep of all architectures, each twice, logged at every step; no size is round."""
-    shape, scratch, steps = (60, 13, 41), ops.Scratch(), iter(range(60))
+    shape, scratch, steps = (60, 13, 41), ops.Workspace(), iter(range(60))
     of = batches(*shape[:2])
     with ops.using(form):
         crowd = [begun(name, shape, seed=seed, tag=f"{name} {seed}", scratch=scratch) for name in SETTINGS for seed in (1, 0)]
@@ -223,9 +223,9 @@ def test_company_in_one_array_changes_no_bit(name: str) -> None:
     """As a GPU has them: SAEs of one shape as parts of the same arrays."""
     shape = (60, 13, 41)
     pair, of = [begun(name, shape, seed=seed, tag=f"{name} {seed}") for seed in (1, 0)], batches(*shape[:2])
-    stack = Stack(pair)
+    group = TrainerGroup(pair)
     for step in range(60):
-        stack.step({m.name: of[step % len(of)] for m in pair}, step)
+        group.step({m.name: of[step % len(of)] for m in pair}, step)
     assert equal(pair[1], trained(name, shape))
 
 
@@ -245,10 +245,10 @@ def test_bits_of_one_and_two_threads_at_a_real_width(threads: None, large: Data,
 # --- the layout
 
 
-def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Iterator[tuple[int, Member]]:
+def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Iterator[tuple[int, SAETrainer]]:
     """A run whose L0 is small from one step on until another, by its encoder's biases: (step, member after it)."""
     B, D, F = 32, 16, 64
-    m, of = Member(name, SAESpec(name, F, lr=lr, settings=SETTINGS[name]), D, Schedule.of_run(1000, B)), batches(B, D)
+    m, of = SAETrainer(name, SAESpec(name, F, lr=lr, settings=SETTINGS[name]), D, Schedule.of_run(1000, B)), batches(B, D)
     usual = m.sae.b_enc.detach().clone()
     for step in range(10**6):
         if step in (falls, rises):
@@ -293,7 +293,7 @@ def test_a_restored_run_changes_its_layout_at_the_same_step(name: str, at: int) 
             file = io.BytesIO()
             torch.save(m.state(), file)
             file.seek(0)
-            again = Member(name, m.spec, 16, m.schedule)
+            again = SAETrainer(name, m.spec, 16, m.schedule)
             again.restore(torch.load(file))
         if step == 205:
             break

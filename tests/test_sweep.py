@@ -5,10 +5,10 @@ import torch
 
 import monosemy
 from monosemy.config import TrainConfig
-from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY, SEED_LR, SEED_STEPS, learning_rate
+from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY, REFERENCE_LR, REFERENCE_STEPS, learning_rate
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep, grid
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 
 D, F = 12, 40
 
@@ -72,7 +72,7 @@ def test_records_hold_every_sae_at_its_steps():
 
 def test_an_sae_that_does_not_stay_finite_stops_alone():
     plan = Schedule.of_run(20, 64)
-    good, bad = Member("good", SPECS[1], D, plan), Member("bad", SAESpec("standard", F, 1e30), D, plan)
+    good, bad = SAETrainer("good", SPECS[1], D, plan), SAETrainer("bad", SAESpec("standard", F, 1e30), D, plan)
     data = iter(batches(20))
     sweep = Sweep({"": [bad, good]})
     sweep.run(lambda: {"": next(data)}, 20, log_steps=1)
@@ -87,23 +87,23 @@ def test_fit_tells_which_sae_failed_and_keeps_the_others():
 
 
 def test_learning_rates_fit_the_run():
-    """The recipe's: larger in short runs, smaller in wide SAEs, the seed's at the seed's length and under the seed's recipe."""
+    """The recipe's: larger in short runs, smaller in wide SAEs, dictionary_learning's at its length and under its recipe."""
     short, middle, wide = (learning_rate(MONOSEMY, 3e-3, width, steps) for width, steps in ((1024, 150), (1024, 5000), (65536, 150)))
     assert short == pytest.approx(3e-3) and 3e-4 < middle < short and 3e-4 < wide < short
     assert learning_rate(MONOSEMY, 3e-3, 1024, 10) == pytest.approx(short)
-    for recipe, steps in ((MONOSEMY, SEED_STEPS), (MONOSEMY, 10 * SEED_STEPS), (DICTIONARY_LEARNING, 150)):
-        assert learning_rate(recipe, 3e-3, 16384, steps) == SEED_LR
+    for recipe, steps in ((MONOSEMY, REFERENCE_STEPS), (MONOSEMY, 10 * REFERENCE_STEPS), (DICTIONARY_LEARNING, 150)):
+        assert learning_rate(recipe, 3e-3, 16384, steps) == REFERENCE_LR
     plan = Schedule.of_run(150, 64)
-    assert Member("", SAESpec("top_k", F, settings={"k": 4}), D, plan).lr > 1e-3
-    assert Member("", SAESpec("top_k", F, settings={"k": 4}), D, plan, recipe=DICTIONARY_LEARNING).lr == SEED_LR
-    assert Member("", SAESpec("top_k", F, 0.5, settings={"k": 4}), D, plan).lr == 0.5
+    assert SAETrainer("", SAESpec("top_k", F, settings={"k": 4}), D, plan).lr > 1e-3
+    assert SAETrainer("", SAESpec("top_k", F, settings={"k": 4}), D, plan, recipe=DICTIONARY_LEARNING).lr == REFERENCE_LR
+    assert SAETrainer("", SAESpec("top_k", F, 0.5, settings={"k": 4}), D, plan).lr == 0.5
 
 
-def test_schedules_scale_with_short_runs_and_are_the_seed_s_at_its_length():
+def test_schedules_scale_with_short_runs_and_are_dictionary_learning_s_at_its_length():
     short = Schedule.of_run(300, 2048)
     assert (short.warmup_steps, short.sparsity_warmup_steps, short.threshold_start_step, short.anneal_start) == (15, 60, 150, 60)
     assert short.dead_tokens == int(0.2 * 300 * 2048) and short.decay_start == 240
-    for long in (Schedule.of_run(SEED_STEPS, 2048), Schedule.of_run(SEED_STEPS, 2048, recipe=DICTIONARY_LEARNING)):
+    for long in (Schedule.of_run(REFERENCE_STEPS, 2048), Schedule.of_run(REFERENCE_STEPS, 2048, recipe=DICTIONARY_LEARNING)):
         assert (long.warmup_steps, long.sparsity_warmup_steps, long.threshold_start_step, long.anneal_start) == (1000, 5000, 1000, 10_000)
         assert (long.dead_tokens, long.decay_start, long.threshold_beta) == (10_000_000, 195_312, 0.999)
     assert [short.lr(s) for s in (0, 15, 239, 240, 270)] == [0.0, 1.0, 1.0, 1.0, 0.5]
@@ -122,16 +122,16 @@ def test_the_threshold_is_always_set(name, steps):
 
 
 def test_the_running_threshold_is_a_mean_and_then_an_average():
-    from monosemy.sae import Moment
+    from monosemy.sae import StepContext
 
     plan = Schedule.of_run(10_000, 64, threshold_start_step=0)
-    sae = Member("", SAESpec("batch_top_k", F, settings={"k": 4}), D, plan).sae
+    sae = SAETrainer("", SAESpec("batch_top_k", F, settings={"k": 4}), D, plan).sae
     draw = torch.rand(1500, generator=torch.Generator().manual_seed(0)) + 1
     values = iter(draw)
     sae.smallest_kept = lambda codes: next(values)
     wanted = 0.0
     for i, value in enumerate(draw.tolist()):
-        sae.observe(None, Moment(i + 1, plan))
+        sae.observe(None, StepContext(i + 1, plan))
         wanted = sum(draw[: i + 1].tolist()) / (i + 1) if i < 1000 else 0.999 * wanted + 0.001 * value
         if i in (0, 1, 500, 999, 1000, 1499):
             assert float(sae.threshold) == pytest.approx(wanted, rel=1e-5), i

@@ -145,7 +145,7 @@ def test_above(B, F, threshold, dtype):
     if n > 1:  # overflow: the first that fit
         kept = n // 2
         first = (wanted.latents_N[:kept], wanted.starts_B1.clamp(max=kept), wanted.values_N[:kept])
-        check_picked(fast.above(pre.to(DEVICE), here, kept), ops.Picked(*first), kept)
+        check_picked(fast.above(pre.to(DEVICE), here, kept), ops.Selection(*first), kept)
 
 
 def test_nothing_is_written_behind_a_list(monkeypatch):
@@ -155,7 +155,7 @@ def test_nothing_is_written_behind_a_list(monkeypatch):
         latents, values = starts_B1.new_full((N + 99,), -7), starts_B1.new_full((N + 99,), -7, dtype=torch.float32)
         latents[:N], values[:N] = 0, 0
         behind.extend((latents[N:], values[N:]))
-        return ops.Picked(latents[:N], starts_B1, values[:N])
+        return ops.Selection(latents[:N], starts_B1, values[:N])
 
     monkeypatch.setattr(fast, "_padding", guarded)
     pre = draw(4, 50).float().to(DEVICE)

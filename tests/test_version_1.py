@@ -14,7 +14,7 @@ import monosemy
 from monosemy.formats import convert
 from monosemy.sae import FORMER_NAMES, current_names
 from monosemy.schedule import Schedule
-from monosemy.training import Member, SAESpec
+from monosemy.training import SAESpec, SAETrainer
 
 FOLDERS = Path(__file__).parent / "data" / "version_1"
 KINDS = ("batch_top_k", "gated", "jump_relu", "p_anneal")
@@ -49,8 +49,8 @@ def test_an_old_checkpoint_goes_on(kind, tmp_path):
         del former["threshold"]  # the TopK kinds' number was always called so
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
-    def member() -> Member:
-        return Member("m", SAESpec(kind, 12, settings={"k": 3} if kind == "batch_top_k" else {}), 6, Schedule.of_run(40, 64))
+    def member() -> SAETrainer:
+        return SAETrainer("m", SAESpec(kind, 12, settings={"k": 3} if kind == "batch_top_k" else {}), 6, Schedule.of_run(40, 64))
 
     straight, half = member(), member()
     for step in range(20):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.run import train as train
     from monosemy.sae import SAE as SAE
     from monosemy.sae import Codes as Codes
-    from monosemy.sae import Moment as Moment
+    from monosemy.sae import StepContext as StepContext
     from monosemy.sae import architecture as architecture
     from monosemy.sae import register as register
     from monosemy.sae import reset_relu as reset_relu
@@ -40,7 +40,7 @@ _HOME = {
     "ContextStream": "tokens",
     "Fitted": "sweep",
     "LanguageModel": "lm",
-    "Moment": "sae",
+    "StepContext": "sae",
     "SAE": "sae",
     "SAESpec": "training",
     "Site": "lm",

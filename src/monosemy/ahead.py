@@ -24,7 +24,7 @@ WATCH_SECONDS = 0.5  # how often the process looks whether its parent lives
 AT_ONCE = 64  # items sent in one message, if so many are waiting
 
 
-class Ahead(Iterator[Any]):
+class Prefetcher(Iterator[Any]):
     """What `function(*arguments)` yields, in order, made in another process that is at most about `capacity` items in advance.
 
     An exception there is raised here, where it happened in the sequence and at every later call: of the same type, with the traceback as

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from monosemy.config import invalid
-from monosemy.files import beside
+from monosemy.files import atomic_path
 
 OF_TEXT = ("peak_token", "page_at", "page_shade", "page_peak")  # columns of an SAE's latents that show text, or say where it is
 
 
 def save(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
     """Write a file; a reader sees the old one or the new one. Raises DiskFull and OSError."""
-    with beside(path, sum(column.nbytes for column in columns.values())) as part, open(part, "wb") as file:
+    with atomic_path(path, sum(column.nbytes for column in columns.values())) as part, open(part, "wb") as file:
         np.savez_compressed(file, facts=np.array(json.dumps(facts)), **columns)  # type: ignore[arg-type]
 
 

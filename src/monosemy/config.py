@@ -126,7 +126,7 @@ class TrainConfig:
     dictionary_widths: tuple[int, ...] = (2**14, 2**16)
     """Numbers of latents. Every architecture is trained at every width, sparsity, learning rate and seed."""
     learning_rates: tuple[float, ...] = ()
-    """Peak learning rates of Adam. The recipe's where none is given: by architecture, width and steps, 3e-4 at the seed's 244,140 steps."""
+    """Peak learning rates of Adam. The recipe's where none is given: by architecture, width and steps, 3e-4 at dictionary_learning's 244,140 steps."""
     random_seeds: tuple[int, ...] = (0,)
     """Seeds of the SAEs' initial weights, and of nothing else."""
     target_l0s: tuple[int, ...] = (80, 160)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from monosemy import rng
 from monosemy.config import invalid
-from monosemy.latents import ALWAYS, DENSE, Gathering, geometry
-from monosemy.lm import Clean, LanguageModel, Site
+from monosemy.latents import ALWAYS, DENSE, LatentStats, geometry
+from monosemy.lm import CleanRun, LanguageModel, Site
 from monosemy.missing import Missing
 from monosemy.progress import Progress
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-SELECTION_TOKENS = 2048  # about so many tokens compete in BatchTopK's exact selection: a batch of the seed's training
+SELECTION_TOKENS = 2048  # about so many tokens compete in BatchTopK's exact selection: a batch of dictionary_learning's training
 HEAD_ELEMENTS = 2**24  # logits held at a time
 DRAWS = 1000  # of the bootstrap
 HISTOGRAM_EDGES = [-6 + i / 2 for i in range(13)]  # log10 of the share of tokens on which a latent fires
@@ -45,7 +45,7 @@ def evaluate(
     batches: Iterable[Tensor],
     *,
     site: str = "activations",
-    gather: Mapping[str, Gathering] | None = None,
+    gather: Mapping[str, LatentStats] | None = None,
     missing: Missing | None = None,
 ) -> list[Row]:
     """A row for each SAE, in order, on activations of any kind [B, D]: of a vision model, of proteins, of a simulator.
@@ -112,7 +112,7 @@ def evaluate_on_model(
     splice_contexts: int | None = None,
     norm_limits: Mapping[Site, float | None] | None = None,
     info: Mapping[str, Mapping[str, Any]] | None = None,
-    gather: Mapping[str, Gathering] | None = None,
+    gather: Mapping[str, LatentStats] | None = None,
     seed: int = 0,
     sae_bench: bool = False,
     missing: Missing | None = None,
@@ -210,8 +210,8 @@ def evaluate_on_model(
     return rows
 
 
-def seed_results(row: Row) -> dict[str, Any]:
-    """A row as the seed's `eval_results.json` nests it: its keys under its names, and ours beside them."""
+def dictionary_learning_results(row: Row) -> dict[str, Any]:
+    """A row as dictionary_learning's `eval_results.json` nests it: its keys under its names, and ours beside them."""
     return {**row, "hyperparameters": {"n_inputs": row["n_inputs"], "context_length": row["context_length"]}}
 
 
@@ -332,7 +332,7 @@ class _Runs:
     def __init__(self, lm: LanguageModel, ids_GL: Tensor, sites: Sequence[Site], batch_size: int, *, splicing: bool) -> None:
         self.lm, self.batch_size = lm, batch_size
         batches = ids_GL.split(batch_size)
-        self.cleans: list[Clean] = [lm.clean(ids_BL, sites) for ids_BL in batches] if splicing else []
+        self.cleans: list[CleanRun] = [lm.clean(ids_BL, sites) for ids_BL in batches] if splicing else []
         self.found = [clean.activations for clean in self.cleans] or [lm.activations(ids_BL) for ids_BL in batches]
 
     def activations(self, site: Site) -> Tensor:
@@ -456,7 +456,7 @@ def _no_losses(C: int, device: torch.device) -> dict[str, _Losses]:
 class _Sums:
     """One SAE in one mode."""
 
-    def __init__(self, sae: SAE, C: int, device: torch.device, seen: Gathering | None = None) -> None:
+    def __init__(self, sae: SAE, C: int, device: torch.device, seen: LatentStats | None = None) -> None:
         self.tokens, self.seen = 0, seen
         self.fired_F = torch.zeros(sae.d_sae, dtype=torch.long, device=device)
         self.residual_D = torch.zeros(sae.d_in, dtype=torch.float64, device=device)
@@ -491,7 +491,7 @@ class _Sums:
         return hat_ND
 
 
-def _new_sums(sae: SAE, C: int, device: torch.device, seen: Gathering | None) -> dict[str, _Sums]:
+def _new_sums(sae: SAE, C: int, device: torch.device, seen: LatentStats | None) -> dict[str, _Sums]:
     """For each of an SAE's modes; what is gathered of latents is seen in the first."""
     return {mode: _Sums(sae, C, device, seen if mode == sae.modes[0] else None) for mode in sae.modes}
 
@@ -515,9 +515,9 @@ def _finite(value: Any) -> Any:
 
 
 def _reconstruction(sums: _Sums, variance: float) -> Row:
-    """The columns that need no language model, of one SAE in one mode. First the seed's, under its names, then ours."""
+    """The columns that need no language model, of one SAE in one mode. First dictionary_learning's, under its names, then ours."""
     n, of = sums.tokens, {key: float(value) for key, value in sums.of.items()}
-    # The seed's variance is about the residual's own mean, so that a constant error is free; FVU's is not.
+    # dictionary_learning's variance is about the residual's own mean, so that a constant error is free; FVU's is not.
     residual_variance = of["squared_error"] - float(sums.residual_D.square().sum()) / n
     frequency_F = sums.fired_F.double() / n
     fires_F = frequency_F > 0
@@ -543,7 +543,7 @@ def _reconstruction(sums: _Sums, variance: float) -> Row:
 
 
 def _loss_columns(spliced: _Losses, shared: Mapping[str, _Losses], weights_WC: Tensor) -> Row:
-    """The columns of the language model's losses, of one SAE in one mode. First the seed's, under its names, then ours."""
+    """The columns of the language model's losses, of one SAE in one mode. First dictionary_learning's, under its names, then ours."""
     clean, zero, mean = (shared[key] for key in ("clean", "zero", "mean"))
     recovered = {against: _ratio(base.ce - spliced.ce, base.ce - clean.ce) for against, base in (("zero", zero), ("mean", mean))}
     columns = {

@@ -53,7 +53,7 @@ def _full(path: Path, needed: int, folder: Path) -> DiskFull:
 
 
 @contextmanager
-def beside(path: Path, needed: int) -> Iterator[Path]:
+def atomic_path(path: Path, needed: int) -> Iterator[Path]:
     """A path to write a file of about `needed` bytes at, which becomes `path` once it is whole and on the disk. Raises as `room_for`."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -68,7 +68,7 @@ def beside(path: Path, needed: int) -> Iterator[Path]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file; a reader sees the old one or the new one. Raises DiskFull and OSError."""
-    with beside(path, len(data)) as part:
+    with atomic_path(path, len(data)) as part:
         part.write_bytes(data)
 
 
@@ -96,7 +96,7 @@ def append(path: Path, text: str) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path, field: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, field: str) -> Iterator[None]:
     """Hold an exclusive lock on a folder, which is created if missing. The system releases it when the process dies.
 
     Raises ValueError that names `field` where another process holds it. On a file system without locks a warning takes its place.

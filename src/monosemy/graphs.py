@@ -20,7 +20,7 @@ def _pool() -> Any:
     return torch.cuda.MemPool()
 
 
-class Captured:
+class CUDAGraphCache:
     """Runs a function of tensors on a GPU as a graph for each phase.
 
     With equal phases and shapes the function must run the same operations on tensors at the same places, and leave its results in

@@ -41,12 +41,12 @@ SHARES = (1 / 3, 0.4, 0.07, 0.07, 0.07, 0.06)  # of the pages, but for "other", 
 
 
 def state_bytes(d_sae: int) -> int:
-    """What a `Gathering` holds of an SAE."""
+    """What a `LatentStats` holds of an SAE."""
     slots = STRONGEST + OCTAVES * SAMPLED
     return d_sae * (3 * 8 + 4 + 4 * BINS + slots * (8 + 4 + 4 + WINDOW) + 3 * OCTAVES * 2)
 
 
-class Gathering:
+class LatentStats:
     """Statistics of all latents of one SAE, their strongest contexts, and contexts drawn evenly from each octave below the strongest.
 
     `salt` names the draw: the same for the same name and seed, whatever else is in the run.
@@ -283,7 +283,7 @@ def logit_effects(W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: 
 # --- which latents have pages -----------------------------------------------------------------------------------------------------
 
 
-def choose(g: Gathering, like: Geometry, pages: int, entropy_F: Tensor) -> tuple[Tensor, Tensor]:
+def choose(g: LatentStats, like: Geometry, pages: int, entropy_F: Tensor) -> tuple[Tensor, Tensor]:
     """At most `pages` latents, each with the number of its reason; any prefix holds the reasons in about the same shares.
 
     A third are the lowest hashes among those that fire in `RARE_CONTEXTS` contexts: a fair sample. Then the interesting ones (their
@@ -347,7 +347,7 @@ def peak_entropy(tokens_FR: Tensor) -> Tensor:
     return (torch.where(held_FR, (n_F1 / same_FR).log2(), 0.0) / n_F1).sum(1)
 
 
-def statistics(g: Gathering, sae: Any, like: Geometry, pages: int, contexts_CL: Tensor | None = None) -> dict[str, np.ndarray]:
+def statistics(g: LatentStats, sae: Any, like: Geometry, pages: int, contexts_CL: Tensor | None = None) -> dict[str, np.ndarray]:
     """What is kept of an SAE's latents, by name: columns of all of them [F, ..], then those of the chosen ones, `page_..` [P, ..].
 
     `contexts_CL` are the tokens at the places that were gathered; without them the choice of pages does not look at tokens.
@@ -402,7 +402,7 @@ def effects(sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, mask
     return {name: x.cpu().numpy().astype(dtype) for name, x, dtype in zip(names, found, dtypes, strict=True)}
 
 
-def strongest_rows(g: Gathering, latents_P: np.ndarray) -> dict[str, np.ndarray]:
+def strongest_rows(g: LatentStats, latents_P: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of the rows [P, R] on which some latents are strongest, and how strong: of activations that are no text's."""
     rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(g.device)
     at_PR, peak_PR = (kept[rows_P].cpu().numpy() for kept in (g.strongest.at_SR, g.strongest.peak_SR))
@@ -421,7 +421,7 @@ def untold(lm: LanguageModel, tokenizer: Any, special_ids: Sequence[int]) -> Ten
 # --- files -----------------------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, g: Gathering, columns: Mapping[str, np.ndarray], *, seconds: float = 0.0, text: bool = True) -> None:
+def write(path: Path, g: LatentStats, columns: Mapping[str, np.ndarray], *, seconds: float = 0.0, text: bool = True) -> None:
     """Write what `report` shows of an SAE's latents. `seconds` is what making the columns took.
 
     Without `text` neither tokens nor their places are written: statistics and effects on logits alone.

@@ -326,7 +326,7 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Clean:
+class CleanRun:
     """An untouched run of the whole model, and what is needed to run only its end again."""
 
     ids_BL: Tensor
@@ -457,7 +457,7 @@ class LanguageModel:
 
     # splicing
 
-    def clean(self, ids_BL: Tensor, sites: Iterable[Site]) -> Clean:
+    def clean(self, ids_BL: Tensor, sites: Iterable[Site]) -> CleanRun:
         """Run the whole model once, and keep what splicing at these sites needs."""
         taps = {site: self._taps[site] for site in sites}
         inside = {tap.skipped for tap in taps.values() if tap.skipped and not tap.between}
@@ -465,9 +465,9 @@ class LanguageModel:
             found = self._reading(stack, taps, ids_BL.shape)
             inputs = self._reading(stack, {n: _Tap(self.layers[n - 1], n, between=True) for n in inside}, ids_BL.shape)
             hidden_BLD = self._run(ids_BL)
-        return Clean(ids_BL, hidden_BLD, found, inputs)
+        return CleanRun(ids_BL, hidden_BLD, found, inputs)
 
-    def resume(self, clean: Clean, site: Site, replacement_BLD: Tensor) -> Tensor:
+    def resume(self, clean: CleanRun, site: Site, replacement_BLD: Tensor) -> Tensor:
         """The final hidden state [B, L, D] had the site's activations been these: only what comes after the site is run.
 
         The layers before it return what they returned, so that the model's own code makes masks, rotary embeddings and the final norm. With
@@ -513,7 +513,7 @@ class LanguageModel:
         with torch.no_grad():
             return (norm(far_DD).float() - norm(-far_DD).float()) / 2
 
-    def spliced(self, clean: Clean, site: Site, replacement_BLD: Tensor) -> Tensor:
+    def spliced(self, clean: CleanRun, site: Site, replacement_BLD: Tensor) -> Tensor:
         """The logits [B, L, V] had the site's activations been these."""
         return self.logits(self.resume(clean, site, replacement_BLD))
 

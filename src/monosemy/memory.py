@@ -20,7 +20,7 @@ from monosemy.lm import ModelInfo, Site
 
 MIB = 2**20
 LIBRARIES = {"cpu": 610 * MIB, "cuda": 64 * MIB}  # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
-GRADIENTS_AT_ONCE = 2**31  # of a stack on a GPU, as in training.py
+GRADIENTS_AT_ONCE = 2**31  # of a group on a GPU, as in training.py
 GROUP_TOKENS, HEAD_ELEMENTS = 2048, 2**24  # of evaluation, as in evaluation.py
 IN_CACHE = 2**18  # elements, as in ops/entries.py
 FEW = 0.03  # of the latents, as in training.py
@@ -173,10 +173,10 @@ def lent_bytes(architecture: str, B: int, D: int, F: int, *, k: int = 0, bf16: b
 
 
 def step_bytes(architecture: str, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0) -> int:
-    """A step's gradients and what else comes and goes with it: on a CPU of one SAE; on a GPU of as many as share a stack of up to `on_gpu`."""
+    """A step's gradients and what else comes and goes with it: on a CPU of one SAE; on a GPU of as many as share a group of up to `on_gpu`."""
     kind = architecture_kind(architecture)
     array, matrix, gradients, of_pre = 4 * B * F, 4 * F * D, 4 * _parameters(architecture, D, F), (2 if bf16 else 4) * B * F
-    kept = of_pre + 16 * B * k if not kind.lent else of_pre + 5 * B * F  # on a GPU, until the stack's update
+    kept = of_pre + 16 * B * k if not kind.lent else of_pre + 5 * B * F  # on a GPU, until the group's update
     if not kind.lent:
         work = matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)  # AuxK's entries, too, and its gradient of the decoder
     elif on_gpu:

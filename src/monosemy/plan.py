@@ -23,7 +23,7 @@ from monosemy.redact import without_secrets
 from monosemy.schedule import Schedule
 from monosemy.tokens import check_sources
 
-# contexts of a forward pass, context length, type on a GPU: the seed's for its models
+# contexts of a forward pass, context length, type on a GPU: dictionary_learning's for its models
 PRESETS = {
     "EleutherAI/pythia-70m-deduped": (64, 1024, "float32"),
     "EleutherAI/pythia-160m-deduped": (32, 1024, "float32"),

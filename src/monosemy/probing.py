@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from monosemy import formats
 from monosemy.config import TrainConfig, invalid
-from monosemy.evaluation import Row, seed_results
+from monosemy.evaluation import Row, dictionary_learning_results
 from monosemy.files import write_json, write_text
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.missing import Missing
@@ -63,7 +63,7 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
     found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size or 8)
     for row in rows:
         row |= found[row["sae"]]
-        write_json(folder / row["sae"] / "eval_results.json", seed_results(row))
+        write_json(folder / row["sae"] / "eval_results.json", dictionary_learning_results(row))
     write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     missing = Missing(folder)
     page.write([folder], missing=missing)

@@ -22,7 +22,7 @@ from torch import Tensor
 from monosemy import __version__, arrays, formats, latents
 from monosemy.config import TrainConfig, invalid
 from monosemy.cost import MOST
-from monosemy.evaluation import ROWS, Row, evaluate_on_model, seed_results
+from monosemy.evaluation import ROWS, Row, dictionary_learning_results, evaluate_on_model
 from monosemy.files import write_json, write_text
 from monosemy.formats.untrusted import sha256
 from monosemy.lm import LanguageModel, Site, load_tokenizer
@@ -120,7 +120,7 @@ def _evaluate(run: Run, missing: Missing) -> None:
     write_text(run.folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows.values()))
     for name in (name for name in todo if name in rows):
         with missing.part("eval_results.json", name):
-            write_json(run.folder / name / "eval_results.json", seed_results(rows[name]))
+            write_json(run.folder / name / "eval_results.json", dictionary_learning_results(rows[name]))
         for tracker in run.trackers:
             tracker.summarise(rows[name])
         if run.uploader is not None:
@@ -137,7 +137,7 @@ def _measured(
     if not saes:
         return {}
     gathered = {
-        name: latents.Gathering(sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
+        name: latents.LatentStats(sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
         for name, (site, sae) in saes.items()
         if c.report_latents
     }
@@ -169,7 +169,7 @@ def _add_latents(
     row: Row,
     sae: SAE,
     site: Site,
-    gathered: latents.Gathering | None,
+    gathered: latents.LatentStats | None,
     lm: LanguageModel,
     contexts_CL: Tensor,
     special_ids: Tensor,

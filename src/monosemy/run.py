@@ -25,13 +25,13 @@ from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import EvalOptions, TrainConfig, TryAgain, invalid
 from monosemy.evaluation import table
-from monosemy.files import alone_in, beside, room_for, sync, write_text
+from monosemy.files import atomic_path, exclusive_lock, room_for, sync, write_text
 from monosemy.formats import dictionary_learning
 from monosemy.interrupts import Interrupts
 from monosemy.lm import LanguageModel, load_tokenizer
 from monosemy.memory import tensor_bytes
 from monosemy.missing import Missing
-from monosemy.ops import Scratch
+from monosemy.ops import Workspace
 from monosemy.plan import Plan, make, replan
 from monosemy.progress import Progress
 from monosemy.recipe import RECIPES
@@ -40,7 +40,7 @@ from monosemy.run_folder import Run, peak_memory, versions
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
 from monosemy.tokens import ContextStream, StreamEnded
-from monosemy.training import Member
+from monosemy.training import SAETrainer
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         log.info("%s already holds this run, complete", plan.folder)
         return plan.folder, "complete"
     init_from = formats.load(c.init_from) if c.init_from else None
-    with alone_in(plan.folder, "save_dir"):
+    with exclusive_lock(plan.folder, "save_dir"):
         ended = _ended(plan)
         status, rows = _whole(run, init_from) if ended is None else _rest(run, ended)
     run.close(status[0])
@@ -98,7 +98,7 @@ def _whole(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[
             ended = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
             run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
         del lm, stream, train_text, sweep, ready, progress  # the whole model takes their place
-        gc.collect()  # members and their stacks hold each other
+        gc.collect()  # members and their groups hold each other
         with room_for(run.folder / "report.html", DRAWN):
             rows, missing = results.make(run, ended)
         run.write_memory("run", plan.memory.peak)
@@ -161,11 +161,11 @@ def _first_batch(c: TrainConfig, stream: ActivationStream) -> dict[Any, Tensor]:
     return batch
 
 
-def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[Member]]:
-    c, scratch = plan.config, Scratch()
+def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[SAETrainer]]:
+    c, scratch = plan.config, Workspace()
     return {
         site: [
-            Member(
+            SAETrainer(
                 f"{site.folder}/trainer_{i}",
                 spec,
                 stream.width(site),
@@ -282,20 +282,20 @@ def _train(
     return status, reason
 
 
-def _snapshot(path: Path, member: Member, checkpoints: Checkpoints) -> None:
+def _snapshot(path: Path, member: SAETrainer, checkpoints: Checkpoints) -> None:
     """Have the SAE as it is now written: in dictionary_learning's layout, .pt, or where that has none for it in ours, .safetensors."""
     sae = member.finished()
     theirs = sae.name in dictionary_learning.LAYOUTS
     state = dictionary_learning.state_dict(sae) if theirs else sae.state_dict()
 
     def write() -> None:
-        with beside(path.with_suffix(".pt" if theirs else ".safetensors"), sum(t.nbytes for t in state.values()) + (1 << 14)) as part:
+        with atomic_path(path.with_suffix(".pt" if theirs else ".safetensors"), sum(t.nbytes for t in state.values()) + (1 << 14)) as part:
             torch.save(state, part) if theirs else save_file(state, part)
 
     checkpoints.submit(write)
 
 
-def _save(run: Run, member: Member, site: Any, status: str, steps: int) -> None:
+def _save(run: Run, member: SAETrainer, site: Any, status: str, steps: int) -> None:
     c = run.config
     sae = member.finished()
     entries: dict[str, Any] = {}
@@ -419,7 +419,7 @@ def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
 def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
     """What an SAE in training takes, by architecture and width."""
     members = {(m.sae.name, m.sae.d_sae): m for group in sweep.members.values() for m in group}
-    measured = {key: tensor_bytes(m.stack, apart=[m.scratch]) // len(m.stack.members) for key, m in members.items()}
+    measured = {key: tensor_bytes(m.group, apart=[m.scratch]) // len(m.group.members) for key, m in members.items()}
     return {f"{name}, {width}": {"predicted": n, "measured": measured[name, width]} for (name, width), n in plan.memory.saes.items()}
 
 

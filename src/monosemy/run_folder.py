@@ -26,7 +26,7 @@ from monosemy.plan import Plan
 from monosemy.redact import without_secrets
 from monosemy.sweep import Record
 from monosemy.trackers import Tracker, Wandb
-from monosemy.training import Member
+from monosemy.training import SAETrainer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Run:
         self.trackers: list[Tracker] = []
         self.uploader: Uploader | None = None
 
-    def open(self, members: Mapping[Any, Sequence[Member]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
+    def open(self, members: Mapping[Any, Sequence[SAETrainer]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
         """Write down what will be done, before the first step; of a run that goes on, what was recorded after its checkpoint is cut off."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Codes(ABC):
     """A support and values on it, [B, F] or [N]."""
 
-    product: Product
+    product: Preactivations
     values: Tensor
 
     @cached_property
@@ -82,7 +82,7 @@ class Codes(ABC):
 
 @dataclass
 class DenseCodes(Codes):
-    product: Product
+    product: Preactivations
     values: Tensor  # [B, F], zero off the support
     again: Tensor  # the same, for functions of them: its gradient is told apart from the decoder's
     mask: Tensor  # [B, F]
@@ -124,7 +124,7 @@ class DenseCodes(Codes):
 
 @dataclass
 class SparseCodes(Codes):
-    product: Product
+    product: Preactivations
     values: Tensor  # [N], in order of tokens and latents
     entries: ops.Entries  # bags are tokens
 
@@ -171,7 +171,7 @@ class SparseCodes(Codes):
         return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
 
 
-class Product:
+class Preactivations:
     """The encoder's product of one batch, from which selections take codes; AuxK takes a second one of the same product."""
 
     def __init__(
@@ -183,7 +183,7 @@ class Product:
         *,
         bf16: Tensor | bool = False,
         few: bool = False,
-        scratch: ops.Scratch | None = None,
+        scratch: ops.Workspace | None = None,
         capacity: int | None = None,
     ) -> None:
         """x - b_dec enters the product, or x itself where `b_dec_D` is None.
@@ -205,7 +205,7 @@ class Product:
             return torch.empty(self.pre_BF.shape, dtype=dtype or like.dtype, device=like.device)
         return self.scratch(f"dense {self.buffers}", like, *self.pre_BF.shape, dtype=dtype)
 
-    def _codes(self, picked: ops.Picked, *, padded: bool) -> SparseCodes:
+    def _codes(self, picked: ops.Selection, *, padded: bool) -> SparseCodes:
         entries = ops.Entries(picked.latents_N, picked.starts_B1, self.pre_BF.shape[1], padded=padded and self.pre_BF.is_cuda)
         return SparseCodes(self, ops.encode_sparse(*self.weights, self.centred_BD, picked.values_N, entries), entries)
 
@@ -237,7 +237,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """What an objective may know about the step that it is asked for."""
 
     step: int
@@ -249,7 +249,7 @@ class Moment:
     any_dead: bool = True  # False where it is known that none is
     sparsity: Tensor | float = 1.0  # the factor on a sparsity penalty: schedule.sparsity(step)
     few: bool = False  # whether so few entries are expected that the encoder's product may be an estimate
-    scratch: ops.Scratch | None = None
+    scratch: ops.Workspace | None = None
     capacity: int | None = None  # of the sparse layout's lists on a GPU
 
 
@@ -303,11 +303,11 @@ class SAE(nn.Module, ABC):
         """Draw the initial weights."""
 
     @abstractmethod
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         """The codes that training uses."""
 
     @abstractmethod
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         """The objective under "loss", beside its parts; "mse" is mean_B ||x - x_hat||^2. `f` is what `active` makes of the codes. Pure."""
 
     @abstractmethod
@@ -317,17 +317,17 @@ class SAE(nn.Module, ABC):
     def begin(self, x_BD: Tensor) -> None:
         """Look at the first batch, before the first step."""
 
-    def observe(self, codes: Codes, at: Moment) -> None:
+    def observe(self, codes: Codes, at: StepContext) -> None:
         """Take notes after a step: thresholds, queues."""
 
     def active(self, codes: Codes) -> Codes:
         """The codes as f: what counts as firing and as L0."""
         return codes
 
-    def phase(self, at: Moment) -> Any:
+    def phase(self, at: StepContext) -> Any:
         """What else than its numbers changes in the operations of a step, as the run goes on."""
 
-    def fired(self, codes: Codes, count_F: Tensor, at: Moment) -> Tensor:
+    def fired(self, codes: Codes, count_F: Tensor, at: StepContext) -> Tensor:
         """Which latents fired in a batch, [F], given on how many tokens each is positive: what dead latents are counted by."""
         return count_F > 0
 
@@ -337,9 +337,9 @@ class SAE(nn.Module, ABC):
 
     # what every architecture has
 
-    def product(self, x_BD: Tensor, at: Moment) -> Product:
+    def product(self, x_BD: Tensor, at: StepContext) -> Preactivations:
         b_dec_D = self.b_dec if self.pre_bias else None
-        return Product(x_BD, self.W_enc, self.b_enc, b_dec_D, bf16=at.bf16, few=at.few, scratch=at.scratch, capacity=at.capacity)
+        return Preactivations(x_BD, self.W_enc, self.b_enc, b_dec_D, bf16=at.bf16, few=at.few, scratch=at.scratch, capacity=at.capacity)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
         """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost alone.
@@ -561,7 +561,7 @@ def unit(x: Tensor, dim: int, eps: float = 0.0) -> Tensor:
 def reset_relu(sae: SAE, generator: torch.Generator) -> None:
     """How the ReLU kinds begin: decoder rows of norm 0.1, the encoder their transpose, a small random encoder bias.
 
-    Drawn in the seed's order, which makes two linear layers first and keeps only the bias of one.
+    Drawn in dictionary_learning's order, which makes two linear layers first and keeps only the bias of one.
     """
     D, F = sae.d_in, sae.d_sae
     uniform((F, D), D**-0.5, generator)

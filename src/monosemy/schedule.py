@@ -1,8 +1,8 @@
 """Learning rate, sparsity warm-up and the rest of what changes over a run, as pure functions of the step.
 
-The seed fixes its warm-ups in steps and its dead-latent limit in tokens, for runs of 244,140 steps. In a run of 300 steps they
-would never end. Here each is the smaller of the seed's number and a share of the run, so that short runs go through the same
-phases and a run of the seed's length has exactly the seed's numbers.
+dictionary_learning fixes its warm-ups in steps and its dead-latent limit in tokens, for runs of 244,140 steps. In a run of 300 steps they
+would never end. Here each is the smaller of its number and a share of the run, so that short runs go through the same
+phases and a run of its length has exactly its numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from monosemy.config import invalid
 from monosemy.recipe import MONOSEMY, Recipe
 
-SEED = {"warmup_steps": 1000, "sparsity_warmup_steps": 5000, "threshold_start_step": 1000, "anneal_start": 10_000}
+REFERENCE = {"warmup_steps": 1000, "sparsity_warmup_steps": 5000, "threshold_start_step": 1000, "anneal_start": 10_000}
 SHARE = {"warmup_steps": 0.05, "sparsity_warmup_steps": 0.2, "threshold_start_step": 0.5, "anneal_start": 0.2}
 DEAD_TOKENS, DEAD_SHARE = 10_000_000, 0.2
 THRESHOLD_BETA = 0.999
@@ -42,7 +42,7 @@ class Schedule:
         def steps_of(name: str) -> int:
             if fixed.get(name) is not None:
                 return int(fixed[name])
-            return min(SEED[name], int(SHARE[name] * steps)) if recipe.scaled_schedules else SEED[name]
+            return min(REFERENCE[name], int(SHARE[name] * steps)) if recipe.scaled_schedules else REFERENCE[name]
 
         beta, dead, start = fixed.get("threshold_beta"), fixed.get("dead_feature_threshold"), steps_of("threshold_start_step")
         if dead is None:

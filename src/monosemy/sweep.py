@@ -20,20 +20,20 @@ from torch import Tensor
 
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import TrainConfig, invalid
-from monosemy.files import alone_in
+from monosemy.files import exclusive_lock
 from monosemy.interrupts import Interrupts
 from monosemy.lm import checked_device
-from monosemy.ops import Scratch
+from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
-from monosemy.training import Member, Numbers, OnNonfinite, SAESpec, stacks
+from monosemy.training import OnNonfinite, SAESpec, SAETrainer, StepMetrics, group_trainers
 
 Record = dict[str, Any]
 
 
 def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
-    """Every architecture at every sparsity, width, learning rate and seed of a configuration, in the seed's order."""
+    """Every architecture at every sparsity, width, learning rate and seed of a configuration, in dictionary_learning's order."""
     specs = []
     for seed, width, lr in itertools.product(config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)):
         for name in config.architectures:
@@ -47,12 +47,12 @@ def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
 class Sweep:
     """SAEs in training, by site, on batches that all SAEs of a site share."""
 
-    def __init__(self, members: Mapping[Any, Sequence[Member]]) -> None:
+    def __init__(self, members: Mapping[Any, Sequence[SAETrainer]]) -> None:
         self.members = members
-        self.stacks = stacks(member for group in members.values() for member in group)
+        self.groups = group_trainers(member for group in members.values() for member in group)
         self.failed: dict[str, str] = {}  # member -> why it was stopped
         self.done = 0  # steps
-        self._sent: list[tuple[int, int, Member, Numbers]] = []
+        self._sent: list[tuple[int, int, SAETrainer, StepMetrics]] = []
         self._on_record: Callable[[Record], None] = lambda record: None
 
     def run(
@@ -79,13 +79,13 @@ class Sweep:
                     break
                 before_step(step)
                 of_site = batches()
-                for stack in self.stacks:
-                    stack.step({member.name: of_site[site_of[member.name]] for member in stack.members}, step)
+                for group in self.groups:
+                    group.step({member.name: of_site[site_of[member.name]] for member in group.members}, step)
                 self.done = step + 1
                 if step % log_steps == 0 or step == steps - 1:
                     self.settle()
                     self._sent = [(step, len(x), m, m.record(x)) for site, x in of_site.items() for m in self.members[site]]
-                    if not any(stack.captured for stack in self.stacks):
+                    if not any(group.captured for group in self.groups):
                         self.settle()
         finally:
             self.settle()
@@ -177,8 +177,8 @@ def fit(
     told = json.dumps([[dataclasses.replace(spec, init_from=None) for spec in saes], plan, recipe], default=vars)
     if kept and kept.state["told"] != told:
         raise invalid("checkpoints", str(checkpoints), "a folder for these SAEs and this schedule alone", "name another folder")
-    scratch, interrupts = Scratch(), Interrupts()
-    members = [Member(f"{i}", spec, D, plan, scratch=scratch, **how) for i, spec in enumerate(saes)]
+    scratch, interrupts = Workspace(), Interrupts()
+    members = [SAETrainer(f"{i}", spec, D, plan, scratch=scratch, **how) for i, spec in enumerate(saes)]
     sweep, status = Sweep({"": members}), "complete"
     if kept:
         sweep.restore(kept)
@@ -197,7 +197,7 @@ def fit(
         if device.type == "cuda":
             ending.enter_context(torch.cuda.device(device))  # kernels and streams are made on the current one
         if store:
-            for context in (alone_in(store.folder, "checkpoints"), interrupts, closing(store), interrupts.held()):
+            for context in (exclusive_lock(store.folder, "checkpoints"), interrupts, closing(store), interrupts.held()):
                 ending.enter_context(context)
         try:
             sweep.run(

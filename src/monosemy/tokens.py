@@ -27,7 +27,7 @@ from pickle import PickleError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from monosemy import assets
-from monosemy.ahead import Ahead
+from monosemy.ahead import Prefetcher
 from monosemy.config import TryAgain, invalid, path_of
 from monosemy.redact import without_secrets
 from monosemy.rng import fraction
@@ -336,7 +336,7 @@ class _PackedAhead:
 
     def __init__(self, packing: tuple, workers: int):
         self._packing, self._workers = packing, workers
-        self._process: Ahead | None = None
+        self._process: Prefetcher | None = None
         self._broken = True  # the process has to be started again, from `state`
         self.state: dict = {}
         self._start(None)
@@ -366,7 +366,7 @@ class _PackedAhead:
         # datasets imports torch where it may, which nothing here needs
         environment = {"RAYON_NUM_THREADS": str(self._workers), "TOKENIZERS_PARALLELISM": "true", "USE_TORCH": "0"}
         try:
-            self._process = Ahead(_contexts, self._packing, state, capacity=capacity, environment=environment)
+            self._process = Prefetcher(_contexts, self._packing, state, capacity=capacity, environment=environment)
             _, self.state = next(self._process)
         except PickleError as error:
             remedy = "give documents that can be pickled, such as a list, or read them in this process"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monosemy.config import invalid
-from monosemy.sae import SAE, Codes, Moment
+from monosemy.sae import SAE, Codes, StepContext
 
 
 class TopKFamily(SAE):
@@ -60,11 +60,11 @@ class TopKFamily(SAE):
     def begin(self, x_BD: Tensor) -> None:
         self.b_dec.data.copy_(geometric_median(x_BD).nan_to_num(0.0))  # of a batch that is not finite there is none
 
-    def phase(self, at: Moment) -> bool:
+    def phase(self, at: StepContext) -> bool:
         return at.step > at.schedule.threshold_start_step
 
     @torch.no_grad()
-    def observe(self, codes: Codes, at: Moment) -> None:
+    def observe(self, codes: Codes, at: StepContext) -> None:
         if at.step <= at.schedule.threshold_start_step:
             return
         smallest, weight = self.smallest_kept(codes), torch.full_like(self.threshold, 1 - at.schedule.threshold_beta)
@@ -79,7 +79,7 @@ class TopKFamily(SAE):
         return torch.where(pre_BF > self.threshold, pre_BF, 0).relu()
 
 
-def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, at: Moment) -> Tensor:
+def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, at: StepContext) -> Tensor:
     """How badly the k_aux = min(D / 2, dead) strongest dead latents of each token explain what the others left over.
 
     mean ||e - e_hat||^2 / mean ||e - mean e||^2, with e the residual, held fixed, and e_hat without b_dec.

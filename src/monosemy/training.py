@@ -1,6 +1,6 @@
-"""SAEs in training: one's gradients and notes (`Member`), and the arrays that members of one shape share (`Stack`).
+"""SAEs in training: one's gradients and notes (`SAETrainer`), and the arrays that members of one shape share (`TrainerGroup`).
 
-B tokens, D d_in, F d_sae, S members of a stack.
+B tokens, D d_in, F d_sae, S members of a group.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.config import invalid
-from monosemy.graphs import Captured
+from monosemy.graphs import CUDAGraphCache
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
-from monosemy.sae import SAE, Codes, Moment, architecture, current_names
+from monosemy.sae import SAE, Codes, StepContext, architecture, current_names
 from monosemy.schedule import Schedule
 
 LOOK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
 SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.009}  # share of latents; above it the dense products are faster
 FEW = 0.03  # share of latents; below it an estimate of all pre-activations and exact values of those in question are faster on a CPU
 ROOM = 4  # times the entries counted, of which lists of a fixed length on a GPU hold as many
-GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a stack on a GPU holds before it updates
+GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a group on a GPU holds before it updates
 
 OnNonfinite = Literal["stop", "skip"]
 
@@ -73,7 +73,7 @@ class SAESpec:
         return sae
 
 
-class Late:
+class AsyncScalars:
     """A few numbers on their way from the device to the host. Reading waits for them, who are asked for long after they were sent."""
 
     def __init__(self, values: Tensor) -> None:
@@ -89,7 +89,7 @@ class Late:
         return self.values.tolist()
 
 
-class Member:
+class SAETrainer:
     """One SAE: its weights, the tokens since each of its latents fired, how it sees its batches, what it notes about itself.
 
     A member's steps depend on nothing but its own state, the batch and the step's number: not on its company, nor on logging.
@@ -108,7 +108,7 @@ class Member:
         bf16: bool = False,
         norm_factor: float = 1.0,
         on_nonfinite: OnNonfinite = "stop",
-        scratch: ops.Scratch | None = None,
+        scratch: ops.Workspace | None = None,
     ) -> None:
         """`norm_factor` is what batches are divided by; an SAE that begins from another's weights is put in those units."""
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
@@ -125,13 +125,15 @@ class Member:
         self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
         self.sparse, self.capacity, self.any_dead = self.sae.always_sparse, 0, True
         self.few = self.sparse and self._few(getattr(self.sae.settings, "k", spec.d_sae))
-        self.seen: Late | None = None  # `active`, and the longest that a latent has not fired, at the last step that is a multiple of 100
-        self.last: dict[str, Tensor] = {}  # the last step's numbers, views of the stack's
-        self.stack, self.place = Stack([self]), 0
+        self.seen: AsyncScalars | None = (
+            None  # `active`, and the longest that a latent has not fired, at the last step that is a multiple of 100
+        )
+        self.last: dict[str, Tensor] = {}  # the last step's numbers, views of the group's
+        self.group, self.place = TrainerGroup([self]), 0
 
     def step(self, x_BD: Tensor, step: int) -> None:
         """One optimizer step on a batch of scaled activations [B, D]."""
-        self.stack.step({self.name: x_BD}, step)
+        self.group.step({self.name: x_BD}, step)
 
     def before(self, x_BD: Tensor, step: int) -> None:
         """What the host decides before a step: the first b_dec, the layout, whether a latent may be dead."""
@@ -156,16 +158,16 @@ class Member:
 
     def phase(self, step: int) -> tuple[Any, ...]:
         """What decides which operations a step runs: with an equal phase they are the same ones on other numbers."""
-        return self.sparse, self.capacity, self.any_dead, self.sae.phase(Moment(step, self.schedule, self.recipe))
+        return self.sparse, self.capacity, self.any_dead, self.sae.phase(StepContext(step, self.schedule, self.recipe))
 
     def gradients(self, x_BD: Tensor, step: int, sparsity: Tensor | float) -> dict[str, Tensor]:
         """Forward and backward: the gradient of each parameter. What they were taken from is kept for `conclude`."""
-        at = Moment(
+        at = StepContext(
             step,
             self.schedule,
             self.recipe,
             self.sparse,
-            self.stack.shadow(self) if self.bf16 else False,
+            self.group.shadow(self) if self.bf16 else False,
             sparsity=sparsity,
             few=self.sparse and self.few,
             scratch=None if x_BD.is_cuda else self.scratch,  # graphs have memory of their own
@@ -197,7 +199,7 @@ class Member:
     def conclude(self, updated: Tensor) -> None:
         """Take notes of a step, unless its update was refused."""
         codes, at, since_F, finite_batch = self.noted
-        self.stack.keep_numbers(self, self.parts)
+        self.group.keep_numbers(self, self.parts)
         del self.noted, self.parts
         before = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
         self.sae.observe(codes, at)
@@ -213,14 +215,16 @@ class Member:
 
     def look(self) -> None:
         """Send to the host what it decides by a hundred steps from now."""
-        self.seen = Late(torch.stack([self.active.double(), self.since_fired_F.max().double()]))
+        self.seen = AsyncScalars(torch.stack([self.active.double(), self.since_fired_F.max().double()]))
 
     @torch.no_grad()
-    def record(self, x_BD: Tensor) -> Numbers:
+    def record(self, x_BD: Tensor) -> StepMetrics:
         """The last step's numbers on its batch; FVU is the squared error over the batch's variance. Looks, and changes nothing."""
         variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
         numbers = self.last | {"fvu": self.last["mse"] / torch.where(variance > 0, variance, torch.nan)}
-        return Numbers(self.on_nonfinite, tuple(numbers), Late(torch.stack([*(v.double() for v in numbers.values()), *self.bad.double()])))
+        return StepMetrics(
+            self.on_nonfinite, tuple(numbers), AsyncScalars(torch.stack([*(v.double() for v in numbers.values()), *self.bad.double()]))
+        )
 
     def finished(self) -> SAE:
         """A copy of the SAE for use: of raw activations, with unit decoder rows."""
@@ -234,7 +238,7 @@ class Member:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, to go on from with `restore`."""
         sae = {f"sae.{name}": t.detach() for name, t in [*self.sae.named_parameters(), *self.sae.named_buffers()]}
-        optimizer = {f"optimizer.{name}": t for name, t in self.stack.optimizer.state(self.place).items()}
+        optimizer = {f"optimizer.{name}": t for name, t in self.group.optimizer.state(self.place).items()}
         seen = [float("nan")] * 2 if self.seen is None else self.seen.read()
         host = {
             "layout": torch.tensor([self.sparse, self.capacity, self.any_dead, self.few]),
@@ -248,21 +252,21 @@ class Member:
         state = current_names(state)
         for name, tensor in [*self.sae.named_parameters(), *self.sae.named_buffers()]:
             tensor.copy_(state[f"sae.{name}"])
-        self.stack.optimizer.restore(self.place, {n.removeprefix("optimizer."): t for n, t in state.items()})
+        self.group.optimizer.restore(self.place, {n.removeprefix("optimizer."): t for n, t in state.items()})
         for name in ("since_fired_F", "clock", "bad", "active"):
             getattr(self, name).copy_(state[name])
         sparse, capacity, any_dead, *few = state["layout"].tolist()  # `few` is not in checkpoints of versions that made no estimates
         self.sparse, self.capacity, self.any_dead, self.few = bool(sparse), capacity, bool(any_dead), few == [1]
-        self.seen = None if state["seen"].isnan().any() else Late(state["seen"].cpu())
+        self.seen = None if state["seen"].isnan().any() else AsyncScalars(state["seen"].cpu())
 
 
 @dataclass(frozen=True)
-class Numbers:
+class StepMetrics:
     """A step's numbers on their way to the host."""
 
     on_nonfinite: OnNonfinite
     names: tuple[str, ...]
-    late: Late
+    late: AsyncScalars
 
     def read(self) -> tuple[dict[str, float], str]:
         """The numbers, and why the member was stopped, where it was."""
@@ -274,28 +278,28 @@ class Numbers:
         return numbers, f"its loss or gradient was not finite at step {first:.0f}, {cause}"
 
 
-class Stack:
+class TrainerGroup:
     """Members of one shape and kind, whose parameters and moments lie in arrays [S, ..], so that one launch updates all of them.
 
     On a CPU each member is updated after its own backward pass, for no launch is saved there and gradients stay in the cache.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[SAETrainer]) -> None:
         self.members = list(members)
         params = [dict(m.sae.named_parameters()) for m in members]
         self.params = {n: torch.stack([p[n].data for p in params]) if len(params) > 1 else p.data[None] for n, p in params[0].items()}
         for s, member in enumerate(self.members):
             for name, p in params[s].items():
                 p.data = self.params[name][s]
-            member.stack, member.place = self, s
+            member.group, member.place = self, s
         self.device = next(iter(self.params.values())).device
         self.schedules_2S = torch.zeros(2, len(self.members), device=self.device)  # learning rate and the factor on sparsity penalties
-        self.captured = Captured() if self.device.type == "cuda" else None
+        self.captured = CUDAGraphCache() if self.device.type == "cuda" else None
         self.numbers_SN: Tensor | None = None  # each member's numbers of the last step
 
     @staticmethod
-    def kind(member: Member) -> tuple[Any, ...]:
-        """Members of an equal kind may share a stack."""
+    def kind(member: SAETrainer) -> tuple[Any, ...]:
+        """Members of an equal kind may share a group."""
         sae = member.sae
         shapes = tuple((n, p.shape) for n, p in sae.named_parameters())
         return sae.constraint, sae.clip, sae.betas, shapes, member.bf16, member.on_nonfinite, next(sae.parameters()).device
@@ -312,7 +316,7 @@ class Stack:
             shadow="W_enc" if self.members[0].bf16 else None,
         )
 
-    def shadow(self, member: Member) -> Tensor:
+    def shadow(self, member: SAETrainer) -> Tensor:
         """W_enc in bfloat16."""
         return self.optimizer.shadow["W_enc"][member.place]
 
@@ -330,10 +334,10 @@ class Stack:
             for m in self.members:
                 m.look()
 
-    def keep_numbers(self, member: Member, numbers: Mapping[str, Tensor]) -> None:
+    def keep_numbers(self, member: SAETrainer, numbers: Mapping[str, Tensor]) -> None:
         """Copy a member's numbers of this step to where its `last` looks.
 
-        They lie outside the graphs' memory, which all graphs of the process share: another stack's step writes there before they are read.
+        They lie outside the graphs' memory, which all graphs of the process share: another group's step writes there before they are read.
         """
         if self.numbers_SN is None:  # in the first step, which is never captured
             self.numbers_SN = torch.zeros(len(self.members), len(numbers), device=self.device)
@@ -354,17 +358,17 @@ class Stack:
                 m.conclude(updated)
 
 
-def stacks(members: Iterable[Member]) -> list[Stack]:
-    """Put members that can share arrays into stacks, as many into each as gradients may be held of at once.
+def group_trainers(members: Iterable[SAETrainer]) -> list[TrainerGroup]:
+    """Put members that can share arrays into groups, as many into each as gradients may be held of at once.
 
     On a CPU each stays alone: nothing is gained by company there, and where an array begins may show in the last bit of torch's sums.
     """
-    kinds: dict[tuple[Any, ...], list[Member]] = {}
+    kinds: dict[tuple[Any, ...], list[SAETrainer]] = {}
     for member in members:
-        kinds.setdefault(Stack.kind(member), []).append(member)
+        kinds.setdefault(TrainerGroup.kind(member), []).append(member)
     found = []
     for group in kinds.values():
         bytes_of_one = sum(p.numel() * p.element_size() for p in group[0].sae.parameters())
         size = max(GRADIENTS_AT_ONCE // bytes_of_one, 1) if group[0].bad.is_cuda else 1
-        found += [Stack(group[i : i + size]) for i in range(0, len(group), size)]
+        found += [TrainerGroup(group[i : i + size]) for i in range(0, len(group), size)]
     return found

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
-from monosemy.sae import EPS, Codes, Moment, register, uniform, unit
+from monosemy.sae import EPS, Codes, StepContext, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -23,11 +23,11 @@ class BatchTopK(TopKFamily):
     def reset(self, generator: torch.Generator) -> None:
         self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         kept = self.product(x_BD, at).batch_top_k(self.settings.k * len(x_BD))
         return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)
         mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}

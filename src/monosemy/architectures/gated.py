@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from monosemy.sae import SAE, Codes, Moment, register, uniform, unit
+from monosemy.sae import SAE, Codes, StepContext, register, uniform, unit
 
 
 @register
@@ -37,19 +37,19 @@ class Gated(SAE):
 
     def reset(self, generator: torch.Generator) -> None:
         D, F = self.d_in, self.d_sae
-        uniform((F, D), D**-0.5, generator)  # the seed makes two linear layers first
+        uniform((F, D), D**-0.5, generator)  # dictionary_learning makes two linear layers first
         uniform((D, F), F**-0.5, generator)
         rows_FD = unit(torch.randn(D, F, generator=generator), 0).T
         self.W_enc.data.copy_(rows_FD)
         self.W_dec.data.copy_(rows_FD)
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
     def active(self, codes: Codes) -> Codes:
         return codes.map(lambda pi, scale, b, b_mag: (scale * (pi - b) + b_mag).relu(), self.r_mag.exp(), self.b_enc, self.b_mag)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         gate_mse = (x_BD - (codes.decode(self.W_dec.detach()) + self.b_dec.detach())).pow(2).sum(1).mean()
         l1 = codes.total() / len(x_BD)

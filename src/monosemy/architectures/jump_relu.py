@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from monosemy.config import invalid
-from monosemy.sae import SAE, Codes, Moment, register, uniform, unit
+from monosemy.sae import SAE, Codes, StepContext, register, uniform, unit
 
 
 def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
@@ -91,14 +91,14 @@ class JumpReLU(SAE):
         self.W_enc.data.copy_(rows_FD)
         self.W_dec.data.copy_(rows_FD)
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         """Everything that fires or lies within reach of the kernel."""
         return self.product(x_BD, at).above(self.threshold.detach() - self.settings.bandwidth / 2, sparse=at.sparse)
 
     def active(self, codes: Codes) -> Codes:
         return codes.map(lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         sparsity = self._off_target(codes) if self.settings.l0_loss == "gemma_scope_2" else self._off_target_relatively(codes, f, at)
         return {"loss": mse + self.settings.sparsity_penalty * at.sparsity * sparsity, "mse": mse, "sparsity": sparsity}
@@ -109,7 +109,7 @@ class JumpReLU(SAE):
         l0_B1 = stepped.decode(self.W_dec.new_ones(self.d_sae, 1))
         return (2 / self.settings.target_l0) * (l0_B1 - self.settings.target_l0).pow(2).mean()
 
-    def _off_target_relatively(self, codes: Codes, f: Codes, at: Moment) -> Tensor:
+    def _off_target_relatively(self, codes: Codes, f: Codes, at: StepContext) -> Tensor:
         """(mean L0 / target_l0 - 1)^2."""
         B, bandwidth = codes.tokens, self.settings.bandwidth
         stepped = codes if at.recipe.step_of_preactivations else f
@@ -122,7 +122,7 @@ class JumpReLU(SAE):
         return (l0 / self.settings.target_l0 - 1) ** 2
 
     @torch.no_grad()
-    def observe(self, codes: Codes, at: Moment) -> None:
+    def observe(self, codes: Codes, at: StepContext) -> None:
         if at.recipe.nonnegative_thresholds:
             self.threshold.clamp_(min=0)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.config import invalid
-from monosemy.sae import EPS, Codes, Moment, register, uniform, unit
+from monosemy.sae import EPS, Codes, StepContext, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -53,11 +53,11 @@ class MatryoshkaBatchTopK(TopKFamily):
     def reset(self, generator: torch.Generator) -> None:
         self.begin_from(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS))
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         kept = self.product(x_BD, at).batch_top_k(self.settings.k * len(x_BD))
         return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         x_hats = accumulate(f.decode(self.W_dec, self.begins_G), initial=self.b_dec)
         errors = [x_BD - x_hat_BD for x_hat_BD in islice(x_hats, 1, None)]
         mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])

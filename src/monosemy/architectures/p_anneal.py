@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
-from monosemy.sae import SAE, Codes, Moment, register, reset_relu
+from monosemy.sae import SAE, Codes, StepContext, register, reset_relu
 
 
 @register
@@ -46,7 +46,7 @@ class PAnneal(SAE):
     def reset(self, generator: torch.Generator) -> None:
         reset_relu(self, generator)
 
-    def annealing(self, at: Moment) -> tuple[list[int], list[float]]:
+    def annealing(self, at: StepContext) -> tuple[list[int], list[float]]:
         """The steps at which p changes, and its value from each on.
 
         The first change is to p_start itself.
@@ -56,12 +56,12 @@ class PAnneal(SAE):
         steps = torch.linspace(at.schedule.anneal_start, end, n, dtype=torch.int).tolist()
         return steps, torch.linspace(s.p_start, s.p_end, n).tolist()
 
-    def _last_change(self, at: Moment) -> int:
+    def _last_change(self, at: StepContext) -> int:
         """The last change's step: a phase before the run's end, or at it, where it comes too late."""
         T, start = at.schedule.steps, at.schedule.anneal_start
         return T - (T - start) // self.settings.n_sparsity_updates if at.recipe.annealing_ends else T
 
-    def p(self, at: Moment) -> tuple[float, float | None]:
+    def p(self, at: StepContext) -> tuple[float, float | None]:
         """p during this step, and the p that comes after it (None before the annealing begins)."""
         steps, values = self.annealing(at)
         done = sum(at.step > s for s in steps)
@@ -69,13 +69,13 @@ class PAnneal(SAE):
             return self.settings.p_start, None
         return values[done - 1], values[done] if done < len(values) else self.settings.p_end
 
-    def phase(self, at: Moment) -> tuple[float, float | None, bool]:
+    def phase(self, at: StepContext) -> tuple[float, float | None, bool]:
         return *self.p(at), at.step in self.annealing(at)[0]
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         p, _ = self.p(at)
         sum_p = f.total(lambda f: ops.power(f, p))
@@ -84,7 +84,7 @@ class PAnneal(SAE):
         return {"loss": mse + self.coefficient * at.sparsity * lp, "mse": mse, "lp": lp}
 
     @torch.no_grad()
-    def observe(self, codes: Codes, at: Moment) -> None:
+    def observe(self, codes: Codes, at: StepContext) -> None:
         _, p_next = self.p(at)
         if p_next is None:
             return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monosemy.sae import SAE, Codes, Moment, register, reset_relu
+from monosemy.sae import SAE, Codes, StepContext, register, reset_relu
 
 
 @register
@@ -31,10 +31,10 @@ class Standard(SAE):
     def reset(self, generator: torch.Generator) -> None:
         reset_relu(self, generator)
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         return self.product(x_BD, at).above(0, sparse=at.sparse)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         l1 = f.total() / len(x_BD)
         return {"loss": mse + self.settings.l1_penalty * at.sparsity * l1, "mse": mse, "l1": l1}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monosemy.sae import EPS, Codes, Moment, register, uniform, unit
+from monosemy.sae import EPS, Codes, StepContext, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -22,11 +22,11 @@ class TopK(TopKFamily):
     def reset(self, generator: torch.Generator) -> None:
         self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
-    def codes(self, x_BD: Tensor, at: Moment) -> Codes:
+    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
         kept = self.product(x_BD, at).top_k(self.settings.k)
         return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: Moment) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
         error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)
         mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
@@ -36,7 +36,7 @@ class TopK(TopKFamily):
         known_B = least_B.isfinite()
         return torch.where(known_B, least_B, 0).sum() / known_B.sum()
 
-    def fired(self, codes: Codes, count_F: Tensor, at: Moment) -> Tensor:
+    def fired(self, codes: Codes, count_F: Tensor, at: StepContext) -> Tensor:
         return (count_F if at.recipe.fired_if_positive else codes.size_by_latent()) > 0
 
     def select(self, pre_BF: Tensor) -> Tensor:

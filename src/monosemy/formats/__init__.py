@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from monosemy.config import invalid
-from monosemy.files import beside, write_json
+from monosemy.files import atomic_path, write_json
 from monosemy.formats import (
     dictionary_learning,
     gemma_scope,
@@ -56,7 +56,7 @@ def save(sae: SAE, folder: str | Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(sae, folder)
     if sae.name in dictionary_learning.LAYOUTS:
-        with beside(folder / "ae.pt", _bytes(sae)) as part:
+        with atomic_path(folder / "ae.pt", _bytes(sae)) as part:
             torch.save(dictionary_learning.state_dict(sae), part)
     write_json(folder / "config.json", _about(sae) | config)
 
@@ -255,7 +255,7 @@ def _about(sae: SAE) -> dict[str, Any]:
 
 
 def _write_tensors(sae: SAE, folder: Path) -> None:
-    with beside(folder / "sae.safetensors", _bytes(sae)) as part:
+    with atomic_path(folder / "sae.safetensors", _bytes(sae)) as part:
         save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, part)
 
 

@@ -4,10 +4,10 @@
 GPU) are its fast forms, which `forms.py` chooses from. `functions.py` gives the ops their gradients, `update.py` is what comes after.
 """
 
-from monosemy.ops.entries import Entries, Estimate, Picked
+from monosemy.ops.entries import Entries, Estimate, Selection
 from monosemy.ops.forms import using
 from monosemy.ops.functions import (
-    Scratch,
+    Workspace,
     above,
     batch_top_k,
     count_positive,
@@ -31,8 +31,8 @@ __all__ = [
     "Entries",
     "Estimate",
     "Optimizer",
-    "Picked",
-    "Scratch",
+    "Selection",
+    "Workspace",
     "above",
     "batch_top_k",
     "count_positive",

@@ -13,19 +13,19 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from monosemy.ops import torch as plain
-from monosemy.ops.entries import Entries, Picked, by_rows
+from monosemy.ops.entries import Entries, Selection, by_rows
 from monosemy.ops.torch import Constraint, estimate  # noqa: F401
 
 
-def _picked(pre_BF: Tensor, flat_N: Tensor) -> Picked:
+def _picked(pre_BF: Tensor, flat_N: Tensor) -> Selection:
     """Entries at flat positions, which are ascending."""
     B, F = pre_BF.shape
     tokens_N = torch.div(flat_N, F, rounding_mode="floor")
     starts_B1 = torch.searchsorted(tokens_N, torch.arange(B + 1), out_int32=True)
-    return Picked((flat_N - tokens_N * F).int(), starts_B1, pre_BF.flatten()[flat_N].float())
+    return Selection((flat_N - tokens_N * F).int(), starts_B1, pre_BF.flatten()[flat_N].float())
 
 
-def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     among = None if among_F is None else among_F.nonzero().squeeze(1)
     columns_BM = pre_BF if among is None else pre_BF[:, among]
     k = min(k, columns_BM.shape[1])
@@ -34,10 +34,10 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
     if among is not None:
         latents_BK = among[latents_BK].int()
     starts_B1 = torch.arange(0, (len(pre_BF) + 1) * k, k, dtype=torch.int32) if k else torch.zeros(len(pre_BF) + 1, dtype=torch.int32)
-    return Picked(latents_BK.flatten(), starts_B1, values_BK.flatten().float())
+    return Selection(latents_BK.flatten(), starts_B1, values_BK.flatten().float())
 
 
-def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
     """The k-th largest of a strided sample bounds the search from below, so that the exact selection looks at few candidates."""
     flat = pre_BF.flatten()
     stride = max(len(flat) // 65_536, 1) | 1  # odd, to look at different latents
@@ -52,7 +52,7 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
     return _picked(pre_BF, candidates[over])
 
 
-def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     return _picked(pre_BF, (pre_BF > threshold).flatten().nonzero().squeeze(1))
 
 

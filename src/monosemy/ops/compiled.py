@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.ops.entries import Entries, Estimate, Picked
+from monosemy.ops.entries import Entries, Estimate, Selection
 from monosemy.ops.torch import Constraint
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _width(M: int, k: int) -> int:
     return next((width for width in (64, 32, 16, 8) if 2 * k * width <= M), 1)
 
 
-def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Picked:
+def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Selection:
     pre_BF, exactly = _exactly(pre)
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     among_M = None if among_F is None else among_F.nonzero().squeeze(1).int()
@@ -200,10 +200,10 @@ def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Pick
         width = _width(M, k)
         scratch = _int32(torch.get_num_threads(), -(-M // width) + 4 * M)
         _call("top_k", pre_BF, bf16, B, F, k, width, among_M, M, exactly, scratch, latents_N, values_N)
-    return Picked(latents_N, torch.arange(B + 1, dtype=torch.int32) * k, values_N)
+    return Selection(latents_N, torch.arange(B + 1, dtype=torch.int32) * k, values_N)
 
 
-def batch_top_k(pre: Tensor | Estimate, n: int) -> Picked:
+def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
     pre_BF, exactly = _exactly(pre)
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     n = min(n, B * F)
@@ -215,10 +215,10 @@ def batch_top_k(pre: Tensor | Estimate, n: int) -> Picked:
     exact_M, candidates_M, keys_M = torch.empty(M if isinstance(pre, Estimate) else 0), _int32(M), _int32(M)
     found = (most_BG, bounds_B, shares, M, exactly, exact_M, candidates_M, keys_M)
     _call("batch_top_k", pre_BF, bf16, B, F, n, width, *found, latents_N, starts_B1, values_N)
-    return Picked(latents_N, starts_B1, values_N)
+    return Selection(latents_N, starts_B1, values_N)
 
 
-def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     pre_BF, exactly = _exactly(pre)
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     threshold = torch.as_tensor(threshold).detach()
@@ -231,10 +231,10 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
     latents_N, values_N = _int32(N), torch.empty(N)
     _call("above", pre_BF, bf16, B, F, mask, starts_B1, exactly, latents_N, values_N)
     if isinstance(pre, Tensor):
-        return Picked(latents_N, starts_B1, values_N)
+        return Selection(latents_N, starts_B1, values_N)
     kept_N = values_N > threshold_F[latents_N]
     places_N1 = torch.nn.functional.pad(kept_N.cumsum(0, dtype=torch.int32), (1, 0))
-    return Picked(latents_N[kept_N], places_N1[starts_B1], values_N[kept_N])
+    return Selection(latents_N[kept_N], places_N1[starts_B1], values_N[kept_N])
 
 
 # --- sums over entries --------------------------------------------------------------------------------------------------------

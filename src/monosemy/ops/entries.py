@@ -23,7 +23,7 @@ def by_rows(values_BF: Tensor) -> Iterator[slice]:
     return (slice(b, b + step) for b in range(0, B, step))
 
 
-class Picked(NamedTuple):
+class Selection(NamedTuple):
     """What a selection gives: the latent of each entry, where each token's entries begin, and the pre-activations there.
 
     `starts_B1` has one place more than there are tokens, so that its last says how many entries there are. On a GPU the lists have

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from monosemy.ops.entries import Entries, Estimate, Picked, by_rows
+from monosemy.ops.entries import Entries, Estimate, Selection, by_rows
 from monosemy.ops.forms import form
 
 
-class Scratch:
+class Workspace:
     """Large arrays that SAEs in training use one after the other, so that none is allocated in a step.
 
     A fresh array of [B, F] on a CPU costs as much as several passes over it: the system hands out its pages one by one.
@@ -41,13 +41,13 @@ class Scratch:
 
 @torch.no_grad()
 def preactivations(
-    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, *, bf16: bool | Tensor = False, few: bool = False, lend: Scratch | None = None
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, *, bf16: bool | Tensor = False, few: bool = False, lend: Workspace | None = None
 ) -> Tensor | Estimate:
     """x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is of bfloat16 operands, and rounded to it.
 
     Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from the product of float32.
     """
-    lend = lend or Scratch()
+    lend = lend or Workspace()
     shadow_FD = None if bf16 is False else W_FD.bfloat16() if bf16 is True else bf16
     if few and (estimate := form(x_BD).estimate(x_BD, W_FD, b_F, lend, shadow_FD)) is not None:
         return estimate
@@ -56,17 +56,17 @@ def preactivations(
     return torch.addmm(b_F, x_BD, W_FD.T, out=lend("pre", x_BD, len(x_BD), len(W_FD)))
 
 
-def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Picked:
+def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Selection:
     """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k."""
     return form(pre).top_k(pre, k, among_F)
 
 
-def batch_top_k(pre: Tensor | Estimate, n: int) -> Picked:
+def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
     """The n largest of the whole batch."""
     return form(pre).batch_top_k(pre, n)
 
 
-def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     """Everything above a threshold: a number, or one for each latent [F]. On a GPU the lists hold `capacity` entries."""
     return form(pre).above(pre, threshold, capacity)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from monosemy.ops.entries import Entries, Estimate, Picked
+from monosemy.ops.entries import Entries, Estimate, Selection
 
 Constraint = Literal["project", "constrain", "free"]
 
@@ -28,12 +28,12 @@ def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor
 # --- selections: of equal values the earlier position is taken ----------------------------------------------------------------
 
 
-def _picked(pre_BF: Tensor, chosen_BF: Tensor) -> Picked:
+def _picked(pre_BF: Tensor, chosen_BF: Tensor) -> Selection:
     starts_B1 = torch.nn.functional.pad(chosen_BF.sum(1).cumsum(0), (1, 0)).int()
-    return Picked(chosen_BF.nonzero()[:, 1].int(), starts_B1, pre_BF[chosen_BF].to(torch.promote_types(pre_BF.dtype, torch.float32)))
+    return Selection(chosen_BF.nonzero()[:, 1].int(), starts_B1, pre_BF[chosen_BF].to(torch.promote_types(pre_BF.dtype, torch.float32)))
 
 
-def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k."""
     allowed_BF = torch.ones_like(pre_BF, dtype=torch.bool) if among_F is None else among_F.expand_as(pre_BF)
     k = min(k, int(allowed_BF[0].sum()))
@@ -41,13 +41,13 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
     return _picked(pre_BF, torch.zeros_like(allowed_BF).scatter_(1, order_BK, True))
 
 
-def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
     """The n largest of the whole batch."""
     order = pre_BF.flatten().sort(descending=True, stable=True).indices[:n]
     return _picked(pre_BF, torch.zeros_like(pre_BF, dtype=torch.bool).flatten().index_fill_(0, order, True).view_as(pre_BF))
 
 
-def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     """Everything above a threshold: a number, or one for each latent [F]. On a GPU the lists hold `capacity` entries."""
     return _picked(pre_BF, pre_BF > threshold)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.entries import Entries, Picked
+from monosemy.ops.entries import Entries, Selection
 from monosemy.ops.torch import Constraint, estimate  # noqa: F401
 
 # --- selections: the kernels --------------------------------------------------------------------------------------------------
@@ -402,12 +402,12 @@ def _starts(greater_B: Tensor, equal_B: Tensor | None, limit: int) -> Tensor:
     return starts_B1
 
 
-def _padding(starts_B1: Tensor, N: int) -> Picked:
+def _padding(starts_B1: Tensor, N: int) -> Selection:
     """A list with nothing written into it yet."""
-    return Picked(starts_B1.new_zeros(N), starts_B1, starts_B1.new_zeros(N, dtype=torch.float32))
+    return Selection(starts_B1.new_zeros(N), starts_B1, starts_B1.new_zeros(N, dtype=torch.float32))
 
 
-def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
+def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k. Capacity B k."""
     (B, F), k, bits = pre_BF.shape, min(k, pre_BF.shape[1]), _bits(pre_BF)
     kept = k if among_F is None else among_F.sum(dtype=torch.int32).clamp(max=k)
@@ -422,7 +422,7 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Picked:
     return picked
 
 
-def batch_top_k(pre_BF: Tensor, n: int) -> Picked:
+def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
     """The n largest of the whole batch. Capacity n."""
     (B, F), n, bits = pre_BF.shape, min(n, pre_BF.numel()), _bits(pre_BF)
     (M, C), coarse, programs = _sizes(F, cdiv(n, B)), _block(4 * cdiv(n, B), 128, 8192, F), min(B, 512)
@@ -469,7 +469,7 @@ def count_above(pre_BF: Tensor, threshold: Tensor | float) -> Tensor:
     return _count_above(pre_BF, threshold)[0].sum()
 
 
-def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Picked:
+def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     """Everything above a threshold: a number, or one for each latent [F]. What exceeds the capacity (else B F) is left out.
 
     So if `starts_B1[-1]` is the capacity, something may be missing; `count_above` knows.

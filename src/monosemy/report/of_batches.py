@@ -52,7 +52,7 @@ def write_report(
     missing = Missing(folder)
     began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     gathered = {
-        name: latents.Gathering(sae.d_sae, 1, seed=seed, salt=site, device=next(sae.parameters()).device) for name, sae in named.items()
+        name: latents.LatentStats(sae.d_sae, 1, seed=seed, salt=site, device=next(sae.parameters()).device) for name, sae in named.items()
     }
     rows = evaluate(named, batches, site=site, gather=gathered, missing=missing)
     for row in rows:
@@ -70,7 +70,7 @@ def write_report(
     return path
 
 
-def _write_latents(path: Path, g: latents.Gathering, sae: SAE, pages: int) -> None:
+def _write_latents(path: Path, g: latents.LatentStats, sae: SAE, pages: int) -> None:
     began = time.monotonic()
     columns = latents.statistics(g, sae, latents.geometry(sae), pages)
     columns |= latents.strongest_rows(g, columns["page_latent"])

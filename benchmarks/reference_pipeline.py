@@ -1,11 +1,11 @@
-"""The seed's pipeline in plain words: its buffer of activations under dictionary_learning 0.1.0's own trainers, one layer after the other.
+"""The reference pipeline in plain words: its buffer of activations under dictionary_learning 0.1.0's own trainers, one layer after the other.
 
-    python -m benchmarks.seed_pipeline SETTINGS RESULT      (JSON files; run by end_to_end.py in the peer's environment)
+    python -m benchmarks.reference_pipeline SETTINGS RESULT      (JSON files; run by end_to_end.py in the peer's environment)
 
-As the seed has it: the float32 model cut after the layer, a forward on padded text that a hook's exception ends at the layer, a buffer that
+As dictionary_learning has it: the float32 model cut after the layer, a forward on padded text that a hook's exception ends at the layer, a buffer that
 is copied and filled up once half of it has been read, batches drawn from its unread rows, 102 batches spent on the norm factor, then every
-trainer's `update` in turn; a layer is a run of its own. Unlike the seed: documents are cut into pieces of 4 * context_length characters and
-all pieces are read (the seed keeps the first of a document), the BOS position is left out, and schedules are those of the short run.
+trainer's `update` in turn; a layer is a run of its own. Unlike dictionary_learning: documents are cut into pieces of 4 * context_length characters and
+all pieces are read (dictionary_learning keeps the first of a document), the BOS position is left out, and schedules are those of the short run.
 
 B tokens of a batch, L context, D width of the layer, R rows of the buffer, U of them unread.
 """
@@ -46,7 +46,7 @@ TRAINERS: dict[str, type] = {
     "batch_top_k": BatchTopKTrainer,
     "matryoshka_batch_top_k": MatryoshkaBatchTopKTrainer,
 }
-NORM_STEPS = 100  # the seed's; get_norm_factor takes two batches more
+NORM_STEPS = 100  # dictionary_learning's; get_norm_factor takes two batches more
 
 
 class _Reached(Exception):
