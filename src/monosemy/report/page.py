@@ -360,7 +360,7 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
         "Peak memory of the whole run": number(memory.get("run", {}).get("measured", 0) / 1e9, " GB", 2) if "run" in memory else "",
         f"Held-out {unit}": number(rows[0].get("tokens")) if rows else "",
         "Held-out tokens with the SAEs in place": number(rows[0].get("spliced_tokens")) if rows else "",
-        "LatentStats latents": number(run.cost("gather_seconds"), " s", 1),
+        "Gathering latents": number(run.cost("gather_seconds"), " s", 1),
         "Latents' pages": number(run.cost("pages_seconds"), " s", 1),
         "Memory of what was gathered": number((run.cost("state_bytes") or 0) / 1e6, " MB", 1) if run.cost("state_bytes") else "",
     }
