@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -281,3 +282,13 @@ def test_a_run_can_be_evaluated_without_splicing(evaluated):
     assert main(["eval", str(evaluated), "--eval_spliced_inputs", "0"]) == 0
     row = row_of(evaluated / "rows.jsonl")
     assert row["loss_recovered_zero"] is None and row["spliced_tokens"] == 0 and row["fvu"] is not None
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["list", "--help"]], ids=" ".join)
+def test_a_pipe_that_nobody_reads_is_left_in_silence(arguments):
+    """As `monosemy train --help | head -1` leaves it, whichever of the two is faster."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "monosemy", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -46,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "list": _list,
         "push": _push,
     }
-    if command not in commands:
-        asked = command in ("-h", "--help")
-        print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
-    return _guarded(lambda: commands[command](rest))
+    return _guarded(lambda: commands[command](rest) if command in commands else _usage(command))
+
+
+def _usage(command: str) -> int:
+    asked = command in ("-h", "--help")
+    print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 def _guarded(job: Callable[[], int]) -> int:
