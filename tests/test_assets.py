@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -155,3 +156,23 @@ def test_model_is_an_ordinary_folder_that_predicts_text():
 def test_importing_and_naming_it_needs_no_torch():
     code = "import sys, monosemy.assets as a; a.model_folder(); a.text_file(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
+    """A path below a file, which not even root can make."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MONOSEMY_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(assets, "_fetch", None)
+    for build in (lambda: assets.text_file("sotu"), lambda: assets.model_folder("smollm2-135m")):
+        with pytest.raises(
+            ValueError, match="MONOSEMY_CACHE is '.*cache'; allowed: a folder that can be written, with room for .*Set that variable"
+        ):
+            build()
+
+
+def test_kernels_do_without_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = "import logging, torch; logging.basicConfig(); from monosemy.ops.forms import form; print(form(torch.zeros(1)).__name__)"
+    environment = os.environ | {"MONOSEMY_CACHE": str(tmp_path / "file" / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "monosemy.ops.aten" and done.stderr.count("compiled ops cannot be had") == 1

@@ -39,6 +39,8 @@ BAD = [
     ("save_dir", "", "a folder's path", "name one"),
     ("save_dir", None, "text", "type"),
     ("device", "cuda:x", "cuda:N", "correct"),
+    ("device", "mps", "kernels are made for these", "cpu"),
+    ("device", "xpu:0", "cuda:N", "cpu"),
     ("revision", "../../main", "a branch, tag or commit", "correct"),
     ("text_key", "", "the name of a field", "holds the text"),
     ("chat_key", "", "the name of a field", "holds the text"),

@@ -292,3 +292,10 @@ def test_a_pipe_that_nobody_reads_is_left_in_silence(arguments):
     done = subprocess.run([sys.executable, "-m", "monosemy", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("command", ["eval", "sae"])
+def test_an_evaluation_refuses_a_device_without_kernels(evaluated, capsys, command):
+    path = evaluated if command == "eval" else next(evaluated.glob("*/trainer_0"))
+    assert main(["eval", str(path), "--device", "mps"]) == 2
+    assert "device is 'mps'" in capsys.readouterr().err

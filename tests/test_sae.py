@@ -177,3 +177,9 @@ def test_settings_that_another_tool_s_files_do_not_say_are_not_made_up(tmp_path)
     assert repr(monosemy.load(tmp_path / "ours")) == repr(sae)
     top_k = TREES["sparsify"]()
     assert f"k={K}" in repr(monosemy.load(top_k.write(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "cuda:99", "gpu"])
+def test_fit_refuses_a_device_that_it_cannot_train_on(device):
+    with pytest.raises(ValueError, match=f"device is '{device}'"):
+        monosemy.fit([batch(0)], [monosemy.SAESpec("standard", F)], device=device)
