@@ -97,14 +97,14 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
 
     from monosemy.activations import ActivationStream
     from monosemy.config import TrainConfig
+    from monosemy.group import TrainerGroup
     from monosemy.lm import LanguageModel
     from monosemy.run import train
     from monosemy.sweep import Sweep
-    from monosemy.training import TrainerGroup
 
     clock, found = Clock(), {}
     clock.watch(LanguageModel, "activations", "language model")
-    clock.watch(TrainerGroup, "step", "SAE steps", lambda group, *args: len(group.members))
+    clock.watch(TrainerGroup, "step", "SAE steps", lambda group, *args: len(group.trainers))
     make, sweep = ActivationStream.__init__, Sweep.run
 
     def begin(*args: Any, **kwargs: Any) -> None:

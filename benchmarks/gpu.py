@@ -62,16 +62,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
+from benchmarks.alone import LoneTrainer
 from benchmarks.step import RELU, TOP_K, DictionaryLearning
 from monosemy import ops
 from monosemy.formats.dictionary_learning import state_dict
+from monosemy.group import TrainerGroup
 from monosemy.ops import torch as plain
 from monosemy.ops.entries import Entries, Selection
 from monosemy.ops.forms import form
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
-from monosemy.training import ROOM, SPARSE_BELOW, SAESpec, SAETrainer, TrainerGroup
+from monosemy.trainer import CAPACITY_FACTOR, SPARSE_BELOW, SAESpec, SAETrainer
 
 Row = dict[str, Any]
 ARCHITECTURES = TOP_K + RELU
@@ -375,15 +377,15 @@ def member(sae: SAE, name: str, B: int, k: int, *, scratch: ops.Workspace, dense
     schedule = Schedule.of_run(STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases)
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
     with torch.device(device):
-        made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, scratch=scratch)
+        made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, workspace=scratch)
     made.spec = dataclasses.replace(spec, init_from=None)  # whose memory it need not keep
-    made.sparse, made.capacity, made.any_dead = made.sae.always_sparse or not dense, min(ROOM * (k + 1), sae.d_sae) * B, any_dead
+    made.sparse, made.capacity, made.any_dead = made.sae.always_sparse or not dense, min(CAPACITY_FACTOR * (k + 1), sae.d_sae) * B, any_dead
     return made
 
 
 def uncaptured(group: TrainerGroup) -> None:
     """Have a group on a GPU run its steps as they are."""
-    group.captured = lambda function, phase, batches, step: function(batches, step)  # type: ignore[assignment]
+    group.graphs = lambda function, phase, batches, step: function(batches, step)  # type: ignore[assignment]
 
 
 class Stepping:
@@ -395,7 +397,7 @@ class Stepping:
     def __call__(self) -> None:
         x_BD = self.batches[self.step % len(self.batches)]
         for group in self.groups:
-            group.step({m.name: x_BD for m in group.members}, self.step)
+            group.step({m.name: x_BD for m in group.trainers}, self.step)
         self.step += 1
 
     def warmed(self, n: int = WARM) -> Stepping:
@@ -630,7 +632,7 @@ def trained(report: Report, name: str, *, sparse: bool, how: str, bf16: bool = F
     schedule = Schedule.of_run(200, B, dead_feature_threshold=6 * B, **phases)
     spec = SAESpec(name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {}))
     with ops.using("torch") if how == "plain" else nullcontext():
-        m = SAETrainer("", spec, D, schedule, device=device, bf16=bf16, scratch=ops.Workspace())
+        m = LoneTrainer("", spec, D, schedule, device=device, bf16=bf16, workspace=ops.Workspace())
         if sparse:
             m.sparse, m.capacity = True, B * F
         if how == "uncaptured" and device.type == "cuda":
@@ -639,7 +641,7 @@ def trained(report: Report, name: str, *, sparse: bool, how: str, bf16: bool = F
         for step, x_BD in enumerate(activations(20, B, D, "cpu")):
             m.step(x_BD.to(device), step)
             losses.append(float(m.last["loss"]))
-        return losses, {n: t.detach().cpu().clone() for n, t in m.state().items()}
+        return losses, {n: t.detach().cpu().clone() for n, t in m.save().items()}
 
 
 def loss_error(a: list[float], b: list[float]) -> float:
@@ -679,7 +681,7 @@ def logged(report: Report, names: Sequence[str], *, together: bool, captured: bo
         members = []
         for name in group:
             spec = SAESpec(name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {}))
-            members.append(SAETrainer(name, spec, D, schedule, device=report.device))
+            members.append(LoneTrainer(name, spec, D, schedule, device=report.device))
             if not captured:
                 uncaptured(members[-1].group)
         for step, x_BD in enumerate(batches):
@@ -711,7 +713,7 @@ def check_host(report: Report, name: str, dense: bool) -> None:
     sae = drawn(name, D, F, sizes.k, device)
     if name in RELU and not dense:
         thin_out(sae, x[0], sizes.k)
-    made = member(sae, "", sizes.B, sizes.k, scratch=ops.Workspace(), dense=dense, any_dead=name in TOP_K)
+    made = member(sae, "", sizes.B, sizes.k, workspace=ops.Workspace(), dense=dense, any_dead=name in TOP_K)
     run = Stepping([made], x).warmed()
     for how in ("captured", "uncaptured"):
         if how == "uncaptured":
@@ -760,14 +762,14 @@ def time_steps(report: Report, rates: Rates, name: str, D: int, F: int, batches:
     sae = drawn(name, D, F, sizes.k, device)
     if name in RELU and not dense:
         thin_out(sae, batches[0], sizes.k)
-    run = Stepping([member(sae, "", sizes.B, sizes.k, scratch=ops.Workspace(), dense=dense)], batches)
+    run = Stepping([member(sae, "", sizes.B, sizes.k, workspace=ops.Workspace(), dense=dense)], batches)
     del sae
     free(device)
     reset_peak(device)
     ms = milliseconds(run.warmed(), sizes.timed, device)
     memory, floor = peak(device), rates.floor(name, D, F, dense=dense)
     eager_ms = None if device.type == "cpu" else milliseconds(run.uncaptured(), 20, device)
-    l0 = float(run.members[0].last["l0"])
+    l0 = float(run.groups[0].last[""]["l0"])
     eager = "" if eager_ms is None else f"uncaptured {eager_ms:.3f} ms"
     note = told(target(ms, floor), f"{ms / sizes.B * 1e3:.3f} us a token", f"L0 {l0:.0f}", gigabytes(memory), eager)
     more = {"floor_ms": floor, "ratio": ms / floor, "eager_ms": eager_ms, "peak_bytes": memory, "l0": l0}
@@ -811,7 +813,7 @@ def grid(sizes: Sizes, D: int, F: int, x_BD: Tensor, names: list[str], *, dense:
         sae = drawn(name, D, F, sizes.k, x_BD.device)
         if name in RELU and not dense:
             thin_out(sae, x_BD, sizes.k)
-        members += [member(sae, f"{name} {i}", sizes.B, sizes.k, scratch=scratch, dense=chosen) for i in range(sizes.repeats)]
+        members += [member(sae, f"{name} {i}", sizes.B, sizes.k, workspace=scratch, dense=chosen) for i in range(sizes.repeats)]
     return members
 
 
@@ -941,7 +943,7 @@ def headlines(report: Report) -> None:
             for F in sizes.qwen_widths:
                 for k in sizes.qwen_k:
                     sae = drawn("batch_top_k", config.hidden_size, F, k, device)
-                    members.append(member(sae, f"{F} {k}", sizes.B, k, scratch=scratch))
+                    members.append(member(sae, f"{F} {k}", sizes.B, k, workspace=scratch))
                     del sae
             headline(report, case, stream, site, members, per_block, blocks, PEAK_32B)
 

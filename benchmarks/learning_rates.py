@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -18,12 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.alone import LoneTrainer
 from monosemy.activations import ActivationStream
+from monosemy.codes import Execution
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
 from monosemy.tokens import ContextStream, Source
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec
 
 STEPS, BATCH, HELD_OUT = 150, 512, 20
 WIDTHS, LAYERS = (1024, 4096), (3, 9)
@@ -52,16 +57,16 @@ def activations() -> dict[Site, list[Tensor]]:
 def trained(spec: SAESpec, batches: list[Tensor]) -> tuple[float, float, float, float]:
     """An SAE's learning rate, and its objective, FVU and L0 on the batches after those it is trained on."""
     plan = Schedule.of_run(STEPS, BATCH)
-    member = SAETrainer("", spec, batches[0].shape[1], plan)
+    member = LoneTrainer("", spec, batches[0].shape[1], plan)
     for step in range(STEPS):
         member.step(batches[step], step)
-    at = StepContext(STEPS - 1, plan, sparse=member.sparse, dead_F=torch.zeros(spec.d_sae, dtype=torch.bool))
+    ctx, execution = StepContext(STEPS - 1, plan), Execution(sparse=member.sparse)
     sums = torch.zeros(4)
     with torch.no_grad():
         for x_BD in batches[STEPS:]:
-            codes = member.sae.codes(x_BD, at)
+            codes = member.sae.codes(member.sae.preactivations(x_BD, execution), ctx)
             f = member.sae.active(codes)
-            parts = member.sae.loss(x_BD, codes, f, at)
+            parts = member.sae.loss(x_BD, codes, f, ctx)
             variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
             sums += torch.stack([parts["loss"], parts["mse"], variance, f.count().sum() / len(x_BD)])
     loss, mse, variance, l0 = (sums / len(batches[STEPS:])).tolist()

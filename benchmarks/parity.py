@@ -20,10 +20,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.alone import LoneTrainer
 from monosemy.formats.dictionary_learning import LAYOUTS, state_dict
 from monosemy.recipe import DICTIONARY_LEARNING
 from monosemy.schedule import Schedule
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec
 
 BOUNDS = {"standard": 1e-5, "standard_new": 1e-5, "gated": 1e-5, "p_anneal": 1e-5}
 BOUND = 1e-4  # of the others: a near-tie or a value at a threshold's edge may fall on the other side
@@ -63,7 +66,7 @@ def arguments(told: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, args
 
 
-def member(name: str, args: dict[str, Any], batch: int) -> SAETrainer:
+def member(name: str, args: dict[str, Any], batch: int) -> LoneTrainer:
     """Our member for a recorded trainer, with the weights that its seed draws."""
     settings = {ours: args[theirs] for ours, theirs in LAYOUTS[name].settings.items() if theirs in args}
     if name == "p_anneal":
@@ -82,7 +85,7 @@ def member(name: str, args: dict[str, Any], batch: int) -> SAETrainer:
         dead_tokens=args.get("dead_feature_threshold", 10_000_000),
     )
     spec = SAESpec(name, args["dict_size"], lr=args["lr"], seed=args["seed"] or 0, settings=settings)
-    return SAETrainer(name, spec, args["activation_dim"], schedule, recipe=DICTIONARY_LEARNING)
+    return LoneTrainer(name, spec, args["activation_dim"], schedule, recipe=DICTIONARY_LEARNING)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -93,7 +96,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return 0.0 if apart == 0 else apart / largest if largest else float("inf")
 
 
-def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[str, float], SAETrainer]]:
+def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[str, float], LoneTrainer]]:
     """(steps done, difference of each tensor, our member) at each recorded step of a run.
 
     `sparse` is the layout of the ReLU kinds; with `few` selections look up what an estimate of the encoder's product leaves open.
@@ -104,7 +107,7 @@ def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[s
     kept = {int(key.split("/")[0].removeprefix("step_")) for key in trace if key.startswith("step_")}
     for done in range(max(kept) + 1):
         if done:
-            ours.sparse, ours.few = sparse or ours.sae.always_sparse, few
+            ours.sparse, ours.use_estimate = sparse or ours.sae.always_sparse, few
             ours.step(trace["x"][done - 1], done - 1)
         if done in kept:
             theirs = {key.split("/")[1]: value for key, value in trace.items() if key.startswith(f"step_{done}/")}

@@ -19,8 +19,10 @@ import copy
 import dataclasses
 import os
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -28,15 +30,19 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 from torch import Tensor
 
-from monosemy import ops, training
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.alone import LoneTrainer
+from monosemy import ops, trainer
 from monosemy.activations import ActivationStream
+from monosemy.codes import Codes, DenseCodes, Execution, SparseCodes
 from monosemy.evaluation import evaluate_on_model
 from monosemy.lm import LanguageModel, Site, load_tokenizer
 from monosemy.ops import compiled
-from monosemy.sae import Codes, DenseCodes, Preactivations, SparseCodes, StepContext
+from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
 from monosemy.tokens import ContextStream, Source
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec, StepResult
 
 SITE, MODEL = Site("resid_post", 3), "smollm2-135m"
 STEPS = 300  # of the run whose states are compared: the ReLU kinds go over to the sparse layout at 200
@@ -79,11 +85,11 @@ def data(number: int, batch: int, *, held_out: int = 8, whole: bool = False) -> 
 
 def member(
     name: str, d_sae: int, batches: Sequence[Tensor], steps: int, *, seed: int = 0, dead: int | None = None, **how: Any
-) -> SAETrainer:
+) -> LoneTrainer:
     """An SAE of an architecture; `dead` is after how many batches without firing a latent is."""
     B, D = batches[0].shape
     plan = Schedule.of_run(steps, B, dead_feature_threshold=dead and dead * B)
-    return SAETrainer(name, SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]), D, plan, scratch=ops.Workspace(), **how)
+    return LoneTrainer(name, SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]), D, plan, workspace=ops.Workspace(), **how)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -91,7 +97,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def weights(member: SAETrainer) -> Tensor:
+def weights(member: LoneTrainer) -> Tensor:
     """All of them, float64 in one row."""
     return torch.cat([p.detach().double().flatten() for p in member.sae.parameters()])
 
@@ -115,38 +121,35 @@ class Seen:
         return self.codes.entries.bags_N.long() * self.codes.entries.F + self.codes.entries.latents_N
 
 
-def watched(member: SAETrainer, x_BD: Tensor, step: int, grads: dict[str, Tensor] | None = None) -> Seen:
+def watched(member: LoneTrainer, x_BD: Tensor, step: int, grads: dict[str, Tensor] | None = None) -> Seen:
     """Take a step and tell what it went through. The update takes `grads` in place of the step's own where they are given."""
-    optimizer, seen = member.group.optimizer, []
+    seen, forward = [], member.forward
 
-    def update(own: dict[str, list[Tensor]], *rest: Any) -> Tensor:
-        seen.append(Seen(float(member.parts["loss"]), {n: g[0].clone() for n, g in own.items()}, member.noted[0]))
-        return type(optimizer).step(optimizer, own if grads is None else {n: [g.clone()] for n, g in grads.items()}, *rest)
+    def watch(*args: Any) -> StepResult:
+        result = forward(*args)
+        own = {name: grad.clone() for name, grad in result.grads.items()}
+        seen.append(Seen(float(result.metrics["loss"]), own, result.codes))
+        return result if grads is None else result._replace(grads={name: grad.clone() for name, grad in grads.items()})
 
-    optimizer.step = update
+    member.forward = watch
     try:
         member.step(x_BD, step)
     finally:
-        del optimizer.step
+        del member.forward
     return seen[0]
 
 
-def exact(member: SAETrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = None) -> Seen:
+def exact(member: LoneTrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = None) -> Seen:
     """What the next step of a member should go through, in float64: all of it, or what comes after the encoder's product `pre_BF`."""
     sae, x_BD = copy.deepcopy(member.sae).double(), x_BD.double()
-
-    def product(x_BD: Tensor, at: StepContext) -> Preactivations:
-        made = type(sae).product(sae, x_BD, at)
-        if pre_BF is not None:
-            made.pre = made.pre_BF = pre_BF.double()
-        return made
-
-    sae.product = product
-    at = StepContext(step, member.schedule, member.recipe, member.sparse, sparsity=member.schedule.sparsity(step))
-    codes = sae.codes(x_BD, at)
+    ctx = StepContext(step, member.schedule, member.recipe, sparsity_scale=member.schedule.sparsity(step))
+    pre = sae.preactivations(x_BD, Execution(sparse=member.sparse))
+    if pre_BF is not None:
+        pre.product = pre_BF.double()
+    codes = sae.codes(pre, ctx)
     f = sae.active(codes)
-    since_F = torch.where(sae.fired(codes, f.count(), at), 0, member.since_fired_F + len(x_BD))
-    loss = sae.loss(x_BD, codes, f, dataclasses.replace(at, dead_F=since_F >= member.schedule.dead_tokens))["loss"]
+    since_F = torch.where(sae.fired(codes, f.count(), ctx), 0, member.since_fired_F + len(x_BD))
+    loss = sae.loss(x_BD, codes, f, dataclasses.replace(ctx, dead_F=since_F >= member.schedule.dead_tokens))["loss"]
     params = dict(sae.named_parameters())
     grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
     return Seen(float(loss.detach()), dict(zip(params, grads, strict=True)), codes)
@@ -184,11 +187,11 @@ def gradients_apart(ours: Seen, theirs: Seen) -> float:
     return max(over_largest(ours.grads[n], g) for n, g in theirs.grads.items())
 
 
-def flips(member: SAETrainer, ours: Seen, theirs: Seen) -> tuple[int, int]:
+def flips(member: LoneTrainer, ours: Seen, theirs: Seen) -> tuple[int, int]:
     """How many latents only one of two steps took, and how many of them lie within 1e-5 of the selection's boundary."""
     mine, other = ours.entries(), theirs.entries()
     flat = torch.cat([mine[~torch.isin(mine, other)], other[~torch.isin(other, mine)]])
-    pre_BF, name = theirs.codes.product.pre_BF, member.sae.name
+    pre_BF, name = theirs.codes.pre.product_BF, member.sae.name
     kept_BF = torch.full_like(pre_BF, torch.inf).flatten().index_copy_(0, other, pre_BF.flatten()[other]).view_as(pre_BF)
     boundary = {
         "top_k": kept_BF.amin(1, keepdim=True),
@@ -209,16 +212,16 @@ def from_each_state(name: str, batches: Sequence[Tensor], d_sae: int, form: str,
             with ops.using(form):
                 fast.step(x_BD, step)
             continue
-        fast.before(x_BD, step)
-        plain.restore(fast.state())
+        fast.prepare(x_BD, step)
+        plain.resume(fast.save())
         before = copy.deepcopy(plain)
         with ops.using(form):
             ours = watched(fast, x_BD, step)
         with ops.using("torch"):
             theirs = watched(plain, x_BD, step, ours.grads)
         flipped, ties = flips(before, ours, theirs)
-        same_product = not flipped and isinstance(ours.codes.product.pre, Tensor)
-        true = exact(before, x_BD, step, theirs.codes.product.pre_BF if same_product else None)
+        same_product = not flipped and isinstance(ours.codes.pre.product, Tensor)
+        true = exact(before, x_BD, step, theirs.codes.pre.product_BF if same_product else None)
         yield Apart(
             step,
             fast.sparse,
@@ -358,7 +361,7 @@ def main() -> None:
     parser.add_argument("--estimated", action="store_true", help="estimate the encoder's product however many latents are active")
     args = parser.parse_args()
     if args.estimated:
-        training.FEW = 2.0  # of the latents
+        trainer.ESTIMATE_BELOW = 2.0  # of the latents
     of = data(FREE_STEPS, args.batch, whole="bf16" in args.parts)
     print(f"{args.form}, F = {args.d_sae}, batches of {args.batch} activations of {MODEL}, {SITE}")
     shared = (args.architectures, of.batches, args.d_sae, args.form)

@@ -50,13 +50,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.alone import LoneTrainer
 from monosemy.formats.dictionary_learning import state_dict
 from monosemy.ops import Workspace
 from monosemy.plan import cpu_has_bf16
 from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY
 from monosemy.sae import SAE
 from monosemy.schedule import Schedule
-from monosemy.training import FEW, SAESpec, SAETrainer
+from monosemy.trainer import ESTIMATE_BELOW, SAESpec
 
 ROOT = Path(__file__).parents[1]
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
@@ -79,9 +82,9 @@ class Ours:
         schedule = Schedule.of_run(STEPS, args.batch, recipe=recipe, decay_start_fraction=1.0, **phases)
         settings = {kind: {"k": args.k} for kind in TOP_K} | {"jump_relu": {"target_l0": args.k}, "p_anneal": {"p_start": 0.8}}
         spec = SAESpec(name, args.d_sae, lr=LR, settings=settings.get(name, {}))
-        self.member = SAETrainer(name, spec, args.d_in, schedule, recipe=recipe, bf16=args.precision == "bf16", scratch=Workspace())
+        self.member = LoneTrainer(name, spec, args.d_in, schedule, recipe=recipe, bf16=args.precision == "bf16", workspace=Workspace())
         self.sparse = not args.dense
-        self.few = self.sparse and args.k < FEW * args.d_sae
+        self.few = self.sparse and args.k < ESTIMATE_BELOW * args.d_sae
 
     @property
     def sae(self) -> SAE:
@@ -91,7 +94,7 @@ class Ours:
         self.member.since_fired_F[dead_F] = 2 * DEAD_TOKENS
 
     def step(self, x_BD: Tensor, step: int) -> None:
-        self.member.sparse, self.member.few = self.sparse, self.few
+        self.member.sparse, self.member.use_estimate = self.sparse, self.few
         self.member.step(x_BD, step)
 
     @property

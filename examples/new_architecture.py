@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 import monosemy
-from monosemy import SAE, Codes, StepContext, reset_relu
+from monosemy import SAE, Codes, Preactivations, StepContext, reset_relu
 
 
 @monosemy.register
@@ -26,8 +26,8 @@ class Tanh(SAE):
     """
 
     name = "tanh"
-    sparsity = "penalty"  # the setting that a sweep varies
-    sweep = (0.005, 0.01, 0.02)  # its values in `monosemy.train`
+    sparsity_setting = "penalty"  # the setting that a sweep varies
+    sweep_values = (0.005, 0.01, 0.02)  # its values in `monosemy.train`
     constraint = "project"  # gradients along decoder rows are taken out, and rows kept at norm 1
 
     @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Tanh(SAE):
     def reset(self, generator: torch.Generator) -> None:
         reset_relu(self, generator)
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        return self.product(x_BD, at).above(0, sparse=at.sparse)
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        return pre.above(0)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         saturating = f.total(lambda values: torch.tanh(self.settings.steepness * values)) / len(x_BD)
-        return {"loss": mse + self.settings.penalty * at.sparsity * saturating, "mse": mse, "tanh": saturating}
+        return {"loss": mse + self.settings.penalty * ctx.sparsity_scale * saturating, "mse": mse, "tanh": saturating}
 
-    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+    def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return pre_BF.relu()
 
 

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import monosemy
+from benchmarks.alone import LoneTrainer
 from monosemy import formats
 from monosemy.cli import main
 from monosemy.formats.dictionary_learning import LAYOUTS, trainer_config
 from monosemy.rng import generator
 from monosemy.schedule import Schedule
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec
 
 pytest_plugins = ("tests.conftest",)  # its tiny model and text
 
@@ -61,7 +62,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our eight, trained on activations divided by a norm factor and saved as a run saves them, then opened by the peer."""
     folder, schedule = tmp_path_factory.mktemp("ours"), Schedule.of_run(STEPS, B)
     for name, settings in SETTINGS.items():
-        member = SAETrainer(name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factor=FACTOR)
+        member = LoneTrainer(name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factor=FACTOR)
         for step in range(STEPS):
             member.step(batch(step), step)
         sae = member.finished()

@@ -146,7 +146,7 @@ def test_a_run_sweeps_a_registered_architecture_over_what_it_declares(tiny_model
     run, status = monosemy.train(config)
     assert status == "complete" and (run / "report.html").is_file()
     saes = [monosemy.load(folder) for folder in sorted(run.glob("*/trainer_*"))]
-    assert [getattr(sae.settings, sae.sparsity) for sae in saes] == [*module["Tanh"].sweep, 4]
+    assert [getattr(sae.settings, sae.sparsity_setting) for sae in saes] == [*module["Tanh"].sweep_values, 4]
     del REGISTRY["tanh"]
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec, SAETrainer
 from tests.architectures.test_contract import SETTINGS, B, D, F, batch
 
 STEPS = 24
@@ -61,7 +61,7 @@ def records(names: list[str], pool: Pool | None) -> tuple[list[dict], Sweep]:
     sweep = Sweep({"": [SAETrainer(name, SAESpec(name, F, settings=SETTINGS[name]), D, schedule) for name in names]})
     if pool is not None:
         for group in sweep.groups:
-            group.captured = Modeled(pool)
+            group.graphs = Modeled(pool)
     found, step = [], iter(range(STEPS))
     sweep.run(lambda: {"": batch(next(step))}, STEPS, log_steps=1, on_record=found.append)
     return found, sweep
@@ -71,7 +71,7 @@ def records(names: list[str], pool: Pool | None) -> tuple[list[dict], Sweep]:
 def test_what_a_sweep_of_stacks_logs_is_what_each_logs_alone(names):
     """Thresholds begin, p falls and latents die on the way, so that phases change and graphs of several lie in the pool."""
     beside, sweep = records(names, Pool())
-    captured = {member.name: group.captured for group in sweep.groups for member in group.members}
+    captured = {name: group.graphs for group in sweep.groups for name in group.index}
     assert len(captured["p_anneal"].phases) > 4 and len(captured["batch_top_k"].phases) > 1
     assert all(captured[name].replays > 5 for name in names if name != "p_anneal")
     alone = [record for name in names for record in records([name], None)[0]]

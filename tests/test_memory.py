@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from monosemy import evaluation, memory, ops, training
+from benchmarks.alone import LoneTrainer
+from monosemy import evaluation, group, memory, ops
 from monosemy.config import TrainConfig, architecture_names
+from monosemy.group import TrainerGroup
 from monosemy.lm import LanguageModel, Site
 from monosemy.memory import lent_bytes, sae_bytes, step_bytes, tensor_bytes
 from monosemy.ops import compiled, entries
 from monosemy.plan import make
 from monosemy.recipe import MONOSEMY
 from monosemy.schedule import Schedule
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec, SAETrainer
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -54,10 +56,12 @@ def test_an_sae_takes_what_was_said(name, bf16):
     D, F, B = 64, 512, 128
     settings = {"k": 8} if memory.KINDS.get(name) and memory.KINDS[name].modes == 2 else {}
     scratch = ops.Workspace()
-    member = SAETrainer("", SAESpec(name, F, 1e-3, 0, settings), D, Schedule.of_run(1000, B, recipe=MONOSEMY), bf16=bf16, scratch=scratch)
+    member = LoneTrainer(
+        "", SAESpec(name, F, 1e-3, 0, settings), D, Schedule.of_run(1000, B, recipe=MONOSEMY), bf16=bf16, workspace=scratch
+    )
     for step in range(4):
         member.sparse |= step > 1
-        member.few |= step > 1
+        member.use_estimate |= step > 1
         member.step(torch.randn(B, D, generator=torch.Generator().manual_seed(step)), step)
     assert abs(tensor_bytes(member.group, apart=[scratch]) - sae_bytes(name, D, F, bf16=bf16)) <= 64
     if compiled.available():
@@ -83,7 +87,7 @@ def test_a_step_takes_what_was_said(name, bf16):
     D, F, B, k = 64, 4096, 512, 16
     scratch, schedule = ops.Workspace(), Schedule.of_run(1000, B, recipe=MONOSEMY, dead_feature_threshold=10**8)
     spec = SAESpec(name, F, 1e-3, 0, {"k": k} if memory.KINDS.get(name) and memory.KINDS[name].modes == 2 else {})
-    member = SAETrainer("", spec, D, schedule, bf16=bf16, scratch=scratch)
+    member = LoneTrainer("", spec, D, schedule, bf16=bf16, workspace=scratch)
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(0)) / D**0.5
     member.step(x_BD, 0)
     member.since_fired_F.fill_(10**9)
@@ -95,9 +99,9 @@ def test_a_step_takes_what_was_said(name, bf16):
 def test_members_of_a_stack_are_counted_once():
     specs = [SAESpec("top_k", 256, 1e-3, seed, {"k": 8}) for seed in range(3)]
     members = [SAETrainer(str(s), spec, 32, Schedule.of_run(1000, 64, recipe=MONOSEMY)) for s, spec in enumerate(specs)]
-    group = training.TrainerGroup(members)
-    group.step({member.name: torch.randn(64, 32) for member in members}, 0)
-    assert abs(tensor_bytes(members[0].group) - 3 * sae_bytes("top_k", 32, 256)) <= 3 * 64
+    together = TrainerGroup(members)
+    together.step({member.name: torch.randn(64, 32) for member in members}, 0)
+    assert abs(tensor_bytes(together) - 3 * sae_bytes("top_k", 32, 256)) <= 3 * 64
 
 
 def test_bytes_of_tensors_are_of_whole_storages():
@@ -108,7 +112,7 @@ def test_bytes_of_tensors_are_of_whole_storages():
 
 
 def test_limits_are_those_of_the_places_that_keep_them():
-    assert (training.GRADIENTS_AT_ONCE, entries.IN_CACHE) == (memory.GRADIENTS_AT_ONCE, memory.IN_CACHE)
+    assert (group.GRADIENTS_AT_ONCE, entries.IN_CACHE) == (memory.GRADIENTS_AT_ONCE, memory.IN_CACHE)
     assert (evaluation.SELECTION_TOKENS, evaluation.HEAD_ELEMENTS) == (memory.GROUP_TOKENS, memory.HEAD_ELEMENTS)
     assert memory.KINDS.keys() <= set(architecture_names())
 

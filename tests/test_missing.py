@@ -253,11 +253,11 @@ class Fragile(Standard):
     name = "fragile"
     calls = 0
 
-    def gate(self, pre_BF, latents):
+    def activation(self, pre_BF, latents):
         self.calls += 1
         if self.calls > 1:
             raise RuntimeError("gate broke")
-        return super().gate(pre_BF, latents)
+        return super().activation(pre_BF, latents)
 
 
 def test_an_sae_that_breaks_midway_has_no_row_and_changes_no_other(tiny_model):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from monosemy import ops
+from monosemy.codes import Execution, Preactivations
 from monosemy.ops import compiled
-from monosemy.sae import Preactivations
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (16, 8, 33), (33, 5, 130), (64, 24, 96)]
 FORMS = ["torch", "aten", pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no compiler"))]
@@ -88,13 +88,13 @@ def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
         "k=F": lambda: product.top_k(F),
         "batch": lambda: product.batch_top_k(k * B),
         "batch of all": lambda: product.batch_top_k(B * F),
-        "above a row": lambda: product.above(draw(F, seed=9).to(dtype), sparse=True),
-        "nothing": lambda: product.above(1e9, sparse=True),
+        "above a row": lambda: product.above(draw(F, seed=9).to(dtype)),
+        "nothing": lambda: product.above(1e9),
         "among": lambda: product.top_k_among(some, k),
         "among none": lambda: product.top_k_among(torch.zeros(F, dtype=torch.bool), k),
         "among all": lambda: product.top_k_among(some, F),
-    }.get(selection, lambda: product.above(0, sparse=True))()
-    mask, pre, M = mask_of(codes, B, F), product.pre_BF, int(some.sum())
+    }.get(selection, lambda: product.above(0))()
+    mask, pre, M = mask_of(codes, B, F), product.product_BF, int(some.sum())
     expected = {
         "k=1": B,
         "k": B * k,
@@ -150,11 +150,10 @@ def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
 @pytest.mark.parametrize(("B", "D", "F"), SHAPES)
 def test_the_two_layouts_agree(form, dtype, B, D, F):
     x, params = draw(B, D).to(dtype), weights(D, F, dtype)
-    product = Preactivations(x, *params[:3])
     named = dict(zip(("W_enc", "b_enc", "b_dec", "W_dec"), params, strict=True))
     results = []
     for sparse in (False, True):
-        codes = product.above(0.1, sparse=sparse)
+        codes = Preactivations(x, *params[:3], Execution(sparse=sparse)).above(0.1)
         loss = (codes.by_latent() * draw(F, seed=8).to(dtype)).sum() + codes.total().square() + codes.decode(params[3]).square().sum()
         assert torch.equal(codes.count(), codes.size_by_latent())
         codes = codes.map(torch.mul, params[1])
@@ -174,7 +173,7 @@ def test_power_at_the_support_s_edge_has_finite_gradients(form, dtype):
     """d f^p / df is infinite at 0 for p < 1: what is off the support must be selected away, not multiplied by 0."""
     x, params = draw(8, 4).to(dtype), weights(4, 9, dtype)
     for sparse in (False, True):
-        codes = Preactivations(x, *params[:3]).above(0, sparse=sparse)
+        codes = Preactivations(x, *params[:3], Execution(sparse=sparse)).above(0)
         loss = codes.total(lambda f: ops.power(f, 0.3)) * 0.0 + codes.map(lambda f: f**0.3).decode(params[3]).sum()
         assert all(g.isfinite().all() for g in gradients(loss, dict(enumerate(params))).values())
 
@@ -222,7 +221,7 @@ def test_bf16_rounds_the_product_s_operands_and_nothing_else():
     wanted = x.bfloat16().double() @ W.bfloat16().double().T + b.bfloat16().double()
     assert pre.dtype == torch.bfloat16
     assert (pre.double() - wanted).abs().max() <= 0.01 * wanted.abs().max()
-    codes = Preactivations(x, nn.Parameter(W), nn.Parameter(b), None, bf16=True).top_k(3)
+    codes = Preactivations(x, nn.Parameter(W), nn.Parameter(b), None, Execution(bf16=True)).top_k(3)
     assert codes.values.dtype == torch.float32
 
 

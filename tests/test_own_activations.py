@@ -165,7 +165,7 @@ def test_what_fit_gives_brings_its_curves(x_ND, tmp_path):
 
 def test_an_sae_that_fails_costs_no_other(saes, x_ND, tmp_path, caplog):
     class Broken(Standard):
-        def gate(self, pre_BF, latents):
+        def activation(self, pre_BF, latents):
             raise RuntimeError("broken on purpose")
 
     text = monosemy.write_report(tmp_path / "report", saes | {"c": Broken(D, F)}, [x_ND]).read_text()

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import same_maths
+from benchmarks.alone import LoneTrainer
 from benchmarks.same_maths import SETTINGS, Data, weights
-from monosemy import ops, training
+from monosemy import ops, trainer
+from monosemy.codes import Execution
+from monosemy.group import TrainerGroup
 from monosemy.ops import compiled
 from monosemy.ops import torch as plain
-from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep
-from monosemy.training import LOOK_EVERY, SPARSE_BELOW, SAESpec, SAETrainer, TrainerGroup
+from monosemy.trainer import READBACK_EVERY, SPARSE_BELOW, SAESpec, SAETrainer
 
 FAST = "compiled" if compiled.available() else "aten"
 RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu")
@@ -61,7 +63,7 @@ def check_states(name: str, batches: list[Tensor], d_sae: int, form: str, every:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A form of the ops; "estimated" is the compiled one where it estimates the encoder's product however many latents are active."""
     if request.param == "estimated":
-        monkeypatch.setattr(training, "FEW", 2.0)
+        monkeypatch.setattr(trainer, "ESTIMATE_BELOW", 2.0)
         return "compiled"
     return str(request.param)
 
@@ -141,10 +143,10 @@ def test_how_the_product_is_estimated_changes_no_bit(name: str) -> None:
     runs = []
     for bf16 in (False, True):
         m = begun(name, (96, 48, 512), sparse=True, bf16=bf16)
-        m.few = True
+        m.use_estimate = True
         for step, x_BD in enumerate(batches(96, 48)):
             m.step(x_BD, step)
-        estimated = isinstance(m.sae.product(x_BD, StepContext(8, m.schedule, few=True)).pre, ops.Estimate)
+        estimated = isinstance(m.sae.preactivations(x_BD, Execution(use_estimate=True)).product, ops.Estimate)
         runs.append((weights(m), m.last["loss"]))
     assert not estimated or all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -159,24 +161,29 @@ def batches(B: int, D: int, n: int = 8) -> Tensor:
     return (torch.rand(n, B, 48, generator=draw) * (torch.rand(n, B, 48, generator=draw) < 0.08)) @ directions
 
 
-def begun(name: str, shape: tuple[int, int, int], *, seed: int = 0, sparse: bool = False, tag: str = "", **how: object) -> SAETrainer:
+def begun(
+    name: str, shape: tuple[int, int, int], *, seed: int = 0, sparse: bool = False, tag: str = "", kind: type = LoneTrainer, **how: object
+) -> SAETrainer:
     B, D, F = shape
     settings = SETTINGS[name] | ({"k": 4} if "k" in SETTINGS[name] else {})
     plan = Schedule.of_run(60, B, dead_feature_threshold=4 * B)
-    m = SAETrainer(tag or name, SAESpec(name, F, lr=3e-3, seed=seed, settings=settings), D, plan, **({"scratch": ops.Workspace()} | how))
+    m = kind(tag or name, SAESpec(name, F, lr=3e-3, seed=seed, settings=settings), D, plan, **({"scratch": ops.Workspace()} | how))
     m.sparse |= sparse
     return m
 
 
-def trained(name: str, shape: tuple[int, int, int], steps: int = 60, **how: object) -> SAETrainer:
+def trained(name: str, shape: tuple[int, int, int], steps: int = 60, **how: object) -> LoneTrainer:
     m, of = begun(name, shape, **how), batches(*shape[:2])
     for step in range(steps):
         m.step(of[step % len(of)], step)
     return m
 
 
-def equal(a: SAETrainer, b: SAETrainer) -> bool:
-    ours, theirs = a.state(), b.state()
+def equal(a: LoneTrainer, b: LoneTrainer) -> bool:
+    return equal_states(a.save(), b.save())
+
+
+def equal_states(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(t.nan_to_num(nan=-7), theirs[n].nan_to_num(nan=-7)) for n, t in ours.items())
 
 
@@ -211,10 +218,13 @@ def test_company_and_logging_change_no_bit(form: str) -> None:
     shape, scratch, steps = (60, 13, 41), ops.Workspace(), iter(range(60))
     of = batches(*shape[:2])
     with ops.using(form):
-        crowd = [begun(name, shape, seed=seed, tag=f"{name} {seed}", scratch=scratch) for name in SETTINGS for seed in (1, 0)]
-        Sweep({"": crowd}).run(lambda: {"": of[next(steps) % len(of)]}, 60, log_steps=1)
+        crowd = [
+            begun(name, shape, seed=seed, tag=f"{name} {seed}", kind=SAETrainer, workspace=scratch) for name in SETTINGS for seed in (1, 0)
+        ]
+        sweep = Sweep({"": crowd})
+        sweep.run(lambda: {"": of[next(steps) % len(of)]}, 60, log_steps=1)
         for m in crowd[1::2]:
-            assert equal(m, trained(m.sae.name, shape)), m.sae.name
+            assert equal_states(sweep.state_dict()[m.name], trained(m.sae.name, shape).save()), m.sae.name
 
 
 @pytest.mark.skipif(FAST != "compiled", reason="only the compiled ops promise it")
@@ -222,11 +232,11 @@ def test_company_and_logging_change_no_bit(form: str) -> None:
 def test_company_in_one_array_changes_no_bit(name: str) -> None:
     """As a GPU has them: SAEs of one shape as parts of the same arrays."""
     shape = (60, 13, 41)
-    pair, of = [begun(name, shape, seed=seed, tag=f"{name} {seed}") for seed in (1, 0)], batches(*shape[:2])
+    pair, of = [begun(name, shape, seed=seed, tag=f"{name} {seed}", kind=SAETrainer) for seed in (1, 0)], batches(*shape[:2])
     group = TrainerGroup(pair)
     for step in range(60):
         group.step({m.name: of[step % len(of)] for m in pair}, step)
-    assert equal(pair[1], trained(name, shape))
+    assert equal_states(group.state_dict(pair[1].name), trained(name, shape).save())
 
 
 @pytest.mark.certify
@@ -245,10 +255,10 @@ def test_bits_of_one_and_two_threads_at_a_real_width(threads: None, large: Data,
 # --- the layout
 
 
-def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Iterator[tuple[int, SAETrainer]]:
+def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Iterator[tuple[int, LoneTrainer]]:
     """A run whose L0 is small from one step on until another, by its encoder's biases: (step, member after it)."""
     B, D, F = 32, 16, 64
-    m, of = SAETrainer(name, SAESpec(name, F, lr=lr, settings=SETTINGS[name]), D, Schedule.of_run(1000, B)), batches(B, D)
+    m, of = LoneTrainer(name, SAESpec(name, F, lr=lr, settings=SETTINGS[name]), D, Schedule.of_run(1000, B)), batches(B, D)
     usual = m.sae.b_enc.detach().clone()
     for step in range(10**6):
         if step in (falls, rises):
@@ -277,7 +287,7 @@ def test_the_layout_changes_a_hundred_steps_after_the_count(falls: int, rises: i
         if step == 400:
             break
     assert [step for step in range(1, 401) if layouts[step] != layouts[step - 1]] == changes
-    assert all(step % LOOK_EVERY == 0 for step in changes)
+    assert all(step % READBACK_EVERY == 0 for step in changes)
 
 
 @pytest.mark.parametrize(("name", "at"), [("standard", 101), ("standard", 199), *((name, 150) for name in RELU)])
@@ -291,10 +301,10 @@ def test_a_restored_run_changes_its_layout_at_the_same_step(name: str, at: int) 
             assert equal(again, m)
         if step == at - 1:
             file = io.BytesIO()
-            torch.save(m.state(), file)
+            torch.save(m.save(), file)
             file.seek(0)
-            again = SAETrainer(name, m.spec, 16, m.schedule)
-            again.restore(torch.load(file))
+            again = LoneTrainer(name, m.spec, 16, m.schedule)
+            again.resume(torch.load(file))
         if step == 205:
             break
 
@@ -306,14 +316,14 @@ def test_the_change_of_layout_shows_in_no_loss(small: Data, name: str) -> None:
     counted, changes = {}, []
     for step in range(202):
         x_BD, before = small.batches[step % len(small.batches)], m.sparse
-        state = {n: t.clone() for n, t in m.state().items()}
+        state = {n: t.clone() for n, t in m.save().items()}
         m.step(x_BD, step)
         counted[step] = float(m.active)
         assert m.sparse == (step >= 100 and counted[step // 100 * 100 - 100] < SPARSE_BELOW["cpu"] * 256)
         if m.sparse != before:
             other = same_maths.member(name, 256, small.batches, same_maths.STEPS)
-            other.restore(state)
-            other.seen = None  # so that it stays as it was
+            other.resume(state)
+            other.readback = None  # so that it stays as it was
             other.step(x_BD, step)
             assert other.sparse == before
             assert float(m.last["loss"]) == pytest.approx(float(other.last["loss"]), rel=1e-6)
@@ -325,7 +335,7 @@ def test_the_change_of_layout_shows_in_no_loss(small: Data, name: str) -> None:
 def test_on_a_cpu_a_rise_of_l0_costs_no_update() -> None:
     """The sparse layout trains on whatever is active there, as the dense one does."""
     for step, m in falling("standard", 0, 150):
-        refused, *_, passed = m.bad.tolist()
+        refused, *_, passed = m.nonfinite.tolist()
         assert refused == passed == 0
         if step == 160:
             break

@@ -8,7 +8,7 @@ from monosemy.config import TrainConfig
 from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY, REFERENCE_LR, REFERENCE_STEPS, learning_rate
 from monosemy.schedule import Schedule
 from monosemy.sweep import Sweep, grid
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec, SAETrainer
 
 D, F = 12, 40
 
@@ -131,7 +131,7 @@ def test_the_running_threshold_is_a_mean_and_then_an_average():
     sae.smallest_kept = lambda codes: next(values)
     wanted = 0.0
     for i, value in enumerate(draw.tolist()):
-        sae.observe(None, StepContext(i + 1, plan))
+        sae.update_buffers(None, StepContext(i + 1, plan))
         wanted = sum(draw[: i + 1].tolist()) / (i + 1) if i < 1000 else 0.999 * wanted + 0.001 * value
         if i in (0, 1, 500, 999, 1000, 1499):
             assert float(sae.threshold) == pytest.approx(wanted, rel=1e-5), i

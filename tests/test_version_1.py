@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import monosemy
+from benchmarks.alone import LoneTrainer
 from monosemy.formats import convert
 from monosemy.sae import FORMER_NAMES, current_names
 from monosemy.schedule import Schedule
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import FORMER_COUNTERS, SAESpec
 
 FOLDERS = Path(__file__).parent / "data" / "version_1"
 KINDS = ("batch_top_k", "gated", "jump_relu", "p_anneal")
@@ -49,19 +50,20 @@ def test_an_old_checkpoint_goes_on(kind, tmp_path):
         del former["threshold"]  # the TopK kinds' number was always called so
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
-    def member() -> SAETrainer:
-        return SAETrainer("m", SAESpec(kind, 12, settings={"k": 3} if kind == "batch_top_k" else {}), 6, Schedule.of_run(40, 64))
+    def member() -> LoneTrainer:
+        return LoneTrainer("m", SAESpec(kind, 12, settings={"k": 3} if kind == "batch_top_k" else {}), 6, Schedule.of_run(40, 64))
 
     straight, half = member(), member()
     for step in range(20):
         straight.step(x, step)
         if step < 10:
             half.step(x, step)
-    state = {".".join(former.get(part, part) for part in name.split(".")): tensor for name, tensor in half.state().items()}
+    state = {".".join(former.get(part, part) for part in name.split(".")): tensor for name, tensor in half.save().items()}
+    state |= {old: state.pop(new) for old, new in FORMER_COUNTERS.items()}
     assert any("W_enc_FD" in name for name in state)
     save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "m.safetensors")
     resumed = member()
-    resumed.restore(load_file(tmp_path / "m.safetensors"))
+    resumed.resume(load_file(tmp_path / "m.safetensors"))
     for step in range(10, 20):
         resumed.step(x, step)
     for name, tensor in straight.sae.state_dict().items():

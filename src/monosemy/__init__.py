@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editors
     from monosemy.activations import ActivationStream as ActivationStream
+    from monosemy.codes import Codes as Codes
+    from monosemy.codes import Preactivations as Preactivations
     from monosemy.config import TrainConfig as TrainConfig
     from monosemy.evaluation import evaluate as evaluate
     from monosemy.evaluation import evaluate_on_model as evaluate_on_model
@@ -16,40 +18,40 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.lm import LanguageModel as LanguageModel
     from monosemy.lm import Site as Site
     from monosemy.lm import load_tokenizer as load_tokenizer
+    from monosemy.loop import Fitted as Fitted
+    from monosemy.loop import fit as fit
     from monosemy.pretrained import list_saes as list_saes
     from monosemy.pretrained import load as load
     from monosemy.report.of_batches import write_report as write_report
     from monosemy.run import train as train
     from monosemy.sae import SAE as SAE
-    from monosemy.sae import Codes as Codes
     from monosemy.sae import StepContext as StepContext
     from monosemy.sae import architecture as architecture
     from monosemy.sae import register as register
     from monosemy.sae import reset_relu as reset_relu
-    from monosemy.sweep import Fitted as Fitted
-    from monosemy.sweep import fit as fit
     from monosemy.tokens import ContextStream as ContextStream
     from monosemy.tokens import Source as Source
     from monosemy.tokens import to_tokens as to_tokens
-    from monosemy.training import SAESpec as SAESpec
+    from monosemy.trainer import SAESpec as SAESpec
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no torch
 _HOME = {
     "ActivationStream": "activations",
-    "Codes": "sae",
+    "Codes": "codes",
     "ContextStream": "tokens",
-    "Fitted": "sweep",
+    "Fitted": "loop",
     "LanguageModel": "lm",
+    "Preactivations": "codes",
     "StepContext": "sae",
     "SAE": "sae",
-    "SAESpec": "training",
+    "SAESpec": "trainer",
     "Site": "lm",
     "Source": "tokens",
     "TrainConfig": "config",
     "architecture": "sae",
     "evaluate": "evaluation",
     "evaluate_on_model": "evaluation",
-    "fit": "sweep",
+    "fit": "loop",
     "list_saes": "pretrained",
     "load": "pretrained",
     "load_tokenizer": "lm",

@@ -1,6 +1,6 @@
 """Checkpoints of a run: everything that its next step depends on, written so that any moment may be the last.
 
-RUN/checkpoints/step_00001000/{state.json, MEMBER.safetensors, complete.json}
+RUN/checkpoints/step_00001000/{state.json, SAE.safetensors, complete.json}
 
 A checkpoint is written in a folder beside and renamed; complete.json, written last, holds each file's size and sha256. Two are kept.
 Tensors are copied when a checkpoint is asked for and written by a thread, so that training goes on meanwhile.
@@ -45,8 +45,8 @@ class Checkpoint:
         """How many steps were done."""
         return int(self.state["step"])
 
-    def member(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one member."""
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Load the tensors of one SAE."""
         return load_file(self.folder / _file(name))
 
 
@@ -66,13 +66,13 @@ class Checkpoints:
         """Whether one should be made before this step: every so many steps, and at the latest after ten minutes."""
         return step % self.every == 0 or time.monotonic() - self.last > SECONDS
 
-    def save(self, step: int, members: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, saes: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Keep what the run is after `step` steps. Returns once it is copied, which waits for the one before to be written."""
         self.wait()
         if step == self.step:
             return
         text = json.dumps({"step": step, **state})  # now: what it was made of goes on growing
-        copies = {name: _copy(tensors) for name, tensors in members.items()}
+        copies = {name: _copy(tensors) for name, tensors in saes.items()}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         self.submit(lambda: self._write(step, copies, text))
@@ -109,14 +109,14 @@ class Checkpoints:
         self.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self, step: int, members: Mapping[str, Mapping[str, Tensor]], state: str) -> None:
+    def _write(self, step: int, saes: Mapping[str, Mapping[str, Tensor]], state: str) -> None:
         final = self.folder / f"step_{step:08d}"
         part = self.folder / f".{final.name}.part"
         try:
-            with room_for(final, sum(t.nbytes for tensors in members.values() for t in tensors.values()) + SPARE):
+            with room_for(final, sum(t.nbytes for tensors in saes.values() for t in tensors.values()) + SPARE):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-                for name, tensors in members.items():
+                for name, tensors in saes.items():
                     save_file(dict(tensors), part / _file(name))
                 (part / "state.json").write_text(state, encoding="utf-8")
                 files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
@@ -145,8 +145,8 @@ def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-def _file(member: str) -> str:
-    return member.replace("/", ".") + ".safetensors"
+def _file(sae: str) -> str:
+    return sae.replace("/", ".") + ".safetensors"
 
 
 def _sha256(path: Path) -> str:

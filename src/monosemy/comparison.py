@@ -147,9 +147,9 @@ def _commit(read: dict[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str
 
 def _info(sae: SAE, about: dict[str, Any]) -> dict[str, Any]:
     """What a row says of an SAE beside its measurements. Another tool's has our defaults for settings that it does not say."""
-    ours = "origin" not in about or sae.sparsity == "k"
+    ours = "origin" not in about or sae.sparsity_setting == "k"
     said = {key: about[key] for key in ("lr", "seed", "status") if key in about}
-    return {"sparsity_setting": sae.sparsity, "sparsity": getattr(sae.settings, sae.sparsity) if ours else None} | said
+    return {"sparsity_setting": sae.sparsity_setting, "sparsity": getattr(sae.settings, sae.sparsity_setting) if ours else None} | said
 
 
 def _norm_limits(runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float) -> dict[Site, float | None]:

@@ -50,6 +50,10 @@ class TryAgain(ConnectionError):
     """Something outside broke off. What was done is kept, and the same command goes on from it."""
 
 
+class EndOfData(Exception):
+    """Activations or text ran out before the last step of training."""
+
+
 def architecture_names() -> tuple[str, ...]:
     """The architectures that come with the package: the files of its folder."""
     folder = Path(__file__).parent / "architectures"

@@ -77,8 +77,8 @@ def evaluate(
     for name in (name for name in named if not missing.lacks(ROWS, name)):
         sae = named[name]
         columns = {mode: _reconstruction(of, spread.variance) for mode, of in sums[name].items()}
-        about: Row = {"site": site, "layer": None, "unit": "rows", "tokens": spread.rows, "sparsity_setting": sae.sparsity}
-        row = _row(name, sae, about | {"sparsity": getattr(sae.settings, sae.sparsity)}, columns)
+        about: Row = {"site": site, "layer": None, "unit": "rows", "tokens": spread.rows, "sparsity_setting": sae.sparsity_setting}
+        row = _row(name, sae, about | {"sparsity": getattr(sae.settings, sae.sparsity_setting)}, columns)
         with missing.part("decoder geometry", name):
             row |= geometry(sae).columns()
         rows.append(row)

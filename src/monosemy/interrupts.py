@@ -1,4 +1,4 @@
-"""Signals, obeyed where a run can be left."""
+"""Defer SIGINT and SIGTERM to safe points between steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class Interrupts:
-    """While it is entered, SIGINT and SIGTERM raise KeyboardInterrupt: at once, or where `obey` is called while they are `held`.
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt: at once, or at `raise_if_requested` while they are `held`.
 
-    A second one is obeyed at once everywhere. Once all has ended in order, the signal goes on to whom it would have reached otherwise,
-    so that the process ends as its parent expects.
+    A second signal raises at once everywhere. On leaving the context the signal is raised again for the handler that was
+    there before, so that the process ends as its parent expects.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Leave it to `obey` when a signal is obeyed."""
+        """Defer signals to `raise_if_requested`."""
         self.holding = True
         try:
             yield
@@ -51,7 +51,7 @@ class Interrupts:
             raise KeyboardInterrupt(self.asked.name)
         log.warning("%s: saving a checkpoint first; once more to stop at once", self.asked.name)
 
-    def obey(self) -> None:
-        """Raises KeyboardInterrupt with the signal's name, where one asked for it."""
+    def raise_if_requested(self) -> None:
+        """Raise KeyboardInterrupt with the signal's name if one has arrived."""
         if self.asked:
             raise KeyboardInterrupt(self.asked.name)

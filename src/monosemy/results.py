@@ -198,7 +198,7 @@ def _opened(run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Mis
     for name, site in names.items():
         with missing.part(ROWS, name):
             sae, about = formats.read(run.folder / name, unfinished=True)
-            setting = {"sparsity_setting": sae.sparsity, "sparsity": getattr(sae.settings, sae.sparsity)}
+            setting = {"sparsity_setting": sae.sparsity_setting, "sparsity": getattr(sae.settings, sae.sparsity_setting)}
             info[name] = {"lr": about["lr"], "seed": about["seed"], **setting, "status": about["status"]}
             saes[name] = (site, sae.to(lm.device))
     return saes, info

@@ -16,19 +16,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from monosemy import formats, results
+from monosemy import export, formats, results
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
-from monosemy.config import EvalOptions, TrainConfig, TryAgain, invalid
+from monosemy.config import EvalOptions, TrainConfig, invalid
 from monosemy.evaluation import table
-from monosemy.files import atomic_path, exclusive_lock, room_for, sync, write_text
-from monosemy.formats import dictionary_learning
+from monosemy.files import exclusive_lock, room_for, sync, write_text
 from monosemy.interrupts import Interrupts
 from monosemy.lm import LanguageModel, load_tokenizer
+from monosemy.loop import TrainingLoop
 from monosemy.memory import tensor_bytes
 from monosemy.missing import Missing
 from monosemy.ops import Workspace
@@ -36,11 +34,11 @@ from monosemy.plan import Plan, make, replan
 from monosemy.progress import Progress
 from monosemy.recipe import RECIPES
 from monosemy.results import ENDED, context_stream
-from monosemy.run_folder import Run, peak_memory, versions
+from monosemy.run_folder import Run, peak_memory
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
 from monosemy.tokens import ContextStream, StreamEnded
-from monosemy.training import SAETrainer
+from monosemy.trainer import SAETrainer
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     init_from = formats.load(c.init_from) if c.init_from else None
     with exclusive_lock(plan.folder, "save_dir"):
         ended = _ended(plan)
-        status, rows = _whole(run, init_from) if ended is None else _rest(run, ended)
+        status, rows = _train_and_evaluate(run, init_from) if ended is None else _rest(run, ended)
     run.close(status[0])
     print(table(rows))
     log.info("%s", _where(run.folder))
@@ -76,33 +74,130 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     return run.folder, status[0]
 
 
-def _whole(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[str, Any]]]:
-    """All of a run in its folder, which no other process is in. Returns status and reason, and the rows."""
-    c, plan = run.config, run.plan
-    tokenizer = load_tokenizer(plan.model)
-    # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
-    train_text = context_stream(plan, tokenizer, "train", workers=2 if plan.gpu else 0)
-    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
-    stream = _activations(plan, lm, train_text)
-    store = Checkpoints(plan.folder / "checkpoints", c.checkpoint_every)
-    with Interrupts() as interrupts, run.ending(), closing(store) as checkpoints:
-        with TrainingProgress(plan, stream) as progress:
-            started, kept = time.monotonic(), checkpoints.newest()
-            stream.wanted = plan.steps - (kept.step if kept else 0)
-            ready = [] if kept else [_first_batch(c, stream)]
-            if kept:
-                log.info("going on from %s", kept.folder)
-                stream.restore(kept.state["stream"])
-            sweep = Sweep(_members(plan, stream, init_from))
-            run.open(sweep.members, {"model": _model_facts(plan, lm), **_norms(stream)}, kept)
-            ended = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
-            run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
-        del lm, stream, train_text, sweep, ready, progress  # the whole model takes their place
-        gc.collect()  # members and their groups hold each other
+def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """Do all of a run in its folder, which is locked. Returns status and reason, and the rows."""
+    store = Checkpoints(run.folder / "checkpoints", run.config.checkpoint_every)
+    with Interrupts() as interrupts, run.ending(), closing(store):
+        ended = train_saes(run, store, interrupts, init_from)
+        gc.collect()  # the whole model takes the place of what training held
         with room_for(run.folder / "report.html", DRAWN):
             rows, missing = results.make(run, ended)
-        run.write_memory("run", plan.memory.peak)
+        run.write_memory("run", run.plan.memory.peak)
         return _finish(run, ended, missing), rows
+
+
+def train_saes(run: Run, store: Checkpoints, interrupts: Interrupts, init_from: SAE | None) -> tuple[str, str]:
+    """Train all SAEs of a run, from its newest checkpoint where there is one, and save them. Returns status and reason."""
+    c, plan = run.config, run.plan
+    # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
+    text = context_stream(plan, load_tokenizer(plan.model), "train", workers=2 if plan.gpu else 0)
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
+    with TrainingProgress(plan) as progress:
+        started, checkpoint = time.monotonic(), store.newest()
+        stream = _activations(plan, lm, text)
+        stream.on_contexts = lambda n: progress.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
+        stream.wanted = plan.steps - (checkpoint.step if checkpoint else 0)
+        first = None if checkpoint else _first_batch(c, stream)
+        if checkpoint:
+            log.info("going on from %s", checkpoint.folder)
+            stream.restore(checkpoint.state["stream"])
+        sweep = Sweep(_trainers(plan, stream, init_from))
+        run.open(sweep.trainers, {"model": _model_facts(plan, lm), **_norms(stream)}, checkpoint)
+        training = _Training(run, sweep, stream, store, progress, started, checkpoint, first)
+        loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=training.extra_state)
+        ended = loop.run(
+            training.next_batch,
+            plan.steps,
+            resume_from=checkpoint,
+            log_steps=c.log_steps,
+            on_record=training.on_record,
+            before_step=training.before_step,
+        )
+        status, reason = training.save(ended)
+        run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
+    return status, reason
+
+
+class _Training:
+    """What a run does around the training loop: batches, records, snapshots, and what is saved at the end."""
+
+    def __init__(
+        self,
+        run: Run,
+        sweep: Sweep,
+        stream: ActivationStream,
+        store: Checkpoints,
+        progress: TrainingProgress,
+        started: float,
+        checkpoint: Checkpoint | None,
+        first: dict[Any, Tensor] | None,
+    ) -> None:
+        """`started` is when reading began; `first` is the batch that norm factors were measured with."""
+        self.run, self.sweep, self.stream, self.store, self.progress = run, sweep, stream, store, progress
+        self.started, self.first = started, first
+        self.seconds_before = checkpoint.state["seconds"] if checkpoint else 0.0
+        self.trainers = {t.name: (site, t) for site, of_site in sweep.trainers.items() for t in of_site}
+        steps = run.plan.steps
+        self.snapshots = {int(share * steps) for share in SNAPSHOT_SHARES} if run.config.save_checkpoints else set()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def next_batch(self) -> dict[Any, Tensor]:
+        first, self.first = self.first, None
+        return self.stream.next() if first is None else first
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the sweep."""
+        metrics = self.run.folder / "metrics.jsonl"
+        sync(metrics)
+        return {"stream": self.stream.state(), "metrics_bytes": metrics.stat().st_size, "seconds": self.seconds}
+
+    def before_step(self, step: int) -> None:
+        self.progress.step(step)
+        if step in self.snapshots:
+            for name, (_, trainer) in self.trainers.items():
+                path = self.run.folder / name / "checkpoints" / f"ae_{step}"
+                self.store.submit(export.snapshot(path, trainer.finished()))
+
+    def on_record(self, record: Record) -> None:
+        site, trainer = self.trainers[record["sae"]]
+        self.run.record(record | {"site": str(site), "architecture": trainer.sae.name})
+        self.progress.record(record)
+
+    def save(self, ended: str) -> tuple[str, str]:
+        """Save the SAEs and what is known of their training. Returns status and reason."""
+        run, sweep, stream = self.run, self.sweep, self.stream
+        status, reason = ("stopped_early", ended) if ended else ("complete", "")
+        if sweep.failed:
+            status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
+        seconds, tokens = self.seconds, sweep.done * (run.config.sae_batch_size or 1)
+        training = {
+            "status": status,
+            "reason": reason,
+            "steps": sweep.done,
+            "tokens": tokens,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "peak_memory_gb": round(peak_memory(run.plan) / 1e9, 2),
+        }
+        data = {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)}
+        run.write_facts({"training": training, "data": data})
+        for sentence in stream.contexts.damage():
+            log.warning("%s", sentence)
+        for site in sweep.trainers:
+            rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
+            share = 100 * outliers / max(rows, 1)
+            log.info("%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, share)
+        for name, (site, trainer) in self.trainers.items():
+            state = "failed" if name in sweep.failed else "stopped_early" if status == "stopped_early" else "complete"
+            export.save_sae(run.plan, trainer, site, run.folder / name, state, sweep.done)
+            run.write_status("running", saes={name: state})
+            if run.uploader is not None:
+                run.uploader.submit(name)
+        return status, reason
 
 
 def _finish(run: Run, ended: tuple[str, str], missing: Missing) -> tuple[str, str]:
@@ -161,8 +256,8 @@ def _first_batch(c: TrainConfig, stream: ActivationStream) -> dict[Any, Tensor]:
     return batch
 
 
-def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[SAETrainer]]:
-    c, scratch = plan.config, Workspace()
+def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[SAETrainer]]:
+    c, workspace = plan.config, Workspace()
     return {
         site: [
             SAETrainer(
@@ -175,7 +270,7 @@ def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dic
                 bf16=c.precision == "bf16",
                 norm_factor=stream.norm_factor[site],
                 on_nonfinite=c.on_nonfinite,
-                scratch=scratch,
+                workspace=workspace,
             )
             for i, spec in enumerate(grid(c, init_from))
         ]
@@ -185,160 +280,6 @@ def _members(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dic
 
 def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
     return {name: {str(site): v for site, v in getattr(stream, name).items()} for name in ("norm_factor", "norm_limit")}
-
-
-def _train(
-    run: Run,
-    sweep: Sweep,
-    stream: ActivationStream,
-    ready: list[dict[Any, Tensor]],
-    kept: Checkpoint | None,
-    started: float,
-    checkpoints: Checkpoints,
-    progress: TrainingProgress,
-    interrupts: Interrupts,
-) -> tuple[str, str]:
-    """The loop, and what is saved of it. `ready` holds the first batch where it was read already; `started` is when the reading began."""
-    c, plan = run.config, run.plan
-    members = [member for group in sweep.members.values() for member in group]
-    snapshots = {int(share * plan.steps) for share in SNAPSHOT_SHARES} if c.save_checkpoints else set()
-    start, before = 0, 0.0
-    if kept:
-        start, before = kept.step, kept.state["seconds"]
-        sweep.restore(kept)
-
-    def keep() -> None:
-        sweep.settle()
-        sync(run.folder / "metrics.jsonl")
-        state = {
-            "stream": stream.state(),
-            "metrics_bytes": (run.folder / "metrics.jsonl").stat().st_size,
-            "failed": sweep.failed,
-            "seconds": before + time.monotonic() - started,
-        }
-        checkpoints.save(sweep.done, sweep.state(), state)
-
-    def batch() -> dict[Any, Tensor]:
-        try:
-            return ready.pop() if ready else stream.next()
-        except TryAgain:
-            keep()
-            raise
-
-    def before_step(step: int) -> None:
-        progress.step(step)
-        if step in snapshots:
-            for member in members:
-                _snapshot(run.folder / member.name / "checkpoints" / f"ae_{step}", member, checkpoints)
-        if step > start and (checkpoints.due(step) or interrupts.asked):
-            keep()
-        interrupts.obey()
-
-    about = {m.name: {"site": str(site), "architecture": m.sae.name} for site, group in sweep.members.items() for m in group}
-
-    def on_record(record: Record) -> None:
-        run.record(record | about[record["sae"]])
-        progress.record(record)
-
-    status, reason = "complete", ""
-    with interrupts.held():
-        try:
-            sweep.run(batch, plan.steps, start=start, log_steps=c.log_steps, on_record=on_record, before_step=before_step)
-        except StreamEnded as ended:
-            status, reason = "stopped_early", f"after {sweep.done} of {plan.steps} steps: {ended}"
-        if (done := sweep.done) > start:
-            keep()  # whatever breaks off an evaluation, nothing is trained again
-            checkpoints.wait()  # before exports want memory and room on the disk
-        interrupts.obey()
-    seconds = before + time.monotonic() - started
-    if sweep.failed:
-        status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
-    tokens = done * (c.sae_batch_size or 1)
-    run.write_facts(
-        {
-            "training": {
-                "status": status,
-                "reason": reason,
-                "steps": done,
-                "tokens": tokens,
-                "seconds": round(seconds, 1),
-                "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                "peak_memory_gb": round(peak_memory(plan) / 1e9, 2),
-            },
-            "data": {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)},
-        }
-    )
-    for sentence in stream.contexts.damage():
-        log.warning("%s", sentence)
-    for site, group in sweep.members.items():
-        rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
-        log.info("%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, 100 * outliers / max(rows, 1))
-        for member in group:
-            state = "failed" if member.name in sweep.failed else "stopped_early" if status == "stopped_early" else "complete"
-            _save(run, member, site, state, done)
-            run.write_status("running", saes={member.name: state})
-            if run.uploader is not None:
-                run.uploader.submit(member.name)
-    return status, reason
-
-
-def _snapshot(path: Path, member: SAETrainer, checkpoints: Checkpoints) -> None:
-    """Have the SAE as it is now written: in dictionary_learning's layout, .pt, or where that has none for it in ours, .safetensors."""
-    sae = member.finished()
-    theirs = sae.name in dictionary_learning.LAYOUTS
-    state = dictionary_learning.state_dict(sae) if theirs else sae.state_dict()
-
-    def write() -> None:
-        with atomic_path(path.with_suffix(".pt" if theirs else ".safetensors"), sum(t.nbytes for t in state.values()) + (1 << 14)) as part:
-            torch.save(state, part) if theirs else save_file(state, part)
-
-    checkpoints.submit(write)
-
-
-def _save(run: Run, member: SAETrainer, site: Any, status: str, steps: int) -> None:
-    c = run.config
-    sae = member.finished()
-    entries: dict[str, Any] = {}
-    if sae.name in dictionary_learning.LAYOUTS:
-        entries["trainer"] = dictionary_learning.trainer_config(
-            sae,
-            lr=member.lr,
-            seed=member.spec.seed,
-            steps=run.plan.steps,
-            schedule=dataclasses.asdict(run.plan.schedule),
-            layer=site.layer,
-            lm_name=c.model_name,
-            submodule_name=site.folder,
-            device=c.device,
-        )
-    entries["buffer"] = {
-        "d_submodule": sae.d_in,
-        "io": "out",
-        "n_ctxs": run.plan.contexts_per_block,
-        "ctx_len": c.context_length,
-        "refresh_batch_size": c.llm_batch_size,
-        "out_batch_size": c.sae_batch_size,
-        "device": c.device,
-    }
-    formats.save(
-        sae,
-        run.folder / member.name,
-        {
-            "status": status,
-            "site": str(site),
-            "model": c.model_name,
-            "revision": run.plan.model.revision,
-            "lr": member.lr,
-            "seed": member.spec.seed,
-            "recipe": c.recipe,
-            "steps": steps,
-            "tokens": steps * (c.sae_batch_size or 1),
-            "norm_factor": member.norm_factor,
-            "dataset": c.dataset,
-            "versions": versions(),
-            **entries,
-        },
-    )
 
 
 def evaluate_run(folder: str | Path, options: EvalOptions | None = None) -> tuple[list[dict[str, Any]], Missing]:
@@ -385,10 +326,9 @@ def _written(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 class TrainingProgress(Progress):
     """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every record."""
 
-    def __init__(self, plan: Plan, stream: ActivationStream) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.batch, self.verbose = plan.config.sae_batch_size or 1, plan.config.verbose
         super().__init__(total=plan.steps * self.batch, unit="tok", desc="training")
-        stream.on_contexts = lambda n: self.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
 
     def step(self, step: int) -> None:
         self.update(step * self.batch - self.done)
@@ -417,9 +357,12 @@ def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
 
 
 def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
-    """What an SAE in training takes, by architecture and width."""
-    members = {(m.sae.name, m.sae.d_sae): m for group in sweep.members.values() for m in group}
-    measured = {key: tensor_bytes(m.group, apart=[m.scratch]) // len(m.group.members) for key, m in members.items()}
+    """Measure what an SAE in training takes, by architecture and width."""
+    measured = {}
+    for group in sweep.groups:
+        first = group.trainers[0]
+        bytes_ = tensor_bytes(group, apart=[trainer.workspace for trainer in group.trainers]) // len(group.trainers)
+        measured[first.sae.name, first.sae.d_sae] = bytes_
     return {f"{name}, {width}": {"predicted": n, "measured": measured[name, width]} for (name, width), n in plan.memory.saes.items()}
 
 

@@ -26,7 +26,7 @@ from monosemy.plan import Plan
 from monosemy.redact import without_secrets
 from monosemy.sweep import Record
 from monosemy.trackers import Tracker, Wandb
-from monosemy.training import SAETrainer
+from monosemy.trainer import SAETrainer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Run:
         self.trackers: list[Tracker] = []
         self.uploader: Uploader | None = None
 
-    def open(self, members: Mapping[Any, Sequence[SAETrainer]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
+    def open(self, trainers: Mapping[Any, Sequence[SAETrainer]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
         """Write down what will be done, before the first step; of a run that goes on, what was recorded after its checkpoint is cut off."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class Run:
             if there < wanted:
                 log.warning("%s had %d bytes at the checkpoint and has %d: records are missing", file.name, wanted, there)
             file.truncate(min(there, wanted))
-        self.write_status("running", saes={member.name: "running" for group in members.values() for member in group})
+        self.write_status("running", saes={trainer.name: "running" for of_site in trainers.values() for trainer in of_site})
         if c.use_wandb:
             self.trackers.append(Wandb(c.wandb_project, entity=c.wandb_entity, group=self.folder.absolute().name, folder=self.folder))
         if c.hf_repo_id:
@@ -82,8 +82,8 @@ class Run:
                             **vars(m.sae.settings),
                         },
                     }
-                    for group in members.values()
-                    for m in group
+                    for of_site in trainers.values()
+                    for m in of_site
                 ],
             )
 

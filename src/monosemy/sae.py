@@ -1,10 +1,7 @@
-"""A sparse autoencoder, its codes, and the registry of architectures.
+"""The sparse autoencoder and the registry of its architectures.
 
-B tokens, D d_in, F d_sae, K kept of each token, N active entries, G groups of latents. Weights are stored a latent per row
-(W_enc and W_dec are [F, D]), so that everything about a latent lies together.
-
-A code is a *support* (which latents of which tokens) and values on it. Two layouts hold the same thing: `DenseCodes` a [B, F] array
-with a mask, `SparseCodes` flat lists of N entries. An objective is written once, in the algebra that both share.
+B tokens, D d_in, F d_sae. Weights are stored a latent per row (W_enc and W_dec are [F, D]), so that everything about a
+latent lies together.
 """
 
 from __future__ import annotations
@@ -12,265 +9,56 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from monosemy import ops
+from monosemy.codes import Codes, Execution, Preactivations
 from monosemy.config import DECLARED_SWEEPS, invalid
+from monosemy.ops import Constraint
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
 
 EPS = torch.finfo(torch.float32).eps
 T = TypeVar("T")
 
-# --- codes ------------------------------------------------------------------------------------------------------------------
-
-
-class Codes(ABC):
-    """A support and values on it, [B, F] or [N]."""
-
-    product: Preactivations
-    values: Tensor
-
-    @cached_property
-    def noted(self) -> dict[str, Tensor]:
-        """What an objective has computed of these codes and `observe` will need again."""
-        return {}
-
-    @property
-    def tokens(self) -> int:
-        return len(self.product.pre_BF)
-
-    @abstractmethod
-    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> Codes:
-        """The same support with other values: an elementwise function of the values and of some numbers of each latent."""
-
-    @abstractmethod
-    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
-        """The sum over the support of the values, or of such a function of them."""
-
-    @abstractmethod
-    def by_latent(self) -> Tensor:
-        """The sum of each latent's values, [F]."""
-
-    @abstractmethod
-    def size_by_latent(self) -> Tensor:
-        """On how many tokens the support has each latent, [F]."""
-
-    @abstractmethod
-    def count(self) -> Tensor:
-        """How many tokens each latent is positive on, [F]."""
-
-    @abstractmethod
-    def size(self) -> Tensor:
-        """How large the support is."""
-
-    @abstractmethod
-    def smallest(self) -> Tensor:
-        """The smallest positive value of each token, [B]; infinite where a token has none."""
-
-    @abstractmethod
-    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
-        """codes W, [B, D]; with the first latent of each group the contribution of each group of latents, [G, B, D]."""
-
-
-@dataclass
-class DenseCodes(Codes):
-    product: Preactivations
-    values: Tensor  # [B, F], zero off the support
-    again: Tensor  # the same, for functions of them: its gradient is told apart from the decoder's
-    mask: Tensor  # [B, F]
-    counts: Tensor  # on how many tokens the support has each latent, [F]
-    sums: Tensor | None = None  # of each latent's values, [F], where they are known
-    positive: bool = False  # whether all values on the support are
-
-    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> DenseCodes:
-        mapped = ops.map_dense(function, self.again, self.mask, self.product.buffer, *w_F)
-        return DenseCodes(self.product, mapped, mapped, self.mask, self.counts)
-
-    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
-        if function is None:
-            return self.by_latent().sum()
-        values, *of_latents = (t if torch.is_grad_enabled() else t.detach() for t in (self.again, *w_F))
-        return ops.total_dense(function, values, self.mask, self.product.buffer, *of_latents)
-
-    def by_latent(self) -> Tensor:
-        return self.values.sum(0) if self.sums is None else self.sums
-
-    def size_by_latent(self) -> Tensor:
-        return self.counts
-
-    def count(self) -> Tensor:
-        return self.counts if self.positive else ops.count_positive(self.values)
-
-    def size(self) -> Tensor:
-        return self.size_by_latent().sum()
-
-    def smallest(self) -> Tensor:
-        return torch.where(self.values > 0, self.values, torch.inf).amin(1)
-
-    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
-        if begins_G is None:
-            return ops.decode_dense(self.values, W_FD, self.product.buffer, bf16=self.product.bf16)
-        ends = [*begins_G.tolist()[1:], len(W_FD)]
-        return torch.stack([self.values[:, a:b] @ W_FD[a:b] for a, b in zip(begins_G.tolist(), ends, strict=True)])
-
-
-@dataclass
-class SparseCodes(Codes):
-    product: Preactivations
-    values: Tensor  # [N], in order of tokens and latents
-    entries: ops.Entries  # bags are tokens
-
-    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> SparseCodes:
-        return SparseCodes(self.product, self._valid(self._of(function, *w_F)), self.entries)
-
-    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
-        values = self.values if function is None else self._valid(self._of(function, *w_F))
-        return ops.sum_by_latent(values, self.entries).sum()  # whose order no number of threads changes
-
-    def by_latent(self) -> Tensor:
-        return ops.sum_by_latent(self.values, self.entries)
-
-    def _of(self, function: Callable[..., Tensor], *w_F: Tensor) -> Tensor:
-        return function(self.values, *(ops.take(w, self.entries) for w in w_F))
-
-    def _valid(self, values_N: Tensor) -> Tensor:
-        return values_N if self.entries.valid_N is None else torch.where(self.entries.valid_N, values_N, 0)
-
-    def size_by_latent(self) -> Tensor:
-        return self.entries.by_latent[1].diff()
-
-    def count(self) -> Tensor:
-        return ops.sum_by_latent((self.values > 0).to(self.values.dtype), self.entries)
-
-    def size(self) -> Tensor:
-        return self.entries.starts_R1[-1]
-
-    def smallest(self) -> Tensor:
-        least_B = self.values.new_full((self.entries.R,), torch.inf)
-        return least_B.scatter_reduce_(0, self.entries.bags_N.long(), torch.where(self.values > 0, self.values, torch.inf), "amin")
-
-    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
-        e = self.entries
-        if begins_G is None:
-            return ops.decode(self.values, W_FD, e)
-        # the entries are in order of tokens and latents, and so of tokens and groups: only where bags begin is new
-        flat_N = e.bags_N.long() * e.F + e.latents_N
-        if e.valid_N is not None:
-            flat_N = torch.where(e.valid_N, flat_N, e.R * e.F)
-        places_BG = torch.arange(e.R, device=begins_G.device)[:, None] * e.F + begins_G
-        starts = torch.searchsorted(flat_N, places_BG.flatten(), out_int32=True)
-        grouped = ops.decode(self.values, W_FD, e.rebagged(torch.cat([starts, e.starts_R1[-1:]])))
-        return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
-
-
-class Preactivations:
-    """The encoder's product of one batch, from which selections take codes; AuxK takes a second one of the same product."""
-
-    def __init__(
-        self,
-        x_BD: Tensor,
-        W_enc_FD: Tensor,
-        b_enc_F: Tensor,
-        b_dec_D: Tensor | None,
-        *,
-        bf16: Tensor | bool = False,
-        few: bool = False,
-        scratch: ops.Workspace | None = None,
-        capacity: int | None = None,
-    ) -> None:
-        """x - b_dec enters the product, or x itself where `b_dec_D` is None.
-
-        `bf16` takes the product of bfloat16 operands; it may be W_enc's copy in that precision. With `few` the product may be an estimate
-        of which selections of few entries make what they need exact. `capacity` is how many entries the lists of `above` hold on a GPU.
-        """
-        self.weights = (W_enc_FD, b_enc_F, b_dec_D)
-        self.capacity, self.scratch, self.buffers = capacity, scratch, 0
-        self.centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
-        self.bf16 = bf16 is not False
-        self.pre = ops.preactivations(self.centred_BD, W_enc_FD, b_enc_F, bf16=bf16, few=few, lend=scratch)
-        self.pre_BF = self.pre.pre_BF if isinstance(self.pre, ops.Estimate) else self.pre
-
-    def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """An array of [B, F] for this batch alone; from one batch to the next the same ones, in the order that they are asked for."""
-        self.buffers += 1
-        if self.scratch is None:
-            return torch.empty(self.pre_BF.shape, dtype=dtype or like.dtype, device=like.device)
-        return self.scratch(f"dense {self.buffers}", like, *self.pre_BF.shape, dtype=dtype)
-
-    def _codes(self, picked: ops.Selection, *, padded: bool) -> SparseCodes:
-        entries = ops.Entries(picked.latents_N, picked.starts_B1, self.pre_BF.shape[1], padded=padded and self.pre_BF.is_cuda)
-        return SparseCodes(self, ops.encode_sparse(*self.weights, self.centred_BD, picked.values_N, entries), entries)
-
-    def top_k(self, k: int) -> SparseCodes:
-        """The k largest of each token."""
-        return self._codes(ops.top_k(self.pre, k), padded=False)
-
-    def batch_top_k(self, n: int) -> SparseCodes:
-        """The n largest of the whole batch."""
-        return self._codes(ops.batch_top_k(self.pre, n), padded=False)
-
-    def above(self, threshold: Tensor | float, *, sparse: bool) -> Codes:
-        """Everything above a threshold: a number, or one for each latent [F]."""
-        if sparse:
-            return self._codes(ops.above(self.pre, threshold, self.capacity), padded=True)
-        assert isinstance(self.pre, Tensor), "an estimate will do for a few entries, not for the dense layout"
-        made = ops.encode_dense(*self.weights, self.centred_BD, self.pre, threshold, self.buffer, bf16=self.bf16)
-        values_BF, again_BF, mask_BF, sums_F, counts_F = made
-        return DenseCodes(
-            self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive=not isinstance(threshold, Tensor) and threshold >= 0
-        )
-
-    def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
-        """The k largest of each token among the latents of a mask [F], or all of them where they are fewer."""
-        return self._codes(ops.top_k(self.pre, k, latents_F), padded=True)
-
-
-# --- the autoencoder ---------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class StepContext:
-    """What an objective may know about the step that it is asked for."""
+    """What an objective may know about its step: all that a paper speaks of, and nothing of the machine."""
 
     step: int
     schedule: Schedule
     recipe: Recipe = MONOSEMY
-    sparse: bool = True  # the layout of the ReLU kinds
-    bf16: Tensor | bool = False  # whether the encoder's product is of bfloat16 operands, or W_enc's copy in that precision
-    dead_F: Tensor | None = None  # latents that have not fired for schedule.dead_tokens tokens, this batch included
-    any_dead: bool = True  # False where it is known that none is
-    sparsity: Tensor | float = 1.0  # the factor on a sparsity penalty: schedule.sparsity(step)
-    few: bool = False  # whether so few entries are expected that the encoder's product may be an estimate
-    scratch: ops.Workspace | None = None
-    capacity: int | None = None  # of the sparse layout's lists on a GPU
+    dead_F: Tensor | None = None
+    """Mask of the latents that have not fired for `schedule.dead_tokens` tokens, this batch included; None: no latent is dead."""
+    sparsity_scale: Tensor | float = 1.0
+    """Factor on a sparsity penalty: `schedule.sparsity(step)`."""
 
 
 class SAE(nn.Module, ABC):
     """x_hat = f W_dec + b_dec, with f [.., F] the architecture's sparse function of x [.., D].
 
-    An architecture says how it begins (`reset`), which codes it takes of a batch (`codes`), what it minimises (`loss`, pure), what it
-    keeps track of (`observe`: the only place where an SAE changes outside the optimizer) and what it computes once trained (`gate`).
+    An architecture defines how weights are drawn (`reset`), which codes it selects of a batch's pre-activations (`codes`),
+    what it minimizes (`loss`, pure), which running statistics it keeps (`update_buffers`: the only place where an SAE
+    changes outside the optimizer) and what it computes once trained (`activation`).
     """
 
     name: ClassVar[str]
-    sparsity: ClassVar[str]  # the setting that a sweep varies
-    sweep: ClassVar[tuple[float, ...]] = ()  # its values in a run; the architectures of this package have a flag for them instead
-    constraint: ClassVar[ops.Constraint] = "project"
-    clip: ClassVar[float | None] = 1.0
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-    short_run_lr: ClassVar[float] = 4e-3  # what suits a run of a few hundred steps (docs/log.md)
-    pre_bias: bool = True  # the encoder sees x - b_dec; another tool's SAE may say otherwise than its kind
+    sparsity_setting: ClassVar[str]  # the setting that a sweep varies
+    sweep_values: ClassVar[tuple[float, ...]] = ()  # its values in a run, where no flag names them
+    constraint: ClassVar[Constraint] = "project"  # on the decoder's rows
+    clip: ClassVar[float | None] = 1.0  # of the gradient's norm
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of Adam
+    short_run_lr: ClassVar[float] = 4e-3  # suits a run of a few hundred steps (docs/log.md)
+    pre_bias: bool = True  # the encoder sees x - b_dec; an instance from another tool may differ from its class
     always_sparse: ClassVar[bool] = False
-    scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # what carries the units of the activations
-    modes: tuple[str, ...] = ("default",)  # the first is what `encode` does where none is named
+    scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # tensors in the units of the activations
+    modes: tuple[str, ...] = ("default",)  # of `encode`, the default first
 
     @dataclass(frozen=True)
     class Settings:
@@ -303,43 +91,49 @@ class SAE(nn.Module, ABC):
         """Draw the initial weights."""
 
     @abstractmethod
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        """The codes that training uses."""
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        """Select the codes of a training batch from its pre-activations."""
 
     @abstractmethod
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
-        """The objective under "loss", beside its parts; "mse" is mean_B ||x - x_hat||^2. `f` is what `active` makes of the codes. Pure."""
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
+        """Compute the objective, under "loss", and its parts; "mse" is mean_B ||x - x_hat||^2. Pure.
+
+        `f` is what `active` makes of the codes.
+        """
 
     @abstractmethod
-    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
-        """f of the pre-activations (x - b_dec) W_enc^T + b_enc of some latents: what a trained SAE computes."""
+    def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+        """Compute f of the pre-activations (x - b_dec) W_enc^T + b_enc of some latents, as a trained SAE does."""
 
-    def begin(self, x_BD: Tensor) -> None:
-        """Look at the first batch, before the first step."""
+    def init_from_batch(self, x_BD: Tensor) -> None:
+        """Initialize what depends on data from the first batch, before the first step."""
 
-    def observe(self, codes: Codes, at: StepContext) -> None:
-        """Take notes after a step: thresholds, queues."""
+    def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
+        """Update running statistics after a step: thresholds, queues."""
 
     def active(self, codes: Codes) -> Codes:
-        """The codes as f: what counts as firing and as L0."""
+        """Map the codes to f: what counts as firing and as L0."""
         return codes
 
-    def phase(self, at: StepContext) -> Any:
-        """What else than its numbers changes in the operations of a step, as the run goes on."""
+    def phase(self, ctx: StepContext) -> Any:
+        """Return a hashable key of all in the step's number that changes which kernels a step launches."""
 
-    def fired(self, codes: Codes, count_F: Tensor, at: StepContext) -> Tensor:
-        """Which latents fired in a batch, [F], given on how many tokens each is positive: what dead latents are counted by."""
+    def fired(self, codes: Codes, count_F: Tensor, ctx: StepContext) -> Tensor:
+        """Return the mask [F] of latents that fired in a batch, by which dead ones are counted.
+
+        `count_F` holds the tokens on which each latent is positive.
+        """
         return count_F > 0
 
-    def select(self, pre_BF: Tensor) -> Tensor:
-        """f under the selection that training used; only where `modes` names "top_k"."""
+    def encode_top_k(self, pre_BF: Tensor) -> Tensor:
+        """Compute f under the selection that training used; only where `modes` names "top_k"."""
         raise invalid("mode", "top_k", f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
 
     # what every architecture has
 
-    def product(self, x_BD: Tensor, at: StepContext) -> Preactivations:
-        b_dec_D = self.b_dec if self.pre_bias else None
-        return Preactivations(x_BD, self.W_enc, self.b_enc, b_dec_D, bf16=at.bf16, few=at.few, scratch=at.scratch, capacity=at.capacity)
+    def preactivations(self, x_BD: Tensor, execution: Execution = Execution()) -> Preactivations:  # noqa: B008
+        """Compute the encoder's product of a training batch."""
+        return Preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None, execution)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
         """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost alone.
@@ -358,9 +152,11 @@ class SAE(nn.Module, ABC):
             )
         rows = slice(None) if latents is None else self._known(latents)
         x = x.to(self.dtype)
-        centred = x - self.b_dec if self.pre_bias else x
-        pre = nn.functional.linear(centred.reshape(-1, self.d_in), self.W_enc[rows], self.b_enc[rows])
-        f = self.select(pre) if mode == "top_k" and len(pre) else self.gate(pre, rows)  # of no tokens there is nothing to select
+        centered = x - self.b_dec if self.pre_bias else x
+        pre = nn.functional.linear(centered.reshape(-1, self.d_in), self.W_enc[rows], self.b_enc[rows])
+        f = (
+            self.encode_top_k(pre) if mode == "top_k" and len(pre) else self.activation(pre, rows)
+        )  # of no tokens there is nothing to select
         return f.view(*x.shape[:-1], pre.shape[-1])
 
     def decode(self, f: Tensor) -> Tensor:
@@ -435,13 +231,13 @@ class SAE(nn.Module, ABC):
         return latents
 
     @torch.no_grad()
-    def scale_(self, factor: float) -> None:
+    def fold_norm_factor_(self, factor: float) -> None:
         """Take in the factor that training divided activations by: an SAE of x / factor becomes one of x, f in the units of x."""
         for name in self.scaled:
             getattr(self, name).mul_(factor)
 
     @torch.no_grad()
-    def unit_decoder_(self) -> None:
+    def fold_decoder_norm_(self) -> None:
         """Move each decoder row's norm into the latent's encoder and biases; the function of x stays as it is."""
         norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
         norm_F = torch.where(norm_F > 0, norm_F, 1)
@@ -450,7 +246,7 @@ class SAE(nn.Module, ABC):
         self.b_enc.mul_(norm_F)
 
     @torch.no_grad()
-    def centre_(self, pre_bias: bool) -> None:
+    def set_pre_bias_(self, pre_bias: bool) -> None:
         """Have the encoder see x - b_dec, or x itself; the function of x stays as it is, to rounding."""
         if pre_bias != self.pre_bias:
             moved_F = (self.W_enc.double() @ self.b_dec.double()).float()
@@ -509,7 +305,7 @@ REGISTRY: dict[str, type[SAE]] = {}
 def register(cls: type[SAE]) -> type[SAE]:
     """Make an architecture known under its name."""
     REGISTRY[cls.name] = cls
-    DECLARED_SWEEPS[cls.name] = cls.sweep
+    DECLARED_SWEEPS[cls.name] = cls.sweep_values
     return cls
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from monosemy import assets
 from monosemy.ahead import Prefetcher
-from monosemy.config import TryAgain, invalid, path_of
+from monosemy.config import EndOfData, TryAgain, invalid, path_of
 from monosemy.redact import without_secrets
 from monosemy.rng import fraction
 
@@ -68,7 +68,7 @@ WARN_SHARE = 0.01
 """Of a source's rows; where more of them are left out or damaged, it is told."""
 
 
-class StreamEnded(Exception):
+class StreamEnded(EndOfData):
     """A source ran dry. `contexts` is the number of whole contexts that `ContextStream.next` can still serve."""
 
     def __init__(self, source: str, contexts: int, split: Split):

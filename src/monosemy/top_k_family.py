@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monosemy.codes import Codes
 from monosemy.config import invalid
-from monosemy.sae import SAE, Codes, StepContext
+from monosemy.sae import SAE, StepContext
 
 
 class TopKFamily(SAE):
@@ -23,7 +24,7 @@ class TopKFamily(SAE):
     The decoder begins as unit rows, the encoder as its transpose, b_dec as the geometric median of the first batch.
     """
 
-    sparsity = "k"
+    sparsity_setting = "k"
     always_sparse = True
     modes = ("threshold", "top_k")
     scaled = ("b_enc", "b_dec", "threshold")
@@ -52,49 +53,48 @@ class TopKFamily(SAE):
     def smallest_kept(self, codes: Codes) -> Tensor:
         """The number that the running threshold follows."""
 
-    def begin_from(self, rows_FD: Tensor) -> None:
+    def init_weights(self, rows_FD: Tensor) -> None:
         """Decoder rows, and the encoder equal to them."""
         self.W_enc.data.copy_(rows_FD)
         self.W_dec.data.copy_(rows_FD)
 
-    def begin(self, x_BD: Tensor) -> None:
+    def init_from_batch(self, x_BD: Tensor) -> None:
         self.b_dec.data.copy_(geometric_median(x_BD).nan_to_num(0.0))  # of a batch that is not finite there is none
 
-    def phase(self, at: StepContext) -> bool:
-        return at.step > at.schedule.threshold_start_step
+    def phase(self, ctx: StepContext) -> bool:
+        return ctx.step > ctx.schedule.threshold_start_step
 
     @torch.no_grad()
-    def observe(self, codes: Codes, at: StepContext) -> None:
-        if at.step <= at.schedule.threshold_start_step:
+    def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
+        if ctx.step <= ctx.schedule.threshold_start_step:
             return
-        smallest, weight = self.smallest_kept(codes), torch.full_like(self.threshold, 1 - at.schedule.threshold_beta)
+        smallest, weight = self.smallest_kept(codes), torch.full_like(self.threshold, 1 - ctx.schedule.threshold_beta)
         known = smallest.isfinite()
         self.threshold_values.add_(known)
-        if at.recipe.threshold_mean:
+        if ctx.recipe.threshold_mean:
             weight = torch.maximum(1 / self.threshold_values, weight)
         moved = torch.where(self.threshold < 0, smallest, (1 - weight) * self.threshold + weight * smallest)
         self.threshold.copy_(torch.where(known, moved, self.threshold))
 
-    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+    def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return torch.where(pre_BF > self.threshold, pre_BF, 0).relu()
 
 
-def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, at: StepContext) -> Tensor:
+def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Tensor:
     """How badly the k_aux = min(D / 2, dead) strongest dead latents of each token explain what the others left over.
 
     mean ||e - e_hat||^2 / mean ||e - mean e||^2, with e the residual, held fixed, and e_hat without b_dec.
     Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3 and appendix A.2, https://arxiv.org/abs/2406.04093
     """
-    assert at.dead_F is not None
-    if not at.any_dead:
+    if ctx.dead_F is None:
         return error_BD.new_zeros(())
-    aux = codes.product.top_k_among(at.dead_F, max(sae.d_in // 2, 1))
+    aux = codes.pre.top_k_among(ctx.dead_F, max(sae.d_in // 2, 1))
     e_BD = error_BD.detach()
     left = (e_BD - aux.map(torch.relu).decode(sae.W_dec)).pow(2).sum(1).mean()
     variance = (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
     varies = variance > 0  # one token, or equal ones, leave nothing to explain: without this, a gradient of infinity times zero
     share = (left / torch.where(varies, variance, 1)).nan_to_num(0.0)
-    return torch.where(at.dead_F.any() & varies, share, 0)
+    return torch.where(ctx.dead_F.any() & varies, share, 0)
 
 
 @torch.no_grad()

@@ -5,13 +5,15 @@ import copy
 import pytest
 import torch
 
+from benchmarks.alone import LoneTrainer
 from monosemy import formats
+from monosemy.codes import Execution
 from monosemy.config import architecture_names
 from monosemy.formats import dictionary_learning
 from monosemy.rng import generator
 from monosemy.sae import REGISTRY, StepContext, architecture
 from monosemy.schedule import Schedule
-from monosemy.training import SAESpec, SAETrainer
+from monosemy.trainer import SAESpec
 
 B, D, F = 128, 16, 64
 SETTINGS = {
@@ -36,7 +38,7 @@ def batch(step, scale=1.0):
 
 
 def member(name, steps=60, seed=0, **how):
-    return SAETrainer(name, SAESpec(name, F, lr=3e-3, seed=seed, settings=SETTINGS[name]), D, Schedule.of_run(steps, B), **how)
+    return LoneTrainer(name, SAESpec(name, F, lr=3e-3, seed=seed, settings=SETTINGS[name]), D, Schedule.of_run(steps, B), **how)
 
 
 def trained(name, steps=60, **how):
@@ -46,13 +48,13 @@ def trained(name, steps=60, **how):
     return m
 
 
-def parts(sae, x, at):
-    codes = sae.codes(x, at)
-    return sae.loss(x, codes, sae.active(codes), at)
+def parts(sae, x, ctx, *, sparse=True):
+    codes = sae.codes(sae.preactivations(x, Execution(sparse=sparse)), ctx)
+    return sae.loss(x, codes, sae.active(codes), ctx)
 
 
 def snapshot(m):
-    return {n: t.clone() for n, t in m.state().items()}
+    return {n: t.clone() for n, t in m.save().items()}
 
 
 def equal(a, b):
@@ -72,7 +74,7 @@ def test_the_gradient_is_the_loss_s_slope(name):
     x = batch(99).double()
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::7] = True
-    at = StepContext(35, m.schedule, sparse=True, dead_F=dead)
+    at = StepContext(35, m.schedule, dead_F=dead)
     moved = {n: p for n, p in sae.named_parameters() if n != "threshold"}  # its gradient is an estimate, not the slope
     if name == "gated":  # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
         moved = {n: p for n, p in moved.items() if n not in ("W_dec", "b_dec")}
@@ -138,7 +140,7 @@ def test_gemma_scope_2_s_target_is_its_formula(sparse):
     theirs = architecture("jump_relu")(D, F, **settings, l0_loss="gemma_scope_2").double()
     theirs.load_state_dict(sae.state_dict())
     x = batch(99).double()
-    ours = parts(theirs, x, StepContext(35, Schedule.of_run(60, B), sparse=sparse, sparsity=0.5))
+    ours = parts(theirs, x, StepContext(35, Schedule.of_run(60, B), sparsity_scale=0.5), sparse=sparse)
     pre = x @ sae.W_enc.T + sae.b_enc
     l0_B = (pre > sae.threshold).sum(1).double()
     assert l0_B.std() > 1  # else the mean of squares would be the square of the mean
@@ -169,8 +171,8 @@ def test_both_layouts_give_the_same_loss_and_gradients(name):
     m = trained(name, 40)
     results = []
     for sparse in (True, False):
-        at = StepContext(35, m.schedule, sparse=sparse, dead_F=torch.zeros(F, dtype=torch.bool))
-        loss = parts(m.sae, batch(99), at)["loss"]
+        at = StepContext(35, m.schedule, dead_F=torch.zeros(F, dtype=torch.bool))
+        loss = parts(m.sae, batch(99), at, sparse=sparse)["loss"]
         results.append((float(loss), torch.autograd.grad(loss, list(m.sae.parameters()), allow_unused=True)))
     (loss_a, grads_a), (loss_b, grads_b) = results
     assert loss_a == pytest.approx(loss_b, rel=1e-6)
@@ -185,7 +187,7 @@ def test_the_loss_is_pure_and_records_only_look(name):
     m = trained(name, 10)
     before = snapshot(m)
     at = StepContext(10, m.schedule, dead_F=torch.zeros(F, dtype=torch.bool))
-    codes = m.sae.codes(batch(10), at)
+    codes = m.sae.codes(m.sae.preactivations(batch(10)), at)
     first, second = (m.sae.loss(batch(10), codes, m.sae.active(codes), at)["loss"] for _ in range(2))
     m.record(batch(10))
     m.finished()
@@ -267,7 +269,7 @@ def test_training_codes_and_inference_agree(name):
     """What training calls the codes is what encode computes: under the selection for the TopK kinds."""
     m = trained(name, 60)
     x = batch(70)
-    codes = m.sae.active(m.sae.codes(x, StepContext(60, m.schedule, sparse=False)))
+    codes = m.sae.active(m.sae.codes(m.sae.preactivations(x, Execution(sparse=False)), StepContext(60, m.schedule)))
     f = m.sae.encode(x, mode="top_k" if "top_k" in m.sae.modes else None)
     assert torch.allclose(codes.decode(m.sae.W_dec) + m.sae.b_dec, m.sae.decode(f), atol=1e-5)
 
@@ -302,7 +304,7 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
 def test_it_can_begin_from_another_s_weights(name):
     sae = trained(name).finished()
     spec = SAESpec(name, F, settings=SETTINGS[name], init_from=sae)
-    begun = SAETrainer("x", spec, D, Schedule.of_run(10, B), norm_factor=2.0)
+    begun = LoneTrainer("x", spec, D, Schedule.of_run(10, B), norm_factor=2.0)
     assert torch.allclose(begun.finished()(batch(1)), sae(batch(1)), atol=1e-5)
     begun.step(batch(1) / 2, 0)
     with pytest.raises(ValueError, match="init_from"):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
-from monosemy.sae import EPS, Codes, StepContext, register, uniform, unit
+from monosemy.codes import Codes, Preactivations
+from monosemy.sae import EPS, StepContext, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -21,19 +22,19 @@ class BatchTopK(TopKFamily):
     name = "batch_top_k"
 
     def reset(self, generator: torch.Generator) -> None:
-        self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
+        self.init_weights(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        kept = self.product(x_BD, at).batch_top_k(self.settings.k * len(x_BD))
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        kept = pre.batch_top_k(self.settings.k * pre.tokens)
         return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)
-        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
+        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, ctx)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:
         return codes.smallest().amin()
 
-    def select(self, pre_BF: Tensor) -> Tensor:
+    def encode_top_k(self, pre_BF: Tensor) -> Tensor:
         return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(self.d_sae).relu()

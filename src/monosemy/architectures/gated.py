@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from monosemy.sae import SAE, Codes, StepContext, register, uniform, unit
+from monosemy.codes import Codes, Preactivations
+from monosemy.sae import SAE, StepContext, register, uniform, unit
 
 
 @register
@@ -20,7 +21,7 @@ class Gated(SAE):
     """
 
     name = "gated"
-    sparsity = "l1_penalty"
+    sparsity_setting = "l1_penalty"
     constraint = "constrain"
     clip = None
     betas = (0.0, 0.999)
@@ -43,24 +44,24 @@ class Gated(SAE):
         self.W_enc.data.copy_(rows_FD)
         self.W_dec.data.copy_(rows_FD)
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        return self.product(x_BD, at).above(0, sparse=at.sparse)
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        return pre.above(0)
 
     def active(self, codes: Codes) -> Codes:
         return codes.map(lambda pi, scale, b, b_mag: (scale * (pi - b) + b_mag).relu(), self.r_mag.exp(), self.b_enc, self.b_mag)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         gate_mse = (x_BD - (codes.decode(self.W_dec.detach()) + self.b_dec.detach())).pow(2).sum(1).mean()
         l1 = codes.total() / len(x_BD)
-        loss = mse + self.settings.l1_penalty * at.sparsity * l1 + gate_mse
+        loss = mse + self.settings.l1_penalty * ctx.sparsity_scale * l1 + gate_mse
         return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}
 
     def shift_encoder_(self, shift_F: Tensor) -> None:
         self.b_enc.add_(shift_F)
         self.b_mag.add_(self.r_mag.exp() * shift_F)
 
-    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+    def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         e_BF = pre_BF - self.b_enc[latents]
         magnitude_BF = (self.r_mag[latents].exp() * e_BF + self.b_mag[latents]).relu()
         return torch.where(pre_BF > 0, magnitude_BF, 0)

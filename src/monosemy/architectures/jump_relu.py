@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from monosemy.codes import Codes, Preactivations
 from monosemy.config import invalid
-from monosemy.sae import SAE, Codes, StepContext, register, uniform, unit
+from monosemy.sae import SAE, StepContext, register, uniform, unit
 
 
 def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
@@ -65,7 +66,7 @@ class JumpReLU(SAE):
     """
 
     name = "jump_relu"
-    sparsity = "target_l0"
+    sparsity_setting = "target_l0"
     betas = (0.0, 0.999)
     pre_bias = False
     scaled = ("b_enc", "threshold", "b_dec")
@@ -91,17 +92,17 @@ class JumpReLU(SAE):
         self.W_enc.data.copy_(rows_FD)
         self.W_dec.data.copy_(rows_FD)
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
         """Everything that fires or lies within reach of the kernel."""
-        return self.product(x_BD, at).above(self.threshold.detach() - self.settings.bandwidth / 2, sparse=at.sparse)
+        return pre.above(self.threshold.detach() - self.settings.bandwidth / 2)
 
     def active(self, codes: Codes) -> Codes:
         return codes.map(lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
-        sparsity = self._off_target(codes) if self.settings.l0_loss == "gemma_scope_2" else self._off_target_relatively(codes, f, at)
-        return {"loss": mse + self.settings.sparsity_penalty * at.sparsity * sparsity, "mse": mse, "sparsity": sparsity}
+        sparsity = self._off_target(codes) if self.settings.l0_loss == "gemma_scope_2" else self._off_target_relatively(codes, f, ctx)
+        return {"loss": mse + self.settings.sparsity_penalty * ctx.sparsity_scale * sparsity, "mse": mse, "sparsity": sparsity}
 
     def _off_target(self, codes: Codes) -> Tensor:
         """Gemma Scope 2's mean of (2 / target_l0) (L0 - target_l0)^2 over tokens."""
@@ -109,22 +110,22 @@ class JumpReLU(SAE):
         l0_B1 = stepped.decode(self.W_dec.new_ones(self.d_sae, 1))
         return (2 / self.settings.target_l0) * (l0_B1 - self.settings.target_l0).pow(2).mean()
 
-    def _off_target_relatively(self, codes: Codes, f: Codes, at: StepContext) -> Tensor:
+    def _off_target_relatively(self, codes: Codes, f: Codes, ctx: StepContext) -> Tensor:
         """(mean L0 / target_l0 - 1)^2."""
         B, bandwidth = codes.tokens, self.settings.bandwidth
-        stepped = codes if at.recipe.step_of_preactivations else f
+        stepped = codes if ctx.recipe.step_of_preactivations else f
         l0 = stepped.total(lambda v, threshold: _Step.apply(v, threshold, bandwidth), self.threshold) / B
         if (
-            not at.recipe.step_of_preactivations
+            not ctx.recipe.step_of_preactivations
         ):  # off the support f is 0, which lies above a negative threshold and within reach of a small one
             off_F = B - codes.size_by_latent()
             l0 = l0 + (off_F * _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)).sum() / B
         return (l0 / self.settings.target_l0 - 1) ** 2
 
     @torch.no_grad()
-    def observe(self, codes: Codes, at: StepContext) -> None:
-        if at.recipe.nonnegative_thresholds:
+    def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
+        if ctx.recipe.nonnegative_thresholds:
             self.threshold.clamp_(min=0)
 
-    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+    def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return torch.where(pre_BF > self.threshold[latents], pre_BF, 0).relu()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
+from monosemy.codes import Codes, Preactivations
 from monosemy.config import invalid
-from monosemy.sae import EPS, Codes, StepContext, register, uniform, unit
+from monosemy.sae import EPS, StepContext, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -51,22 +52,22 @@ class MatryoshkaBatchTopK(TopKFamily):
         return [*sizes, self.d_sae - sum(sizes)]
 
     def reset(self, generator: torch.Generator) -> None:
-        self.begin_from(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS))
+        self.init_weights(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS))
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        kept = self.product(x_BD, at).batch_top_k(self.settings.k * len(x_BD))
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        kept = pre.batch_top_k(self.settings.k * pre.tokens)
         return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         x_hats = accumulate(f.decode(self.W_dec, self.begins_G), initial=self.b_dec)
         errors = [x_BD - x_hat_BD for x_hat_BD in islice(x_hats, 1, None)]
         mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
-        weight = 1.0 if at.recipe.single_mean else 1 / len(mse_G)
-        auxk = auxk_loss(self, errors[-1], codes, at)
+        weight = 1.0 if ctx.recipe.single_mean else 1 / len(mse_G)
+        auxk = auxk_loss(self, errors[-1], codes, ctx)
         return {"loss": weight * mse_G.mean() + self.settings.auxk_alpha * auxk, "mse": mse_G[-1], "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:
         return codes.smallest().amin()
 
-    def select(self, pre_BF: Tensor) -> Tensor:
+    def encode_top_k(self, pre_BF: Tensor) -> Tensor:
         return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(self.d_sae).relu()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
-from monosemy.sae import SAE, Codes, StepContext, register, reset_relu
+from monosemy.codes import Codes, Preactivations
+from monosemy.sae import SAE, StepContext, register, reset_relu
 
 
 @register
@@ -21,7 +22,7 @@ class PAnneal(SAE):
     """
 
     name = "p_anneal"
-    sparsity = "initial_sparsity_penalty"
+    sparsity_setting = "initial_sparsity_penalty"
     constraint = "constrain"
     short_run_lr = 6e-3
     clip = None
@@ -46,53 +47,53 @@ class PAnneal(SAE):
     def reset(self, generator: torch.Generator) -> None:
         reset_relu(self, generator)
 
-    def annealing(self, at: StepContext) -> tuple[list[int], list[float]]:
+    def annealing(self, ctx: StepContext) -> tuple[list[int], list[float]]:
         """The steps at which p changes, and its value from each on.
 
         The first change is to p_start itself.
         """
         s, n = self.settings, self.settings.n_sparsity_updates
-        end = s.anneal_end or self._last_change(at)
-        steps = torch.linspace(at.schedule.anneal_start, end, n, dtype=torch.int).tolist()
+        end = s.anneal_end or self._last_change(ctx)
+        steps = torch.linspace(ctx.schedule.anneal_start, end, n, dtype=torch.int).tolist()
         return steps, torch.linspace(s.p_start, s.p_end, n).tolist()
 
-    def _last_change(self, at: StepContext) -> int:
+    def _last_change(self, ctx: StepContext) -> int:
         """The last change's step: a phase before the run's end, or at it, where it comes too late."""
-        T, start = at.schedule.steps, at.schedule.anneal_start
-        return T - (T - start) // self.settings.n_sparsity_updates if at.recipe.annealing_ends else T
+        T, start = ctx.schedule.steps, ctx.schedule.anneal_start
+        return T - (T - start) // self.settings.n_sparsity_updates if ctx.recipe.annealing_ends else T
 
-    def p(self, at: StepContext) -> tuple[float, float | None]:
+    def p(self, ctx: StepContext) -> tuple[float, float | None]:
         """p during this step, and the p that comes after it (None before the annealing begins)."""
-        steps, values = self.annealing(at)
-        done = sum(at.step > s for s in steps)
+        steps, values = self.annealing(ctx)
+        done = sum(ctx.step > s for s in steps)
         if done == 0:
             return self.settings.p_start, None
         return values[done - 1], values[done] if done < len(values) else self.settings.p_end
 
-    def phase(self, at: StepContext) -> tuple[float, float | None, bool]:
-        return *self.p(at), at.step in self.annealing(at)[0]
+    def phase(self, ctx: StepContext) -> tuple[float, float | None, bool]:
+        return *self.p(ctx), ctx.step in self.annealing(ctx)[0]
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        return self.product(x_BD, at).above(0, sparse=at.sparse)
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        return pre.above(0)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
-        p, _ = self.p(at)
+        p, _ = self.p(ctx)
         sum_p = f.total(lambda f: ops.power(f, p))
-        f.noted["sum of f^p"] = sum_p.detach()  # for `observe`
+        f.cache["sum of f^p"] = sum_p.detach()  # for `update_buffers`
         lp = sum_p / len(x_BD)
-        return {"loss": mse + self.coefficient * at.sparsity * lp, "mse": mse, "lp": lp}
+        return {"loss": mse + self.coefficient * ctx.sparsity_scale * lp, "mse": mse, "lp": lp}
 
     @torch.no_grad()
-    def observe(self, codes: Codes, at: StepContext) -> None:
-        _, p_next = self.p(at)
+    def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
+        _, p_next = self.p(ctx)
         if p_next is None:
             return
-        sums = torch.stack([codes.noted["sum of f^p"], codes.total(lambda f: ops.power(f, p_next))])
+        sums = torch.stack([codes.cache["sum of f^p"], codes.total(lambda f: ops.power(f, p_next))])
         self.queue.copy_(torch.cat([self.queue[1:], sums[None]]))
-        if at.step in self.annealing(at)[0]:
+        if ctx.step in self.annealing(ctx)[0]:
             now, then = self.queue.sum(0)  # slots that are not filled yet hold zeros and do not move the ratio
             self.coefficient.mul_(torch.where(then > 0, now / then, 1.0))
 
-    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+    def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return pre_BF.relu()

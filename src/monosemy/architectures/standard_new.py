@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monosemy.sae import SAE, Codes, StepContext, register, reset_relu
+from monosemy.codes import Codes, Preactivations
+from monosemy.sae import SAE, StepContext, register, reset_relu
 
 
 @register
@@ -20,7 +21,7 @@ class StandardNew(SAE):
     """
 
     name = "standard_new"
-    sparsity = "l1_penalty"
+    sparsity_setting = "l1_penalty"
     constraint = "free"
     short_run_lr = 6e-3
 
@@ -31,13 +32,13 @@ class StandardNew(SAE):
     def reset(self, generator: torch.Generator) -> None:
         reset_relu(self, generator)
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        return self.product(x_BD, at).above(0, sparse=at.sparse)
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        return pre.above(0)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
         l1 = f.by_latent() @ torch.linalg.vector_norm(self.W_dec, dim=1) / len(x_BD)
-        return {"loss": mse + self.settings.l1_penalty * at.sparsity * l1, "mse": mse, "l1": l1}
+        return {"loss": mse + self.settings.l1_penalty * ctx.sparsity_scale * l1, "mse": mse, "l1": l1}
 
-    def gate(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
+    def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return pre_BF.relu()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monosemy.sae import EPS, Codes, StepContext, register, uniform, unit
+from monosemy.codes import Codes, Preactivations
+from monosemy.sae import EPS, StepContext, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
@@ -20,15 +21,15 @@ class TopK(TopKFamily):
     name = "top_k"
 
     def reset(self, generator: torch.Generator) -> None:
-        self.begin_from(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
+        self.init_weights(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
-    def codes(self, x_BD: Tensor, at: StepContext) -> Codes:
-        kept = self.product(x_BD, at).top_k(self.settings.k)
+    def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
+        kept = pre.top_k(self.settings.k)
         return kept.map(torch.relu)
 
-    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, at: StepContext) -> dict[str, Tensor]:
+    def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)
-        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, at)
+        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, ctx)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:
@@ -36,9 +37,9 @@ class TopK(TopKFamily):
         known_B = least_B.isfinite()
         return torch.where(known_B, least_B, 0).sum() / known_B.sum()
 
-    def fired(self, codes: Codes, count_F: Tensor, at: StepContext) -> Tensor:
-        return (count_F if at.recipe.fired_if_positive else codes.size_by_latent()) > 0
+    def fired(self, codes: Codes, count_F: Tensor, ctx: StepContext) -> Tensor:
+        return (count_F if ctx.recipe.fired_if_positive else codes.size_by_latent()) > 0
 
-    def select(self, pre_BF: Tensor) -> Tensor:
+    def encode_top_k(self, pre_BF: Tensor) -> Tensor:
         top = pre_BF.topk(self.settings.k, dim=1, sorted=False)
         return torch.zeros_like(pre_BF).scatter_(1, top.indices, top.values.relu())

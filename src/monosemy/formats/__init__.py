@@ -79,7 +79,7 @@ def read(path: str | Path, format: str | None = None, *, unfinished: bool = Fals
     parts = _parts(Path(path), format, unfinished, source)
     sae = parts.build()
     if sae.constraint == "free" and not torch.allclose(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(()), atol=1e-5):
-        sae.unit_decoder_()
+        sae.fold_decoder_norm_()
     sae.metadata = parts.config
     return sae, parts.config
 

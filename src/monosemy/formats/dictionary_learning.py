@@ -122,7 +122,7 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     layout = LAYOUTS[sae.name]
     if layout.tensors is not _RELU and not _as_layout(sae):
         sae = copy.deepcopy(sae)
-        sae.centre_(type(sae).pre_bias)
+        sae.set_pre_bias_(type(sae).pre_bias)
     if layout.tensors is _RELU and _as_layout(sae) and not bool((sae.W_dec != 0).any(1).all()):
         reason = "dictionary_learning divides by them when it opens the file, and gives NaN"
         raise invalid("W_dec", "rows of zeros", "decoder rows of a length above 0", reason)

@@ -59,7 +59,7 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
         raise invalid("architecture", sae.name, f"for sparsify: top_k, {', '.join(RELU)}, or thresholds of at most 0", reason)
     if not sae.pre_bias:
         sae = copy.deepcopy(sae)
-        sae.centre_(True)
+        sae.set_pre_bias_(True)
     save_file(written(sae, NAMES, config.get("dtype")), folder / "sae.safetensors")
     origin = config.get("origin", {})
     cfg = {

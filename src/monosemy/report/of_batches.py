@@ -18,10 +18,10 @@ from monosemy import __version__, latents
 from monosemy.config import invalid, path_of
 from monosemy.evaluation import Row, evaluate, named_saes
 from monosemy.files import write_json, write_text
+from monosemy.loop import Fitted
 from monosemy.missing import Missing
 from monosemy.report import page, plots
 from monosemy.sae import SAE
-from monosemy.sweep import Fitted
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,260 @@
+"""The codes of a batch: a small sparse algebra in two layouts, and the pre-activations that codes are selected from.
+
+B tokens, D d_in, F d_sae, N active entries, G groups of latents.
+
+A code is a *support* (which latents are active on which tokens) and values on it. `DenseCodes` holds a [B, F] array and a
+mask, `SparseCodes` flat lists of N entries. An objective is written once, in the algebra that both share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from monosemy import ops
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step is computed: what the machine needs and no paper knows. It changes results by rounding at most."""
+
+    sparse: bool = True
+    """Layout of `Preactivations.above`; the TopK selections are sparse in any case."""
+    bf16: Tensor | bool = False
+    """Take the encoder's product of bfloat16 operands; a tensor is W_enc's copy in that precision."""
+    use_estimate: bool = False
+    """So few entries are expected that an estimate of the product may do; selections look up exact values."""
+    workspace: ops.Workspace | None = None
+    """Arrays reused from one step to the next; fresh ones are allocated without it."""
+    capacity: int | None = None
+    """Entries that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
+
+
+class Codes(ABC):
+    """A support and values on it, [B, F] or [N]."""
+
+    pre: Preactivations
+    values: Tensor
+
+    @cached_property
+    def cache(self) -> dict[str, Tensor]:
+        """Hold what an objective computed of these codes for `SAE.update_buffers`."""
+        return {}
+
+    @property
+    def tokens(self) -> int:
+        """B, the tokens of the batch."""
+        return self.pre.tokens
+
+    @abstractmethod
+    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> Codes:
+        """Apply `function(values, *w)` elementwise on the support. Each `w_F` [F] is gathered to the values' layout first."""
+
+    @abstractmethod
+    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
+        """Sum the values over the support, or `function(values, *w)` as in `map`; a scalar."""
+
+    @abstractmethod
+    def by_latent(self) -> Tensor:
+        """Sum each latent's values over the batch, [F]."""
+
+    @abstractmethod
+    def size_by_latent(self) -> Tensor:
+        """Count the tokens on which the support has each latent, [F]."""
+
+    @abstractmethod
+    def count(self) -> Tensor:
+        """Count the tokens on which each latent is positive, [F]."""
+
+    @abstractmethod
+    def size(self) -> Tensor:
+        """Count the entries of the support; a scalar."""
+
+    @abstractmethod
+    def smallest(self) -> Tensor:
+        """Return the smallest positive value of each token, [B]; infinity where a token has none."""
+
+    @abstractmethod
+    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
+        """Compute codes W, [B, D]; given the first latent of each group, each group's contribution, [G, B, D]."""
+
+
+@dataclass
+class DenseCodes(Codes):
+    """Codes as a [B, F] array that is zero off the support."""
+
+    pre: Preactivations
+    values: Tensor
+    again: Tensor
+    """Alias of `values` that `map` and `total` use, so that their gradient arrives separately from the decoder's."""
+    mask: Tensor
+    counts: Tensor
+    """Tokens on which the support has each latent, [F]."""
+    sums: Tensor | None = None
+    """Each latent's sum, [F], where it is known."""
+    positive: bool = False
+    """Whether all values on the support are positive."""
+
+    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> DenseCodes:
+        mapped = ops.map_dense(function, self.again, self.mask, self.pre.buffer, *w_F)
+        return DenseCodes(self.pre, mapped, mapped, self.mask, self.counts)
+
+    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
+        if function is None:
+            return self.by_latent().sum()
+        values, *of_latents = (t if torch.is_grad_enabled() else t.detach() for t in (self.again, *w_F))
+        return ops.total_dense(function, values, self.mask, self.pre.buffer, *of_latents)
+
+    def by_latent(self) -> Tensor:
+        return self.values.sum(0) if self.sums is None else self.sums
+
+    def size_by_latent(self) -> Tensor:
+        return self.counts
+
+    def count(self) -> Tensor:
+        return self.counts if self.positive else ops.count_positive(self.values)
+
+    def size(self) -> Tensor:
+        return self.size_by_latent().sum()
+
+    def smallest(self) -> Tensor:
+        return torch.where(self.values > 0, self.values, torch.inf).amin(1)
+
+    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
+        if begins_G is None:
+            return ops.decode_dense(self.values, W_FD, self.pre.buffer, bf16=self.pre.bf16)
+        ends = [*begins_G.tolist()[1:], len(W_FD)]
+        groups = zip(begins_G.tolist(), ends, strict=True)
+        return torch.stack([self.values[:, a:b] @ W_FD[a:b] for a, b in groups])
+
+
+@dataclass
+class SparseCodes(Codes):
+    """Codes as lists of N entries, in order of tokens and latents."""
+
+    pre: Preactivations
+    values: Tensor
+    entries: ops.Entries
+    """Where the values belong; its bags are tokens."""
+
+    def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> SparseCodes:
+        return SparseCodes(self.pre, self._valid(self._apply(function, *w_F)), self.entries)
+
+    def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
+        values = self.values if function is None else self._valid(self._apply(function, *w_F))
+        return ops.sum_by_latent(values, self.entries).sum()  # its order does not depend on the number of threads
+
+    def by_latent(self) -> Tensor:
+        return ops.sum_by_latent(self.values, self.entries)
+
+    def _apply(self, function: Callable[..., Tensor], *w_F: Tensor) -> Tensor:
+        return function(self.values, *(ops.take(w, self.entries) for w in w_F))
+
+    def _valid(self, values_N: Tensor) -> Tensor:
+        """Zero the values of padding entries."""
+        return values_N if self.entries.valid_N is None else torch.where(self.entries.valid_N, values_N, 0)
+
+    def size_by_latent(self) -> Tensor:
+        return self.entries.by_latent[1].diff()
+
+    def count(self) -> Tensor:
+        return ops.sum_by_latent((self.values > 0).to(self.values.dtype), self.entries)
+
+    def size(self) -> Tensor:
+        return self.entries.starts_R1[-1]
+
+    def smallest(self) -> Tensor:
+        least_B = self.values.new_full((self.entries.R,), torch.inf)
+        positive_N = torch.where(self.values > 0, self.values, torch.inf)
+        return least_B.scatter_reduce_(0, self.entries.bags_N.long(), positive_N, "amin")
+
+    def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
+        e = self.entries
+        if begins_G is None:
+            return ops.decode(self.values, W_FD, e)
+        # entries are in order of tokens and latents, hence of tokens and groups: only the bags' offsets are new
+        flat_N = e.bags_N.long() * e.F + e.latents_N
+        if e.valid_N is not None:
+            flat_N = torch.where(e.valid_N, flat_N, e.R * e.F)
+        places_BG = torch.arange(e.R, device=begins_G.device)[:, None] * e.F + begins_G
+        starts = torch.searchsorted(flat_N, places_BG.flatten(), out_int32=True)
+        grouped = ops.decode(self.values, W_FD, e.rebagged(torch.cat([starts, e.starts_R1[-1:]])))
+        return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
+
+
+class Preactivations:
+    """The encoder's product of one batch, from which codes are selected; AuxK selects a second time from the same product."""
+
+    def __init__(
+        self,
+        x_BD: Tensor,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        b_dec_D: Tensor | None,
+        execution: Execution = Execution(),
+    ) -> None:
+        """Compute (x - b_dec) W_enc^T + b_enc, or x W_enc^T + b_enc where `b_dec_D` is None."""
+        self.weights = (W_enc_FD, b_enc_F, b_dec_D)
+        self.execution, self.buffers = execution, 0
+        self.centered_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
+        self.bf16 = execution.bf16 is not False
+        self.product = ops.preactivations(
+            self.centered_BD,
+            W_enc_FD,
+            b_enc_F,
+            bf16=execution.bf16,
+            few=execution.use_estimate,
+            lend=execution.workspace,
+        )
+
+    @property
+    def product_BF(self) -> Tensor:
+        """The product, or its estimate."""
+        return self.product.pre_BF if isinstance(self.product, ops.Estimate) else self.product
+
+    @property
+    def tokens(self) -> int:
+        """B, the tokens of the batch."""
+        return len(self.centered_BD)
+
+    def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an uninitialized [B, F] workspace. The n-th request of every batch reuses the same memory."""
+        self.buffers += 1
+        shape, workspace = self.product_BF.shape, self.execution.workspace
+        if workspace is None:
+            return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+        return workspace(f"dense {self.buffers}", like, *shape, dtype=dtype)
+
+    def top_k(self, k: int) -> SparseCodes:
+        """Select the k largest of each token."""
+        return self._sparse(ops.top_k(self.product, k), padded=False)
+
+    def batch_top_k(self, n: int) -> SparseCodes:
+        """Select the n largest of the whole batch."""
+        return self._sparse(ops.batch_top_k(self.product, n), padded=False)
+
+    def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
+        """Select the k largest of each token among the latents of a mask [F]; all of these where they are fewer."""
+        return self._sparse(ops.top_k(self.product, k, latents_F), padded=True)
+
+    def above(self, threshold: Tensor | float) -> Codes:
+        """Select everything above a threshold: a number, or one for each latent [F]."""
+        if self.execution.sparse:
+            return self._sparse(ops.above(self.product, threshold, self.execution.capacity), padded=True)
+        assert isinstance(self.product, Tensor), "the dense layout needs the exact product"
+        values_BF, again_BF, mask_BF, sums_F, counts_F = ops.encode_dense(
+            *self.weights, self.centered_BD, self.product, threshold, self.buffer, bf16=self.bf16
+        )
+        positive = not isinstance(threshold, Tensor) and threshold >= 0
+        return DenseCodes(self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive)
+
+    def _sparse(self, selection: ops.Selection, *, padded: bool) -> SparseCodes:
+        F, padded = self.product_BF.shape[1], padded and self.product_BF.is_cuda
+        entries = ops.Entries(selection.latents_N, selection.starts_B1, F, padded=padded)
+        values_N = ops.encode_sparse(*self.weights, self.centered_BD, selection.values_N, entries)
+        return SparseCodes(self, values_N, entries)

@@ -1,0 +1,309 @@
+"""One SAE in training: its gradients, its counters, and what the host decides about its next steps.
+
+B tokens, D d_in, F d_sae. The arrays behind the weights and the optimizer belong to a `TrainerGroup`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from monosemy import ops
+from monosemy.codes import Codes, Execution
+from monosemy.config import invalid
+from monosemy.recipe import MONOSEMY, Recipe, learning_rate
+from monosemy.sae import SAE, StepContext, architecture, current_names
+from monosemy.schedule import Schedule
+
+READBACK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
+SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.009}  # share of latents per token; above it dense products are faster
+ESTIMATE_BELOW = 0.03  # share of latents per token; below it a CPU estimates the product and looks up what it selects
+CAPACITY_FACTOR = 4  # a GPU's index lists are allocated at this multiple of the last measured entry count
+
+FORMER_COUNTERS = {"bad": "nonfinite", "seen": "readback"}  # in checkpoints of earlier versions
+
+OnNonfinite = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class SAESpec:
+    """One SAE to train: architecture and settings, width, peak learning rate (None: the recipe's), seed of its weights."""
+
+    architecture: str
+    d_sae: int
+    lr: float | None = None
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    init_from: SAE | None = None
+    """Start from a copy of these weights instead of random ones."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a width, learning rate or seed that no SAE can be trained with."""
+        if not isinstance(self.d_sae, int) or isinstance(self.d_sae, bool) or self.d_sae < 1:
+            raise invalid("d_sae", self.d_sae, "a whole number, 1 or more", "give the number of latents")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise invalid("lr", self.lr, "a number, 0 or more, or None for the recipe's", "3e-4 suits long runs")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise invalid("seed", self.seed, "a whole number", "correct it")
+
+    def build(self, d_in: int) -> SAE:
+        """Build the SAE with its initial weights.
+
+        Raises ValueError for an unknown architecture or setting, and for another shape in `init_from`.
+        """
+        sae = architecture(self.architecture)(d_in, self.d_sae, **self.settings)
+        if self.init_from is None:
+            sae.reset(torch.Generator().manual_seed(self.seed))
+            return sae
+        source = copy.deepcopy(self.init_from)
+        source.set_pre_bias_(sae.pre_bias)
+        given = source.state_dict()
+        for name, tensor in sae.state_dict().items():
+            if name in given and given[name].shape != tensor.shape:
+                raise invalid(
+                    "init_from",
+                    f"{name} of shape {tuple(given[name].shape)}",
+                    f"shape {tuple(tensor.shape)}",
+                    "start from an SAE of equal widths",
+                )
+        sae.load_state_dict({name: given.get(name, tensor) for name, tensor in sae.state_dict().items()})
+        return sae
+
+
+class AsyncScalars:
+    """Scalars being copied to the host asynchronously.
+
+    `read` blocks until the copy is done; callers read about 100 steps later, so it rarely does.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = host.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """Return the scalars as numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
+class NonfiniteState(NamedTuple):
+    """Counts of an SAE's updates that were not made; entries of its tensor `nonfinite` [4]."""
+
+    skipped: Any
+    """Steps skipped because the loss or a gradient was not finite."""
+    first_step: Any
+    """The first of them; -1: none yet."""
+    batch_was_finite: Any
+    """Whether all skipped batches were finite (1) or not (0)."""
+    overflowed: Any
+    """Steps skipped because a list of fixed length was full."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """An SAE's metrics of one step, on their way to the host."""
+
+    on_nonfinite: OnNonfinite
+    names: tuple[str, ...]
+    scalars: AsyncScalars
+
+    def read(self) -> tuple[dict[str, float], str]:
+        """Return the metrics, and why the SAE was stopped; "" where it was not."""
+        values = self.scalars.read()
+        state = NonfiniteState(*values[len(self.names) :])
+        metrics = dict(zip(self.names, values, strict=False)) | {"skipped": state.skipped + state.overflowed}
+        if state.skipped == 0 or self.on_nonfinite == "skip":
+            return metrics, ""
+        batch = "was finite" if state.batch_was_finite else "was not finite either"
+        return metrics, f"its loss or gradient was not finite at step {state.first_step:.0f}, with a batch that {batch}"
+
+
+class StepResult(NamedTuple):
+    """What a forward and backward pass hands to the update."""
+
+    grads: dict[str, Tensor]
+    metrics: dict[str, Tensor]  # scalars: "loss", its parts, "l0", "dead"
+    codes: Codes
+    ctx: StepContext
+    since_fired_F: Tensor
+    batch_is_finite: Tensor
+
+
+class SAETrainer:
+    """One SAE in training: weights, dead-latent counters, and which code layout it uses.
+
+    Its steps depend on its own state, the batch and the step's number alone, neither on other SAEs nor on logging. A step
+    whose loss or gradient is not finite changes nothing but `nonfinite`; with `on_nonfinite="stop"` no later one does either.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: SAESpec,
+        d_in: int,
+        schedule: Schedule,
+        *,
+        device: torch.device | str = "cpu",
+        recipe: Recipe = MONOSEMY,
+        bf16: bool = False,
+        norm_factor: float = 1.0,
+        on_nonfinite: OnNonfinite = "stop",
+        workspace: ops.Workspace | None = None,
+    ) -> None:
+        """Build the SAE of a spec. `norm_factor` is what batches are divided by; weights of `init_from` are scaled to it."""
+        self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
+        self.on_nonfinite, self.workspace = on_nonfinite, workspace
+        self.sae = spec.build(d_in).to(device)
+        self.norm_factor, self.fresh = norm_factor, spec.init_from is None
+        rate = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps)
+        self.lr = rate if spec.lr is None else spec.lr
+        if not self.fresh:
+            self.sae.fold_norm_factor_(1 / norm_factor)
+        self.since_fired_F = torch.zeros(spec.d_sae, dtype=torch.long, device=device)  # tokens
+        self.clock = torch.zeros((), dtype=torch.long, device=device)  # steps taken, skipped ones included
+        self.nonfinite = torch.tensor([0, -1, 1, 0], device=device)  # NonfiniteState
+        self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
+        self.sparse, self.capacity, self.any_dead = self.sae.always_sparse, 0, True
+        self.use_estimate = self.sparse and self._estimate_pays(getattr(self.sae.settings, "k", spec.d_sae))
+        # `active` and the longest time without firing, at the last step that is a multiple of READBACK_EVERY
+        self.readback: AsyncScalars | None = None
+
+    def prepare(self, x_BD: Tensor, step: int) -> None:
+        """Make the host's decisions before a step: the first b_dec, the layout, whether a latent may be dead."""
+        if step == 0 and self.fresh:
+            self.sae.init_from_batch(x_BD)
+            self.any_dead = READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
+        if step % READBACK_EVERY == 0 and self.readback is not None:
+            active, longest = self.readback.read()
+            self.any_dead = longest + 2 * READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
+            if not self.sae.always_sparse:
+                self._choose_layout(active, len(x_BD), x_BD.device.type)
+
+    def _choose_layout(self, active: float, batch: int, device: str) -> None:
+        """Choose the layout for the next steps from the mean active latents of a token."""
+        self.use_estimate = self._estimate_pays(active)
+        fits = not self.capacity or active * batch < self.capacity
+        self.sparse = fits and active < SPARSE_BELOW[device] * self.sae.d_sae
+        wanted = min(CAPACITY_FACTOR * 2 ** math.ceil(math.log2(active + 1)), self.sae.d_sae) * batch
+        # a GPU's lists have a fixed length, and few different ones, since each is a phase of its own
+        kept = max(wanted, self.capacity if self.capacity <= 2 * wanted else 0)
+        self.capacity = kept if self.sparse and device == "cuda" else 0
+
+    def _estimate_pays(self, active: float) -> bool:
+        """Whether so few latents are active on a token that an estimated product is faster.
+
+        The TopK kinds look up what they select of a bfloat16 product in any case.
+        """
+        return active < ESTIMATE_BELOW * self.sae.d_sae or (self.bf16 and self.sae.always_sparse)
+
+    def phase(self, step: int) -> tuple[Any, ...]:
+        """Return a hashable key of everything that changes which kernels a step launches."""
+        architecture_phase = self.sae.phase(StepContext(step, self.schedule, self.recipe))
+        return self.sparse, self.capacity, self.any_dead, architecture_phase
+
+    def forward(self, x_BD: Tensor, step: int, sparsity_scale: Tensor | float, W_enc_bf16: Tensor | None = None) -> StepResult:
+        """Compute the loss and the gradient of each parameter on a batch of scaled activations."""
+        execution = Execution(
+            sparse=self.sparse,
+            bf16=False if W_enc_bf16 is None else W_enc_bf16,
+            use_estimate=self.sparse and self.use_estimate,
+            workspace=None if x_BD.is_cuda else self.workspace,  # CUDA graphs have memory of their own
+            capacity=self.capacity,
+        )
+        ctx = StepContext(step, self.schedule, self.recipe, sparsity_scale=sparsity_scale)
+        codes = self.sae.codes(self.sae.preactivations(x_BD, execution), ctx)
+        f = self.sae.active(codes)
+        with torch.no_grad():
+            count_F = f.count()
+            since_fired_F = torch.where(self.sae.fired(codes, count_F, ctx), 0, self.since_fired_F + len(x_BD))
+            dead_F = since_fired_F >= self.schedule.dead_tokens
+        any_dead = self.any_dead if x_BD.is_cuda else bool(dead_F.any())
+        ctx = StepContext(step, self.schedule, self.recipe, dead_F if any_dead else None, sparsity_scale)
+        parts = self.sae.loss(x_BD, codes, f, ctx)
+        params = dict(self.sae.named_parameters())
+        grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
+        metrics = {name: part.detach() for name, part in parts.items()}
+        metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
+        return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F, x_BD.isfinite().all())
+
+    def skips(self, result: StepResult) -> Tensor:
+        """Whether this step's update is skipped whatever its numbers are."""
+        stopped = (self.nonfinite[0] > 0) & (self.on_nonfinite == "stop")
+        return self._overflows(result.codes) | stopped
+
+    def _overflows(self, codes: Codes) -> Tensor:
+        """Whether a list of fixed length may have lacked room for all entries."""
+        return codes.size() >= (self.capacity or torch.inf)
+
+    @torch.no_grad()
+    def update_state(self, result: StepResult, updated: Tensor) -> None:
+        """Update buffers and counters after a step; where its update was skipped, only count that."""
+        before = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
+        self.sae.update_buffers(result.codes, result.ctx)
+        for name, buffer in self.sae.named_buffers():
+            buffer.copy_(torch.where(updated, buffer, before[name]))
+        self.since_fired_F.copy_(torch.where(updated, result.since_fired_F, self.since_fired_F))
+        self.active.copy_(result.codes.size() / result.codes.tokens)
+        was = NonfiniteState(*self.nonfinite)
+        first_step = torch.where(was.skipped == 0, self.clock, was.first_step)
+        finite = was.batch_was_finite * result.batch_is_finite
+        skipped = torch.stack([was.skipped + 1, first_step, finite, was.overflowed])
+        overflowed = torch.stack([*was[:3], was.overflowed + 1])
+        not_updated = torch.where(self._overflows(result.codes), overflowed, skipped)
+        self.nonfinite.copy_(torch.where(updated, self.nonfinite, not_updated))
+        self.clock.add_(1)
+
+    def schedule_readback(self) -> None:
+        """Start copying to the host what it decides by `READBACK_EVERY` steps later."""
+        self.readback = AsyncScalars(torch.stack([self.active.double(), self.since_fired_F.max().double()]))
+
+    @torch.no_grad()
+    def read_metrics(self, x_BD: Tensor, last: Mapping[str, Tensor]) -> StepMetrics:
+        """Start copying the last step's metrics on its batch to the host; FVU is squared error over the batch's variance."""
+        variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
+        metrics = {**last, "fvu": last["mse"] / torch.where(variance > 0, variance, torch.nan)}
+        scalars = [*(v.double() for v in metrics.values()), *self.nonfinite.double()]
+        return StepMetrics(self.on_nonfinite, tuple(metrics), AsyncScalars(torch.stack(scalars)))
+
+    def finished(self) -> SAE:
+        """Copy the SAE for use: on raw activations, with unit decoder rows."""
+        sae = architecture(self.spec.architecture)(self.sae.d_in, self.sae.d_sae, **self.spec.settings)
+        sae.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.sae.state_dict().items()})
+        if sae.constraint == "free":
+            sae.fold_decoder_norm_()
+        sae.fold_norm_factor_(self.norm_factor)
+        return sae.requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, but for the optimizer's state."""
+        sae = {f"sae.{name}": t.detach() for name, t in [*self.sae.named_parameters(), *self.sae.named_buffers()]}
+        readback = [float("nan")] * 2 if self.readback is None else self.readback.read()
+        host = {
+            "layout": torch.tensor([self.sparse, self.capacity, self.any_dead, self.use_estimate]),
+            "readback": torch.tensor(readback, dtype=torch.float64),
+        }
+        return sae | host | {name: getattr(self, name) for name in ("since_fired_F", "clock", "nonfinite", "active")}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what an equal trainer's `state_dict` returned, in this or an earlier version."""
+        state = {FORMER_COUNTERS.get(name, name): tensor for name, tensor in current_names(state).items()}
+        for name, tensor in [*self.sae.named_parameters(), *self.sae.named_buffers()]:
+            tensor.copy_(state[f"sae.{name}"])
+        for name in ("since_fired_F", "clock", "nonfinite", "active"):
+            getattr(self, name).copy_(state[name])
+        sparse, capacity, any_dead, *estimate = state["layout"].tolist()  # versions without estimates wrote three
+        self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)
+        self.use_estimate = estimate == [1]
+        self.readback = None if state["readback"].isnan().any() else AsyncScalars(state["readback"].cpu())
