@@ -97,7 +97,7 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
 
     from monosemy.activations import ActivationStream
     from monosemy.config import TrainConfig
-    from monosemy.lm import LanguageModel
+    from monosemy.lm_model import LanguageModel
     from monosemy.run import train
     from monosemy.sweep import Sweep
     from monosemy.training import TrainerGroup

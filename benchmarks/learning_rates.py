@@ -19,10 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monosemy.activations import ActivationStream
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.contexts import ContextStream
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
-from monosemy.tokens import ContextStream, Source
+from monosemy.sources import Source
 from monosemy.training import SAESpec, SAETrainer
 
 STEPS, BATCH, HELD_OUT = 150, 512, 20

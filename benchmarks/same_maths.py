@@ -30,12 +30,14 @@ from torch import Tensor
 
 from monosemy import ops, training
 from monosemy.activations import ActivationStream
+from monosemy.contexts import ContextStream
 from monosemy.evaluation import evaluate_on_model
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.ops import compiled
 from monosemy.sae import Codes, DenseCodes, Preactivations, SparseCodes, StepContext
 from monosemy.schedule import Schedule
-from monosemy.tokens import ContextStream, Source
+from monosemy.sources import Source
 from monosemy.training import SAESpec, SAETrainer
 
 SITE, MODEL = Site("resid_post", 3), "smollm2-135m"

@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editors
     from monosemy.activations import ActivationStream as ActivationStream
     from monosemy.config import TrainConfig as TrainConfig
+    from monosemy.contexts import ContextStream as ContextStream
+    from monosemy.contexts import to_tokens as to_tokens
     from monosemy.evaluation import evaluate as evaluate
     from monosemy.evaluation import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
-    from monosemy.lm import LanguageModel as LanguageModel
-    from monosemy.lm import Site as Site
-    from monosemy.lm import load_tokenizer as load_tokenizer
+    from monosemy.lm_info import Site as Site
+    from monosemy.lm_model import LanguageModel as LanguageModel
+    from monosemy.lm_model import load_tokenizer as load_tokenizer
     from monosemy.pretrained import list_saes as list_saes
     from monosemy.pretrained import load as load
     from monosemy.report.of_batches import write_report as write_report
@@ -26,25 +28,23 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.sae import architecture as architecture
     from monosemy.sae import register as register
     from monosemy.sae import reset_relu as reset_relu
+    from monosemy.sources import Source as Source
     from monosemy.sweep import Fitted as Fitted
     from monosemy.sweep import fit as fit
-    from monosemy.tokens import ContextStream as ContextStream
-    from monosemy.tokens import Source as Source
-    from monosemy.tokens import to_tokens as to_tokens
     from monosemy.training import SAESpec as SAESpec
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no torch
 _HOME = {
     "ActivationStream": "activations",
     "Codes": "sae",
-    "ContextStream": "tokens",
+    "ContextStream": "contexts",
     "Fitted": "sweep",
-    "LanguageModel": "lm",
+    "LanguageModel": "lm_model",
     "StepContext": "sae",
     "SAE": "sae",
     "SAESpec": "training",
-    "Site": "lm",
-    "Source": "tokens",
+    "Site": "lm_info",
+    "Source": "sources",
     "TrainConfig": "config",
     "architecture": "sae",
     "evaluate": "evaluation",
@@ -52,11 +52,11 @@ _HOME = {
     "fit": "sweep",
     "list_saes": "pretrained",
     "load": "pretrained",
-    "load_tokenizer": "lm",
+    "load_tokenizer": "lm_model",
     "register": "sae",
     "reset_relu": "sae",
     "save": "formats",
-    "to_tokens": "tokens",
+    "to_tokens": "contexts",
     "train": "run",
     "write_report": "report.of_batches",
 }

@@ -24,11 +24,12 @@ from monosemy import formats, results
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import EvalOptions, TrainConfig, TryAgain, invalid
+from monosemy.contexts import ContextStream, StreamEnded
 from monosemy.evaluation import table
 from monosemy.files import atomic_path, exclusive_lock, room_for, sync, write_text
 from monosemy.formats import dictionary_learning
 from monosemy.interrupts import Interrupts
-from monosemy.lm import LanguageModel, load_tokenizer
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.memory import tensor_bytes
 from monosemy.missing import Missing
 from monosemy.ops import Workspace
@@ -39,7 +40,6 @@ from monosemy.results import ENDED, context_stream
 from monosemy.run_folder import Run, peak_memory, versions
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
-from monosemy.tokens import ContextStream, StreamEnded
 from monosemy.training import SAETrainer
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def _whole(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[
     """All of a run in its folder, which no other process is in. Returns status and reason, and the rows."""
     c, plan = run.config, run.plan
     tokenizer = load_tokenizer(plan.model)
-    # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
-    train_text = context_stream(plan, tokenizer, "train", workers=2 if plan.gpu else 0)
+    # on a CPU every core is busy anyway
+    train_text = context_stream(plan, tokenizer, "train", prefetch=plan.gpu)
     lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
     stream = _activations(plan, lm, train_text)
     store = Checkpoints(plan.folder / "checkpoints", c.checkpoint_every)
@@ -92,7 +92,7 @@ def _whole(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[
             ready = [] if kept else [_first_batch(c, stream)]
             if kept:
                 log.info("going on from %s", kept.folder)
-                stream.restore(kept.state["stream"])
+                stream.load_state_dict(kept.state["stream"])
             sweep = Sweep(_members(plan, stream, init_from))
             run.open(sweep.members, {"model": _model_facts(plan, lm), **_norms(stream)}, kept)
             ended = _train(run, sweep, stream, ready, kept, started, checkpoints, progress, interrupts)
@@ -211,7 +211,7 @@ def _train(
         sweep.settle()
         sync(run.folder / "metrics.jsonl")
         state = {
-            "stream": stream.state(),
+            "stream": stream.state_dict(),
             "metrics_bytes": (run.folder / "metrics.jsonl").stat().st_size,
             "failed": sweep.failed,
             "seconds": before + time.monotonic() - started,
