@@ -9,8 +9,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "monosemy"
 FLOORS = {
-    "redact": -1,
-    "config": 0,
+    "redact": -2,
+    "config": -1,
+    "files": 0,
     "progress": 0,
     "rng": 0,
     "recipe": 0,
@@ -18,9 +19,9 @@ FLOORS = {
     "prefetch": 0,
     "arrays": 2,
     "assets": 1,
+    "gguf_model": 0,
     "http": 1,
     "devices": 1,
-    "files": 1,
     "interrupts": 1,
     "schedule": 1,
     "ops": 1,

@@ -16,6 +16,7 @@ from huggingface_hub import errors
 
 from monosemy import assets
 from monosemy.config import invalid, path_of
+from monosemy.files import cache_folder
 from monosemy.http import ModelUnreachable
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def describe(model_name: str, revision: str | None = None) -> ModelInfo:
     (`ModelUnreachable`) or is no causal language model.
     """
     if model_name in assets.EMBEDDED_MODELS:
-        folder = assets.cache_folder() / "models" / model_name
+        folder = cache_folder() / "models" / model_name
         config = _read(folder / "config.json") if folder.is_dir() else _EMBEDDED[model_name]
         return _info(model_name, model_name, None, False, config)
     folder = path_of("model_name", model_name)
