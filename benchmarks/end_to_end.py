@@ -98,7 +98,7 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
     from monosemy.activations import ActivationStream
     from monosemy.config import TrainConfig
     from monosemy.group import TrainerGroup
-    from monosemy.lm import LanguageModel
+    from monosemy.lm_model import LanguageModel
     from monosemy.run import train
     from monosemy.sweep import Sweep
 

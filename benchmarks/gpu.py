@@ -856,7 +856,7 @@ class RandomContexts:
     def next(self, n: int) -> Tensor:
         return torch.randint(1, self.vocabulary, (n, self.context_length), generator=self.draw)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {}  # nobody goes on from it
 
 
@@ -879,7 +879,8 @@ def stream_of(report: Report, config: Any, forward: int, block: int) -> tuple[An
     from transformers import AutoModel
 
     from monosemy.activations import SERVED, ActivationStream
-    from monosemy.lm import LanguageModel, Site
+    from monosemy.lm_info import Site
+    from monosemy.lm_model import LanguageModel
 
     site, sizes = Site("resid_post", config.num_hidden_layers - 1), report.sizes
     with torch.device(report.device), torch.no_grad():

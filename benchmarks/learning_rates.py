@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.alone import LoneTrainer
 from monosemy.activations import ActivationStream
 from monosemy.codes import Execution
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.contexts import ContextStream
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
-from monosemy.tokens import ContextStream, Source
+from monosemy.sources import Source
 from monosemy.trainer import SAESpec
 
 STEPS, BATCH, HELD_OUT = 150, 512, 20

@@ -36,12 +36,14 @@ from benchmarks.alone import LoneTrainer
 from monosemy import ops, trainer
 from monosemy.activations import ActivationStream
 from monosemy.codes import Codes, DenseCodes, Execution, SparseCodes
+from monosemy.contexts import ContextStream
 from monosemy.evaluation import evaluate_on_model
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.ops import compiled
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
-from monosemy.tokens import ContextStream, Source
+from monosemy.sources import Source
 from monosemy.trainer import SAESpec, StepResult
 
 SITE, MODEL = Site("resid_post", 3), "smollm2-135m"

@@ -28,7 +28,7 @@ def main(folder: Positional[str], latent: int, strength: float, text: str = "My 
         for _ in range(tokens):
             clean = lm.clean(ids_1L, [site])
             steered_1LD = clean.activations[site].clone()
-            steered_1LD[:, 1:] += added_D  # not the opening: no SAE has seen it
+            steered_1LD[:, 1:] += added_D  # not BOS: no SAE has seen it
             logits_1V = lm.spliced(clean, site, steered_1LD)[:, -1]
             ids_1L = torch.cat([ids_1L, logits_1V.argmax(-1, keepdim=True)], dim=1)
         return tokenizer.decode(ids_1L[0, start_1L.shape[1] :])

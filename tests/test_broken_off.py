@@ -7,8 +7,10 @@ import pytest
 
 from monosemy.activations import ActivationStream
 from monosemy.config import architecture_names
-from monosemy.lm import LanguageModel, Site, load_tokenizer
-from monosemy.tokens import ContextStream, Source
+from monosemy.contexts import ContextStream
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
+from monosemy.sources import Source
 from tests.conftest import WORDS
 
 SMALL = (
@@ -130,12 +132,12 @@ def test_a_resumed_stream_reads_one_block_wherever_it_stood(tiny_model, text_fil
 
     told, ahead = stream(), []
     for _ in range(80):
-        state = json.loads(json.dumps(told.state()))
+        state = json.loads(json.dumps(told.state_dict()))
         ahead.append((state, told.next()[site]))
     for state, x_BD in ahead[1::13]:
         resumed, read = stream(), []
         resumed.on_contexts = read.append
-        resumed.restore(state)
+        resumed.load_state_dict(state)
         assert resumed.next()[site].equal(x_BD)
         assert sum(read) <= 2 * block  # its own, and where it stood at the end of one, the next
         assert state["next"] in (0, 10, 11) or sum(read) <= block + 4

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from monosemy.tokens import ContextStream, Source
-from tests.test_tokens import broken_strings, drain, ids_of, prose, same, tokenizer, unpack  # noqa: F401 (a fixture)
+from monosemy.contexts import ContextStream
+from monosemy.sources import Source
+from tests.test_contexts import broken_strings, drain, ids_of, prose, same, tokenizer, unpack  # noqa: F401 (a fixture)
 
 GOOD = [prose(20, i) for i in range(6)]
 LONG = prose(250_000)[: 2**20].strip()
@@ -52,7 +53,7 @@ def test_the_name_of_a_special_token_in_a_document_is_that_token_and_is_left_out
     stream = ContextStream([Source(str(path))], tokenizer, 16)
     first = stream.next(1)[0]
     special = set(stream.special_ids.tolist())
-    assert [i in special for i in first[:8].tolist()].count(True) == 3  # its opening, and the two
+    assert [i in special for i in first[:8].tolist()].count(True) == 3  # its BOS, and the two
     assert {tokenizer.eos_token_id, tokenizer.bos_token_id} <= special
 
 

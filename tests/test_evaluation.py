@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from monosemy import evaluation
 from monosemy.evaluation import dictionary_learning_results, evaluate_on_model, table
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 
 D, L, C, V = 32, 16, 24, 97
 IGNORED = torch.tensor([0, 5])

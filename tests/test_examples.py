@@ -73,7 +73,7 @@ def test_the_latents_that_are_read_are_those_that_training_saw(sae_folder: Path,
     site = monosemy.Site.parse("resid_post.1")
     lm = monosemy.LanguageModel.load(str(tiny_model), [site])
     words = ["<bos>", "the", "one", "that", "was", "not"]
-    from monosemy.lm import load_tokenizer
+    from monosemy.lm_model import load_tokenizer
 
     ids_1L = torch.tensor([load_tokenizer(str(tiny_model)).convert_tokens_to_ids(words)])
     wanted_LF = monosemy.load(sae_folder).encode(lm.activations(ids_1L)[site][0, 1:])

@@ -18,7 +18,9 @@ import torch
 import transformers as hf
 
 from monosemy import assets
-from monosemy.lm import LanguageModel, ModelUnreachable, Site, check_sites, describe, load_tokenizer
+from monosemy.http import ModelUnreachable
+from monosemy.lm_info import Site, check_sites, describe
+from monosemy.lm_model import LanguageModel, load_tokenizer
 
 SMALL = {
     "vocab_size": 97,
@@ -203,7 +205,7 @@ def test_layers_before_the_site_are_not_run(whole: LanguageModel, monkeypatch: p
         assert ran == [0, 1, 2, 3]
         for name, layers in expected.items():
             ran.clear()
-            whole.resume(clean, Site.parse(name), clean.activations[Site.parse(name)])
+            whole.run_from(clean, Site.parse(name), clean.activations[Site.parse(name)])
             assert ran == layers, name
 
 
@@ -211,7 +213,7 @@ def test_a_failing_run_leaves_no_stub_behind(whole: LanguageModel) -> None:
     with torch.inference_mode():
         clean = whole.clean(IDS, whole.sites)
         with pytest.raises(RuntimeError):
-            whole.resume(clean, Site.parse("resid_post.0"), torch.zeros(3, 12, 31))
+            whole.run_from(clean, Site.parse("resid_post.0"), torch.zeros(3, 12, 31))
         assert not any("forward" in layer.__dict__ or layer._forward_hooks for layer in whole.layers)
 
 
@@ -327,7 +329,8 @@ def test_loading_takes_the_memory_of_the_needed_layers_and_one_shard(tmp_path: P
     shard = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     script = """
         import sys
-        from monosemy.lm import LanguageModel, Site
+        from monosemy.lm_info import Site
+        from monosemy.lm_model import LanguageModel
         def peak():
             return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
         LanguageModel.load(sys.argv[2], [Site.parse("resid_post.1")], device="cpu")  # imports and caches
@@ -362,7 +365,7 @@ def run_describe(names: list[str], **environment: str) -> list[str]:
     """What describe says of names, in a process of its own; the last line says which heavy modules it imported."""
     script = """
         import sys
-        from monosemy.lm import Site, check_sites, describe
+        from monosemy.lm_info import Site, check_sites, describe
         for name in sys.argv[1:]:
             try:
                 info = describe(name)

@@ -15,7 +15,8 @@ from benchmarks.alone import LoneTrainer
 from monosemy import evaluation, group, memory, ops
 from monosemy.config import TrainConfig, architecture_names
 from monosemy.group import TrainerGroup
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 from monosemy.memory import lent_bytes, sae_bytes, step_bytes, tensor_bytes
 from monosemy.ops import compiled, entries
 from monosemy.plan import make
@@ -234,7 +235,8 @@ def test_of_a_32b_model_half_is_held_in_training(text_file, tmp_path, monkeypatc
 LOAD = """
 import sys
 import torch
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 from monosemy.memory import high_water
 small, deep, out = sys.argv[1:]
 site, ids = Site("resid_post", 2), torch.arange(3, 19)[None]

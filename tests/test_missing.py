@@ -11,7 +11,8 @@ from monosemy.architectures.standard import Standard
 from monosemy.cli import main
 from monosemy.evaluation import evaluate_on_model
 from monosemy.files import DiskFull
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 from monosemy.missing import Missing
 from monosemy.report import page, plots
 
@@ -132,7 +133,7 @@ def test_a_site_that_cannot_be_spliced_costs_its_losses(run, monkeypatch, caplog
     [
         ("monosemy.latents.nearest", "decoder geometry", "latents.npz"),
         ("monosemy.latents.choose", "latents", "latents.npz"),
-        ("monosemy.lm.LanguageModel.norm_map", "effects on logits", ""),
+        ("monosemy.latents.norm_map", "effects on logits", ""),
         ("monosemy.latents.token_bytes", "text of the report", "eval_text.npz"),
         ("monosemy.report.plots.fvu_against_l0", "plot fvu", "fvu.png"),
         ("monosemy.report.page._library", "interactive plots of the page", ""),
@@ -160,7 +161,7 @@ def test_a_part_that_fails_costs_no_other(run, where, what, absent, monkeypatch,
 
 def test_an_sae_whose_effects_failed_is_made_again_and_says_so_on_its_page(run, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(LanguageModel, "norm_map", raising)
+        broken.setattr(latents, "norm_map", raising)
         assert main(["eval", str(run)]) == 1
     assert "page_promotes" not in latents.arrays.load(run / NAMES[0] / "latents.npz")[0]
     assert main(["eval", str(run)]) == 0

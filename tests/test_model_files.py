@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import monosemy
 from monosemy.cli import main
-from monosemy.lm import LanguageModel, Site, check_weights, describe, load_tokenizer
+from monosemy.latents import norm_map
+from monosemy.lm_info import Site, check_weights, describe
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from tests.test_run import train
 
 SITE = Site("resid_post", 1)
@@ -47,7 +49,7 @@ def test_norm_map_is_the_final_norm_s_though_the_pad_embedding_is_zero(family: s
         norms = [m for n, m in model.named_modules() if n.endswith(("model.norm", "final_layer_norm", "ln_f"))]
         (norm,) = norms
         norm.weight.copy_(torch.randn(24))
-    found = LanguageModel(model, [SITE]).norm_map()
+    found = norm_map(LanguageModel(model, [SITE]))
     gain = norm.weight.detach() + (1 if family.startswith("gemma") else 0)
     centred = family in ("gpt2", "gpt_neox", "cohere")
     wanted = (torch.eye(24) - (1 / 24 if centred else 0)) * gain
@@ -224,7 +226,7 @@ def test_the_language_model_of_one_that_also_sees_is_read_for_text(family: str, 
     lm = LanguageModel.load(str(tmp_path), [SITE], device="cpu", whole=True)
     clean = lm.clean(ids, [SITE])
     assert torch.allclose(lm.logits(clean.hidden_BLD), wanted.logits, atol=1e-5)
-    assert torch.equal(lm.resume(clean, SITE, clean.activations[SITE]), clean.hidden_BLD)
+    assert torch.equal(lm.run_from(clean, SITE, clean.activations[SITE]), clean.hidden_BLD)
 
 
 # --- the commit ---------------------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import torch
 import monosemy
 from monosemy.activations import ActivationStream
 from monosemy.config import architecture_names
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.contexts import ContextStream
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.schedule import Schedule
+from monosemy.sources import Source
 from monosemy.sweep import Sweep
-from monosemy.tokens import ContextStream, Source
 from monosemy.trainer import SAETrainer
 from tests.workers.fitting import B, Batches, D, spec
 

@@ -15,7 +15,8 @@ from monosemy.architectures.batch_top_k import BatchTopK
 from monosemy.architectures.standard import Standard
 from monosemy.cli import main
 from monosemy.evaluation import evaluate_on_model
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 from monosemy.report import of_batches
 
 D, F, N = 12, 40, 5000

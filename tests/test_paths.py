@@ -12,8 +12,9 @@ import pytest
 
 from monosemy import hub
 from monosemy.cli import main
-from monosemy.lm import LanguageModel, Site
-from monosemy.tokens import local_files
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
+from monosemy.sources import local_files
 
 LONG = "x" * 300
 FLAGS = "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --num_tokens 6400 --sae_batch_size 64 --dry_run"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from monosemy import cli, probing
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 
 
 def test_a_text_is_read_at_its_last_token_whatever_is_beside_it(tiny_model, monkeypatch):

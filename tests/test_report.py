@@ -14,7 +14,8 @@ from monosemy import latents, memory
 from monosemy.cli import main
 from monosemy.config import architecture_names
 from monosemy.latents import BEFORE, LOWEST, OCTAVES, SAMPLED, STRONGEST, WINDOW, LatentStats
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.report import page
 from monosemy.sae import architecture
 from tests.made_run import HOSTILE, KINDS, make

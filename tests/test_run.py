@@ -103,7 +103,8 @@ def test_the_reference_s_notebook_finds_its_keys(finished):
 
 
 def test_saes_load_and_learned(finished, tiny_model):
-    from monosemy.lm import LanguageModel, Site
+    from monosemy.lm_info import Site
+    from monosemy.lm_model import LanguageModel
 
     site = Site("resid_post", 2)
     lm = LanguageModel.load(str(tiny_model), [site])

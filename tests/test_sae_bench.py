@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from monosemy.evaluation import SAE_BENCH, evaluate_on_model, sae_bench_results
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 from monosemy.sae import architecture
 
 SITE = Site.parse("resid_post.1")

@@ -79,7 +79,7 @@ def test_canaries_are_in_nothing_that_a_run_writes_or_prints(tiny_model, text_fi
     assert code == 2 and "cannot reach" in said
     printed.append(said)
 
-    # a run that fails with a traceback, in the trainer and in the process that reads ahead
+    # a run that fails with a traceback
     failing = "import os, sys\nfrom monosemy import plan\ndef make(config): raise RuntimeError(str(dict(os.environ)))\nplan.make = make\n"
     failing += "from monosemy.cli import main\nsys.exit(main(sys.argv[1:]))"
     code, said = monosemy("train", "--save_dir", str(tmp_path / "no"), *base, code=failing)

@@ -8,10 +8,12 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from monosemy.cli import main
-from monosemy.tokens import ContextStream, Source, StreamBroken
-from tests import test_tokens
+from monosemy.contexts import ContextStream
+from monosemy.http import StreamBroken
+from monosemy.sources import Source
+from tests import test_contexts
 from tests.conftest import write_text
-from tests.test_tokens import HubHandler, hub, prose, same, tokenizer, write  # noqa: F401 (fixtures)
+from tests.test_contexts import HubHandler, hub, prose, same, tokenizer, write  # noqa: F401 (fixtures)
 
 DOCUMENTS = [f"{i} {prose(10 + i % 30, i)}" for i in range(80)]
 PAUSES = (0.01,) * 2
@@ -48,34 +50,42 @@ def texts(hub):  # noqa: F811
     return lambda kind: hub(kind, DOCUMENTS, FaultyHandler)
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize(("kind", "prefetch"), [(".jsonl", False), (".jsonl.zst", False), (".parquet", False), (".jsonl", True)])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", [503, 429, "drop", "stall"])
-def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(tokenizer, texts, kind, place, fault, caplog):  # noqa: F811
+def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
+    tokenizer,  # noqa: F811
+    texts,
+    kind,
+    prefetch,
+    place,
+    fault,
+    caplog,
+):
     server = texts(kind)
     server.where, server.kind, server.left = PLACES[place], fault, 2
     source = Source("me/texts", retry_seconds=PAUSES)
-    expected = test_tokens.drain(ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 64))
-    stream = ContextStream([source], tokenizer, 64)
-    assert same(test_tokens.drain(stream), expected) and server.left == 0
+    expected = test_contexts.drain(ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 64))
+    stream = ContextStream([source], tokenizer, 64, prefetch=prefetch)
+    assert same(test_contexts.drain(stream), expected) and server.left == 0
     assert "me/texts " in caplog.text and "trying again" in caplog.text
 
     HfFileSystem.clear_instance_cache()
     server.left, contexts, state = 10**6, [], None
     with pytest.raises(StreamBroken, match="2 attempts to go on have failed.*what was read so far is not lost"):
-        stream = ContextStream([source], tokenizer, 64)
+        stream = ContextStream([source], tokenizer, 64, prefetch=prefetch)
         while True:
-            state = json.dumps(stream.state())
+            state = json.dumps(stream.state_dict())
             contexts += stream.next(1).tolist()
     server.left = 0
-    again = ContextStream([source], tokenizer, 64)
+    again = ContextStream([source], tokenizer, 64, prefetch=prefetch)
     if state is not None:
-        again.restore(json.loads(state))
-    assert same(contexts + test_tokens.drain(again), expected)
+        again.load_state_dict(json.loads(state))
+    assert same(contexts + test_contexts.drain(again), expected)
 
 
 def test_a_run_whose_hub_stays_away_stops_with_75_and_goes_on_to_the_same_weights(hub, tiny_model, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("monosemy.tokens.READ_AHEAD", 1)  # or so short a text would be read whole before the first step
+    monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 1)  # or so short a text would be read whole before the first step
     HfFileSystem.clear_instance_cache()
     documents = [json.loads(line)["text"] for line in write_text(tmp_path / "all.jsonl", documents=120).read_text().splitlines()]
     server = hub(".jsonl", documents, FaultyHandler)

@@ -12,12 +12,14 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.codes import Codes as Codes
     from monosemy.codes import Preactivations as Preactivations
     from monosemy.config import TrainConfig as TrainConfig
+    from monosemy.contexts import ContextStream as ContextStream
+    from monosemy.contexts import to_tokens as to_tokens
     from monosemy.evaluation import evaluate as evaluate
     from monosemy.evaluation import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
-    from monosemy.lm import LanguageModel as LanguageModel
-    from monosemy.lm import Site as Site
-    from monosemy.lm import load_tokenizer as load_tokenizer
+    from monosemy.lm_info import Site as Site
+    from monosemy.lm_model import LanguageModel as LanguageModel
+    from monosemy.lm_model import load_tokenizer as load_tokenizer
     from monosemy.loop import Fitted as Fitted
     from monosemy.loop import fit as fit
     from monosemy.pretrained import list_saes as list_saes
@@ -29,24 +31,22 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.sae import architecture as architecture
     from monosemy.sae import register as register
     from monosemy.sae import reset_relu as reset_relu
-    from monosemy.tokens import ContextStream as ContextStream
-    from monosemy.tokens import Source as Source
-    from monosemy.tokens import to_tokens as to_tokens
+    from monosemy.sources import Source as Source
     from monosemy.trainer import SAESpec as SAESpec
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no torch
 _HOME = {
     "ActivationStream": "activations",
     "Codes": "codes",
-    "ContextStream": "tokens",
+    "ContextStream": "contexts",
     "Fitted": "loop",
-    "LanguageModel": "lm",
+    "LanguageModel": "lm_model",
     "Preactivations": "codes",
     "StepContext": "sae",
     "SAE": "sae",
     "SAESpec": "trainer",
-    "Site": "lm",
-    "Source": "tokens",
+    "Site": "lm_info",
+    "Source": "sources",
     "TrainConfig": "config",
     "architecture": "sae",
     "evaluate": "evaluation",
@@ -54,11 +54,11 @@ _HOME = {
     "fit": "loop",
     "list_saes": "pretrained",
     "load": "pretrained",
-    "load_tokenizer": "lm",
+    "load_tokenizer": "lm_model",
     "register": "sae",
     "reset_relu": "sae",
     "save": "formats",
-    "to_tokens": "tokens",
+    "to_tokens": "contexts",
     "train": "run",
     "write_report": "report.of_batches",
 }

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from monosemy.config import invalid
-from monosemy.lm import LanguageModel, Site
+from monosemy.contexts import ContextStream, StreamEnded
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel
 from monosemy.rng import generator
-from monosemy.tokens import ContextStream, StreamEnded
 
 SERVED = 0.98  # of the rows that the rules on tokens leave; the rest covers what sites drop by themselves
 
@@ -82,7 +83,7 @@ class ActivationStream:
         self._place = {site: torch.arange(self._slots) for site in self.sites}  # slots for the rows of the block being read, in their order
         self._order: dict[Site, Tensor] = {}  # slots of the block being served, in the order of serving
         self._scale: dict[Site, Tensor] = {}  # the norm factors, [1]
-        self._begin(_Block(-1, contexts.state(), 0))  # nothing is served yet
+        self._begin(_Block(-1, contexts.state_dict(), 0))  # nothing is served yet
 
     def next(self) -> dict[Site, Tensor]:
         """The batch of the next step. Raises StreamEnded when a source ran dry and all that it gave has been served.
@@ -104,8 +105,8 @@ class ActivationStream:
         """How wide a site's activations are. They need not have been read: a state at a block's end is restored without a forward."""
         return self.lm.d_in(site)
 
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on with the next batch: JSON, with no activations in it."""
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on with the next batch: JSON, with no activations in it."""
         return {
             "block": self._block.number,
             "next": self._next,
@@ -115,9 +116,9 @@ class ActivationStream:
             "norm_limit": {str(s): v for s, v in self.norm_limit.items()},
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state: one block is read again. What had been read of the next follows with the batches after the first."""
-        self.contexts.restore(state["contexts"])
+        self.contexts.load_state_dict(state["contexts"])
         self.norm_factor = {s: state["norm_factor"][str(s)] for s in self.sites if str(s) in state["norm_factor"]}
         self.norm_limit = {s: state["norm_limit"][str(s)] for s in self.sites if str(s) in state["norm_limit"]}
         self._begin(_Block(-1, state["contexts"], 0))
@@ -140,7 +141,7 @@ class ActivationStream:
         self._block: _Block = block
         self._batches: int = self._batches_of(block)
         self._next = self._first = 0  # the next batch, and the first one since this block was read
-        self._coming: _Block = _Block(block.number + 1, self.contexts.state(), self.contexts_per_block // self.contexts_per_forward)
+        self._coming: _Block = _Block(block.number + 1, self.contexts.state_dict(), self.contexts_per_block // self.contexts_per_forward)
         self.text_counts = self.contexts.counts
 
     def _batches_of(self, block: _Block) -> int:

@@ -15,7 +15,8 @@ from monosemy import formats
 from monosemy.config import EvalOptions, TrainConfig, invalid
 from monosemy.evaluation import Row, evaluate_on_model, table
 from monosemy.files import write_text
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.plan import of_evaluation
 from monosemy.pretrained import Resolved, resolve
 from monosemy.results import context_stream, held_out_contexts
@@ -153,7 +154,7 @@ def _info(sae: SAE, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _norm_limits(runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float) -> dict[Site, float | None]:
-    """The runs' limits; for other sites the same multiple of the median norm in some contexts, their openings left out."""
+    """The runs' limits; for other sites the same multiple of the median norm in some contexts, their BOS tokens left out."""
     limits: dict[Site, float | None] = {}
     if multiple:
         found = lm.activations(contexts_CL.to(lm.device))

@@ -167,7 +167,7 @@ class TrainConfig:
     system_prompt_removal_freq: float = 0.9
     """Share of the conversations that contain it from which it is taken out."""
     context_length: int | None = None
-    """Tokens of a context, its opening token included. The model's preset, or 1024, where nothing is given."""
+    """Tokens of a context, its BOS token included. The model's preset, or 1024, where nothing is given."""
     held_out_fraction: float = 0.02
     """Share of the documents, by a hash of their text, that is kept for evaluation and never trained on."""
     data_seed: int = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from monosemy.config import TrainConfig
-from monosemy.lm import ModelInfo, Site
+from monosemy.lm_info import ModelInfo, Site
 from monosemy.memory import architecture_kind
 
 # Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and 80 are 0.06 apart; with 200, +-0.003.

@@ -22,11 +22,12 @@ from torch import Tensor
 from monosemy import rng
 from monosemy.config import invalid
 from monosemy.latents import ALWAYS, DENSE, LatentStats, geometry
-from monosemy.lm import CleanRun, LanguageModel, Site
+from monosemy.lm_info import Site
 from monosemy.missing import Missing
 from monosemy.progress import Progress
 
 if TYPE_CHECKING:
+    from monosemy.lm_model import CleanRun, LanguageModel
     from monosemy.sae import SAE
 
 Row = dict[str, Any]
@@ -343,7 +344,7 @@ class _Runs:
 
     def resume(self, site: Site, replacement_GLD: Tensor) -> Tensor:
         parts = zip(self.cleans, replacement_GLD.split(self.batch_size), strict=True)
-        return torch.cat([self.lm.resume(clean, site, part_BLD) for clean, part_BLD in parts])
+        return torch.cat([self.lm.run_from(clean, site, part_BLD) for clean, part_BLD in parts])
 
 
 def _check_splicing(lm: LanguageModel, ids_1L: Tensor, site: Site, contexts: int) -> None:
@@ -352,7 +353,7 @@ def _check_splicing(lm: LanguageModel, ids_1L: Tensor, site: Site, contexts: int
     if lm.model.get_output_embeddings() is None:
         raise invalid("splice_contexts", contexts, "0 for a model without its head", "load the model with whole=True")
     clean = lm.clean(ids_1L, [site])
-    again_1LD = lm.resume(clean, site, clean.activations[site])
+    again_1LD = lm.run_from(clean, site, clean.activations[site])
     if (again_1LD - clean.hidden_BLD).abs().max() > 1e-3 * clean.hidden_BLD.abs().max():
         allowed = "one from which this model can be resumed: its layers share more than the hidden state"
         raise invalid("site", str(site), allowed, "evaluate with splice_contexts=0")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from monosemy import formats
 from monosemy.files import atomic_path
 from monosemy.formats import dictionary_learning
-from monosemy.lm import Site
+from monosemy.lm_info import Site
 from monosemy.plan import Plan
 from monosemy.run_folder import versions
 from monosemy.sae import SAE

@@ -23,6 +23,13 @@ LOCK = ".lock"  # the file in a folder that says whose it is
 FULL = 1 << 16  # bytes free, below which a library that failed without saying why has met a full disk
 
 
+def cache_folder() -> Path:
+    """Return where what is built once is kept: `MONOSEMY_CACHE`, else `monosemy` in the user's cache folder."""
+    if chosen := os.environ.get("MONOSEMY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "monosemy"
+
+
 class DiskFull(TryAgain):
     """There is no room for a file. What was there before is whole."""
 

@@ -14,13 +14,14 @@ import random
 import re
 import shlex
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # its own names are looked up when they are used: importing it costs little
+
+from monosemy.http import causes, limit_waits, retry, retry_after, status_of
 from monosemy.redact import without_secrets
-from monosemy.tokens import limit_waits
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,6 @@ def upload(folder: str | Path, repo_id: str, *, run_folder: str | Path | None = 
 
     Returns the address of the commit. Raises `UploadFailed`.
     """
-    from huggingface_hub import HfApi  # slow to import, and only needed here
-
     folder = Path(folder)
     root = folder if run_folder is None else Path(run_folder)
     if not folder.is_dir():
@@ -95,7 +94,7 @@ def upload(folder: str | Path, repo_id: str, *, run_folder: str | Path | None = 
     _refuse_links(folder, root, repo_id)
 
     def once() -> str:
-        api = HfApi()
+        api = huggingface_hub.HfApi()
         api.create_repo(repo_id, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -115,10 +114,9 @@ def upload_saved(folder: Path, repo_id: str, card: str, message: str, *, private
 
     The repository is made if there is none. What may pass is tried again after each of `waits`. Raises `UploadFailed`.
     """
-    from huggingface_hub import HfApi
 
     def once() -> str:
-        api = HfApi()
+        api = huggingface_hub.HfApi()
         api.create_repo(repo_id, exist_ok=True, private=private)
         if not api.file_exists(repo_id, "README.md"):
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -132,22 +130,24 @@ def upload_saved(folder: Path, repo_id: str, card: str, message: str, *, private
 def _tried(once: Callable[[], str], repo_id: str, said: Callable[[str], str], waits: Sequence[float]) -> str:
     """Do something with the hub, again after each of `waits` where what failed may pass. Raises `UploadFailed` with what is said of it."""
     jitter = random.Random()  # its own, because the global generator belongs to the caller
-    for wait in (*waits, None):
-        try:
-            limit_waits(SILENCE)
-            return once()
-        except Exception as error:  # the hub library lets through those of its HTTP client, whichever that is; none is hidden
-            if wait is None or not _may_pass(error):
-                raise UploadFailed(said(_reason(error)), may_pass=_may_pass(error)) from error
-            wait = max(wait * jitter.uniform(0.5, 1.5), min(_retry_after(error), LONGEST_WAIT))
-            log.info("Upload to %s: %s; next try in %.0f s", repo_id, _reason(error), wait)
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+
+    def attempt() -> str:
+        limit_waits(SILENCE)
+        return once()
+
+    def on_error(error: Exception, wait: float | None) -> float:
+        if wait is None or not _may_pass(error):
+            raise UploadFailed(said(_reason(error)), may_pass=_may_pass(error)) from error
+        wait = max(wait * jitter.uniform(0.5, 1.5), min(retry_after(error), LONGEST_WAIT))
+        log.info("Upload to %s: %s; next try in %.0f s", repo_id, _reason(error), wait)
+        return wait
+
+    return retry(attempt, waits, on_error)
 
 
 def _refuse_links(folder: Path, root: Path, repo_id: str) -> None:
     """Raises `UploadFailed` if a file that would be uploaded, or written, lies elsewhere."""
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # which imports all of the hub's library
 
     links = (path for path in folder.rglob("*") if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()))
     names = (path.relative_to(folder).as_posix() for path in links)
@@ -204,25 +204,6 @@ def _failure(run_folder: Path, repo_id: str, reason: str, may_pass: bool = False
     return UploadFailed(said, may_pass=may_pass)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what caused it, and so on to the root."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def answer_to(error: BaseException) -> Any:
-    """Return the HTTP response behind an error, None if the hub did not answer."""
-    answers = (getattr(cause, "response", None) for cause in causes(error))
-    return next((answer for answer in answers if answer is not None), None)
-
-
-def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error, None if the hub did not answer."""
-    answer = answer_to(error)
-    return None if answer is None else int(answer.status_code)
-
-
 def _may_pass(error: Exception) -> bool:
     """Whether the same upload may work in a while."""
     status = status_of(error)
@@ -239,15 +220,6 @@ def _reason(error: Exception) -> str:
     if status is None:
         return without_secrets(f"{type(error).__name__}: {error}").rstrip(". ")
     return f"{REFUSALS.get(status, 'the hub answered with an error')} (HTTP {status})"
-
-
-def _retry_after(error: Exception) -> float:
-    """Seconds that the hub asks to wait, 0 if it does not say."""
-    for cause in causes(error):
-        value = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
-        if value.isdecimal():
-            return float(value)
-    return 0.0
 
 
 # The model card

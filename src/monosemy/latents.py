@@ -16,14 +16,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from monosemy import arrays, rng
-from monosemy.lm import LanguageModel, Site
+from monosemy.lm_info import Site
+
+if TYPE_CHECKING:
+    from monosemy.lm_model import LanguageModel
 
 BEFORE, AFTER = 28, 11  # tokens of a window around its peak
 WINDOW = BEFORE + 1 + AFTER
@@ -260,6 +263,27 @@ def geometry(sae: Any) -> Geometry:
     return Geometry(*nearest(sae.W_dec), encoder_decoder(sae))
 
 
+def norm_map(lm: LanguageModel) -> Tensor:
+    """Return the linear part [D, D] of the model's final norm, up to the number by which it divides.
+
+    That is gain and centering, whatever the norm's kind: the norm's odd part on each unit vector; the identity where a
+    model has no final norm. The norm is the module after the last layer whose output is the final state: one before them
+    is not taken for it, though a zero embedding may give an equal output.
+    """
+    decoder, layers = lm.decoder, lm.layers
+    parts = [child for child in decoder.children() if child is not layers and any(True for _ in child.parameters())]
+    calls = lm.probe([*parts, layers[-1], decoder])
+    final = calls[-1].output.last_hidden_state
+    unit_DD = torch.eye(final.shape[-1], device=final.device)
+    after = next(i for i, call in enumerate(calls) if call.module is layers[-1]) + 1
+    equal = (call.module for call in calls[after:-1] if torch.equal(call.tensor.flatten(), final.flatten()))
+    if (norm := next(equal, None)) is None:
+        return unit_DD
+    far_DD = (1e3 * unit_DD).to(final.dtype)
+    with torch.no_grad():
+        return (norm(far_DD).float() - norm(-far_DD).float()) / 2
+
+
 @torch.inference_mode()
 def logit_effects(W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What decoder rows add to the logits directly, through the final norm and the unembedding, in standard deviations over the vocabulary.
@@ -269,7 +293,7 @@ def logit_effects(W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: 
     """
     W_VD = lm.model.get_output_embeddings().weight.float()
     found: list[tuple[Tensor, ...]] = []
-    for rows_PD in _pieces(W_dec_PD.float() @ lm.norm_map(), len(W_VD)):
+    for rows_PD in _pieces(W_dec_PD.float() @ norm_map(lm), len(W_VD)):
         effect_PV = rows_PD @ W_VD.T
         effect_PV -= effect_PV.mean(1, keepdim=True)  # softmax does not see what all logits share
         spread_P1 = torch.linalg.vector_norm(effect_PV, dim=1, keepdim=True) / len(W_VD) ** 0.5

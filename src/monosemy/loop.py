@@ -20,9 +20,9 @@ from torch import Tensor
 
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import EndOfData, TryAgain, invalid
+from monosemy.devices import checked_device
 from monosemy.files import exclusive_lock
 from monosemy.interrupts import Interrupts
-from monosemy.lm import checked_device
 from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE

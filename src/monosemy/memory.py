@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from monosemy.config import TrainConfig
-from monosemy.lm import ModelInfo, Site
+from monosemy.lm_info import ModelInfo, Site
 
 MIB = 2**20
 LIBRARIES = {"cpu": 610 * MIB, "cuda": 64 * MIB}  # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS

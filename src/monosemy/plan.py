@@ -16,12 +16,12 @@ from typing import Any
 from monosemy.config import DECLARED_SWEEPS, SWEPT_BY, TrainConfig, architecture_names, invalid, path_of
 from monosemy.cost import contexts_of_evaluation
 from monosemy.files import LOCK
-from monosemy.lm import ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.lm_info import ModelInfo, Site, check_sites, check_weights, describe
 from monosemy.memory import Estimate, estimate
 from monosemy.recipe import RECIPES
 from monosemy.redact import without_secrets
 from monosemy.schedule import Schedule
-from monosemy.tokens import check_sources
+from monosemy.sources import check_sources
 
 # contexts of a forward pass, context length, type on a GPU: dictionary_learning's for its models
 PRESETS = {
@@ -238,7 +238,7 @@ def _check_values(c: TrainConfig) -> None:
             "lower k or widen the SAEs",
         )
     if c.context_length is not None and c.context_length < 2:
-        raise invalid("context_length", c.context_length, "2 or more: an opening token and one of text", "raise it")
+        raise invalid("context_length", c.context_length, "2 or more: a BOS token and one of text", "raise it")
     for field, value, low, high in (
         ("pretrain_frac", c.pretrain_frac, 0, 1),
         ("system_prompt_removal_freq", c.system_prompt_removal_freq, 0, 1),

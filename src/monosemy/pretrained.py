@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from monosemy.config import invalid, path_of
 from monosemy.files import room_for
-from monosemy.hub import answer_to, causes, status_of
+from monosemy.http import answer_to, causes, status_of
 from monosemy.redact import without_secrets
 from monosemy.releases import repository, sae_of
 

@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 from monosemy import formats
 from monosemy.config import TrainConfig, invalid
+from monosemy.contexts import bos_id
 from monosemy.evaluation import Row, dictionary_learning_results
 from monosemy.files import write_json, write_text
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.missing import Missing
 from monosemy.plan import replan
 from monosemy.report import page
 from monosemy.sae import SAE
-from monosemy.tokens import opening_id
 
 log = logging.getLogger(__name__)
 
@@ -107,15 +108,15 @@ def probe(
 
 def _last_tokens(lm: LanguageModel, sites: Sequence[Site], tokenizer: Any, texts: Sequence[str], batch_size: int) -> dict[Site, Tensor]:
     """The activations [T, D] of each text's last token, float32 on the CPU. Causal attention: what is after it in a batch is not seen."""
-    opening = opening_id(tokenizer)
+    bos = bos_id(tokenizer)
     kept = min(LENGTH, getattr(lm.config, "max_position_embeddings", LENGTH)) - 1
-    ids = [[opening, *tokenizer(text, add_special_tokens=False)["input_ids"][-kept:]] for text in texts]
+    ids = [[bos, *tokenizer(text, add_special_tokens=False)["input_ids"][-kept:]] for text in texts]
     found = {site: torch.empty(len(texts), lm.d_in(site)) for site in sites}
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         L = max(len(ids[i]) for i in batch)
-        ids_BL = torch.tensor([ids[i] + [opening] * (L - len(ids[i])) for i in batch])
+        ids_BL = torch.tensor([ids[i] + [bos] * (L - len(ids[i])) for i in batch])
         last_B = torch.tensor([len(ids[i]) - 1 for i in batch])
         for site, x_BLD in lm.activations(ids_BL.to(lm.device)).items():
             found[site][batch] = x_BLD.float().cpu()[torch.arange(len(batch)), last_B]

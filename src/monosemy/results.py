@@ -21,18 +21,20 @@ from torch import Tensor
 
 from monosemy import __version__, arrays, formats, latents
 from monosemy.config import TrainConfig, invalid
+from monosemy.contexts import ContextStream, StreamEnded
 from monosemy.cost import MOST
 from monosemy.evaluation import ROWS, Row, dictionary_learning_results, evaluate_on_model
 from monosemy.files import write_json, write_text
 from monosemy.formats.untrusted import sha256
-from monosemy.lm import LanguageModel, Site, load_tokenizer
+from monosemy.lm_info import Site
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.missing import ERRORS, Missing
 from monosemy.plan import Plan
 from monosemy.progress import Progress
 from monosemy.report import page, plots
 from monosemy.run_folder import Run
 from monosemy.sae import SAE
-from monosemy.tokens import ContextStream, StreamEnded, sources_of
+from monosemy.sources import sources_of
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def status_with(status: tuple[str, str], missing: Missing) -> tuple[str, str]:
     return ("failed" if state == "failed" else "incomplete"), "; ".join(said for said in (reason, f"missing: {missing}") if said)
 
 
-def context_stream(plan: Plan, tokenizer: Any, split: Any, workers: int = 0) -> ContextStream:
+def context_stream(plan: Plan, tokenizer: Any, split: Any, prefetch: bool = False) -> ContextStream:
     """A plan's text, of documents to train on ("train") or of those kept for evaluation ("held_out")."""
     c = plan.config
     return ContextStream(
@@ -78,7 +80,7 @@ def context_stream(plan: Plan, tokenizer: Any, split: Any, workers: int = 0) -> 
         held_out_fraction=c.held_out_fraction,
         system_prompt_to_remove=c.system_prompt_to_remove,
         system_prompt_removal_freq=c.system_prompt_removal_freq,
-        workers=workers,
+        prefetch=prefetch,
         vocab_size=plan.model.vocab_size,
     )
 

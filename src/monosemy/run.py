@@ -22,10 +22,11 @@ from monosemy import export, formats, results
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
 from monosemy.config import EvalOptions, TrainConfig, invalid
+from monosemy.contexts import ContextStream, StreamEnded
 from monosemy.evaluation import table
 from monosemy.files import exclusive_lock, room_for, sync, write_text
 from monosemy.interrupts import Interrupts
-from monosemy.lm import LanguageModel, load_tokenizer
+from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.loop import TrainingLoop
 from monosemy.memory import tensor_bytes
 from monosemy.missing import Missing
@@ -37,7 +38,6 @@ from monosemy.results import ENDED, context_stream
 from monosemy.run_folder import Run, peak_memory
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
-from monosemy.tokens import ContextStream, StreamEnded
 from monosemy.trainer import SAETrainer
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str
 def train_saes(run: Run, store: Checkpoints, interrupts: Interrupts, init_from: SAE | None) -> tuple[str, str]:
     """Train all SAEs of a run, from its newest checkpoint where there is one, and save them. Returns status and reason."""
     c, plan = run.config, run.plan
-    # on a GPU the text is read ahead by a process of its own; on a CPU every core is busy anyway
-    text = context_stream(plan, load_tokenizer(plan.model), "train", workers=2 if plan.gpu else 0)
+    # on a CPU every core is busy anyway
+    text = context_stream(plan, load_tokenizer(plan.model), "train", prefetch=plan.gpu)
     lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
     with TrainingProgress(plan) as progress:
         started, checkpoint = time.monotonic(), store.newest()
@@ -100,7 +100,7 @@ def train_saes(run: Run, store: Checkpoints, interrupts: Interrupts, init_from: 
         first = None if checkpoint else _first_batch(c, stream)
         if checkpoint:
             log.info("going on from %s", checkpoint.folder)
-            stream.restore(checkpoint.state["stream"])
+            stream.load_state_dict(checkpoint.state["stream"])
         sweep = Sweep(_trainers(plan, stream, init_from))
         run.open(sweep.trainers, {"model": _model_facts(plan, lm), **_norms(stream)}, checkpoint)
         training = _Training(run, sweep, stream, store, progress, started, checkpoint, first)
@@ -153,7 +153,7 @@ class _Training:
         """Return what a checkpoint holds beside the sweep."""
         metrics = self.run.folder / "metrics.jsonl"
         sync(metrics)
-        return {"stream": self.stream.state(), "metrics_bytes": metrics.stat().st_size, "seconds": self.seconds}
+        return {"stream": self.stream.state_dict(), "metrics_bytes": metrics.stat().st_size, "seconds": self.seconds}
 
     def before_step(self, step: int) -> None:
         self.progress.step(step)

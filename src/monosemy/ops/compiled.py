@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monosemy.files import cache_folder
 from monosemy.ops.entries import Entries, Estimate, Selection
 from monosemy.ops.torch import Constraint
 
@@ -60,7 +61,7 @@ def _built() -> Path:
     # the macros that a compiler defines tell its version and what it knows of this processor
     macros = subprocess.run([*compiler, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True).stdout
     key = _digest("\0".join([SOURCE.read_text(), *compiler, *arguments, macros]).encode())
-    folder = Path(os.environ.get("MONOSEMY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "monosemy").expanduser()
+    folder = cache_folder()
     for path in folder.glob(f"kernels-{key}-*.so"):
         if path.stem.endswith(_digest(path.read_bytes())):
             return path

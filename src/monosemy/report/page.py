@@ -25,9 +25,8 @@ import numpy as np
 from markupsafe import Markup
 
 from monosemy import arrays
-from monosemy.assets import cache_folder
 from monosemy.config import invalid
-from monosemy.files import DiskFull, write_bytes, write_text
+from monosemy.files import DiskFull, cache_folder, write_bytes, write_text
 from monosemy.missing import Missing
 from monosemy.report import plots
 from monosemy.report.plots import Row

