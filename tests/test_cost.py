@@ -8,7 +8,7 @@ import pytest
 from monosemy import cost
 from monosemy.cli import main
 from monosemy.config import TrainConfig
-from monosemy.plan import make
+from monosemy.plan import Plan
 
 TWO_SAES = TrainConfig(
     save_dir="saes",
@@ -26,7 +26,7 @@ TWO_SAES = TrainConfig(
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda **changes: make(dataclasses.replace(TWO_SAES, **changes))
+    return lambda **changes: Plan.from_config(dataclasses.replace(TWO_SAES, **changes))
 
 
 def contexts(plan):
@@ -54,9 +54,9 @@ def test_between_them_evaluation_takes_about_as_much_as_training(plan):
             continue
         inside += 1
         spliced = min(n, c.eval_spliced_inputs or n)
-        whole, read = (cost.evaluation(c, made.model, made.sites, spliced=s) for s in (True, False))
-        taken = c.context_length * (spliced * whole + (n - spliced) * read) + cost.pages(c, made.model, made.sites)
-        assert taken == pytest.approx(cost.SHARE * cost.training(c, made.model, made.sites), rel=0.05), changes
+        whole, read = (cost.evaluation(c, made.model, made.sites, made.grid, spliced=s) for s in (True, False))
+        taken = c.context_length * (spliced * whole + (n - spliced) * read) + cost.pages(c, made.model, made.sites, made.grid)
+        assert taken == pytest.approx(cost.SHARE * cost.training(c, made.model, made.sites, made.grid), rel=0.05), changes
     assert inside >= 2
 
 
@@ -68,11 +68,11 @@ def test_what_is_named_is_taken_and_no_clock_is_read(plan, monkeypatch):
 
 def test_more_saes_and_later_layers_weigh_as_they_cost(plan):
     one, made = plan(), plan(target_l0s=(40, 80, 160, 320))
-    per_token = [cost.evaluation(p.config, p.model, p.sites) for p in (one, made)]
+    per_token = [cost.evaluation(p.config, p.model, p.sites, p.grid) for p in (one, made)]
     assert 1.5 < per_token[1] / per_token[0] < 2
     late = plan(layers=(28,))
-    assert cost.evaluation(late.config, late.model, late.sites) < 0.6 * per_token[0]
-    assert cost.training(late.config, late.model, late.sites) > cost.training(one.config, one.model, one.sites)
+    assert cost.evaluation(late.config, late.model, late.sites, late.grid) < 0.6 * per_token[0]
+    assert cost.training(late.config, late.model, late.sites, late.grid) > cost.training(one.config, one.model, one.sites, one.grid)
 
 
 def test_the_number_is_told_recorded_and_kept(tiny_model, text_file, tmp_path, capsys):

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from benchmarks.alone import LoneTrainer
-from monosemy import evaluation, group, memory, ops
+from monosemy import memory, ops
 from monosemy.config import TrainConfig, architecture_names
 from monosemy.group import TrainerGroup
 from monosemy.lm_info import Site
 from monosemy.lm_model import LanguageModel
-from monosemy.memory import lent_bytes, sae_bytes, step_bytes, tensor_bytes
+from monosemy.memory import sae_bytes, step_bytes, tensor_bytes, workspace_bytes
 from monosemy.ops import compiled, entries
-from monosemy.plan import make
+from monosemy.plan import Plan
 from monosemy.recipe import MONOSEMY
+from monosemy.sae import architecture
 from monosemy.schedule import Schedule
 from monosemy.trainer import SAESpec, SAETrainer
 
@@ -55,7 +56,8 @@ def wide_model(tiny_model, tmp_path_factory):
 def test_an_sae_takes_what_was_said(name, bf16):
     """Every storage that a member reaches after two steps in each layout, itself and through its group, but for the arrays that all share."""
     D, F, B = 64, 512, 128
-    settings = {"k": 8} if memory.KINDS.get(name) and memory.KINDS[name].modes == 2 else {}
+    kind = architecture(name)
+    settings = {"k": 8} if kind.memory.modes == 2 else {}
     scratch = ops.Workspace()
     member = LoneTrainer(
         "", SAESpec(name, F, 1e-3, 0, settings), D, Schedule.of_run(1000, B, recipe=MONOSEMY), bf16=bf16, workspace=scratch
@@ -64,9 +66,9 @@ def test_an_sae_takes_what_was_said(name, bf16):
         member.sparse |= step > 1
         member.use_estimate |= step > 1
         member.step(torch.randn(B, D, generator=torch.Generator().manual_seed(step)), step)
-    assert abs(tensor_bytes(member.group, apart=[scratch]) - sae_bytes(name, D, F, bf16=bf16)) <= 64
+    assert abs(tensor_bytes(member.group, apart=[scratch]) - sae_bytes(kind.memory, D, F, bf16=bf16)) <= 64
     if compiled.available():
-        assert tensor_bytes(scratch) == lent_bytes(name, B, D, F, bf16=bf16)
+        assert tensor_bytes(scratch) == workspace_bytes(kind.memory, B, D, F, bf16=bf16)
 
 
 def most_allocated(job):
@@ -87,13 +89,14 @@ def test_a_step_takes_what_was_said(name, bf16):
     """Its gradients and arrays, those that are kept for the next SAE included; for the TopK kinds with latents that are dead."""
     D, F, B, k = 64, 4096, 512, 16
     scratch, schedule = ops.Workspace(), Schedule.of_run(1000, B, recipe=MONOSEMY, dead_feature_threshold=10**8)
-    spec = SAESpec(name, F, 1e-3, 0, {"k": k} if memory.KINDS.get(name) and memory.KINDS[name].modes == 2 else {})
+    kind = architecture(name)
+    spec = SAESpec(name, F, 1e-3, 0, {"k": k} if kind.memory.modes == 2 else {})
     member = LoneTrainer("", spec, D, schedule, bf16=bf16, workspace=scratch)
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(0)) / D**0.5
     member.step(x_BD, 0)
     member.since_fired_F.fill_(10**9)
     taken = most_allocated(lambda: member.step(x_BD, 1))
-    said = lent_bytes(name, B, D, F, k=k, bf16=bf16) + step_bytes(name, B, D, F, k=k, bf16=bf16)
+    said = workspace_bytes(kind.memory, B, D, F, k=k, bf16=bf16) + step_bytes(kind.memory, B, D, F, k=k, bf16=bf16)
     assert said == pytest.approx(tensor_bytes(scratch) + taken, rel=0.15)
 
 
@@ -102,7 +105,7 @@ def test_members_of_a_stack_are_counted_once():
     members = [SAETrainer(str(s), spec, 32, Schedule.of_run(1000, 64, recipe=MONOSEMY)) for s, spec in enumerate(specs)]
     together = TrainerGroup(members)
     together.step({member.name: torch.randn(64, 32) for member in members}, 0)
-    assert abs(tensor_bytes(together) - 3 * sae_bytes("top_k", 32, 256)) <= 3 * 64
+    assert abs(tensor_bytes(together) - 3 * sae_bytes(architecture("top_k").memory, 32, 256)) <= 3 * 64
 
 
 def test_bytes_of_tensors_are_of_whole_storages():
@@ -113,9 +116,11 @@ def test_bytes_of_tensors_are_of_whole_storages():
 
 
 def test_limits_are_those_of_the_places_that_keep_them():
-    assert (group.GRADIENTS_AT_ONCE, entries.IN_CACHE) == (memory.GRADIENTS_AT_ONCE, memory.IN_CACHE)
-    assert (evaluation.SELECTION_TOKENS, evaluation.HEAD_ELEMENTS) == (memory.GROUP_TOKENS, memory.HEAD_ELEMENTS)
-    assert memory.KINDS.keys() <= set(architecture_names())
+    assert entries.IN_CACHE == memory.IN_CACHE
+    for name in architecture_names():
+        kind = architecture(name)
+        assert kind.memory.modes == len(kind.modes) and kind.memory.moments == (2 if kind.betas[0] else 1)
+        assert (kind.memory.dense_arrays == 0) == kind.always_sparse
 
 
 # --- whole runs, each in a process of its own ---------------------------------------------------------------------------------
@@ -198,11 +203,11 @@ def test_a_dry_run_tells_it(wide_model, text_file, tmp_path):
     c = TrainConfig(
         save_dir=str(tmp_path / "run"), model_name=str(wide_model), layers=(0,), dataset=str(text_file), architectures=("top_k", "gated")
     )
-    plan = make(c)
+    plan = Plan.from_config(c)
     lines = plan.describe().splitlines()
     for name in c.architectures:
         for width in c.dictionary_widths:
-            bytes_of = sae_bytes(name, 576, width, bf16=plan.config.precision == "bf16")
+            bytes_of = sae_bytes(architecture(name).memory, 576, width, bf16=plan.config.precision == "bf16")
             assert any(line.split()[:2] == [name, f"{width:,}"] and memory.size(bytes_of) in line for line in lines)
     for phase in ("training", "evaluation"):
         assert any(line.startswith(f"memory in {phase} {memory.size(getattr(plan.memory, phase).peak)}: ") for line in lines)
@@ -224,7 +229,7 @@ def test_of_a_32b_model_half_is_held_in_training(text_file, tmp_path, monkeypatc
         context_length=2048,
         llm_batch_size=4,
     )
-    said = make(c).memory
+    said = Plan.from_config(c).memory
     assert said.training.held["model"] / 1e9 == pytest.approx(33.7, rel=0.01)
     assert said.evaluation.held["model"] / 1e9 == pytest.approx(65.5, rel=0.01)
     assert said.training.peak < said.evaluation.peak < 80e9

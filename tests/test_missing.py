@@ -93,7 +93,7 @@ def test_a_damaged_sae_costs_its_own_row_and_is_all_that_is_made_again(run, caps
 def test_a_run_whose_sae_fails_in_evaluation_is_incomplete_until_it_does_not(command, finished, tmp_path, caplog, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as broken:
-        broken.setattr(Standard, "gate", raising)
+        broken.setattr(Standard, "activation", raising)
         assert main(command(run)) == 1
     rows, whole = rows_of(run), rows_of(finished)
     assert list(rows) == [NAMES[0], NAMES[2]] and all(rows[name] == whole[name] for name in rows)

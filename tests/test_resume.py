@@ -77,10 +77,10 @@ def test_killed_four_times_a_run_ends_where_it_would_have(name, faulty, never_st
     for point in points:
         assert kill(faulty, folder, name, point, after=draw.choice([0, 0.002, 0.005])).code == -signal.SIGKILL
         if name in RELU and (kept := Checkpoints(folder).newest()):
-            sparse.append((kept.step > SWITCH, bool(kept.member("0")["layout"][0])))
+            sparse.append((kept.step > SWITCH, bool(kept.tensors("0")["layout"][0])))
     goes_on_to_the_end(faulty, folder, name, never_stopped)
     assert all(late == layout for late, layout in sparse)
-    assert newest(folder).member("0")["layout"][0]
+    assert newest(folder).tensors("0")["layout"][0]
 
 
 PART = ".step_00000070.part"

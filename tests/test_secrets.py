@@ -80,7 +80,7 @@ def test_canaries_are_in_nothing_that_a_run_writes_or_prints(tiny_model, text_fi
     printed.append(said)
 
     # a run that fails with a traceback
-    failing = "import os, sys\nfrom monosemy import plan\ndef make(config): raise RuntimeError(str(dict(os.environ)))\nplan.make = make\n"
+    failing = "import os, sys\nfrom monosemy import plan\ndef Plan.from_config(config): raise RuntimeError(str(dict(os.environ)))\nplan.make = make\n"
     failing += "from monosemy.cli import main\nsys.exit(main(sys.argv[1:]))"
     code, said = monosemy("train", "--save_dir", str(tmp_path / "no"), *base, code=failing)
     assert code == 1 and "Traceback" in said and "RuntimeError" in said and "HF_TOKEN" in said
@@ -122,15 +122,15 @@ def test_a_stream_without_secrets_is_a_stream(tmp_path):
 
 def test_a_run_started_again_is_the_same_though_its_configuration_held_a_secret(tiny_model, text_file, tmp_path, monkeypatch):
     from monosemy.config import TrainConfig
-    from monosemy.plan import make
+    from monosemy.plan import Plan
 
     folder = tmp_path / "hf_abcdefghijklmnopqrstuvw"
     folder.mkdir()
     (folder / "a.jsonl").write_text(text_file.read_text())
     settings = {"layers": (1,), "architectures": ("top_k",), "dictionary_widths": (48,), "target_l0s": (4,), "num_tokens": 6400}
     config = TrainConfig(str(tmp_path / "run"), str(tiny_model), dataset=str(folder / "a.jsonl"), sae_batch_size=64, **settings)
-    written = without_secrets({"config": make(config).config.as_dict()})
+    written = without_secrets({"config": Plan.from_config(config).config.as_dict()})
     assert "hf_abc" not in json.dumps(written)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps(written))
-    assert make(config).folder == tmp_path / "run"
+    assert Plan.from_config(config).folder == tmp_path / "run"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.config import invalid
 from monosemy.contexts import ContextStream, StreamEnded
+from monosemy.errors import invalid
 from monosemy.lm_info import Site
 from monosemy.lm_model import LanguageModel
 from monosemy.rng import generator

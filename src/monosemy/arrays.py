@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.files import atomic_path
 
 OF_TEXT = ("peak_token", "page_at", "page_shade", "page_peak")  # columns of an SAE's latents that show text, or say where it is

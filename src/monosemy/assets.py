@@ -24,7 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.files import cache_folder
 
 logger = logging.getLogger(__name__)

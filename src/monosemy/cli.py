@@ -5,6 +5,8 @@ Exit codes: 0 complete, 1 failed, 2 input, 3 stopped early, 75 try again, 130 an
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 import os
 import select
@@ -15,11 +17,12 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import chain
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from monosemy.config import EvalOptions, TrainConfig, TryAgain, architecture_names, invalid
+from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, TrainConfig, architecture_names
+from monosemy.errors import TryAgain, invalid
 from monosemy.redact import Redacted
 
 EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
@@ -107,24 +110,43 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def _train(arguments: list[str]) -> int:
-    kept, arguments = _saved_config(arguments)
-    config = tyro.cli(
-        TrainConfig,
-        args=arguments,
-        prog="monosemy train",
-        use_underscores=True,
-        default=tyro.MISSING_NONPROP if kept is None else kept,
-        description=f"{TrainConfig.__doc__} Architectures: {', '.join(architecture_names())}. --config FILE begins from an earlier run's run.json.",
-    )
-    from monosemy.plan import make
+    saved, arguments = _saved_config(arguments)
+    description = f"{TrainConfig.__doc__} Architectures: {', '.join(architecture_names())}."
+    description += " --config FILE begins from an earlier run's run.json."
+    config = TrainConfig(**_parse("monosemy train", description, GROUPS, arguments, saved))
+    from monosemy.plan import Plan
 
-    plan = make(config)
+    plan = Plan.from_config(config)
     if config.dry_run:
         print("\n".join(line for line in (plan.note, plan.describe()) if line))
         return 0
     from monosemy.run import train
 
     return EXIT[train(plan)[1]]
+
+
+def _parse(
+    command: str, description: str, groups: dict[str, type], arguments: list[str], saved: object = None, markers: Any = ()
+) -> dict[str, Any]:
+    """Parse flags to the fields of all groups; each group is a box of --help. `saved` holds other defaults."""
+
+    def default(kind: type) -> Any:
+        fields = dataclasses.fields(kind)
+        if saved is not None:
+            return kind(**{field.name: getattr(saved, field.name) for field in fields})
+        required = any(field.default is dataclasses.MISSING for field in fields)
+        return tyro.MISSING_NONPROP if required else kind()
+
+    kinds = [(name, kind, dataclasses.field(default=default(kind))) for name, kind in groups.items()]
+    parsed: Any = tyro.cli(
+        dataclasses.make_dataclass("Flags", kinds, frozen=True),
+        args=arguments,
+        prog=command,
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes, *markers),
+    )
+    return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
 
 
 def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
@@ -140,43 +162,11 @@ def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
 
 
 def _eval(arguments: list[str]) -> int:
-    def evaluate(
-        paths: Annotated[tuple[str, ...], tyro.conf.Positional],
-        options: Annotated[EvalOptions, tyro.conf.arg(name="")] = EvalOptions(),  # noqa: B008
-        sparse_probing: bool = False,
-        probing_datasets: tuple[str, ...] = (),
-    ) -> int:
-        """Evaluate a run's SAEs again and renew its rows, plots and report; or set SAEs of any tool beside each other, on the same tokens.
+    positional = (tyro.conf.PositionalRequiredArgs,)  # the paths
+    config = EvalConfig(**_parse("monosemy eval", inspect.cleandoc(EvalConfig.__doc__ or ""), EVAL_GROUPS, arguments, markers=positional))
+    from monosemy.evaluate import evaluate_saes
 
-        The paths alone say which of the two: one run's folder is evaluated by itself, on its own model and text, and where parts of its
-        evaluation are missing, only they are made. SAEs' own folders (such as RUN/*/trainer_*) and several paths make one table and change
-        no file: model, site and text are what the folders say, or the run that one of them belongs to; flags say the rest.
-
-        Args:
-            paths: A run's folder alone; or folders of runs and SAEs of any layout that docs/formats.md has, and SAEs on the hub: OWNER/REPO/SAE_ID.
-            sparse_probing: Add to a run's rows how well probes on 1, 2 and 5 latents tell pairs of classes of texts apart; needs sae-probes.
-            probing_datasets: Pairs of classes by sae-probes' names; all 113 where nothing is given.
-        """
-        of_run = len(paths) == 1 and os.path.isfile(os.path.join(paths[0], "run.json"))
-        if sparse_probing and not of_run:
-            raise invalid("sparse_probing", sparse_probing, "left out for other than one run by itself", "name the run's folder alone")
-        if not of_run:
-            from monosemy.comparison import compare
-
-            compare(paths, options)
-            return 0
-        missing = False
-        if not sparse_probing or options.eval_num_inputs is not None or not os.path.isfile(os.path.join(paths[0], "rows.jsonl")):
-            from monosemy.run import evaluate_run
-
-            missing = bool(evaluate_run(paths[0], options)[1])
-        if sparse_probing:
-            from monosemy.probing import probe_run
-
-            probe_run(paths[0], probing_datasets, device=options.device)
-        return int(missing)
-
-    return tyro.cli(evaluate, args=arguments, prog="monosemy eval", use_underscores=True)
+    return int(bool(evaluate_saes(config)[1]))
 
 
 def _convert(arguments: list[str]) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from jinja2 import TemplateError
 
-from monosemy.config import EndOfData, invalid
+from monosemy.errors import EndOfData, invalid
 from monosemy.prefetch import Prefetcher
 from monosemy.rng import fraction
 from monosemy.rows import CONTINUES, cut, open_rows

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from monosemy.config import TrainConfig
 from monosemy.lm_info import ModelInfo, Site
-from monosemy.memory import architecture_kind
+from monosemy.memory import GridRow
 
 # Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and 80 are 0.06 apart; with 200, +-0.003.
 FEWEST, MOST = 20, 200
@@ -24,28 +24,36 @@ SPARSE_STEP = (
 DENSE_STEP = 12  # encoder and decoder, forward and backward
 
 
-def contexts_of_evaluation(c: TrainConfig, model: ModelInfo, sites: Sequence[Site]) -> int:
+def contexts_of_evaluation(
+    c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], context_length: int
+) -> int:
     """As many held-out contexts as take, with the latents' pages, about as long as training, FEWEST to MOST."""
-    spliced, read = ((c.context_length or 2) * evaluation(c, model, sites, spliced=spliced) for spliced in (True, False))
-    budget = SHARE * training(c, model, sites) - pages(c, model, sites)
+    spliced, read = (
+        context_length * evaluation(c, model, sites, grid, spliced=spliced) for spliced in (True, False)
+    )
+    budget = SHARE * training(c, model, sites, grid) - pages(c, model, sites, grid)
     n = budget / spliced
     if c.eval_spliced_inputs is not None and n > c.eval_spliced_inputs:  # the others are only encoded
         n = c.eval_spliced_inputs + (budget - spliced * c.eval_spliced_inputs) / read
     return min(max(int(n), FEWEST), MOST)
 
 
-def training(c: TrainConfig, model: ModelInfo, sites: Sequence[Site]) -> float:
-    """Of a whole training: the model up to its deepest site, and every SAE's steps, on each token."""
+def training(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow]) -> float:
+    """Count a whole training: the model up to its deepest site, and every SAE's steps, on each token."""
     read = _width(c.dtype) * 2 * model.layer_parameters * max(_depth(site, model) for site in sites)
-    steps = sum(
-        n * _width(c.precision) * (DENSE_STEP if architecture_kind(a).lent else SPARSE_STEP) * model.d_model * F for a, F, n in _grid(c)
-    )
+    products = {row: DENSE_STEP if row.memory.dense_arrays else SPARSE_STEP for row in grid}
+    steps = sum(r.per_site * _width(c.precision) * n * model.d_model * r.width for r, n in products.items())
     return c.num_tokens * (read + len(sites) * steps)
 
 
-def evaluation(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, spliced: bool = True) -> float:
-    """Of one token's evaluation. Spliced, every SAE in each of its modes, zero and mean run through what comes after its site, and the head."""
-    modes = [(F, n * architecture_kind(a).modes) for a, F, n in _grid(c)]
+def evaluation(
+    c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], *, spliced: bool = True
+) -> float:
+    """Count one token's evaluation.
+
+    Spliced, every SAE in each of its modes, zero and mean run through what comes after its site, and the head.
+    """
+    modes = [(row.width, row.per_site * row.memory.modes) for row in grid]
     codes = len(sites) * sum(FLOAT32 * 4 * model.d_model * F * n for F, n in modes)
     deepest = max(_depth(site, model) for site in sites)
     if not spliced:
@@ -56,16 +64,11 @@ def evaluation(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], *, splic
     return _width(c.dtype) * 2 * (model.layer_parameters * layers + model.embedding_parameters * heads) + codes
 
 
-def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[Site]) -> float:
-    """Of what does not depend on text: all pairs of decoder rows, and what the latents with a page add to the logits."""
+def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow]) -> float:
+    """Count what does not depend on text: all pairs of decoder rows, and the effects on logits of latents with a page."""
     embedded = min(c.report_latents, max(c.dictionary_widths)) * model.embedding_parameters
-    return len(sites) * sum(n * FLOAT32 * 2 * (F * F * model.d_model + embedded) for _, F, n in _grid(c))
-
-
-def _grid(c: TrainConfig) -> list[tuple[str, int, int]]:
-    """Architecture, width and how many SAEs of both a site has."""
-    each = len(c.random_seeds) * max(len(c.learning_rates), 1)
-    return [(a, F, each * len(c.sparsities(a))) for a in c.architectures for F in c.dictionary_widths]
+    of_grid = sum(r.per_site * FLOAT32 * 2 * (r.width * r.width * model.d_model + embedded) for r in grid)
+    return len(sites) * of_grid
 
 
 def _depth(site: Site, model: ModelInfo) -> int:

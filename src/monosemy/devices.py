@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 
 
 def checked_device(name: str | torch.device) -> torch.device:

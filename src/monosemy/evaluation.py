@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from monosemy import rng
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.latents import ALWAYS, DENSE, LatentStats, geometry
+from monosemy.limits import HEAD_ELEMENTS, SELECTION_TOKENS
 from monosemy.lm_info import Site
 from monosemy.missing import Missing
 from monosemy.progress import Progress
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-SELECTION_TOKENS = 2048  # about so many tokens compete in BatchTopK's exact selection: a batch of dictionary_learning's training
-HEAD_ELEMENTS = 2**24  # logits held at a time
 DRAWS = 1000  # of the bootstrap
 HISTOGRAM_EDGES = [-6 + i / 2 for i in range(13)]  # log10 of the share of tokens on which a latent fires
 THRESHOLD_TOLERANCE = 1.2  # a threshold whose FVU is so many times exact top-k's is flagged

@@ -70,7 +70,7 @@ def save_sae(plan: Plan, trainer: SAETrainer, site: Site, folder: Path, status: 
             "seed": trainer.spec.seed,
             "recipe": c.recipe,
             "steps": steps,
-            "tokens": steps * (c.sae_batch_size or 1),
+            "tokens": steps * c.sae_batch_size,
             "norm_factor": trainer.norm_factor,
             "dataset": c.dataset,
             "versions": versions(),

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from monosemy.config import TryAgain, invalid
+from monosemy.errors import TryAgain, invalid
 
 log = logging.getLogger(__name__)
 
@@ -136,3 +136,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def path_of(field: str, value: str) -> Path:
+    """Parse a path as a user writes it, with ~ expanded. Raises ValueError for what no file can be called."""
+    try:
+        value.encode()
+        path = Path(value).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path  # whether it has to exist is for others to say
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, NUL, no UTF-8, a user's home that is not known
+        raise invalid(field, value, "a path", f"name another ({error})") from error
+    return path

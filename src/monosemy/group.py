@@ -14,10 +14,9 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.graphs import CUDAGraphCache
+from monosemy.limits import GRADIENTS_AT_ONCE
 from monosemy.sae import current_names
 from monosemy.trainer import READBACK_EVERY, SAETrainer, StepResult
-
-GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a group on a GPU holds before it updates
 
 
 class TrainerGroup:

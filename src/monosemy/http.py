@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import huggingface_hub  # its own names are looked up when they are used: importing it costs little
 from huggingface_hub import constants, errors
 
-from monosemy.config import TryAgain, invalid
+from monosemy.errors import TryAgain, invalid
 from monosemy.redact import without_secrets
 
 T = TypeVar("T")

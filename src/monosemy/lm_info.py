@@ -15,8 +15,8 @@ import huggingface_hub as hub  # its own names are looked up when they are used:
 from huggingface_hub import errors
 
 from monosemy import assets
-from monosemy.config import invalid, path_of
-from monosemy.files import cache_folder
+from monosemy.errors import invalid
+from monosemy.files import cache_folder, path_of
 from monosemy.http import ModelUnreachable
 
 logger = logging.getLogger(__name__)

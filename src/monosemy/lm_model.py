@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from monosemy import assets
-from monosemy.config import invalid
 from monosemy.devices import checked_device
+from monosemy.errors import invalid
 from monosemy.lm_info import KINDS, ModelInfo, Site, check_sites, check_weights, describe
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from monosemy.checkpoints import Checkpoint, Checkpoints
-from monosemy.config import EndOfData, TryAgain, invalid
 from monosemy.devices import checked_device
+from monosemy.errors import EndOfData, TryAgain, invalid
 from monosemy.files import exclusive_lock
 from monosemy.interrupts import Interrupts
 from monosemy.ops import Workspace

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from monosemy.config import TryAgain
+from monosemy.errors import TryAgain
 from monosemy.files import append, room_for
 from monosemy.redact import without_secrets
 

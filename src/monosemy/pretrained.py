@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from monosemy.config import invalid, path_of
-from monosemy.files import room_for
+from monosemy.errors import invalid
+from monosemy.files import path_of, room_for
 from monosemy.http import answer_to, causes, status_of
 from monosemy.redact import without_secrets
 from monosemy.releases import repository, sae_of

@@ -26,14 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monosemy import formats
-from monosemy.config import TrainConfig, invalid
+from monosemy.config import TrainConfig
 from monosemy.contexts import bos_id
+from monosemy.errors import invalid
 from monosemy.evaluation import Row, dictionary_learning_results
 from monosemy.files import write_json, write_text
 from monosemy.lm_info import Site
 from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.missing import Missing
-from monosemy.plan import replan
+from monosemy.plan import Plan
 from monosemy.report import page
 from monosemy.sae import SAE
 
@@ -57,11 +58,11 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
     chosen = _chosen(_sae_probes(), datasets)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     sites = {row["sae"]: Site.parse(row["site"]) for row in rows}
-    plan = replan(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
+    plan = Plan.from_run(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
     c = plan.config
     lm = LanguageModel.load(plan.model, tuple(dict.fromkeys(sites.values())), dtype=c.dtype, device=device)
     saes = {name: (site, formats.load(folder / name, unfinished=True).to(lm.device)) for name, site in sites.items()}
-    found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size or 8)
+    found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
     for row in rows:
         row |= found[row["sae"]]
         write_json(folder / row["sae"] / "eval_results.json", dictionary_learning_results(row))

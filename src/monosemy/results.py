@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from monosemy import __version__, arrays, formats, latents
-from monosemy.config import TrainConfig, invalid
+from monosemy.config import EvalConfig, ResolvedConfig
 from monosemy.contexts import ContextStream, StreamEnded
-from monosemy.cost import MOST
+from monosemy.errors import invalid
 from monosemy.evaluation import ROWS, Row, dictionary_learning_results, evaluate_on_model
 from monosemy.files import write_json, write_text
 from monosemy.formats.untrusted import sha256
@@ -68,13 +69,20 @@ def status_with(status: tuple[str, str], missing: Missing) -> tuple[str, str]:
     return ("failed" if state == "failed" else "incomplete"), "; ".join(said for said in (reason, f"missing: {missing}") if said)
 
 
+def remedy(folder: Path, config: EvalConfig | None = None) -> str:
+    """Return the command that makes what is missing of a run's evaluation."""
+    changes = {name: value for name, value in (config.changes() if config else {}).items() if name != "device"}
+    flags = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in changes.items())
+    return f"the SAEs are saved, and `monosemy eval {shlex.quote(str(folder))}{flags}` makes only what is missing"
+
+
 def context_stream(plan: Plan, tokenizer: Any, split: Any, prefetch: bool = False) -> ContextStream:
     """A plan's text, of documents to train on ("train") or of those kept for evaluation ("held_out")."""
     c = plan.config
     return ContextStream(
         sources_of(c),
         tokenizer,
-        c.context_length or 2,
+        c.context_length,
         seed=c.data_seed,
         split=split,
         held_out_fraction=c.held_out_fraction,
@@ -85,9 +93,9 @@ def context_stream(plan: Plan, tokenizer: Any, split: Any, prefetch: bool = Fals
     )
 
 
-def held_out_contexts(c: TrainConfig, held_out: ContextStream) -> Tensor:
+def held_out_contexts(c: ResolvedConfig, held_out: ContextStream) -> Tensor:
     """As many contexts as a configuration evaluates on, or all there are. Raises ValueError where there is none."""
-    wanted = c.eval_num_inputs or MOST
+    wanted = c.eval_num_inputs
     try:
         return held_out.next(wanted)
     except StreamEnded as ended:
@@ -95,6 +103,46 @@ def held_out_contexts(c: TrainConfig, held_out: ContextStream) -> Tensor:
             raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
         log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, wanted)
         return held_out.next(ended.contexts)
+
+
+def measure(
+    c: ResolvedConfig,
+    lm: LanguageModel,
+    saes: Mapping[str, tuple[Site, SAE]],
+    contexts_CL: Tensor,
+    special_ids: Tensor,
+    *,
+    norm_limits: Mapping[Site, float | None],
+    info: Mapping[str, Mapping[str, Any]],
+    gather: Mapping[str, latents.LatentStats] | None = None,
+    missing: Missing | None = None,
+) -> list[Row]:
+    """Evaluate SAEs on held-out contexts through the whole model, as a configuration says."""
+    return evaluate_on_model(
+        lm,
+        saes,
+        contexts_CL,
+        ignore_ids=special_ids[:0] if c.keep_special_tokens else special_ids,
+        batch_size=c.llm_batch_size,
+        splice_contexts=c.eval_spliced_inputs,
+        norm_limits=norm_limits,
+        info=info,
+        gather=gather,
+        seed=c.data_seed,
+        missing=missing,
+    )
+
+
+def row_info(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row says of an SAE beside its measurements.
+
+    An SAE of another tool has our defaults for settings that its files do not say; its sparsity is left open.
+    """
+    known = "origin" not in metadata or sae.sparsity_setting == "k"
+    sparsity = getattr(sae.settings, sae.sparsity_setting) if known else None
+    before = {key: metadata[key] for key in ("lr", "seed") if key in metadata}
+    after = {key: metadata[key] for key in ("status",) if key in metadata}
+    return before | {"sparsity_setting": sae.sparsity_setting, "sparsity": sparsity} | after
 
 
 # --- the evaluation ------------------------------------------------------------------------------------------------------------
@@ -143,18 +191,9 @@ def _measured(
         for name, (site, sae) in saes.items()
         if c.report_latents
     }
-    rows = evaluate_on_model(
-        lm,
-        saes,
-        contexts_CL,
-        ignore_ids=special_ids[:0] if c.keep_special_tokens else special_ids,
-        batch_size=c.llm_batch_size or 1,
-        splice_contexts=c.eval_spliced_inputs,
-        norm_limits={site: run.facts["norm_limit"][str(site)] for site in plan.sites},
-        info=info,
-        gather=gathered,
-        seed=c.data_seed,
-        missing=missing,
+    norm_limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
+    rows = measure(
+        c, lm, saes, contexts_CL, special_ids, norm_limits=norm_limits, info=info, gather=gathered, missing=missing
     )
     before = _rows_by_sae(run)
     with Progress(total=len(rows), unit="SAEs", desc="pages of latents") as progress:
@@ -200,8 +239,7 @@ def _opened(run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Mis
     for name, site in names.items():
         with missing.part(ROWS, name):
             sae, about = formats.read(run.folder / name, unfinished=True)
-            setting = {"sparsity_setting": sae.sparsity_setting, "sparsity": getattr(sae.settings, sae.sparsity_setting)}
-            info[name] = {"lr": about["lr"], "seed": about["seed"], **setting, "status": about["status"]}
+            info[name] = row_info(sae, about)
             saes[name] = (site, sae.to(lm.device))
     return saes, info
 

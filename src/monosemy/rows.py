@@ -17,7 +17,7 @@ from datasets import config as datasets_config
 from datasets.exceptions import FileNotFoundDatasetsError
 from datasets.formatting import PythonFormatter
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.http import DatasetUnavailable, StreamBroken, check_hub, first_line, retry
 from monosemy.sources import Source, json_object, local_files, no_field, open_text
 

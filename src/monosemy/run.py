@@ -5,12 +5,10 @@ RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sa
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import logging
 import shlex
-import shutil
 import time
 from contextlib import closing
 from pathlib import Path
@@ -21,20 +19,20 @@ from torch import Tensor
 from monosemy import export, formats, results
 from monosemy.activations import ActivationStream
 from monosemy.checkpoints import Checkpoint, Checkpoints
-from monosemy.config import EvalOptions, TrainConfig, invalid
+from monosemy.config import ResolvedConfig, TrainConfig
 from monosemy.contexts import ContextStream, StreamEnded
+from monosemy.errors import invalid
 from monosemy.evaluation import table
-from monosemy.files import exclusive_lock, room_for, sync, write_text
+from monosemy.files import exclusive_lock, room_for, sync
 from monosemy.interrupts import Interrupts
 from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.loop import TrainingLoop
 from monosemy.memory import tensor_bytes
-from monosemy.missing import Missing
 from monosemy.ops import Workspace
-from monosemy.plan import Plan, make, replan
+from monosemy.plan import Plan
 from monosemy.progress import Progress
 from monosemy.recipe import RECIPES
-from monosemy.results import ENDED, context_stream
+from monosemy.results import context_stream
 from monosemy.run_folder import Run, peak_memory
 from monosemy.sae import SAE
 from monosemy.sweep import Record, Sweep, grid
@@ -55,7 +53,7 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     (all SAEs are saved, and parts of their evaluation could not be made).
     Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError for a hub that is out of reach.
     """
-    plan = config if isinstance(config, Plan) else make(config)
+    plan = config if isinstance(config, Plan) else Plan.from_config(config)
     c, run = plan.config, Run(plan)
     if plan.note:
         log.warning("%s", plan.note)
@@ -70,7 +68,7 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     print(table(rows))
     log.info("%s", _where(run.folder))
     if status[0] != "complete":
-        log.warning("%s: %s%s", *status, f"; {remedy(run.folder)}" if "missing: " in status[1] else "")
+        log.warning("%s: %s%s", *status, f"; {results.remedy(run.folder)}" if "missing: " in status[1] else "")
     return run.folder, status[0]
 
 
@@ -83,7 +81,7 @@ def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str
         with room_for(run.folder / "report.html", DRAWN):
             rows, missing = results.make(run, ended)
         run.write_memory("run", run.plan.memory.peak)
-        return _finish(run, ended, missing), rows
+        return run.finish(results.status_with(ended, missing)), rows
 
 
 def train_saes(run: Run, store: Checkpoints, interrupts: Interrupts, init_from: SAE | None) -> tuple[str, str]:
@@ -173,7 +171,7 @@ class _Training:
         status, reason = ("stopped_early", ended) if ended else ("complete", "")
         if sweep.failed:
             status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
-        seconds, tokens = self.seconds, sweep.done * (run.config.sae_batch_size or 1)
+        seconds, tokens = self.seconds, sweep.done * run.config.sae_batch_size
         training = {
             "status": status,
             "reason": reason,
@@ -200,18 +198,9 @@ class _Training:
         return status, reason
 
 
-def _finish(run: Run, ended: tuple[str, str], missing: Missing) -> tuple[str, str]:
-    """Write the status of a run whose evaluation has ended, and return it; a complete one needs its checkpoints no more."""
-    status = results.status_with(ended, missing)
-    run.write_status(*status)
-    if status[0] == "complete" and not run.config.keep_checkpoints:
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    return status
-
-
 def _ended(plan: Plan) -> tuple[str, str] | None:
     """How the training ended of a run that has all its SAEs and no checkpoint to go on from: only its evaluation can lack something."""
-    names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site())]
+    names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site)]
     path = plan.folder / "run.json"
     if not path.is_file() or any((plan.folder / "checkpoints").glob("step_*")):
         return None
@@ -222,10 +211,10 @@ def _ended(plan: Plan) -> tuple[str, str] | None:
 
 def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[str, Any]]]:
     """What an evaluation left out, or all of it, of a run that is trained. Returns status and reason, and the rows."""
-    run.facts, run.status = _written(run.folder)
+    run.read()
     with room_for(run.folder / "report.html", DRAWN):
         rows, missing = results.make(run, ended)
-    return _finish(run, ended, missing), rows
+    return run.finish(results.status_with(ended, missing)), rows
 
 
 def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> ActivationStream:
@@ -234,8 +223,8 @@ def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> Activati
         lm,
         text,
         plan.sites,
-        batch=c.sae_batch_size or 1,
-        contexts_per_forward=c.llm_batch_size or 1,
+        batch=c.sae_batch_size,
+        contexts_per_forward=c.llm_batch_size,
         contexts_per_block=plan.contexts_per_block,
         seed=c.data_seed,
         keep_special=c.keep_special_tokens,
@@ -243,7 +232,7 @@ def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> Activati
     )
 
 
-def _first_batch(c: TrainConfig, stream: ActivationStream) -> dict[Any, Tensor]:
+def _first_batch(c: ResolvedConfig, stream: ActivationStream) -> dict[Any, Tensor]:
     """The first batch, for which the norm factors are measured that members are made with."""
     try:
         batch = stream.next()
@@ -282,52 +271,11 @@ def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
     return {name: {str(site): v for site, v in getattr(stream, name).items()} for name in ("norm_factor", "norm_limit")}
 
 
-def evaluate_run(folder: str | Path, options: EvalOptions | None = None) -> tuple[list[dict[str, Any]], Missing]:
-    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text; write its rows, plots and page anew.
-
-    Where parts of an earlier evaluation with the same options are missing, only they are made. Returns the rows, and what is missing.
-    Raises ValueError for a folder that holds no run, and for options that ask for another model, site or text than the run's.
-    """
-    folder, options = Path(folder), options or EvalOptions()
-    options.check_of_run(str(folder))
-    config = TrainConfig.read(folder / "run.json")
-    run = Run(replan(dataclasses.replace(config, save_dir=str(folder), **options.changes())))
-    run.facts, run.status = _written(folder)
-    trained = run.facts.get("training", {})
-    ended = (trained.get("status", run.status["status"]), trained.get("reason", run.status["reason"]))
-    rows, missing = results.make(run, ended)
-    if ended[0] in ENDED:
-        run.write_facts({"training": trained | {"status": ended[0], "reason": ended[1]}})
-        _finish(run, ended, missing)
-    if options.rows is not None:
-        write_text(Path(options.rows), (folder / "rows.jsonl").read_text(encoding="utf-8"))
-    print(table(rows))
-    if missing:
-        log.warning("missing: %s; %s", missing, remedy(folder, options))
-    return rows, missing
-
-
-def remedy(folder: Path, options: EvalOptions | None = None) -> str:
-    """The command that makes what is missing."""
-    flags = "".join(
-        f" --{name} {shlex.quote(str(value))}" for name, value in (options.changes() if options else {}).items() if name != "device"
-    )
-    return f"the SAEs are saved, and `monosemy eval {shlex.quote(str(folder))}{flags}` makes only what is missing"
-
-
-def _written(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What run.json and status.json say; a run of which there is no status is unknown."""
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    path = folder / "status.json"
-    status = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return facts, {"status": "unknown", "reason": "", "saes": {}} | status
-
-
 class TrainingProgress(Progress):
     """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every record."""
 
     def __init__(self, plan: Plan) -> None:
-        self.batch, self.verbose = plan.config.sae_batch_size or 1, plan.config.verbose
+        self.batch, self.verbose = plan.config.sae_batch_size, plan.config.verbose
         super().__init__(total=plan.steps * self.batch, unit="tok", desc="training")
 
     def step(self, step: int) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 import uuid
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from monosemy.checkpoints import Checkpoint
-from monosemy.config import TryAgain
+from monosemy.errors import TryAgain
 from monosemy.files import append, write_json
 from monosemy.hub import Uploader
 from monosemy.memory import high_water, size
@@ -94,6 +95,20 @@ class Run:
     def write_status(self, status: str, reason: str = "", saes: dict[str, str] | None = None) -> None:
         self.status = {"status": status, "reason": reason, "saes": self.status["saes"] | (saes or {})}
         write_json(self.folder / "status.json", without_secrets(self.status))
+
+    def read(self) -> None:
+        """Read run.json and status.json; a run without a status is unknown."""
+        self.facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        path = self.folder / "status.json"
+        status = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.status = {"status": "unknown", "reason": "", "saes": {}} | status
+
+    def finish(self, status: tuple[str, str]) -> tuple[str, str]:
+        """Write and return the status of an evaluated run; a complete one needs its checkpoints no more."""
+        self.write_status(*status)
+        if status[0] == "complete" and not self.config.keep_checkpoints:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return status
 
     def write_memory(self, of: str, predicted: int, **more: Any) -> None:
         """Note the bytes that were predicted for a part of the run, and the most that were taken until now."""

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from monosemy.codes import Codes, Execution, Preactivations
-from monosemy.config import DECLARED_SWEEPS, invalid
+from monosemy.config import SAEConfig
+from monosemy.errors import invalid
+from monosemy.memory import ArchitectureMemory
 from monosemy.ops import Constraint
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
@@ -50,7 +52,9 @@ class SAE(nn.Module, ABC):
 
     name: ClassVar[str]
     sparsity_setting: ClassVar[str]  # the setting that a sweep varies
-    sweep_values: ClassVar[tuple[float, ...]] = ()  # its values in a run, where no flag names them
+    sweep_flag: ClassVar[str] = ""  # the field of `TrainConfig` that holds its values in a run
+    sweep_values: ClassVar[tuple[float, ...]] = ()  # its values in a run, where no flag holds them
+    memory: ClassVar[ArchitectureMemory] = ArchitectureMemory()  # what training takes
     constraint: ClassVar[Constraint] = "project"  # on the decoder's rows
     clip: ClassVar[float | None] = 1.0  # of the gradient's norm
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of Adam
@@ -130,6 +134,19 @@ class SAE(nn.Module, ABC):
         raise invalid("mode", "top_k", f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
 
     # what every architecture has
+
+    @classmethod
+    def sweep_of(cls, config: SAEConfig) -> tuple[float, ...]:
+        """Return the values that a configuration sweeps `sparsity_setting` over.
+
+        Raises ValueError for an architecture that has no flag and declares no values of its own.
+        """
+        if cls.sweep_flag:
+            return tuple(getattr(config, cls.sweep_flag))
+        if not cls.sweep_values:
+            allowed = "an architecture whose class says which values to train, such as sweep_values = (0.01, 0.02)"
+            raise invalid("architectures", cls.name, allowed, "add the class variable `sweep_values` to it")
+        return cls.sweep_values
 
     def preactivations(self, x_BD: Tensor, execution: Execution = Execution()) -> Preactivations:  # noqa: B008
         """Compute the encoder's product of a training batch."""
@@ -303,19 +320,25 @@ REGISTRY: dict[str, type[SAE]] = {}
 
 
 def register(cls: type[SAE]) -> type[SAE]:
-    """Make an architecture known under its name."""
+    """Register an architecture under its name; a class decorator."""
     REGISTRY[cls.name] = cls
-    DECLARED_SWEEPS[cls.name] = cls.sweep_values
     return cls
 
 
-def architecture(name: str) -> type[SAE]:
-    """The class of an architecture. Raises ValueError with the known names."""
-    import monosemy.architectures  # noqa: F401  (fills the registry)
+def registered() -> dict[str, type[SAE]]:
+    """Return all architectures by name: those of the package and those that were registered."""
+    import monosemy.architectures  # noqa: F401  (its files register themselves)
 
-    if name not in REGISTRY:
-        raise invalid("architecture", name, ", ".join(sorted(REGISTRY)), "register it with monosemy.register, or correct the name")
-    return REGISTRY[name]
+    return REGISTRY
+
+
+def architecture(name: str) -> type[SAE]:
+    """Look up the class of an architecture. Raises ValueError with the known names."""
+    known = registered()
+    if name not in known:
+        remedy = "register it with monosemy.register, or correct the name"
+        raise invalid("architecture", name, ", ".join(sorted(known)), remedy)
+    return known[name]
 
 
 # what tensors were called in files before version 2 of the layout; such folders and checkpoints load for ever

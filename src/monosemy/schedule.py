@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.recipe import MONOSEMY, Recipe
 
 REFERENCE = {"warmup_steps": 1000, "sparsity_warmup_steps": 5000, "threshold_start_step": 1000, "anneal_start": 10_000}

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import zstandard
 
 from monosemy import assets
-from monosemy.config import invalid, path_of
+from monosemy.errors import invalid
+from monosemy.files import path_of
 from monosemy.http import check_hub
 
 if TYPE_CHECKING:

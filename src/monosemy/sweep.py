@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from monosemy.checkpoints import Checkpoint
-from monosemy.config import TrainConfig
+from monosemy.config import SAEConfig, TrainConfig
 from monosemy.group import group_trainers
 from monosemy.sae import SAE, architecture
 from monosemy.trainer import SAESpec, SAETrainer, StepMetrics
@@ -23,10 +23,10 @@ def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
     for seed, width, lr in itertools.product(config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)):
         for name in config.architectures:
             kind = architecture(name)
-            offered = {n: getattr(config, n) for n in ("auxk_alpha", "bandwidth", "sparsity_penalty", "l0_loss", "group_fractions")}
-            settings = {n: v for n, v in offered.items() if n in kind.Settings.__dataclass_fields__}
+            flags = SAEConfig.__dataclass_fields__.keys() & kind.Settings.__dataclass_fields__.keys()
+            settings = {name: getattr(config, name) for name in sorted(flags)}
             specs += [
-                SAESpec(name, width, lr, seed, settings | {kind.sparsity_setting: value}, init_from) for value in config.sparsities(name)
+                SAESpec(name, width, lr, seed, settings | {kind.sparsity_setting: value}, init_from) for value in kind.sweep_of(config)
             ]
     return specs
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from monosemy.codes import Codes
-from monosemy.config import invalid
+from monosemy.errors import invalid
+from monosemy.memory import TOP_K_MEMORY
 from monosemy.sae import SAE, StepContext
 
 
@@ -25,6 +26,8 @@ class TopKFamily(SAE):
     """
 
     sparsity_setting = "k"
+    sweep_flag = "target_l0s"
+    memory = TOP_K_MEMORY
     always_sparse = True
     modes = ("threshold", "top_k")
     scaled = ("b_enc", "b_dec", "threshold")

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.codes import Codes, Execution
-from monosemy.config import invalid
+from monosemy.errors import invalid
+from monosemy.limits import ESTIMATE_BELOW
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
 from monosemy.sae import SAE, StepContext, architecture, current_names
 from monosemy.schedule import Schedule
 
 READBACK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
 SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.009}  # share of latents per token; above it dense products are faster
-ESTIMATE_BELOW = 0.03  # share of latents per token; below it a CPU estimates the product and looks up what it selects
 CAPACITY_FACTOR = 4  # a GPU's index lists are allocated at this multiple of the last measured entry count
 
 FORMER_COUNTERS = {"bad": "nonfinite", "seen": "readback"}  # in checkpoints of earlier versions

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from monosemy.codes import Codes, Preactivations
+from monosemy.memory import ArchitectureMemory
 from monosemy.sae import SAE, StepContext, register, uniform, unit
 
 
@@ -22,6 +23,10 @@ class Gated(SAE):
 
     name = "gated"
     sparsity_setting = "l1_penalty"
+    sweep_flag = "gated_penalties"
+    memory = ArchitectureMemory(
+        vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2
+    )
     constraint = "constrain"
     clip = None
     betas = (0.0, 0.999)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.sae import EPS, StepContext, register, uniform, unit
 from monosemy.top_k_family import TopKFamily, auxk_loss
 

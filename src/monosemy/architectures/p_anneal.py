@@ -7,6 +7,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
+from monosemy.memory import ArchitectureMemory
 from monosemy.sae import SAE, StepContext, register, reset_relu
 
 
@@ -23,6 +24,8 @@ class PAnneal(SAE):
 
     name = "p_anneal"
     sparsity_setting = "initial_sparsity_penalty"
+    sweep_flag = "p_anneal_penalties"
+    memory = ArchitectureMemory(dense_arrays=4, cached_arrays=1, gpu_arrays=7.25)
     constraint = "constrain"
     short_run_lr = 6e-3
     clip = None

@@ -21,6 +21,7 @@ class Standard(SAE):
 
     name = "standard"
     sparsity_setting = "l1_penalty"
+    sweep_flag = "standard_penalties"
     constraint = "constrain"
     short_run_lr = 6e-3
     clip = None

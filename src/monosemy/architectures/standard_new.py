@@ -22,6 +22,7 @@ class StandardNew(SAE):
 
     name = "standard_new"
     sparsity_setting = "l1_penalty"
+    sweep_flag = "standard_new_penalties"
     constraint = "free"
     short_run_lr = 6e-3
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.files import atomic_path, write_json
 from monosemy.formats import (
     dictionary_learning,

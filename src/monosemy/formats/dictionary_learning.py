@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, dtype_of, only, renamed, text, whole, written
 from monosemy.sae import SAE

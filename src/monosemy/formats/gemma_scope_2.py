@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, matrix_shape, neutral, only, renamed
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, dtype_of, neutral, only, renamed, site_of, whole
 

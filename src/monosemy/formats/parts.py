@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.lm_info import Site
 from monosemy.sae import SAE, architecture
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, dtype_of, matrix_shape, only, renamed
 

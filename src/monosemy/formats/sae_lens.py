@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, dtype_of, hook_name, neutral, only, renamed, site_of, text, whole, written
 from monosemy.sae import SAE

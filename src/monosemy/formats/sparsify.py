@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import Parts, dtype_of, module_site, neutral, only, renamed, whole, written
 from monosemy.sae import SAE

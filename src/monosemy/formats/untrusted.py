@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from monosemy.config import invalid
+from monosemy.errors import invalid
 
 CONFIG_BYTES = 8 << 20
 CONFIG_ENTRIES = 20_000  # brackets and commas

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from monosemy import __version__, latents
-from monosemy.config import invalid, path_of
+from monosemy.errors import invalid
 from monosemy.evaluation import Row, evaluate, named_saes
-from monosemy.files import write_json, write_text
+from monosemy.files import path_of, write_json, write_text
 from monosemy.loop import Fitted
 from monosemy.missing import Missing
 from monosemy.report import page, plots

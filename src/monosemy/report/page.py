@@ -25,7 +25,7 @@ import numpy as np
 from markupsafe import Markup
 
 from monosemy import arrays
-from monosemy.config import invalid
+from monosemy.errors import invalid
 from monosemy.files import DiskFull, cache_folder, write_bytes, write_text
 from monosemy.missing import Missing
 from monosemy.report import plots

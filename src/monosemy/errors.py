@@ -1,0 +1,18 @@
+"""Errors for users: input that cannot be used, and faults from outside that may pass."""
+
+from __future__ import annotations
+
+from monosemy.redact import without_secrets
+
+
+def invalid(field: str, value: object, allowed: str, remedy: str) -> ValueError:
+    """Build the error for input that cannot be used: the field, its value, what is allowed, and what to do."""
+    return ValueError(without_secrets(f"{field} is {value!r}; allowed: {allowed}. {remedy[:1].upper()}{remedy[1:]}."))
+
+
+class TryAgain(ConnectionError):
+    """Something outside failed. What was done is kept, and the same command goes on from it."""
+
+
+class EndOfData(Exception):
+    """Activations or text ran out before the last step of training."""
