@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from monosemy.activations import SERVED, ActivationStream
+from monosemy.activations import SERVED, ActivationStream, RingBuffer, _Aside
 from monosemy.contexts import ContextStream, StreamEnded
 from monosemy.lm_info import Site
 from monosemy.lm_model import LanguageModel, load_tokenizer
@@ -172,10 +172,29 @@ def test_rows_are_repeated_where_a_site_lost_too_many(make, loud):
 def test_slots_are_allocated_once(make):
     stream = make()
     stream.next()
-    rings = {site: (ring.data_ptr(), ring.shape) for site, ring in stream._rings.items()}
+    rings = {site: (ring._rows.data_ptr(), ring._rows.shape) for site, ring in stream._rings.items()}
     take(stream, 60)
-    assert rings == {site: (ring.data_ptr(), ring.shape) for site, ring in stream._rings.items()}
+    assert rings == {site: (ring._rows.data_ptr(), ring._rows.shape) for site, ring in stream._rings.items()}
     assert {shape for _, shape in rings.values()} == {(44 * L, 24)}  # a block and one forward
+
+
+def test_a_ring_is_as_it_is_drawn():
+    ring = RingBuffer(8, _Aside(torch.device("cpu")))
+    ring._writing = torch.tensor([2, 5, 0, 3, 6, 7, 1, 4])
+    a_RD, b_RD = torch.arange(6.0)[:, None], 10 + torch.arange(6.0)[:, None]
+    ring.allocate(a_RD)
+    ring.write(slice(0, 4), a_RD[:4])
+    ring.write(slice(4, 6), a_RD[4:])
+    ring.serve(torch.tensor([3, 0, 5, 1, 2]), 6)
+    assert ring._serving.tolist() == [3, 2, 7, 5, 0] and ring._writing.tolist() == [1, 4, 6, 3, 2, 7, 5, 0]
+    ring.write(slice(0, 3), b_RD[:3])
+    for i, served in enumerate([3, 0, 5, 1, 2]):
+        assert ring.read(slice(i, i + 1)).item() == served
+        ring.write(slice(i + 3, i + 4), b_RD[i + 3 : i + 4])  # as soon as its slot's row was served
+    ring.serve(torch.tensor([5, 1, 4, 0, 3, 2, 5, 1, 4]), 6)  # three are repeated
+    assert ring.read(slice(0, 9)).flatten().tolist() == [15, 11, 14, 10, 13, 12, 15, 11, 14]
+    last = [0, 3, 2, 5, 1, 4]  # rows in the order in which they are served for the last time
+    assert ring._writing.tolist()[2:] == [[1, 4, 6, 3, 2, 7][i] for i in last]
 
 
 @pytest.fixture

