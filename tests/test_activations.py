@@ -190,7 +190,8 @@ def test_a_ring_is_as_it_is_drawn():
     ring.write(slice(0, 3), b_RD[:3])
     for i, served in enumerate([3, 0, 5, 1, 2]):
         assert ring.read(slice(i, i + 1)).item() == served
-        ring.write(slice(i + 3, i + 4), b_RD[i + 3 : i + 4])  # as soon as its slot's row was served
+        if i < 3:  # as soon as its slot's row was served
+            ring.write(slice(i + 3, i + 4), b_RD[i + 3 : i + 4])
     ring.serve(torch.tensor([5, 1, 4, 0, 3, 2, 5, 1, 4]), 6)  # three are repeated
     assert ring.read(slice(0, 9)).flatten().tolist() == [15, 11, 14, 10, 13, 12, 15, 11, 14]
     last = [0, 3, 2, 5, 1, 4]  # rows in the order in which they are served for the last time
