@@ -150,9 +150,8 @@ def test_contexts_are_full_and_hold_every_token_once(tokenizer, length):
 def test_a_separator_stands_between_documents_and_nowhere_else(tokenizer):
     stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
     contexts = drain(stream)
-    texts = [
-        i for document in DOCUMENTS for i in [None, *ids_of(tokenizer, document)]
-    ]  # None where a document begins
+    # None where a document begins
+    texts = [i for document in DOCUMENTS for i in [None, *ids_of(tokenizer, document)]]
     expected, position = [], 0
     for _ in contexts:
         if texts[position] is None:
@@ -309,9 +308,8 @@ def test_chat_needs_a_template():
 
 def test_system_prompt_is_taken_out_at_its_frequency(tokenizer):
     chats = CHATS * 20
-    own = [
-        [{"role": "system", "content": "Mine."}, *chat] for chat in CHATS
-    ]  # the template writes no prompt of its own here
+    # the template writes no prompt of its own here
+    own = [[{"role": "system", "content": "Mine."}, *chat] for chat in CHATS]
 
     def decoded(chats, seed, frequency):
         options = {"seed": seed, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": frequency}

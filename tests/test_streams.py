@@ -53,7 +53,9 @@ def texts(hub):  # noqa: F811
     return lambda kind: hub(kind, DOCUMENTS, FaultyHandler)
 
 
-@pytest.mark.parametrize(("kind", "prefetch"), [(".jsonl", False), (".jsonl.zst", False), (".parquet", False), (".jsonl", True)])
+@pytest.mark.parametrize(
+    ("kind", "prefetch"), [(".jsonl", False), (".jsonl.zst", False), (".parquet", False), (".jsonl", True)]
+)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", [503, 429, "drop", "stall"])
 def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
