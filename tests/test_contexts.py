@@ -32,13 +32,25 @@ TEMPLATE = (
     "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 )
 PROMPT = "<|sys|>Be kind.<|end|>"
-WORDS = "the cat sat on a mat while rain fell over every hill and 12 birds sang of ünïcödé 雨 far away".split()
+WORDS = (
+    "the cat sat on a mat while rain fell over every hill and 12 birds sang of ünïcödé 雨 far away".split()
+)
 
 
 def make_tokenizer(bos="<bos>", eos="<eos>", extra=(), template=TEMPLATE):
     """Bytes and a few merges, so that a token is more than a letter and a cut inside a word would show."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "t"), ("Ġ", "c"), ("Ġc", "at"), ("i", "n"), ("Ġ", "a"), ("r", "a")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("Ġ", "the"),
+        ("a", "t"),
+        ("Ġ", "c"),
+        ("Ġc", "at"),
+        ("i", "n"),
+        ("Ġ", "a"),
+        ("r", "a"),
+    ]
     vocabulary = {token: i for i, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,7 +77,10 @@ def prose(n, start=0):
 
 
 DOCUMENTS = [prose(3 + (17 * i) % 40, i) for i in range(60)]
-CHATS = [[{"role": "user", "content": prose(4, i)}, {"role": "assistant", "content": prose(1 + i % 9, i)}] for i in range(60)]
+CHATS = [
+    [{"role": "user", "content": prose(4, i)}, {"role": "assistant", "content": prose(1 + i % 9, i)}]
+    for i in range(60)
+]
 
 
 def ids_of(tokenizer, text):
@@ -107,12 +122,17 @@ def write(folder, kind, documents=DOCUMENTS, name="a"):
     lines = [{"text": d} if isinstance(d, str) else {"conversation": d} for d in documents]
     raw = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     halves = raw[:1000], raw[1000:]  # as two frames: large files often have many
-    packed = {".jsonl": raw, ".jsonl.zst": b"".join(map(zstandard.compress, halves)), ".jsonl.gz": gzip.compress(raw)}
+    packed = {
+        ".jsonl": raw,
+        ".jsonl.zst": b"".join(map(zstandard.compress, halves)),
+        ".jsonl.gz": gzip.compress(raw),
+    }
     path.write_bytes(packed[kind])
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------------ packing
+# ------------------------------------------------------------------------------------------------------------
+# ------ packing
 
 
 @pytest.mark.parametrize("length", [2, 3, 16, 61])
@@ -130,7 +150,8 @@ def test_contexts_are_full_and_hold_every_token_once(tokenizer, length):
 def test_a_separator_stands_between_documents_and_nowhere_else(tokenizer):
     stream = ContextStream([Source("memory", documents=DOCUMENTS)], tokenizer, 16)
     contexts = drain(stream)
-    texts = [i for document in DOCUMENTS for i in [None, *ids_of(tokenizer, document)]]  # None where a document begins
+    # None where a document begins
+    texts = [i for document in DOCUMENTS for i in [None, *ids_of(tokenizer, document)]]
     expected, position = [], 0
     for _ in contexts:
         if texts[position] is None:
@@ -217,7 +238,8 @@ def test_ten_megabytes_in_bounded_memory(tokenizer, tmp_path):
     assert torch.equal(again.next(8), stream.next(8))
 
 
-# ------------------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------------------------
+# ------- sources
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet"])
@@ -241,10 +263,12 @@ def test_txt_file_is_one_running_text(tokenizer, tmp_path):
 def test_txt_file_has_held_out_passages(tokenizer, tmp_path):
     path = write(tmp_path, ".txt", [f"{i} {prose(50, i)}" for i in range(2000)])
     split = {
-        split: ContextStream([Source(str(path))], tokenizer, 64, split=split, held_out_fraction=0.1) for split in ("train", "held_out")
+        split: ContextStream([Source(str(path))], tokenizer, 64, split=split, held_out_fraction=0.1)
+        for split in ("train", "held_out")
     }
     contexts = {name: drain(stream) for name, stream in split.items()}
-    assert any(tokenizer.eos_token_id in context for context in contexts["train"])  # where a passage was left out
+    # where a passage was left out
+    assert any(tokenizer.eos_token_id in context for context in contexts["train"])
     texts = {name: tokenizer.decode(unpack(contexts[name], stream)) for name, stream in split.items()}
     share = len(texts["held_out"]) / path.stat().st_size
     assert 0.04 < share < 0.2
@@ -284,7 +308,8 @@ def test_chat_needs_a_template():
 
 def test_system_prompt_is_taken_out_at_its_frequency(tokenizer):
     chats = CHATS * 20
-    own = [[{"role": "system", "content": "Mine."}, *chat] for chat in CHATS]  # the template writes no prompt of its own here
+    # the template writes no prompt of its own here
+    own = [[{"role": "system", "content": "Mine."}, *chat] for chat in CHATS]
 
     def decoded(chats, seed, frequency):
         options = {"seed": seed, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": frequency}
@@ -302,7 +327,11 @@ def test_system_prompt_is_taken_out_at_its_frequency(tokenizer):
 
 def test_mixture_is_by_tokens(tokenizer):
     long, short = [prose(5000, i) for i in range(8)], [prose(2, i) for i in range(4000)]
-    stream = ContextStream([Source("long", weight=0.9, documents=long), Source("short", weight=0.1, documents=short)], tokenizer, 32)
+    stream = ContextStream(
+        [Source("long", weight=0.9, documents=long), Source("short", weight=0.1, documents=short)],
+        tokenizer,
+        32,
+    )
     for served in range(1, 60):
         stream.next(1)
         counts = stream.counts
@@ -317,7 +346,8 @@ def test_mixture_order_and_first_of_equals(tokenizer):
     assert order == "abcabcab" * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------------------------------------
+# ---- resuming
 
 
 @dataclass
@@ -333,16 +363,27 @@ class Again:
 
 
 def every_source(tmp_path):
-    files = {kind: write(tmp_path / "t", kind, name=f"t{i}") for i, kind in enumerate([".jsonl", ".jsonl.zst", ".parquet", ".txt"])}
-    chats = {kind: write(tmp_path / "c", kind, CHATS, name=f"c{i}") for i, kind in enumerate([".jsonl", ".parquet"])}
+    files = {
+        kind: write(tmp_path / "t", kind, name=f"t{i}")
+        for i, kind in enumerate([".jsonl", ".jsonl.zst", ".parquet", ".txt"])
+    }
+    chats = {
+        kind: write(tmp_path / "c", kind, CHATS, name=f"c{i}")
+        for i, kind in enumerate([".jsonl", ".parquet"])
+    }
     alone = {kind: [Source(str(path))] for kind, path in files.items()}
     alone |= {f"chat{kind}": [Source(str(path), "chat", "conversation")] for kind, path in chats.items()}
     alone |= {"memory": [Source("memory", documents=Again(DOCUMENTS))]}
-    mixture = [Source(str(files[".jsonl.zst"]), weight=0.7), Source(str(chats[".parquet"]), "chat", "conversation", weight=0.2)]
+    mixture = [
+        Source(str(files[".jsonl.zst"]), weight=0.7),
+        Source(str(chats[".parquet"]), "chat", "conversation", weight=0.2),
+    ]
     return {**alone, "mixture": [*mixture, Source(str(files[".txt"]), weight=0.1)]}
 
 
-@pytest.mark.parametrize("name", [".jsonl", ".jsonl.zst", ".parquet", ".txt", "chat.jsonl", "chat.parquet", "memory", "mixture"])
+@pytest.mark.parametrize(
+    "name", [".jsonl", ".jsonl.zst", ".parquet", ".txt", "chat.jsonl", "chat.parquet", "memory", "mixture"]
+)
 def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, name):
     monkeypatch.setattr("monosemy.contexts.PIECE", 90)  # documents of several pieces
     monkeypatch.setattr("monosemy.rows.PASSAGE", 200)
@@ -350,7 +391,11 @@ def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, 
     sources = every_source(tmp_path)[name]
 
     def start():
-        options = {"held_out_fraction": 0.2, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": 0.5}
+        options = {
+            "held_out_fraction": 0.2,
+            "system_prompt_to_remove": PROMPT,
+            "system_prompt_removal_freq": 0.5,
+        }
         return ContextStream(sources, tokenizer, 13, **options)
 
     stream = start()
@@ -370,7 +415,8 @@ def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, 
         assert stream.state_dict() == states[i] and stream.counts == counts[i]
         n = min(4, len(contexts) - i)
         assert torch.equal(stream.next(n), contexts[i : i + n]), i
-        stream.load_state_dict(json.loads(json.dumps(stream.state_dict())))  # a state of a restored stream is as good
+        # a state of a restored stream is as good
+        stream.load_state_dict(json.loads(json.dumps(stream.state_dict())))
         assert stream.counts == counts[i + n]
         assert torch.equal(stream.next(min(2, len(contexts) - i - n)), contexts[i + n : i + n + 2])
     fresh = start()  # and in a new one, to the end
@@ -387,11 +433,14 @@ def test_state_is_of_what_was_handed_out_not_of_what_was_read(tokenizer):
     assert stream.counts["documents"] == position["n"] + 1
 
 
-# ----------------------------------------------------------------------------------------------------------- in a thread
+# -----------------------------------------------------------------------------------------------------------
+# in a thread
 
 
 def with_states(stream, most=10**6):
-    """(state before, counts before, context) of each context that is left, and the same, without a context, at the end."""
+    """(state before, counts before, context) of each context that is left, and the same,
+    without a context, at the end.
+    """
     found = []
     while len(found) < most:
         state, counts = json.loads(json.dumps(stream.state_dict())), stream.counts
@@ -399,7 +448,11 @@ def with_states(stream, most=10**6):
             found.append((state, counts, stream.next(1)[0].tolist()))
         except StreamEnded as ended:
             assert ended.contexts == 0
-            return [*found, (state, counts, str(ended)), (json.loads(json.dumps(stream.state_dict())), stream.counts, None)]
+            return [
+                *found,
+                (state, counts, str(ended)),
+                (json.loads(json.dumps(stream.state_dict())), stream.counts, None),
+            ]
     return found
 
 
@@ -407,7 +460,11 @@ def test_prefetching_changes_nothing(tokenizer, tmp_path):
     """Text and chat, in the middle, at the end and from any state."""
 
     def start(prefetch):
-        options = {"held_out_fraction": 0.2, "system_prompt_to_remove": PROMPT, "system_prompt_removal_freq": 0.5}
+        options = {
+            "held_out_fraction": 0.2,
+            "system_prompt_to_remove": PROMPT,
+            "system_prompt_removal_freq": 0.5,
+        }
         return ContextStream(every_source(tmp_path)["mixture"], tokenizer, 13, prefetch=prefetch, **options)
 
     stream, other = start(False), start(True)
@@ -446,7 +503,11 @@ def test_the_thread_is_ahead_and_goes_with_its_stream(tokenizer, monkeypatch):
     while len(taken) < len(DOCUMENTS) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(taken) == len(DOCUMENTS) and stream.counts == expected.counts
-    assert stream.state_dict()["sources"][0]["position"]["n"] == expected.state_dict()["sources"][0]["position"]["n"] < 3
+    assert (
+        stream.state_dict()["sources"][0]["position"]["n"]
+        == expected.state_dict()["sources"][0]["position"]["n"]
+        < 3
+    )
     assert same(drain(stream), drain(expected))
     endless = ContextStream([Source("endless", documents=cycle(DOCUMENTS))], tokenizer, 16, prefetch=True)
     endless.next(1)
@@ -490,7 +551,9 @@ class Failing:
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
-def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(tokenizer, tmp_path, prefetch, monkeypatch):
+def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(
+    tokenizer, tmp_path, prefetch, monkeypatch
+):
     monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 1)
     mended = tmp_path / "mended"
     stream = ContextStream([Source("failing", documents=Failing(mended))], tokenizer, 16, prefetch=prefetch)
@@ -511,7 +574,8 @@ def test_prefetching_refuses_a_source_at_once(tokenizer, tmp_path):
         ContextStream([Source(str(tmp_path / "none.jsonl"))], tokenizer, 16, prefetch=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------- held out
+# ------------------------------------------------------------------------------------------------------------
+# ----- held out
 
 
 def test_held_out_documents_are_the_same_whatever_seed_and_order(tokenizer):
@@ -539,7 +603,8 @@ def test_sotu_has_enough_held_out(smollm2):
     assert stream.next(400).numel() > 50_000
 
 
-# --------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------
+# --- bad input
 
 
 def bad_lines(path):
@@ -629,7 +694,12 @@ def test_bad_chats_are_counted_and_left_out(tokenizer):
     stream = ContextStream([Source("memory", "chat", documents=chats)], tokenizer, 16)
     drain(stream)
     counts = stream.counts
-    assert (counts["empty"], counts["unrenderable"], counts.get("not_text", 0), counts["used"]) == (4, 1, 0, 61)
+    assert (counts["empty"], counts["unrenderable"], counts.get("not_text", 0), counts["used"]) == (
+        4,
+        1,
+        0,
+        61,
+    )
 
 
 def chats_file(path, conversations):
@@ -645,25 +715,41 @@ KNOWS_TOOLS = (
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["a template that knows tools", "one that does not"])
-def test_parts_are_joined_and_a_turn_that_only_calls_tools_is_as_the_template_has_it(tokenizer, tmp_path, monkeypatch, knows):
+def test_parts_are_joined_and_a_turn_that_only_calls_tools_is_as_the_template_has_it(
+    tokenizer, tmp_path, monkeypatch, knows
+):
     plain = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", KNOWS_TOOLS if knows else plain)
-    asked = [{"type": "text", "text": "what is "}, {"type": "image", "url": "x"}, {"type": "text", "text": "the sea"}]
+    asked = [
+        {"type": "text", "text": "what is "},
+        {"type": "image", "url": "x"},
+        {"type": "text", "text": "the sea"},
+    ]
     turns = [
         {"role": "user", "content": asked},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "water"},
     ]
-    reading = ContextStream([chats_file(tmp_path / "a.jsonl", [turns])], tokenizer, 8)._packed._streams[0]._reading
+    reading = (
+        ContextStream([chats_file(tmp_path / "a.jsonl", [turns])], tokenizer, 8)._packed._streams[0]._reading
+    )
     text, verdicts = reading.text(Source("a", "chat", "conversation"), 0, {"conversation": turns})
     assert verdicts == ["used"] and "what is the sea" in text and "water" in text and "None" not in text
     assert ("look_up" in text) == knows and text.count("assistant") == knows
 
 
-def test_where_no_chat_can_be_rendered_file_count_and_the_template_s_words_are_told(tokenizer, tmp_path, monkeypatch):
-    refusing = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}{{ m['content'] }}{% endfor %}"
+def test_where_no_chat_can_be_rendered_file_count_and_the_template_s_words_are_told(
+    tokenizer, tmp_path, monkeypatch
+):
+    refusing = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns here') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
     monkeypatch.setattr(tokenizer, "chat_template", refusing)
-    source = chats_file(tmp_path / "chats.jsonl", [[{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]] * 7)
+    source = chats_file(
+        tmp_path / "chats.jsonl",
+        [[{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]] * 7,
+    )
     with pytest.raises(ValueError) as error:
         ContextStream([Source("memory", documents=DOCUMENTS), source], tokenizer, 8).next(4)
     assert str(error.value).startswith("chat_dataset is ") and "chats.jsonl" in str(error.value)
@@ -672,7 +758,12 @@ def test_where_no_chat_can_be_rendered_file_count_and_the_template_s_words_are_t
 
 
 def test_more_than_a_hundredth_left_out_or_damaged_is_told_by_source(tokenizer, tmp_path):
-    lines = [json.dumps({"text": "the sea and the sky"}).encode()] * 94 + [b'{"body": "x"}'] * 3 + [b"{"] + [b'{"text": "a\xff b"}'] * 2
+    lines = (
+        [json.dumps({"text": "the sea and the sky"}).encode()] * 94
+        + [b'{"body": "x"}'] * 3
+        + [b"{"]
+        + [b'{"text": "a\xff b"}'] * 2
+    )
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (tmp_path / "good.jsonl").write_bytes(b"\n".join(lines[:94]) + b"\n")
     for name in ("good.jsonl", "a.jsonl"):
@@ -680,7 +771,11 @@ def test_more_than_a_hundredth_left_out_or_damaged_is_told_by_source(tokenizer, 
         drain(stream)
         assert bool(stream.damage()) == (name == "a.jsonl")
     (told,) = stream.damage()
-    assert "a.jsonl: of 100 rows" in told and "3.0% without the field" in told and "2.0% with bytes that are not UTF-8" in told
+    assert (
+        "a.jsonl: of 100 rows" in told
+        and "3.0% without the field" in told
+        and "2.0% with bytes that are not UTF-8" in told
+    )
     assert "not JSON" not in told  # one in a hundred is not more than a hundredth
 
 
@@ -753,12 +848,15 @@ def test_source_settings_are_checked(options):
         Source("x", **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------------------------
+# ----- the hub
 
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_unreachable_hub_ends_within_seconds(offline):
-    environment = {"HF_HUB_OFFLINE": "1"} if offline else {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    environment = (
+        {"HF_HUB_OFFLINE": "1"} if offline else {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    )
     code = """
 import sys, time
 from types import SimpleNamespace
@@ -789,7 +887,11 @@ assert "torch" not in sys.modules
 @pytest.mark.parametrize(
     ("error", "raised", "match"),
     [
-        ("GatedRepoError", DatasetUnavailable, "https://huggingface.co/datasets/lmsys/lmsys-chat-1m.*hf auth login"),
+        (
+            "GatedRepoError",
+            DatasetUnavailable,
+            "https://huggingface.co/datasets/lmsys/lmsys-chat-1m.*hf auth login",
+        ),
         ("RepositoryNotFoundError", ValueError, "check the spelling"),
         ("HfHubHTTPError", DatasetUnavailable, "cannot reach"),
     ],
@@ -808,7 +910,9 @@ def test_what_the_hub_answers_is_told_with_a_remedy(monkeypatch, error, raised, 
 
 
 class FakeHub(ThreadingHTTPServer):
-    """One data set in memory. Requests for its files are answered in turn as `faults` says; None is as it should be."""
+    """One data set in memory. Requests for its files are answered in turn as `faults` says;
+    None is as it should be.
+    """
 
     commit = "0123456789abcdef0123456789abcdef01234567"
 
@@ -823,7 +927,11 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def answer(self, body=b"", status=200, **headers):
         self.send_response(status)
-        for name, value in {"X_Repo_Commit": self.server.commit, "Content_Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "X_Repo_Commit": self.server.commit,
+            "Content_Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -831,13 +939,25 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, (path, _, name) = self.server, self.path.partition("?")[0].partition(f"{self.server.commit}/")
-        listed = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in hub.files.items()]
+        listed = [
+            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+            for name, data in hub.files.items()
+        ]
         if "/resolve/" in path and name in hub.files:
             return self.file(hub.files[name], next(hub.faults, None))
         if "/tree/" in path:
-            return self.answer(json.dumps(listed if name else [{"type": "directory", "path": "data", "oid": "1" * 40}]).encode())
+            return self.answer(
+                json.dumps(
+                    listed if name else [{"type": "directory", "path": "data", "oid": "1" * 40}]
+                ).encode()
+            )
         if self.path.startswith("/api/datasets/"):
-            about = {"id": "me/texts", "sha": hub.commit, "siblings": [{"rfilename": name} for name in hub.files], "tags": []}
+            about = {
+                "id": "me/texts",
+                "sha": hub.commit,
+                "siblings": [{"rfilename": name} for name in hub.files],
+                "tags": [],
+            }
             return self.answer(json.dumps(about).encode())
         self.answer(status=404, X_Error_Code="EntryNotFound")
 
@@ -881,12 +1001,19 @@ def hub(monkeypatch, tmp_path):
         for i in range(4):
             n = len(documents) // 4
             write(tmp_path / "data", kind, documents[i * n : (i + 1) * n], str(i))
-        hub = FakeHub({f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").iterdir())}, handler)
+        hub = FakeHub(
+            {f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").iterdir())},
+            handler,
+        )
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()
         started.append((hub, thread))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
         return hub
 
@@ -894,7 +1021,8 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     for module in (hf_file_system, _pagination):
         monkeypatch.setattr(module, "http_backoff", partial(module.http_backoff, max_retries=0))
-    monkeypatch.setattr(fsspec.spec.AbstractBufferedFile, "DEFAULT_BLOCK_SIZE", 512)  # or it would read files whole, ends and all
+    # or it would read files whole, ends and all
+    monkeypatch.setattr(fsspec.spec.AbstractBufferedFile, "DEFAULT_BLOCK_SIZE", 512)
     yield start
     for hub, thread in started:
         hub.stalled.set()
@@ -908,7 +1036,8 @@ def hub(monkeypatch, tmp_path):
 def test_a_hub_that_fails_now_and_then_changes_nothing(tokenizer, hub, kind, fault, caplog):
     server = hub(kind)
     stream = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)
-    # a .jsonl file takes one request, a .parquet file two; an attempt to go on at a file's first row reads the files before it, too
+    # a .jsonl file takes one request, a .parquet file two; an attempt to go on at a file's first row reads
+    # the files before it, too
     server.faults = cycle([None] * {".jsonl": 3, ".parquet": 5}[kind] + [fault])
     assert same(drain(stream), drain(ContextStream([Source("memory", documents=MANY)], tokenizer, 64)))
     assert stream.counts["documents"] == len(MANY)
@@ -964,9 +1093,15 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_row(tokenizer, monkeypatch
     expected = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
     FAILURES.update({0: 3, 1: 1, 7: 3, 8: 3, 30: 2, 59: 3})
     again = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
-    assert same([found[1:] for found in again], [found[1:] for found in expected]) and not any(FAILURES.values())
+    assert same([found[1:] for found in again], [found[1:] for found in expected]) and not any(
+        FAILURES.values()
+    )
     FAILURES.update({0: 4, 30: 5})
-    stream, contexts, broken = ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16), [], []
+    stream, contexts, broken = (
+        ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16),
+        [],
+        [],
+    )
     while len(broken) < 2:
         try:
             contexts += stream.next(1).tolist()
@@ -980,7 +1115,10 @@ def test_rows_on_the_hub_that_never_make_sense_are_told(tokenizer, hub):
     server = hub(".jsonl")
     stream = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 16)
     server.files["data/1.jsonl"] = b'{"text": "a", }' * 200
-    with pytest.raises(ValueError, match="dataset is 'me/texts'; allowed: rows that can be read; me/texts broke off at row 500"):
+    with pytest.raises(
+        ValueError,
+        match="dataset is 'me/texts'; allowed: rows that can be read; me/texts broke off at row 500",
+    ):
         stream.next(10**6)
 
 
@@ -988,8 +1126,18 @@ def test_check_sources_looks_at_files_only(tmp_path):
     path = write(tmp_path, ".jsonl")
 
     def check(**settings):
-        config = {"model_name": "gpt2", "dataset": str(path), "text_key": "text", "mixed_dataset": False, "subset": None}
-        config |= {"chat_dataset": str(write(tmp_path / "c", ".parquet", CHATS)), "chat_key": "conversation", "pretrain_frac": 0.9}
+        config = {
+            "model_name": "gpt2",
+            "dataset": str(path),
+            "text_key": "text",
+            "mixed_dataset": False,
+            "subset": None,
+        }
+        config |= {
+            "chat_dataset": str(write(tmp_path / "c", ".parquet", CHATS)),
+            "chat_key": "conversation",
+            "pretrain_frac": 0.9,
+        }
         config |= {"retry_seconds": (1,)}
         check_sources(SimpleNamespace(**(config | settings)))
 

@@ -1,4 +1,6 @@
-"""Hostile documents, each among good ones: all of them are counted, none ends a run, and the good ones come out as without it."""
+"""Hostile documents, each among good ones:
+all of them are counted, none ends a run, and the good ones come out as without it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ import pytest
 
 from monosemy.contexts import ContextStream
 from monosemy.sources import Source
-from tests.test_contexts import broken_strings, drain, ids_of, prose, same, tokenizer, unpack  # noqa: F401 (a fixture)
+from tests.test_contexts import (
+    broken_strings,
+    drain,
+    ids_of,
+    prose,
+    same,
+    tokenizer,  # noqa: F401 (a fixture)
+    unpack,
+)
 
 GOOD = [prose(20, i) for i in range(6)]
 LONG = prose(250_000)[: 2**20].strip()
@@ -25,11 +35,19 @@ ROWS = {  # a line of .jsonl -> what is counted, and the text that comes out
     "cut off": (b'{"text": "cut', "unreadable", None),
     "NUL": (b'{"text": "a\\u0000b"}', "used", "a\0b"),
     "a mark of byte order inside": (b'{"text": "\\ufeffa\\ufeffb"}', "used", "\ufeffa\ufeffb"),
-    "from right to left": ('{"text": "\\u202eabc \u05d0\u05d1\u05d2 \u0627\u0628"}'.encode(), "used", "\u202eabc אבג اب"),
+    "from right to left": (
+        '{"text": "\\u202eabc \u05d0\u05d1\u05d2 \u0627\u0628"}'.encode(),
+        "used",
+        "\u202eabc אבג اب",
+    ),
     "lone surrogates": (b'{"text": "a \\ud800 b \\udfff\\udc00"}', "broken_utf8", "a \ufffd b \ufffd\ufffd"),
     "bytes that are no UTF-8": (b'{"text": "a \xc3\x28 \xff b"}', "broken_utf8", "a \ufffd( \ufffd b"),
     "a line of a megabyte": (json.dumps({"text": LONG}).encode(), "used", LONG),
-    "unusual numbers": (b'{"text": "x", "n": 1e999, "m": NaN, "k": ' + b"9" * 5000 + b"}", "unreadable", None),
+    "unusual numbers": (
+        b'{"text": "x", "n": 1e999, "m": NaN, "k": ' + b"9" * 5000 + b"}",
+        "unreadable",
+        None,
+    ),
 }
 
 
@@ -47,7 +65,10 @@ def test_a_hostile_row(tokenizer, tmp_path, name):  # noqa: F811
     assert same(ids, wanted[: len(ids)]) and len(wanted) - len(ids) < 16  # the rest does not fill a context
 
 
-def test_the_name_of_a_special_token_in_a_document_is_that_token_and_is_left_out_of_training(tokenizer, tmp_path):  # noqa: F811
+def test_the_name_of_a_special_token_in_a_document_is_that_token_and_is_left_out_of_training(
+    tokenizer,  # noqa: F811
+    tmp_path,
+):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "the cat<eos><bos> sat" + prose(30)}))
     stream = ContextStream([Source(str(path))], tokenizer, 16)
@@ -81,13 +102,18 @@ def test_a_hostile_conversation(tokenizer, tmp_path, name):  # noqa: F811
     stream = ContextStream([Source(str(path), "chat", "conversation")], tokenizer, 8)
     text = tokenizer.decode(unpack(drain(stream), stream))
     assert stream.counts["documents"] == 3 and stream.counts["used"] == (3 if counted == "used" else 2)
-    assert stream.counts[counted] in (1, 3) and text.count("hello there") == (3 if name == "further fields" else 2)
+    assert stream.counts[counted] in (1, 3) and text.count("hello there") == (
+        3 if name == "further fields" else 2
+    )
     assert "49" not in text
 
 
 COLUMNS = {
     "invalid UTF-8": (lambda: broken_strings([b"good one", b"\xff\xfe", b"\xed\xa0\x80 x", b"good two"]), 2),
-    "large strings": (lambda: broken_strings([b"good one", b"\xff", b"good two"]).cast(pa.binary()).cast(pa.large_binary()), 3),
+    "large strings": (
+        lambda: broken_strings([b"good one", b"\xff", b"good two"]).cast(pa.binary()).cast(pa.large_binary()),
+        3,
+    ),
     "nulls": (lambda: pa.array(["good one", None, "good two"]), 1),
     "numbers": (lambda: pa.array([1, 2, 3]), 3),
     "times": (lambda: pa.array([2**62, -(2**62)], pa.timestamp("us")), 2),
@@ -104,7 +130,9 @@ def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):  # noqa: F811
     pyarrow.parquet.write_table(pa.table({"text": column}), path)
     stream = ContextStream([Source(str(path))], tokenizer, 4)
     if left_out == len(column):
-        with pytest.raises(ValueError, match=f"No row of {len(column)} has a usable text in 'text': {len(column)} "):
+        with pytest.raises(
+            ValueError, match=f"No row of {len(column)} has a usable text in 'text': {len(column)} "
+        ):
             drain(stream)
         return
     text = tokenizer.decode(unpack(drain(stream), stream))
@@ -116,7 +144,9 @@ def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):  # noqa: F811
 
 def test_a_column_of_parquet_that_nobody_asked_for_may_be_broken(tokenizer, tmp_path):  # noqa: F811
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pa.table({"text": GOOD[:2], "junk": broken_strings([b"\xff", b"\xfe"])}), path)
+    pyarrow.parquet.write_table(
+        pa.table({"text": GOOD[:2], "junk": broken_strings([b"\xff", b"\xfe"])}), path
+    )
     stream = ContextStream([Source(str(path))], tokenizer, 8)
     drain(stream)
     assert stream.counts["used"] == 2

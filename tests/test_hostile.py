@@ -530,7 +530,7 @@ def fuzz_checkpoints(tmp_path: Path, examples: int) -> None:
     def attempt() -> None:
         found = checkpoints.newest()
         assert found is not None and found.step in (1, 2)
-        assert torch.equal(found.member("a/b")["w"], torch.arange(6.0))
+        assert torch.equal(found.tensors("a/b")["w"], torch.arange(6.0))
         if found.step == 1:
             raise ValueError("passed over")
 

@@ -115,9 +115,9 @@ def test_a_run_that_was_complete_is_not_trained_again_for_a_part_of_its_report(r
 
 
 def test_a_site_that_cannot_be_spliced_costs_its_losses(run, monkeypatch, caplog):
-    before, resume = rows_of(run), LanguageModel.resume
+    before, resume = rows_of(run), LanguageModel.run_from
     with monkeypatch.context() as broken:
-        broken.setattr(LanguageModel, "resume", lambda self, clean, site, x: resume(self, clean, site, x) * (1 if site.layer else 1.1))
+        broken.setattr(LanguageModel, "run_from", lambda self, clean, site, x: resume(self, clean, site, x) * (1 if site.layer else 1.1))
         assert main(["eval", str(run)]) == 1
     rows = rows_of(run)
     assert "losses of resid_post.0 (ValueError: site is 'resid_post.0'" in caplog.text

@@ -1,4 +1,6 @@
-"""Models as users have them: cut, incomplete, quantized, with another tokenizer, wrapped with a vision tower, at a commit that moves."""
+"""Models as users have them: cut, incomplete, quantized, with another tokenizer,
+wrapped with a vision tower, at a commit that moves.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,15 @@ from tests.test_run import train
 SITE = Site("resid_post", 1)
 
 
-# --- the final norm, whatever the pad token's embedding is ------------------------------------------------------------------------
+# --- the final norm, whatever the pad token's embedding is ----------------------------------------
 
-TINY = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+TINY = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
 NORMS = {
     "gemma2": hf.Gemma2Config(**TINY, num_key_value_heads=2, head_dim=12),
     "gemma3": hf.Gemma3TextConfig(**TINY, num_key_value_heads=2, head_dim=12),
@@ -46,7 +54,9 @@ def test_norm_map_is_the_final_norm_s_though_the_pad_embedding_is_zero(family: s
     model = hf.AutoModelForCausalLM.from_config(NORMS[family])
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = 0
-        norms = [m for n, m in model.named_modules() if n.endswith(("model.norm", "final_layer_norm", "ln_f"))]
+        norms = [
+            m for n, m in model.named_modules() if n.endswith(("model.norm", "final_layer_norm", "ln_f"))
+        ]
         (norm,) = norms
         norm.weight.copy_(torch.randn(24))
     found = norm_map(LanguageModel(model, [SITE]))
@@ -57,7 +67,7 @@ def test_norm_map_is_the_final_norm_s_though_the_pad_embedding_is_zero(family: s
     assert torch.allclose(found / found.norm(), wanted / wanted.norm(), atol=1e-4)
 
 
-# --- a tokenizer of another model ---------------------------------------------------------------------------------------------------
+# --- a tokenizer of another model -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -74,7 +84,11 @@ def cut_embedding(model: Path, rows: int) -> None:
 
 
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused_before_weights_are_loaded(
-    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids = len(load_tokenizer(str(model)))
     cut_embedding(model, ids - 5)
@@ -97,7 +111,7 @@ def test_an_added_token_beyond_the_embedding_stands_for_no_text(model: Path) -> 
     assert stream.counts["tokens beyond the embedding"] > 0
 
 
-# --- weights that are not there, or not whole -----------------------------------------------------------------------------------------
+# --- weights that are not there, or not whole -----------------------------------------------------
 
 
 def cut(path: Path, share: float = 0.5) -> None:
@@ -143,7 +157,9 @@ def half_a_pickle(model: Path) -> str:
 def quantized(method: str, **more: object):
     def change(model: Path) -> str:
         config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, **more}}))
+        (model / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {"quant_method": method, **more}})
+        )
         return rf"quantized by {method}.*pip install "
 
     return change
@@ -183,14 +199,27 @@ def test_a_dry_run_sees_them_already(model: Path, text_file: Path, tmp_path: Pat
     check_weights(describe("smollm2-135m"))  # nothing to look at: it is built when it is first used
 
 
-# --- models that also see -----------------------------------------------------------------------------------------------------------
+# --- models that also see -------------------------------------------------------------------------
 
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
 TEXT = TINY | {"vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
 SEEING = {
-    "llava": lambda: hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION), image_token_id=59),
+    "llava": lambda: hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION), image_token_id=59
+    ),
     "qwen3_vl": lambda: hf.Qwen3VLConfig(
-        text_config=TEXT | {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
+        text_config=TEXT
+        | {
+            "head_dim": 12,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
+        },
         vision_config={
             "depth": 1,
             "hidden_size": 16,
@@ -205,7 +234,9 @@ SEEING = {
         vision_end_token_id=56,
     ),
     "mistral3": lambda: hf.Mistral3Config(
-        text_config=hf.MistralConfig(**TEXT, head_dim=12), vision_config=hf.PixtralVisionConfig(**VISION), image_token_index=59
+        text_config=hf.MistralConfig(**TEXT, head_dim=12),
+        vision_config=hf.PixtralVisionConfig(**VISION),
+        image_token_index=59,
     ),
 }
 
@@ -222,14 +253,16 @@ def test_the_language_model_of_one_that_also_sees_is_read_for_text(family: str, 
     info = describe(str(tmp_path))
     assert (info.num_layers, info.d_model, info.vocab_size) == (3, 24, 60)
     found = LanguageModel.load(str(tmp_path), [SITE], device="cpu")
-    assert len(found.layers) == 2 and torch.allclose(found.activations(ids)[SITE], wanted.hidden_states[2], atol=1e-5)
+    assert len(found.layers) == 2 and torch.allclose(
+        found.activations(ids)[SITE], wanted.hidden_states[2], atol=1e-5
+    )
     lm = LanguageModel.load(str(tmp_path), [SITE], device="cpu", whole=True)
     clean = lm.clean(ids, [SITE])
     assert torch.allclose(lm.logits(clean.hidden_BLD), wanted.logits, atol=1e-5)
     assert torch.equal(lm.run_from(clean, SITE, clean.activations[SITE]), clean.hidden_BLD)
 
 
-# --- the commit ---------------------------------------------------------------------------------------------------------------------------
+# --- the commit -----------------------------------------------------------------------------------
 
 
 class ModelHub(http.server.BaseHTTPRequestHandler):
@@ -251,7 +284,9 @@ class ModelHub(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b"")
         data = file.read_bytes()
-        etag = f'"{torch.hash_tensor(torch.frombuffer(bytearray(data), dtype=torch.uint8)).item()}-{len(data)}"'
+        etag = (
+            f'"{torch.hash_tensor(torch.frombuffer(bytearray(data), dtype=torch.uint8)).item()}-{len(data)}"'
+        )
         return self.answer(200, {"ETag": etag, "X-Repo-Commit": commit}, data)
 
     def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
@@ -275,9 +310,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ModelH
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in (("ENDPOINT", f"http://127.0.0.1:{server.server_port}"), ("HF_HUB_CACHE", str(tmp_path / "cache"))):
+    for name, value in (
+        ("ENDPOINT", f"http://127.0.0.1:{server.server_port}"),
+        ("HF_HUB_CACHE", str(tmp_path / "cache")),
+    ):
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     ModelHub.commits, ModelHub.asked = {}, Counter()
     yield ModelHub
     server.shutdown()
@@ -292,20 +334,28 @@ def test_the_commit_is_resolved_once_recorded_and_used_by_everything_after(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The branch moves to another model between training and evaluation, which stay with the one that was trained on."""
+    """The branch moves to another model between training and evaluation,
+    which stay with the one that was trained on.
+    """
     first, second = "1" * 40, "2" * 40
     hub.commits[first] = tiny_model
     assert train(tmp_path / "run", "good/model", text_file) == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["model"]["revision"] == first
-    assert json.loads(next((tmp_path / "run").glob("*/trainer_0/config.json")).read_text())["revision"] == first
+    assert (
+        json.loads(next((tmp_path / "run").glob("*/trainer_0/config.json")).read_text())["revision"] == first
+    )
     of_main = hub.asked["main"]
     assert of_main <= 3  # config.json alone: looked for, then fetched
     rows = (tmp_path / "run" / "rows.jsonl").read_text()
 
     hub.commits[second] = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
     weights = load_file(tmp_path / "moved" / "model.safetensors")
-    save_file({n: t * 3 for n, t in weights.items()}, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t * 3 for n, t in weights.items()},
+        tmp_path / "moved" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert main(["eval", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "rows.jsonl").read_text() == rows
     assert hub.asked["main"] == of_main and hub.asked[second] == 0

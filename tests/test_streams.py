@@ -18,14 +18,17 @@ from tests.test_contexts import HubHandler, hub, prose, same, tokenizer, write  
 DOCUMENTS = [f"{i} {prose(10 + i % 30, i)}" for i in range(80)]
 PAUSES = (0.01,) * 2
 RUN = (
-    "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 "
-    "--num_tokens 3200 --buffer_tokens 800 --eval_num_inputs 4 --held_out_fraction 0.1 --learning_rates 3e-3 --retry_seconds 0.01"
+    "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --context_length 16 "
+    "--sae_batch_size 64 --llm_batch_size 4 --num_tokens 3200 --buffer_tokens 800 --eval_num_inputs 4 "
+    "--held_out_fraction 0.1 --learning_rates 3e-3 --retry_seconds 0.01"
 ).split()
 PLACES = {"opening": "/tree/", "middle": "data/1.", "end": "data/3."}
 
 
 class FaultyHandler(HubHandler):
-    """`server.where` names the requests, by a piece of their path, that fail as long as `server.left` of them are left to fail."""
+    """`server.where` names the requests, by a piece of their path,
+    that fail as long as `server.left` of them are left to fail.
+    """
 
     def do_GET(self):
         if self.server.where in self.path and self.server.left > 0:
@@ -50,7 +53,9 @@ def texts(hub):  # noqa: F811
     return lambda kind: hub(kind, DOCUMENTS, FaultyHandler)
 
 
-@pytest.mark.parametrize(("kind", "prefetch"), [(".jsonl", False), (".jsonl.zst", False), (".parquet", False), (".jsonl", True)])
+@pytest.mark.parametrize(
+    ("kind", "prefetch"), [(".jsonl", False), (".jsonl.zst", False), (".parquet", False), (".jsonl", True)]
+)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", [503, 429, "drop", "stall"])
 def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
@@ -72,7 +77,9 @@ def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
 
     HfFileSystem.clear_instance_cache()
     server.left, contexts, state = 10**6, [], None
-    with pytest.raises(StreamBroken, match="2 attempts to go on have failed.*what was read so far is not lost"):
+    with pytest.raises(
+        StreamBroken, match="2 attempts to go on have failed.*what was read so far is not lost"
+    ):
         stream = ContextStream([source], tokenizer, 64, prefetch=prefetch)
         while True:
             state = json.dumps(stream.state_dict())
@@ -84,15 +91,36 @@ def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
     assert same(contexts + test_contexts.drain(again), expected)
 
 
-def test_a_run_whose_hub_stays_away_stops_with_75_and_goes_on_to_the_same_weights(hub, tiny_model, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 1)  # or so short a text would be read whole before the first step
+def test_a_run_whose_hub_stays_away_stops_with_75_and_goes_on_to_the_same_weights(
+    hub,  # noqa: F811
+    tiny_model,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    # or so short a text would be read whole before the first step
+    monkeypatch.setattr("monosemy.contexts.READ_AHEAD", 1)
     HfFileSystem.clear_instance_cache()
-    documents = [json.loads(line)["text"] for line in write_text(tmp_path / "all.jsonl", documents=120).read_text().splitlines()]
+    documents = [
+        json.loads(line)["text"]
+        for line in write_text(tmp_path / "all.jsonl", documents=120).read_text().splitlines()
+    ]
     server = hub(".jsonl", documents, FaultyHandler)
     server.where, server.kind, server.left = PLACES["middle"], 503, 10**6
 
     def run(folder, dataset):
-        return main(["train", "--save_dir", str(folder), "--model_name", str(tiny_model), "--dataset", str(dataset), *RUN])
+        return main(
+            [
+                "train",
+                "--save_dir",
+                str(folder),
+                "--model_name",
+                str(tiny_model),
+                "--dataset",
+                str(dataset),
+                *RUN,
+            ]
+        )
 
     def weights(folder):
         return (folder / "resid_post_layer_1/trainer_0/sae.safetensors").read_bytes()

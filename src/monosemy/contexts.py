@@ -127,7 +127,9 @@ class ContextStream:
             if source.kind == "chat" and not tokenizer.chat_template:
                 raise _no_template(source, tokenizer)
         packed = _Packed(self._sources, reading, self.bos_id, self.separator_id, context_length)
-        self._packed: _Packed | _Prefetched = _Prefetched(packed, AHEAD // context_length + 1) if prefetch else packed
+        self._packed: _Packed | _Prefetched = (
+            _Prefetched(packed, AHEAD // context_length + 1) if prefetch else packed
+        )
         # Contexts that were cut but not handed out (a source ran dry before there were enough), each with the
         # state before it.
         self._ready: deque[tuple[dict, list[int]]] = deque()
@@ -180,9 +182,15 @@ class ContextStream:
             counts = Counter(state["counts"])
             rows = counts["documents"]
             whys = LEFT_OUT | {"broken_utf8": "with bytes that are not UTF-8, read as replacement characters"}
-            shares = [f"{counts[key] / rows:.1%} {why}" for key, why in whys.items() if counts[key] > WARN_SHARE * rows]
+            shares = [
+                f"{counts[key] / rows:.1%} {why}"
+                for key, why in whys.items()
+                if counts[key] > WARN_SHARE * rows
+            ]
             if shares:
-                sentences.append(f"{source.name}: of {rows:,} rows, {', '.join(shares)} (field {source.key!r})")
+                sentences.append(
+                    f"{source.name}: of {rows:,} rows, {', '.join(shares)} (field {source.key!r})"
+                )
         return sentences
 
     @cached_property
@@ -206,7 +214,9 @@ def _check_settings(
         remedy = "a context is its BOS token and at least one of text"
         raise invalid("context_length", context_length, "2 or more", remedy)
     if not 0 <= held_out_fraction < 1:
-        raise invalid("held_out_fraction", held_out_fraction, "0 to below 1", "leave most of the text to train on")
+        raise invalid(
+            "held_out_fraction", held_out_fraction, "0 to below 1", "leave most of the text to train on"
+        )
     if split == "held_out" and held_out_fraction == 0:
         remedy = "keep some documents for evaluation"
         raise invalid("held_out_fraction", held_out_fraction, "above 0 for held-out text", remedy)
@@ -274,7 +284,8 @@ class _Packed:
         context_length: int,
     ) -> None:
         self._sources, self._bos_id, self._context_length = sources, bos_id, context_length
-        self._weights = [Fraction(str(source.weight)) for source in sources]  # exact: 0.1 is a tenth, equals are equal
+        # exact: 0.1 is a tenth, equals are equal
+        self._weights = [Fraction(str(source.weight)) for source in sources]
         self._streams = [_IdStream(source, reading, separator_id) for source in sources]
         self._served = [0] * len(sources)  # contexts of each source
         self._broken = False  # an error left the streams somewhere after `state`
@@ -480,7 +491,9 @@ class _IdStream:
                 character = 0
                 separated = bool(self._separator) and not (row.get(CONTINUES) and last_used == n - 1)
             for part in cut(text[character:], PIECE):
-                yield _Piece({"rows": before, "n": n, "character": character, "separated": separated}, part, passed)
+                yield _Piece(
+                    {"rows": before, "n": n, "character": character, "separated": separated}, part, passed
+                )
                 character += len(part)
                 separated, passed = False, Counter()
             start, last_used = None, n
@@ -504,7 +517,11 @@ def _no_usable_text(source: Source, counts: Counter[str], row: dict | None, read
         except _Refused as refused:
             allowed = "conversations that the model's chat template renders"
             return invalid(field, source.name, allowed, f'{what}. The template says "{refused}"')
-    fields = f"The last row has the fields {', '.join(sorted(row))}" if row else "The last row is not a JSON object"
+    fields = (
+        f"The last row has the fields {', '.join(sorted(row))}"
+        if row
+        else "The last row is not a JSON object"
+    )
     return invalid(field, source.name, "rows with a text", f"{what}. {fields}: name the one with the text")
 
 
@@ -593,7 +610,8 @@ class _Reading:
         if backend.truncation or backend.padding:  # left there by tokenizer.json or by another caller
             backend.no_truncation()
             backend.no_padding()
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]  # without offsets
+        # without offsets
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _no_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> ValueError:

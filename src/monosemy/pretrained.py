@@ -18,15 +18,30 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import torch
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoFile
+
+from monosemy import formats
 from monosemy.errors import invalid
 from monosemy.files import path_of, room_for
+from monosemy.formats import layouts, names
 from monosemy.http import answer_to, causes, status_of
+from monosemy.hub import upload_saved
 from monosemy.redact import without_secrets
 from monosemy.releases import repository, sae_of
 
 if TYPE_CHECKING:
-    import torch
-    from huggingface_hub.hf_api import RepoFile, RepoSibling
+    from huggingface_hub.hf_api import RepoSibling
 
     from monosemy.formats.layouts import Entry
     from monosemy.sae import SAE
@@ -89,10 +104,6 @@ def load(
     Raises ValueError for what is not there, cannot be read or would be computed otherwise here, and ConnectionError for a hub that cannot
     be reached, where the cache does not have the files.
     """
-    import torch
-
-    from monosemy import formats
-
     precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if precision not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise invalid("dtype", str(dtype), "float32, bfloat16, float16 or float64", "choose one of them")
@@ -108,8 +119,6 @@ def list_saes(repo: str, revision: str | None = None) -> list[SAERecord]:
 
     Raises as `load`.
     """
-    from monosemy.formats import layouts
-
     folder = path_of("repo", repo)
     if folder.is_dir():
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -126,8 +135,6 @@ def list_saes(repo: str, revision: str | None = None) -> list[SAERecord]:
 
 def save(sae: SAE, folder: str | Path, config: dict[str, Any] | None = None) -> None:
     """Write an SAE's folder in our layout, with what its own folder said of it and `config` over that. Raises DiskFull."""
-    from monosemy import formats
-
     formats.save(sae, folder, {"status": "complete"} | sae.metadata | (config or {}))
 
 
@@ -136,8 +143,6 @@ def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = Fal
 
     The repository is created if it does not exist. Raises ValueError for a name that is none, and `UploadFailed`.
     """
-    from monosemy.hub import upload_saved
-
     _parsed(repo_id)
     place = PurePosixPath(path_in_repo)
     if place.is_absolute() or ".." in place.parts:
@@ -199,8 +204,6 @@ def _parsed(name: str) -> tuple[str, str]:
 
 def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, Entry]:
     """The SAE that is meant, by its whole id. Raises ValueError with the ids that come nearest, and HubUnreachable."""
-    from monosemy.formats import layouts
-
     entries = layouts.find(held.files, held.repo_id)
     if not entries and not held.silence:
         allowed = "a repository with SAEs in a layout that is read here (docs/formats.md has them)"
@@ -253,8 +256,6 @@ def _files(entry: Entry, sae_id: str, format: str | None, held: _Repository) -> 
 
 
 def _record(repo: str, sae_id: str, entry: Entry, sizes: Mapping[str, int | None]) -> SAERecord:
-    from monosemy.formats import names
-
     place = str(PurePosixPath(repo, sae_id))
     known = [size for name in entry.files if (size := sizes.get(name)) is not None]
     note = entry.note or (f'a pickle: opens with format="{entry.format}"' if entry.named else "")
@@ -263,8 +264,6 @@ def _record(repo: str, sae_id: str, entry: Entry, sizes: Mapping[str, int | None
 
 
 def _device(device: str | torch.device) -> torch.device:
-    import torch
-
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -292,8 +291,6 @@ class _Repository:
 
         What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it differs, and DiskFull.
         """
-        from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
-
         known = {name: try_to_load_from_cache(self.repo_id, name, revision=self.commit) for name in files}
         wanted = [name for name, path in known.items() if not isinstance(path, str)]
         if wanted:
@@ -317,9 +314,6 @@ class _Repository:
 
 def _home(repo_id: str) -> Path:
     """The repository's folder in the cache of the hub's library."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
@@ -351,9 +345,6 @@ def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | N
 
 def _described(repo_id: str, revision: str | None, sizes: bool) -> tuple[str, dict[str, RepoSibling | RepoFile]]:
     """A revision's commit and its files, with their sizes and digests where those are asked for."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     info = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS, files_metadata=sizes)
     files: dict[str, RepoSibling | RepoFile] = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     if len(files) >= MANY:
@@ -387,15 +378,6 @@ def _differs(path: Path, kind: str, before: bytes, wanted: str) -> str:
 @contextmanager
 def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
     """The hub's refusals as ValueErrors, and its silence as HubUnreachable."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     page = f"https://huggingface.co/{repo_id}"
     try:
         yield
@@ -421,8 +403,6 @@ def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
 @contextmanager
 def _cached_at(path: Path, needed: int) -> Iterator[None]:
     """Write `needed` bytes below the cache. Raises DiskFull, and ValueError for a cache that cannot be written."""
-    from huggingface_hub import constants
-
     try:
         with room_for(path, needed):
             yield
@@ -443,8 +423,6 @@ def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
 
     Large files come from a store elsewhere, by addresses that expire; what it refuses may be had in a while.
     """
-    from huggingface_hub import constants
-
     status = status_of(error)
     by_hub = status is not None and str(answer_to(error).url).startswith(constants.ENDPOINT)
     if by_hub and status in (401, 403):
