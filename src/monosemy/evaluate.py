@@ -14,14 +14,15 @@ from torch import Tensor
 from monosemy import formats, results
 from monosemy.config import EvalConfig, TrainConfig
 from monosemy.errors import invalid
-from monosemy.evaluation import Row, table
-from monosemy.files import write_text
+from monosemy.evaluation import Row, dictionary_learning_results, table
+from monosemy.files import write_json, write_text
 from monosemy.lm_info import Site
 from monosemy.lm_model import LanguageModel, load_tokenizer
 from monosemy.missing import Missing
 from monosemy.plan import Plan
 from monosemy.pretrained import Resolved, resolve
-from monosemy.probing import probe_run
+from monosemy.probing import chosen_datasets, probe, sae_probes
+from monosemy.report import page
 from monosemy.results import context_stream, held_out_contexts
 from monosemy.run_folder import Run
 from monosemy.sae import SAE
@@ -74,6 +75,34 @@ def evaluate_run(config: EvalConfig) -> tuple[list[Row], Missing]:
     if missing:
         log.warning("missing: %s; %s", missing, results.remedy(folder, config))
     return rows, missing
+
+
+def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str = "auto") -> list[Row]:
+    """Add what `probe` finds to the rows of an evaluated run: to rows.jsonl, every eval_results.json, and the report. Returns the rows.
+
+    `datasets` are names of pairs, such as 155_athlete_sport_basketball; all where none is given.
+    Raises ValueError for a run without rows, an unknown name, and where sae-probes is not installed.
+    """
+    folder = Path(folder)
+    if not (folder / "rows.jsonl").is_file():
+        raise invalid("run", str(folder), "an evaluated run, which has a rows.jsonl", "run `monosemy eval` on it first")
+    chosen = chosen_datasets(sae_probes(), datasets)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    sites = {row["sae"]: Site.parse(row["site"]) for row in rows}
+    plan = Plan.from_run(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
+    c = plan.config
+    lm = LanguageModel.load(plan.model, tuple(dict.fromkeys(sites.values())), dtype=c.dtype, device=device)
+    saes = {name: (site, formats.load(folder / name, unfinished=True).to(lm.device)) for name, site in sites.items()}
+    found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
+    for row in rows:
+        row |= found[row["sae"]]
+        write_json(folder / row["sae"] / "eval_results.json", dictionary_learning_results(row))
+    write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    missing = Missing(folder)
+    page.write([folder], missing=missing)
+    if missing:
+        log.warning("missing from the report: %s", missing)
+    return rows
 
 
 def evaluate_folders(config: EvalConfig) -> list[Row]:

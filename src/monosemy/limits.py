@@ -1,6 +1,36 @@
 """Sizes of what is held at a time, shared by the code that keeps to them and by the memory that is predicted from them."""
 
+from dataclasses import dataclass
+
 GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a group on a GPU holds before it updates
 ESTIMATE_BELOW = 0.03  # share of latents per token; below it a CPU estimates the product and looks up what it selects
 SELECTION_TOKENS = 2048  # tokens that compete in BatchTopK's selection in evaluation: a batch of dictionary_learning
 HEAD_ELEMENTS = 2**24  # logits held at a time in evaluation
+
+
+@dataclass(frozen=True)
+class ArchitectureMemory:
+    """What an architecture takes in training beside W_enc, W_dec [F, D] and b_dec [D]; counted, tests hold it.
+
+    The defaults are those of a ReLU SAE.
+    """
+
+    vectors: int = 1
+    """Parameters [F]."""
+    moments: int = 2
+    """Adam's, of every parameter; one where beta1 is 0."""
+    dense_arrays: int = 2
+    """Arrays [B, F] of the dense layout that a CPU keeps for all SAEs; 0: always sparse."""
+    cached_arrays: float = 0.0
+    """Arrays of a few rows, as many as stay in the cache, at once."""
+    bf16_copies: float = 1.5
+    """Arrays [B, F] of operands in bfloat16 and results out of it."""
+    gpu_arrays: float = 4.5
+    """Arrays [B, F] that a GPU holds at once in the dense layout."""
+    modes: int = 1
+    """In which the SAE is evaluated."""
+    products: int = 1
+    """With the decoder."""
+
+
+TOP_K_MEMORY = ArchitectureMemory(dense_arrays=0, modes=2)

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from monosemy.config import ResolvedConfig
-from monosemy.limits import ESTIMATE_BELOW, GRADIENTS_AT_ONCE, HEAD_ELEMENTS, SELECTION_TOKENS
+from monosemy.limits import (
+    ESTIMATE_BELOW,
+    GRADIENTS_AT_ONCE,
+    HEAD_ELEMENTS,
+    SELECTION_TOKENS,
+    ArchitectureMemory,
+)
 from monosemy.lm_info import ModelInfo, Site
 
 MIB = 2**20
@@ -25,34 +31,6 @@ IN_CACHE = 2**18  # elements, as in ops/entries.py
 GATHERED = 2060  # bytes of a latent, as in latents.py
 COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class ArchitectureMemory:
-    """What an architecture takes in training beside W_enc, W_dec [F, D] and b_dec [D]; counted, tests hold it.
-
-    The defaults are those of a ReLU SAE.
-    """
-
-    vectors: int = 1
-    """Parameters [F]."""
-    moments: int = 2
-    """Adam's, of every parameter; one where beta1 is 0."""
-    dense_arrays: int = 2
-    """Arrays [B, F] of the dense layout that a CPU keeps for all SAEs; 0: always sparse."""
-    cached_arrays: float = 0.0
-    """Arrays of a few rows, as many as stay in the cache, at once."""
-    bf16_copies: float = 1.5
-    """Arrays [B, F] of operands in bfloat16 and results out of it."""
-    gpu_arrays: float = 4.5
-    """Arrays [B, F] that a GPU holds at once in the dense layout."""
-    modes: int = 1
-    """In which the SAE is evaluated."""
-    products: int = 1
-    """With the decoder."""
-
-
-TOP_K_MEMORY = ArchitectureMemory(dense_arrays=0, modes=2)
 
 
 @dataclass(frozen=True)

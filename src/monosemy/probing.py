@@ -10,7 +10,6 @@ T texts, L tokens of the longest in a batch, D width of a site.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
@@ -25,17 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from monosemy import formats
-from monosemy.config import TrainConfig
 from monosemy.contexts import bos_id
 from monosemy.errors import invalid
-from monosemy.evaluation import Row, dictionary_learning_results
-from monosemy.files import write_json, write_text
+from monosemy.evaluation import Row
 from monosemy.lm_info import Site
-from monosemy.lm_model import LanguageModel, load_tokenizer
-from monosemy.missing import Missing
-from monosemy.plan import Plan
-from monosemy.report import page
+from monosemy.lm_model import LanguageModel
 from monosemy.sae import SAE
 
 log = logging.getLogger(__name__)
@@ -46,34 +39,6 @@ TEXTS, LENGTH = 5000, 1024  # at most, of a pair of classes and of a text: what 
 MODEL = "model"  # what its files call the model, whose activations they hold
 
 
-def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str = "auto") -> list[Row]:
-    """Add what `probe` finds to the rows of an evaluated run: to rows.jsonl, every eval_results.json, and the report. Returns the rows.
-
-    `datasets` are names of pairs, such as 155_athlete_sport_basketball; all where none is given.
-    Raises ValueError for a run without rows, an unknown name, and where sae-probes is not installed.
-    """
-    folder = Path(folder)
-    if not (folder / "rows.jsonl").is_file():
-        raise invalid("run", str(folder), "an evaluated run, which has a rows.jsonl", "run `monosemy eval` on it first")
-    chosen = _chosen(_sae_probes(), datasets)
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    sites = {row["sae"]: Site.parse(row["site"]) for row in rows}
-    plan = Plan.from_run(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
-    c = plan.config
-    lm = LanguageModel.load(plan.model, tuple(dict.fromkeys(sites.values())), dtype=c.dtype, device=device)
-    saes = {name: (site, formats.load(folder / name, unfinished=True).to(lm.device)) for name, site in sites.items()}
-    found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
-    for row in rows:
-        row |= found[row["sae"]]
-        write_json(folder / row["sae"] / "eval_results.json", dictionary_learning_results(row))
-    write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    missing = Missing(folder)
-    page.write([folder], missing=missing)
-    if missing:
-        log.warning("missing from the report: %s", missing)
-    return rows
-
-
 def probe(
     lm: LanguageModel, saes: Mapping[str, tuple[Site, SAE]], tokenizer: Any, datasets: Sequence[str] = (), *, batch_size: int = 8
 ) -> dict[str, Row]:
@@ -81,8 +46,8 @@ def probe(
 
     `probing_auc_top_5` is of a probe on the 5 latents whose means differ most, `probing_auc_llm` of one on the activations themselves.
     """
-    package = _sae_probes()
-    datasets = _chosen(package, datasets)
+    package = sae_probes()
+    datasets = chosen_datasets(package, datasets)
     columns: dict[str, Row] = {name: {"probing_datasets": list(datasets)} for name in saes}
     sites = tuple(dict.fromkeys(site for site, _ in saes.values()))
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
@@ -134,7 +99,7 @@ def _means(results: Path, ks: Mapping[int | None, str]) -> Row:
     return means
 
 
-def _sae_probes() -> ModuleType:
+def sae_probes() -> ModuleType:
     try:
         import sae_probes
         import sae_probes.utils_data
@@ -145,7 +110,7 @@ def _sae_probes() -> ModuleType:
     return sae_probes
 
 
-def _chosen(package: ModuleType, datasets: Sequence[str]) -> tuple[str, ...]:
+def chosen_datasets(package: ModuleType, datasets: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in datasets if name not in package.DATASETS]
     if unknown:
         raise invalid("probing_datasets", unknown[0], ", ".join(package.DATASETS), "name some of these, or none for all")

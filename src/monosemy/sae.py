@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from monosemy.codes import Codes, Execution, Preactivations
 from monosemy.config import SAEConfig
 from monosemy.errors import invalid
-from monosemy.memory import ArchitectureMemory
+from monosemy.limits import ArchitectureMemory
 from monosemy.ops import Constraint
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule

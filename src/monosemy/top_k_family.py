@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monosemy.codes import Codes
 from monosemy.errors import invalid
-from monosemy.memory import TOP_K_MEMORY
+from monosemy.limits import TOP_K_MEMORY
 from monosemy.sae import SAE, StepContext
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from monosemy.codes import Codes, Preactivations
-from monosemy.memory import ArchitectureMemory
+from monosemy.limits import ArchitectureMemory
 from monosemy.sae import SAE, StepContext, register, uniform, unit
 
 

@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
-from monosemy.memory import ArchitectureMemory
+from monosemy.limits import ArchitectureMemory
 from monosemy.sae import SAE, StepContext, register, uniform, unit
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
-from monosemy.memory import ArchitectureMemory
+from monosemy.limits import ArchitectureMemory
 from monosemy.sae import SAE, StepContext, register, reset_relu
 
 
