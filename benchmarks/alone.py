@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from monosemy.group import TrainerGroup
-from monosemy.trainer import SAETrainer, StepMetrics
+from monosemy.training.group import TrainerGroup
+from monosemy.training.trainer import SAETrainer, StepMetrics
 
 
 class LoneTrainer(SAETrainer):

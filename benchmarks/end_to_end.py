@@ -95,12 +95,12 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from monosemy.activations import ActivationStream
     from monosemy.config import TrainConfig
-    from monosemy.group import TrainerGroup
-    from monosemy.lm_model import LanguageModel
-    from monosemy.run import train
-    from monosemy.sweep import Sweep
+    from monosemy.data.activations import ActivationStream
+    from monosemy.jobs.train import train
+    from monosemy.lm.model import LanguageModel
+    from monosemy.training.group import TrainerGroup
+    from monosemy.training.sweep import Sweep
 
     clock, found = Clock(), {}
     clock.watch(LanguageModel, "activations", "language model")
@@ -142,9 +142,9 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
 
 def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What both halves are told, with our plan's schedule. Raises ValueError for what the configuration has wrong."""
-    from monosemy import assets
     from monosemy.config import TrainConfig
-    from monosemy.plan import make
+    from monosemy.jobs.plan import make
+    from monosemy.lm import embedded
 
     demo = json.loads((ROOT / "examples" / "demo.json").read_text(encoding="utf-8"))
     asked = demo | {"buffer_tokens": REFERENCE_BUFFER // 4} | (SMALL if args.small else {})
@@ -160,8 +160,8 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "schedule": dataclasses.asdict(plan.schedule),
         "saes": plan.saes_per_site() * len(plan.sites),
         "d_in": plan.model.d_model,
-        "model": args.model or str(assets.model_folder(demo["model_name"])),
-        "text": args.text or str(assets.text_file(demo["dataset"])),
+        "model": args.model or str(embedded.model_folder(demo["model_name"])),
+        "text": args.text or str(embedded.text_file(demo["dataset"])),
     }
 
 

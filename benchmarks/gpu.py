@@ -66,14 +66,14 @@ from benchmarks.alone import LoneTrainer
 from benchmarks.step import RELU, TOP_K, DictionaryLearning
 from monosemy import ops
 from monosemy.formats.dictionary_learning import state_dict
-from monosemy.group import TrainerGroup
 from monosemy.ops import torch as plain
 from monosemy.ops.entries import Entries, Selection
 from monosemy.ops.forms import form
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
-from monosemy.sweep import Sweep
-from monosemy.trainer import CAPACITY_FACTOR, SPARSE_BELOW, SAESpec, SAETrainer
+from monosemy.training.group import TrainerGroup
+from monosemy.training.sweep import Sweep
+from monosemy.training.trainer import CAPACITY_FACTOR, SPARSE_BELOW, SAESpec, SAETrainer
 
 Row = dict[str, Any]
 ARCHITECTURES = TOP_K + RELU
@@ -878,9 +878,9 @@ def stream_of(report: Report, config: Any, forward: int, block: int) -> tuple[An
     """A model of random bfloat16 weights, made on the device, its last layer's activation stream, and how many steps a block serves."""
     from transformers import AutoModel
 
-    from monosemy.activations import SERVED, ActivationStream
-    from monosemy.lm_info import Site
-    from monosemy.lm_model import LanguageModel
+    from monosemy.data.activations import SERVED, ActivationStream
+    from monosemy.lm.info import Site
+    from monosemy.lm.model import LanguageModel
 
     site, sizes = Site("resid_post", config.num_hidden_layers - 1), report.sizes
     with torch.device(report.device), torch.no_grad():

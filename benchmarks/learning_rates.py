@@ -22,15 +22,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.alone import LoneTrainer
-from monosemy.activations import ActivationStream
 from monosemy.codes import Execution
-from monosemy.contexts import ContextStream
-from monosemy.lm_info import Site
-from monosemy.lm_model import LanguageModel, load_tokenizer
+from monosemy.data.activations import ActivationStream
+from monosemy.data.contexts import ContextStream
+from monosemy.data.sources import Source
+from monosemy.lm.info import Site
+from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
-from monosemy.sources import Source
-from monosemy.trainer import SAESpec
+from monosemy.training.trainer import SAESpec
 
 STEPS, BATCH, HELD_OUT = 150, 512, 20
 WIDTHS, LAYERS = (1024, 4096), (3, 9)

@@ -26,7 +26,7 @@ from benchmarks.alone import LoneTrainer
 from monosemy.formats.dictionary_learning import LAYOUTS, state_dict
 from monosemy.recipe import DICTIONARY_LEARNING
 from monosemy.schedule import Schedule
-from monosemy.trainer import SAESpec
+from monosemy.training.trainer import SAESpec
 
 BOUNDS = {"standard": 1e-5, "standard_new": 1e-5, "gated": 1e-5, "p_anneal": 1e-5}
 BOUND = 1e-4  # of the others: a near-tie or a value at a threshold's edge may fall on the other side

@@ -33,18 +33,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.alone import LoneTrainer
-from monosemy import ops, trainer
-from monosemy.activations import ActivationStream
+from monosemy import ops
 from monosemy.codes import Codes, DenseCodes, Execution, SparseCodes
-from monosemy.contexts import ContextStream
-from monosemy.evaluation import evaluate_on_model
-from monosemy.lm_info import Site
-from monosemy.lm_model import LanguageModel, load_tokenizer
+from monosemy.data.activations import ActivationStream
+from monosemy.data.contexts import ContextStream
+from monosemy.data.sources import Source
+from monosemy.evaluation.metrics import evaluate_on_model
+from monosemy.lm.info import Site
+from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.ops import compiled
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
-from monosemy.sources import Source
-from monosemy.trainer import SAESpec, StepResult
+from monosemy.training import trainer
+from monosemy.training.trainer import SAESpec, StepResult
 
 SITE, MODEL = Site("resid_post", 3), "smollm2-135m"
 STEPS = 300  # of the run whose states are compared: the ReLU kinds go over to the sparse layout at 200

@@ -54,12 +54,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.alone import LoneTrainer
 from monosemy.formats.dictionary_learning import state_dict
+from monosemy.jobs.plan import cpu_has_bf16
 from monosemy.ops import Workspace
-from monosemy.plan import cpu_has_bf16
 from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY
 from monosemy.sae import SAE
 from monosemy.schedule import Schedule
-from monosemy.trainer import ESTIMATE_BELOW, SAESpec
+from monosemy.training.trainer import ESTIMATE_BELOW, SAESpec
 
 ROOT = Path(__file__).parents[1]
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")

@@ -15,9 +15,9 @@ from benchmarks.alone import LoneTrainer
 from monosemy import formats
 from monosemy.cli import main
 from monosemy.formats.dictionary_learning import LAYOUTS, trainer_config
-from monosemy.rng import generator
 from monosemy.schedule import Schedule
-from monosemy.trainer import SAESpec
+from monosemy.system.rng import generator
+from monosemy.training.trainer import SAESpec
 
 pytest_plugins = ("tests.conftest",)  # its tiny model and text
 

@@ -1,6 +1,6 @@
 """SAEs between the real dictionary_learning, SAELens and sparsify, each in an environment of its own, and us. Run by peers/run.
 
-Every SAE here (eight of ours, and those in tests/data, which the peers wrote) is converted to every layout that can express it; the
+Every SAE here (eight of ours, and those in tests/fixtures, which the peers wrote) is converted to every layout that can express it; the
 peers open all of them and must reconstruct as we do, and what is converted back must be the same to the bit.
 """
 
@@ -16,8 +16,8 @@ from safetensors.torch import load, load_file, save, save_file
 import monosemy
 from monosemy import formats
 from monosemy.formats import layouts
+from tests.formats.test_convert import DATA, REFUSED, SOURCES, open_as, our_saes, same_file
 from tests.layout_trees import LLAMA_NORM, TREES, Tree
-from tests.test_convert import DATA, REFUSED, SOURCES, open_as, our_saes, same_file
 
 HERE = Path(__file__).parent
 PEERS = ("dictionary_learning", "sae_lens", "sparsify")

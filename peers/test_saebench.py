@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import monosemy
-from monosemy import TrainConfig, assets, evaluation, formats
+from monosemy import TrainConfig, formats
 from monosemy.config import architecture_names
-from monosemy.lm_info import Site
-from monosemy.lm_model import LanguageModel
+from monosemy.evaluation import metrics
+from monosemy.lm import embedded
+from monosemy.lm.info import Site
+from monosemy.lm.model import LanguageModel
 
 HERE = Path(__file__).parent
 SITE = Site.parse("resid_post.3")
@@ -58,7 +60,7 @@ def theirs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What SAEBench wrote: see saebench_side.py."""
     out = tmp_path_factory.mktemp("saebench")
     python = HERE.parent / ".venv-peers" / "saebench" / "bin" / "python"
-    wanted = [run, assets.model_folder(), assets.text_file(), out, "--contexts", CONTEXTS, "--batch", CONTEXTS, "--length", LENGTH]
+    wanted = [run, embedded.model_folder(), embedded.text_file(), out, "--contexts", CONTEXTS, "--batch", CONTEXTS, "--length", LENGTH]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [str(part) for part in (python, HERE / "saebench_side.py", *wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -67,13 +69,13 @@ def theirs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(run: Path, theirs: Path) -> dict[str, evaluation.Row]:
+def ours(run: Path, theirs: Path) -> dict[str, metrics.Row]:
     told = load_file(theirs / "tokens.safetensors")
     lm = LanguageModel.load("smollm2-135m", [SITE], whole=True, device="cpu")
     saes = {name: (SITE, formats.load(run / name)) for name in NAMES}
     common = {"ignore_ids": told["ignored"], "sae_bench": True}
-    losses = evaluation.evaluate_on_model(lm, saes, told["losses"], **common)
-    rest = evaluation.evaluate_on_model(lm, saes, told["rest"], splice_contexts=0, **common)
+    losses = metrics.evaluate_on_model(lm, saes, told["losses"], **common)
+    rest = metrics.evaluate_on_model(lm, saes, told["rest"], splice_contexts=0, **common)
     return {a["sae"]: a | {key: value for key, value in b.items() if not of_losses(key)} for a, b in zip(losses, rest, strict=True)}
 
 
@@ -108,11 +110,11 @@ def mode_of(architecture: str) -> str | None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_core_metrics_are_ours_to_one_in_a_thousand(name: str, theirs: Path, ours: dict[str, evaluation.Row]) -> None:
+def test_its_core_metrics_are_ours_to_one_in_a_thousand(name: str, theirs: Path, ours: dict[str, metrics.Row]) -> None:
     row = ours[name]
     if mode_of(row["architecture"]):
         row = row | {key.removeprefix("top_k_"): value for key, value in row.items() if key.startswith("top_k_")}
-    mine, its = figures(evaluation.sae_bench_results(row)), core(theirs, name)
+    mine, its = figures(metrics.sae_bench_results(row)), core(theirs, name)
     its["mse"] *= row["tokens"]  # it divides by the tokens of a batch twice
     assert mine.keys() <= its.keys()
     apart = {key: abs(mine[key] - its[key]) / max(abs(its[key]), 1e-2) for key in mine.keys() - {"explained_variance"}}
@@ -121,7 +123,7 @@ def test_its_core_metrics_are_ours_to_one_in_a_thousand(name: str, theirs: Path,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_explained_variance_is_ours_and_its_own_is_what_the_docs_say(name: str, theirs: Path, ours: dict[str, evaluation.Row]) -> None:
+def test_explained_variance_is_ours_and_its_own_is_what_the_docs_say(name: str, theirs: Path, ours: dict[str, metrics.Row]) -> None:
     """Recomputed in float64 from its own activations and reconstructions: both of its formulas, mse, and the share that is explained."""
     told, found = load_file(theirs / "tokens.safetensors"), load_file(file_of(theirs, name, ".safetensors"))
     kept_CL = ~torch.isin(told["rest"], told["ignored"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from monosemy import arrays
-from monosemy.latents import BINS, OCTAVES, REASONS, SAMPLED, STRONGEST, WINDOW
+from monosemy.evaluation.latents import BINS, OCTAVES, REASONS, SAMPLED, STRONGEST, WINDOW
+from monosemy.system import arrays
 
 KINDS = ("standard", "standard_new", "gated", "p_anneal", "jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")
 HOSTILE = (

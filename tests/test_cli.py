@@ -136,7 +136,7 @@ def test_the_reference_s_commands_end_within_seconds_without_the_hub(command, tm
 @pytest.mark.parametrize("command", SEED_COMMANDS)
 def test_the_reference_s_commands_parse_and_plan_where_the_model_is_known(command, tmp_path, capsys, monkeypatch, text_file):
     """With the models' config.json and a local text in the place of the hub's: the presets, the grid, the budget."""
-    from monosemy import plan
+    from monosemy.jobs import plan
 
     shapes = {
         "EleutherAI/pythia-70m-deduped": ("GPTNeoX", 6, 512),
@@ -199,7 +199,7 @@ def test_numbers_may_have_underscores(tiny_model, text_file, tmp_path, capsys):
 
 
 def test_bf16_on_a_cpu_without_it(tiny_model, text_file, tmp_path, capsys, monkeypatch):
-    from monosemy import plan
+    from monosemy.jobs import plan
 
     base = f"train --save_dir {tmp_path}/r --model_name {tiny_model} --dataset {text_file} --layers 1 --device cpu --dry_run".split()
     monkeypatch.setattr(plan, "cpu_has_bf16", lambda: False)

@@ -73,7 +73,7 @@ def test_the_latents_that_are_read_are_those_that_training_saw(sae_folder: Path,
     site = monosemy.Site.parse("resid_post.1")
     lm = monosemy.LanguageModel.load(str(tiny_model), [site])
     words = ["<bos>", "the", "one", "that", "was", "not"]
-    from monosemy.lm_model import load_tokenizer
+    from monosemy.lm.model import load_tokenizer
 
     ids_1L = torch.tensor([load_tokenizer(str(tiny_model)).convert_tokens_to_ids(words)])
     wanted_LF = monosemy.load(sae_folder).encode(lm.activations(ids_1L)[site][0, 1:])
@@ -152,9 +152,9 @@ def test_a_run_sweeps_a_registered_architecture_over_what_it_declares(tiny_model
 
 def test_an_architecture_that_declares_no_sweep_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     class Silent(runpy.run_path(str(EXAMPLES / "new_architecture.py"))["Tanh"]):
-        name, sweep = "silent", ()
+        name, sweep_values = "silent", ()
 
     monosemy.register(Silent)
-    with pytest.raises(ValueError, match=r"architectures is 'silent'.*sweep = \(0.01, 0.02\)"):
+    with pytest.raises(ValueError, match=r"architectures is 'silent'.*sweep_values = \(0.01, 0.02\)"):
         monosemy.train(monosemy.TrainConfig(save_dir=str(tmp_path), layers=(1,), architectures=("silent",)))
     del REGISTRY["silent"]

@@ -8,58 +8,58 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editors
-    from monosemy.activations import ActivationStream as ActivationStream
     from monosemy.codes import Codes as Codes
     from monosemy.codes import Preactivations as Preactivations
     from monosemy.config import TrainConfig as TrainConfig
-    from monosemy.contexts import ContextStream as ContextStream
-    from monosemy.contexts import to_tokens as to_tokens
-    from monosemy.evaluation import evaluate as evaluate
-    from monosemy.evaluation import evaluate_on_model as evaluate_on_model
+    from monosemy.data.activations import ActivationStream as ActivationStream
+    from monosemy.data.contexts import ContextStream as ContextStream
+    from monosemy.data.contexts import to_tokens as to_tokens
+    from monosemy.data.sources import Source as Source
+    from monosemy.evaluation.metrics import evaluate as evaluate
+    from monosemy.evaluation.metrics import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
-    from monosemy.lm_info import Site as Site
-    from monosemy.lm_model import LanguageModel as LanguageModel
-    from monosemy.lm_model import load_tokenizer as load_tokenizer
-    from monosemy.loop import Fitted as Fitted
-    from monosemy.loop import fit as fit
-    from monosemy.pretrained import list_saes as list_saes
-    from monosemy.pretrained import load as load
+    from monosemy.jobs.pretrained import list_saes as list_saes
+    from monosemy.jobs.pretrained import load as load
+    from monosemy.jobs.train import train as train
+    from monosemy.lm.info import Site as Site
+    from monosemy.lm.model import LanguageModel as LanguageModel
+    from monosemy.lm.model import load_tokenizer as load_tokenizer
     from monosemy.report.of_batches import write_report as write_report
-    from monosemy.run import train as train
     from monosemy.sae import SAE as SAE
     from monosemy.sae import StepContext as StepContext
     from monosemy.sae import architecture as architecture
     from monosemy.sae import register as register
     from monosemy.sae import reset_relu as reset_relu
-    from monosemy.sources import Source as Source
-    from monosemy.trainer import SAESpec as SAESpec
+    from monosemy.training.loop import Fitted as Fitted
+    from monosemy.training.loop import fit as fit
+    from monosemy.training.trainer import SAESpec as SAESpec
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no torch
 _HOME = {
-    "ActivationStream": "activations",
+    "ActivationStream": "data.activations",
     "Codes": "codes",
-    "ContextStream": "contexts",
-    "Fitted": "loop",
-    "LanguageModel": "lm_model",
+    "ContextStream": "data.contexts",
+    "Fitted": "training.loop",
+    "LanguageModel": "lm.model",
     "Preactivations": "codes",
     "StepContext": "sae",
     "SAE": "sae",
-    "SAESpec": "trainer",
-    "Site": "lm_info",
-    "Source": "sources",
+    "SAESpec": "training.trainer",
+    "Site": "lm.info",
+    "Source": "data.sources",
     "TrainConfig": "config",
     "architecture": "sae",
-    "evaluate": "evaluation",
-    "evaluate_on_model": "evaluation",
-    "fit": "loop",
-    "list_saes": "pretrained",
-    "load": "pretrained",
-    "load_tokenizer": "lm_model",
+    "evaluate": "evaluation.metrics",
+    "evaluate_on_model": "evaluation.metrics",
+    "fit": "training.loop",
+    "list_saes": "jobs.pretrained",
+    "load": "jobs.pretrained",
+    "load_tokenizer": "lm.model",
     "register": "sae",
     "reset_relu": "sae",
     "save": "formats",
-    "to_tokens": "contexts",
-    "train": "run",
+    "to_tokens": "data.contexts",
+    "train": "jobs.train",
     "write_report": "report.of_batches",
 }
 __all__ = sorted(_HOME)

@@ -23,7 +23,7 @@ import tyro
 
 from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, TrainConfig, architecture_names
 from monosemy.errors import TryAgain, invalid
-from monosemy.redact import Redacted
+from monosemy.system.redact import Redacted
 
 EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
 USAGE = """usage: monosemy COMMAND ...
@@ -114,13 +114,13 @@ def _train(arguments: list[str]) -> int:
     description = f"{TrainConfig.__doc__} Architectures: {', '.join(architecture_names())}."
     description += " --config FILE begins from an earlier run's run.json."
     config = TrainConfig(**_parse("monosemy train", description, GROUPS, arguments, saved))
-    from monosemy.plan import Plan
+    from monosemy.jobs.plan import Plan
 
     plan = Plan.from_config(config)
     if config.dry_run:
         print("\n".join(line for line in (plan.note, plan.describe()) if line))
         return 0
-    from monosemy.run import train
+    from monosemy.jobs.train import train
 
     return EXIT[train(plan)[1]]
 
@@ -164,7 +164,7 @@ def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
 def _eval(arguments: list[str]) -> int:
     positional = (tyro.conf.PositionalRequiredArgs,)  # the paths
     config = EvalConfig(**_parse("monosemy eval", inspect.cleandoc(EvalConfig.__doc__ or ""), EVAL_GROUPS, arguments, markers=positional))
-    from monosemy.evaluate import evaluate_saes
+    from monosemy.jobs.evaluate import evaluate_saes
 
     return int(bool(evaluate_saes(config)[1]))
 
@@ -187,7 +187,8 @@ def _convert(arguments: list[str]) -> int:
                 by their files.
             unfinished: Also an SAE whose training did not complete.
         """
-        from monosemy import formats, pretrained
+        from monosemy import formats
+        from monosemy.jobs import pretrained
 
         found = pretrained.resolve(folder, format=format)
         formats.convert(found.path, out, to, format=found.format, unfinished=unfinished, source=found.source)
@@ -206,7 +207,7 @@ def _report(arguments: list[str]) -> int:
             out: The page's file; report.html in the first run's folder where nothing is given.
             latents: Pages of latents for each SAE, at most; as many as the run gathered where nothing is given.
         """
-        from monosemy.missing import Missing
+        from monosemy.evaluation.missing import Missing
         from monosemy.report import page, plots
 
         if not runs:
@@ -230,7 +231,7 @@ def _list(arguments: list[str]) -> int:
             repo: OWNER/REPO or OWNER/REPO/FOLDER on the hub, a release such as gemma-scope-2b-pt-res, or a folder.
             revision: A branch, tag or commit.
         """
-        from monosemy.pretrained import list_saes
+        from monosemy.jobs.pretrained import list_saes
 
         records = list_saes(repo, revision)
         lines = [
@@ -266,7 +267,7 @@ def _push(arguments: list[str]) -> int:
             repo_id: OWNER/NAME; it is created if it does not exist.
             retry_seconds: Pauses before further attempts.
         """
-        from monosemy import hub
+        from monosemy.jobs import hub
 
         try:
             print(hub.push(_run_folder(run), repo_id, waits=retry_seconds))

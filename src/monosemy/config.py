@@ -42,9 +42,7 @@ DEVICE = Rule(
     "auto, cpu, cuda or cuda:N: kernels are made for these",
     "correct it, or use --device cpu",
 )
-REVISION = Rule(
-    lambda name: re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", name, re.ASCII) is not None, "a branch, tag or commit"
-)
+REVISION = Rule(lambda name: re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", name, re.ASCII) is not None, "a branch, tag or commit")
 
 
 def is_hub_repository(name: str) -> bool:
@@ -252,9 +250,7 @@ GROUPS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class TrainConfig(
-    EvaluationConfig, OptimizationConfig, ActivationsConfig, DataConfig, SAEConfig, ModelConfig, OutputConfig
-):
+class TrainConfig(EvaluationConfig, OptimizationConfig, ActivationsConfig, DataConfig, SAEConfig, ModelConfig, OutputConfig):
     """Train, evaluate and plot sparse autoencoders on the activations of a language model."""
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monosemy.redact import without_secrets
+from monosemy.system.redact import without_secrets
 
 
 def invalid(field: str, value: object, allowed: str, remedy: str) -> ValueError:

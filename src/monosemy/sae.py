@@ -292,7 +292,7 @@ class SAE(nn.Module, ABC):
 
         Called on an architecture's own class it raises ValueError for an SAE of another one.
         """
-        from monosemy import pretrained
+        from monosemy.jobs import pretrained
 
         how: dict[str, Any] = {"revision": revision, "format": format, "unfinished": unfinished, "device": device, "dtype": dtype}
         sae = pretrained.load(name_or_path, sae_id, **how)
@@ -302,7 +302,7 @@ class SAE(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | Path, config: dict[str, Any] | None = None) -> None:
         """Write the SAE's folder, with what is known of it (`cfg`) and `config` over that; `monosemy.load` opens it. Raises DiskFull."""
-        from monosemy import pretrained
+        from monosemy.jobs import pretrained
 
         pretrained.save(self, folder, config)
 
@@ -311,7 +311,7 @@ class SAE(nn.Module, ABC):
 
         Raises ValueError for a name that is none, and UploadFailed.
         """
-        from monosemy import pretrained
+        from monosemy.jobs import pretrained
 
         return pretrained.push(self, repo_id, path_in_repo, private=private, commit_message=commit_message)
 

@@ -10,10 +10,10 @@ from monosemy import formats
 from monosemy.codes import Execution
 from monosemy.config import architecture_names
 from monosemy.formats import dictionary_learning
-from monosemy.rng import generator
 from monosemy.sae import REGISTRY, StepContext, architecture
 from monosemy.schedule import Schedule
-from monosemy.trainer import SAESpec
+from monosemy.system.rng import generator
+from monosemy.training.trainer import SAESpec
 
 B, D, F = 128, 16, 64
 SETTINGS = {

@@ -10,7 +10,7 @@ from monosemy.config import architecture_names
 from monosemy.formats.dictionary_learning import trainer_config
 from monosemy.schedule import Schedule
 
-TRACES = Path(__file__).parents[1] / "data" / "traces"
+TRACES = Path(__file__).parents[1] / "fixtures" / "traces"
 SEEN = 2e-6  # what is seen of all but p_anneal, far under the bounds that a replay elsewhere is held to
 
 

@@ -17,7 +17,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does b
 
 import torch
 
-import monosemy.run  # noqa: F401  (before any fork)
+import monosemy.jobs.train  # noqa: F401  (before any fork)
 from monosemy.cli import main
 from tests.workers.fitting import fit
 

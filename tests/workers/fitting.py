@@ -5,7 +5,7 @@ import sys
 import torch
 
 import monosemy
-from monosemy.rng import generator
+from monosemy.system.rng import generator
 
 B, D, F = 64, 24, 96
 

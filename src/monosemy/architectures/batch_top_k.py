@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
+from monosemy.architectures._top_k import TopKFamily, auxk_loss
 from monosemy.codes import Codes, Preactivations
 from monosemy.sae import EPS, StepContext, register, uniform, unit
-from monosemy.top_k_family import TopKFamily, auxk_loss
 
 
 @register

@@ -24,9 +24,7 @@ class Gated(SAE):
     name = "gated"
     sparsity_setting = "l1_penalty"
     sweep_flag = "gated_penalties"
-    memory = ArchitectureMemory(
-        vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2
-    )
+    memory = ArchitectureMemory(vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2)
     constraint = "constrain"
     clip = None
     betas = (0.0, 0.999)

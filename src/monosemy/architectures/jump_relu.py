@@ -69,9 +69,7 @@ class JumpReLU(SAE):
     name = "jump_relu"
     sparsity_setting = "target_l0"
     sweep_flag = "target_l0s"
-    memory = ArchitectureMemory(
-        vectors=2, moments=1, dense_arrays=5, cached_arrays=2.5, bf16_copies=1, gpu_arrays=9.5
-    )
+    memory = ArchitectureMemory(vectors=2, moments=1, dense_arrays=5, cached_arrays=2.5, bf16_copies=1, gpu_arrays=9.5)
     betas = (0.0, 0.999)
     pre_bias = False
     scaled = ("b_enc", "threshold", "b_dec")

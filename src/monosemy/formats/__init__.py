@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from monosemy.errors import invalid
-from monosemy.files import atomic_path, write_json
 from monosemy.formats import (
     dictionary_learning,
     gemma_scope,
@@ -35,6 +34,7 @@ from monosemy.formats import (
 from monosemy.formats.layouts import KEPT
 from monosemy.formats.parts import Parts, text
 from monosemy.sae import SAE, current_names
+from monosemy.system.files import atomic_path, write_json
 
 _WRITTEN = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify}
 _OTHERS = _WRITTEN | {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import invalid
-from monosemy.lm_info import Site
+from monosemy.lm.info import Site
 from monosemy.sae import SAE, architecture
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}

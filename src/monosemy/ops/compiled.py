@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.files import cache_folder
 from monosemy.ops.entries import Entries, Estimate, Selection
 from monosemy.ops.torch import Constraint
+from monosemy.system.files import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy import __version__, latents
+from monosemy import __version__
 from monosemy.errors import invalid
-from monosemy.evaluation import Row, evaluate, named_saes
-from monosemy.files import path_of, write_json, write_text
-from monosemy.loop import Fitted
-from monosemy.missing import Missing
+from monosemy.evaluation import latents
+from monosemy.evaluation.metrics import Row, evaluate, named_saes
+from monosemy.evaluation.missing import Missing
 from monosemy.report import page, plots
 from monosemy.sae import SAE
+from monosemy.system.files import path_of, write_json, write_text
+from monosemy.training.loop import Fitted
 
 log = logging.getLogger(__name__)
 

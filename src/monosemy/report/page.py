@@ -24,12 +24,12 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from monosemy import arrays
 from monosemy.errors import invalid
-from monosemy.files import DiskFull, cache_folder, write_bytes, write_text
-from monosemy.missing import Missing
+from monosemy.evaluation.missing import Missing
 from monosemy.report import plots
 from monosemy.report.plots import Row
+from monosemy.system import arrays
+from monosemy.system.files import DiskFull, cache_folder, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from monosemy.files import write_bytes
-from monosemy.missing import Missing
+from monosemy.evaluation.missing import Missing
+from monosemy.system.files import write_bytes
 
 Row = dict[str, Any]
 

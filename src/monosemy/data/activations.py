@@ -1,0 +1,344 @@
+"""Serve shuffled batches of activations: a function of the data seed, the site and the step alone.
+
+Contexts come in blocks. All sites read the same contexts; each drops rows of its own (norm outliers) and
+permutes what it keeps by (seed, site, block), so every site is served a number of batches that the tokens
+alone decide: 0.98 of what the rules on tokens leave. A site's surplus is dropped, its shortage repeats from
+the front, and both are counted.
+
+A site's rows lie in a `RingBuffer`. The language model runs a forward now and then, and no step waits for a
+whole block. When a row is read changes nothing about when it is served.
+
+B tokens of a batch, M contexts of a forward, L context, N rows that a forward leaves, D width of a site, R
+rows of a block, S slots.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monosemy.data.contexts import ContextStream, StreamEnded
+from monosemy.errors import invalid
+from monosemy.lm.info import Site
+from monosemy.lm.model import LanguageModel
+from monosemy.system.rng import generator
+
+SERVED = 0.98  # of the rows that the rules on tokens leave; the rest covers what sites drop by themselves
+
+
+@dataclass
+class _Block:
+    """A block of contexts, as far as it has been read."""
+
+    number: int
+    start: dict[str, Any]  # the contexts' state before it
+    missing: int  # forwards that it still lacks
+    rows: int = 0
+    last: bool = False  # the text ended in it
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class ActivationStream:
+    """Serve scaled, shuffled batches {site: [B, D]} in float32, one for each optimizer step.
+
+    The first block measures each site's norm limit (a multiple of its median) and its norm factor sqrt(E
+    ||x||^2); both are then frozen, recorded, and the block is trained on. Batches are divided by the norm
+    factor.
+
+    `counts` and `text_counts` are of all that was read up to the end of the block being served.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        contexts: ContextStream,
+        sites: Sequence[Site],
+        *,
+        batch: int,
+        contexts_per_forward: int,
+        contexts_per_block: int,
+        seed: int = 0,
+        keep_special: bool = False,
+        norm_multiple: float = 10.0,
+    ) -> None:
+        self.lm, self.contexts, self.sites, self.batch, self.seed = lm, contexts, tuple(sites), batch, seed
+        self.contexts_per_forward = contexts_per_forward
+        self.contexts_per_block = -(-contexts_per_block // contexts_per_forward) * contexts_per_forward
+        self.keep_special, self.norm_multiple = keep_special, norm_multiple
+        self.norm_factor: dict[Site, float] = {}
+        self.norm_limit: dict[Site, float] = {}
+        self.counts: Counter[str] = Counter()
+        # called with the number of contexts of each forward
+        self.on_contexts: Callable[[int], None] = lambda n: None
+        # batches still to be asked for, if known: nothing after them is read ahead
+        self.wanted: int | None = None
+        self._special = contexts.special_ids
+        self._aside = _Aside(lm.device)
+        self._forward_rows = contexts_per_forward * contexts.context_length  # at most
+        self._slots = self.contexts_per_block * contexts.context_length + self._forward_rows
+        self._rings = {site: RingBuffer(self._slots, self._aside) for site in self.sites}
+        self._norms = torch.empty(0)  # [sites, S]: of the rows of the block being read, in their order
+        self._scale: dict[Site, Tensor] = {}  # the norm factors, [1]
+        self._begin(_Block(-1, contexts.state_dict(), 0))  # nothing is served yet
+
+    def next(self) -> dict[Site, Tensor]:
+        """Return the batch of the next step, [B, D] in float32 by site.
+
+        Raises StreamEnded when a source ran dry and all that it gave has been served. On a GPU the host waits
+        for nothing here, except for the last forward of a block where one ends.
+        """
+        if self._next == self._batches:
+            self._turn()
+        if self._next > self._first and (self.wanted is None or self.wanted > self._batches - self._next):
+            self._read_ahead()
+        if self.wanted is not None:
+            self.wanted -= 1
+        taken = slice(self._next * self.batch, (self._next + 1) * self.batch)
+        self._next += 1
+        # a factor of one dimension makes half precision float32 in the division itself
+        return {site: ring.read(taken) / self._scale[site] for site, ring in self._rings.items()}
+
+    def width(self, site: Site) -> int:
+        """Return the width of a site's activations.
+
+        None need have been read: a state at a block's end is restored without a forward.
+        """
+        return self.lm.d_in(site)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on with the next batch: JSON, without activations."""
+        return {
+            "block": self._block.number,
+            "next": self._next,
+            "contexts": self._block.start,
+            "counts": dict(self.counts),
+            "norm_factor": {str(s): v for s, v in self.norm_factor.items()},
+            "norm_limit": {str(s): v for s, v in self.norm_limit.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: one block is read again.
+
+        What had been read of the next follows with the batches after the first.
+        """
+        self.contexts.load_state_dict(state["contexts"])
+        self.norm_factor = {s: state["norm_factor"][str(s)] for s in self.sites if str(s) in state["norm_factor"]}
+        self.norm_limit = {s: state["norm_limit"][str(s)] for s in self.sites if str(s) in state["norm_limit"]}
+        self._begin(_Block(-1, state["contexts"], 0))
+        if state["block"] >= 0:
+            self._coming.number = state["block"]
+            forwards = list(iter(self._take, None))
+            # otherwise all of it was served, and the model need not run for it
+            if state["next"] < self._batches_of(self._coming):
+                for forward in forwards:
+                    self._forward(*forward)
+                self._turn()
+            else:
+                self._begin(self._coming)
+        self._next = self._first = state["next"]
+        self.counts = Counter(state["counts"])
+
+    # blocks
+
+    def _begin(self, block: _Block) -> None:
+        """Begin to serve a block that was read, and to read the one after it."""
+        self._block: _Block = block
+        self._batches: int = self._batches_of(block)
+        self._next = self._first = 0  # the next batch, and the first one since this block was read
+        forwards = self.contexts_per_block // self.contexts_per_forward
+        self._coming: _Block = _Block(block.number + 1, self.contexts.state_dict(), forwards)
+        self.text_counts = self.contexts.counts
+
+    def _batches_of(self, block: _Block) -> int:
+        return int(SERVED * block.rows) // self.batch
+
+    def _turn(self) -> None:
+        """Read the next block to its end and begin to serve it. Raises StreamEnded where there is none."""
+        if self._block.last or (self._block.number >= 0 and self._batches == 0):
+            raise StreamEnded("the text", 0, "train")
+        while self._coming.missing:
+            self._read()
+        self._begin(self._coming)
+        self.counts.update(self._block.counts)
+        if self._batches == 0:
+            raise StreamEnded("the text", 0, "train")
+        with self._aside():
+            norms = self._norms[:, : self._block.rows].cpu()
+        self._aside.join()
+        for site, norm_R in zip(self.sites, norms, strict=True):
+            self._rings[site].serve(*self._ordered(site, norm_R))
+            self._scale[site] = self._aside.send(torch.tensor([self.norm_factor[site]], dtype=torch.float32))
+
+    def _ordered(self, site: Site, norm_R: Tensor) -> tuple[Tensor, int]:
+        """Return the numbers of the rows that a site serves, in their order, and how many of them differ."""
+        finite_R = norm_R.isfinite()
+        if site not in self.norm_factor:
+            if not finite_R.any():
+                allowed = f"a precision in which activations of {site} are finite"
+                raise invalid("dtype", str(self.lm.dtype), allowed, "try float32")
+            limit = self.norm_multiple * float(norm_R[finite_R].median()) if self.norm_multiple else float("inf")
+            self.norm_limit[site] = limit
+            self.norm_factor[site] = float(norm_R[finite_R & (norm_R <= limit)].double().pow(2).mean().sqrt()) or 1.0
+        kept = (finite_R & (norm_R <= self.norm_limit[site])).nonzero().squeeze(1)
+        if not len(kept):
+            kept = torch.arange(len(norm_R))  # the block is served as it is, for its steps to be skipped
+        draw = generator(self.seed, "permutation", str(site), self._block.number)
+        order = kept[torch.randperm(len(kept), generator=draw)]
+        wanted = self._batches * self.batch
+        self.counts[f"{site}: rows"] += len(norm_R)
+        self.counts[f"{site}: norm outliers left out"] += len(norm_R) - len(kept)
+        self.counts[f"{site}: rows repeated"] += max(wanted - len(order), 0)
+        self.counts[f"{site}: surplus rows"] += max(len(order) - wanted, 0)
+        if len(order) < wanted:
+            order = order.repeat(-(-wanted // max(len(order), 1)))
+        return order[:wanted], len(kept)
+
+    # reading
+
+    def _read_ahead(self) -> None:
+        """Read this step's share of the next block, as far as slots are free.
+
+        The block is spread evenly over the batches that are left of this one.
+        """
+        left = self._batches - self._next
+        for _ in range(-(-self._coming.missing // left)):
+            if self._coming.rows + self._forward_rows <= self._slots - left * self.batch:
+                self._read()
+
+    def _read(self) -> None:
+        """Run one forward for the block being read."""
+        if forward := self._take():
+            self._forward(*forward)
+
+    def _take(self) -> tuple[Tensor, Tensor, slice] | None:
+        """Take the contexts [M, L] of a forward, the indices [N] of tokens to keep, and their rows.
+
+        Rows are numbered in the block. None where the block being read ends.
+        """
+        block = self._coming
+        if not block.missing:
+            return None
+        try:
+            ids_ML = self.contexts.next(self.contexts_per_forward)
+        except StreamEnded:
+            block.missing, block.last = 0, True
+            return None
+        keep_ML = torch.ones_like(ids_ML, dtype=torch.bool)
+        if not self.keep_special:
+            keep_ML = ~torch.isin(ids_ML, self._special)
+            keep_ML[:, 0] = False
+        keep_N = keep_ML.flatten().nonzero().squeeze(1)  # on the host: its length is known without a sync
+        rows = slice(block.rows, block.rows + len(keep_N))
+        block.missing -= 1
+        block.rows = rows.stop
+        block.counts["tokens"] += ids_ML.numel()
+        block.counts["tokens left out as special"] += ids_ML.numel() - len(keep_N)
+        self.on_contexts(len(ids_ML))
+        return ids_ML, keep_N, rows
+
+    def _forward(self, ids_ML: Tensor, keep_N: Tensor, rows: slice) -> None:
+        """Run the model and write the rows that are kept to the rings."""
+        with self._aside():
+            found = self.lm.activations(self._aside.send(ids_ML))
+        if not len(self._norms):
+            for site, ring in self._rings.items():
+                ring.allocate(found[site])
+            self._norms = self._aside.share(torch.empty(len(self.sites), self._slots, device=self.lm.device))
+        with self._aside(after_caller=True):  # which may still be gathering from these slots
+            kept = self._aside.send(keep_N)
+            for site, norm_S in zip(self.sites, self._norms, strict=True):
+                x_ND = found[site].flatten(0, 1).index_select(0, kept)
+                self._rings[site].write(rows, x_ND)
+                norm_S[rows] = torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32)
+
+
+class RingBuffer:
+    """Hold rows of two blocks in S slots: of the one being served, and of the next, being read.
+
+    Rows are never moved: a row of the next block is written to a slot whose row was served. For S = 8:
+
+        slot             0    1    2    3    4    5    6    7
+        holds           a2    -   a0   a3    -   a1   a4   a5      block a, read to its end
+        serving         a3   a0   a5   a1   a2                     its rows in random order; a4 is surplus
+        from slots       3    2    7    5    0
+        writing to       1    4    6    3    2    7    5    0      free slots, then served ones in that order
+        rows of b       b0   b1   b2   b3   b4   b5                b3 can be written once a3 was served
+
+    Row i of the next block may be written once fewer than S - i rows are left to serve, which callers see to.
+    """
+
+    def __init__(self, slots: int, aside: _Aside) -> None:
+        self._aside = aside
+        self._rows = torch.empty(0)  # [S, D], allocated once
+        self._writing = torch.arange(slots)  # slots of the rows of the block being read
+        self._serving = torch.empty(0)  # slots of the block being served in their order, on the device
+
+    def allocate(self, like_ND: Tensor) -> None:
+        """Allocate the slots for rows of this width, type and device."""
+        self._rows = self._aside.share(like_ND.new_empty(len(self._writing), like_ND.shape[-1]))
+
+    def write(self, rows: slice, x_ND: Tensor) -> None:
+        """Write rows of the block being read, by their numbers in it."""
+        self._rows.index_copy_(0, self._aside.send(self._writing[rows]), x_ND)
+
+    def serve(self, order: Tensor, distinct: int) -> None:
+        """Begin to serve the block that was read, its rows in this order, and to read the next one.
+
+        `order` has `distinct` different rows, and repeats them in the same order where it is longer.
+        """
+        slots = self._writing[order]
+        free_S = torch.ones(len(self._writing), dtype=torch.bool)
+        free_S[slots] = False
+        last_time = slots[max(len(slots) - distinct, 0) :]  # where repeated rows are served for the last time
+        self._writing = torch.cat([free_S.nonzero().squeeze(1), last_time])
+        self._serving = self._aside.send(slots)
+
+    def read(self, taken: slice) -> Tensor:
+        """Return rows [B, D] of the block being served, by their places in its order."""
+        return self._rows.index_select(0, self._serving[taken])
+
+
+class _Aside:
+    """Run the language model in a CUDA stream beside the caller's, so that both work at the same time.
+
+    The device keeps their order by events; the host only queues. On other devices there is one order, and
+    nothing to do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            # the model's weights may still be on their way
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __call__(self, *, after_caller: bool = False) -> AbstractContextManager[Any]:
+        """Return a context that queues work here; `after_caller`: behind what the caller has queued."""
+        if self.stream is None:
+            return nullcontext()
+        if after_caller:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.stream)
+
+    def join(self) -> None:
+        """Have what the caller queues from now on wait for all that was queued here."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def share(self, x: Tensor) -> Tensor:
+        """Mark a tensor of the caller's as used here: its memory is reused only after what is queued here."""
+        if self.stream is not None:
+            x.record_stream(self.stream)
+        return x
+
+    def send(self, x: Tensor) -> Tensor:
+        """Copy a host tensor to the device, from pinned memory, so that the host need not wait."""
+        if self.stream is None:
+            return x.to(self.device)
+        return x.pin_memory().to(self.device, non_blocking=True)

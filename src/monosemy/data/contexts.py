@@ -1,0 +1,649 @@
+"""Turn text, chat or mixtures of them into packed contexts of token ids.
+
+    documents of each source -> ids, a separator between documents -> contexts of L ids -> mixed by weight
+
+Context i is a function of the sources, the tokenizer and the data seed alone. What is handed out has a state,
+a small JSON value, from which the next contexts come out the same: prefetching, batching and restarts leave
+no trace in them.
+
+Shape suffixes: N contexts, L context length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+
+from monosemy.data.prefetch import Prefetcher
+from monosemy.data.rows import CONTINUES, cut, open_rows
+from monosemy.data.sources import Source
+from monosemy.errors import EndOfData, invalid
+from monosemy.system.rng import fraction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "held_out"]
+
+PIECE = 2**16
+"""Characters of a document that are tokenized at once: the memory that a long document takes."""
+READ_AHEAD = 2**18
+"""Characters that are tokenized in one call, so that the tokenizer's threads have something to share."""
+UNUSABLE_IN_A_ROW = 10_000
+"""After so many consecutive rows without a usable text a source is refused."""
+AHEAD = 2**18
+"""Ids that a prefetching thread keeps in store."""
+LEFT_OUT = {
+    "missing": "without the field, or with null in it",
+    "not_text": "with something else than text or a conversation in it",
+    "unreadable": "that are not JSON objects",
+    "empty": "with an empty text",
+    "unrenderable": "refused by the chat template",
+}
+"""Why rows are left out, by their key in `ContextStream.counts`."""
+WARN_SHARE = 0.01
+"""Share of a source's rows that may be left out or damaged before `damage` reports it."""
+
+
+class StreamEnded(EndOfData):
+    """A source ran dry.
+
+    `contexts` is the number of whole contexts that `ContextStream.next` can still serve.
+    """
+
+    def __init__(self, source: str, contexts: int, split: Split) -> None:
+        advice = "; a larger held_out_fraction keeps more" if split == "held_out" else ""
+        super().__init__(f"{source} has no further {split} text ({contexts} whole contexts are left){advice}")
+        self.source, self.contexts = source, contexts
+
+
+# --- contexts ---------------------------------------------------------------------------------------------
+
+
+class ContextStream:
+    """Serve context i of the packed stream, i = 0, 1, ...: exactly L ids, the first of them the BOS token.
+
+    Each context comes whole from the source that is furthest below its weight in tokens, the first of equals.
+    Within a source, documents follow each other with a separator between them; a document that begins a
+    context has the BOS token instead.
+
+    The documents held out are those whose text hashes below `held_out_fraction`, whatever the seed and the
+    order: `split="held_out"` serves only them, `split="train"` all others. From a share
+    `system_prompt_removal_freq` of the conversations that contain `system_prompt_to_remove`, it is removed,
+    chosen by a hash of (seed, source, row).
+
+    `vocab_size` is the number of rows of the model's embedding: a token beyond it, such as one that stands
+    for an image, is left out of a text.
+
+    With `prefetch` contexts are made in advance in a thread; tokenizers release the GIL. Contexts, states and
+    errors are the same either way.
+
+    Raises `ValueError` for input that cannot be used, `DatasetUnavailable` where the hub cannot be reached,
+    `StreamBroken` where it no longer can. After an error `next` tries again, from the same context.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int,
+        *,
+        seed: int = 0,
+        split: Split = "train",
+        held_out_fraction: float = 0.0,
+        system_prompt_to_remove: str | None = None,
+        system_prompt_removal_freq: float = 0.9,
+        prefetch: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        _check_settings(sources, context_length, split, held_out_fraction, system_prompt_removal_freq)
+        self.context_length = context_length
+        self.bos_id, self.separator_id = _bos_and_separator(tokenizer)
+        self._tokenizer = tokenizer
+        # no id of most tokenizers lies beyond the embedding, and then none is looked at
+        beyond = vocab_size is not None and max(tokenizer.get_vocab().values(), default=0) >= vocab_size
+        reading = _Reading(
+            # the caller's may be used, and changed by its use, while a thread tokenizes
+            copy.deepcopy(tokenizer) if prefetch else tokenizer,
+            str(tokenizer.convert_ids_to_tokens(self.bos_id)),
+            seed,
+            split,
+            held_out_fraction,
+            system_prompt_to_remove,
+            system_prompt_removal_freq,
+            vocab_size if beyond else None,
+        )
+        self._split = split
+        self._sources = tuple(sources)
+        for source in sources:
+            if source.kind == "chat" and not tokenizer.chat_template:
+                raise _no_template(source, tokenizer)
+        packed = _Packed(self._sources, reading, self.bos_id, self.separator_id, context_length)
+        self._packed: _Packed | _Prefetched = _Prefetched(packed, AHEAD // context_length + 1) if prefetch else packed
+        # Contexts that were cut but not handed out (a source ran dry before there were enough), each with the
+        # state before it.
+        self._ready: deque[tuple[dict, list[int]]] = deque()
+
+    def next(self, n: int) -> torch.Tensor:
+        """Return the next `n` contexts, [N, L] on the CPU.
+
+        Raises `StreamEnded` if there are fewer: those can still be asked for.
+        """
+        while len(self._ready) < n:
+            before = self._packed.state
+            try:
+                self._ready.append((before, self._packed.take()))
+            except _RanDry as dry:
+                raise StreamEnded(dry.source, len(self._ready), self._split) from None
+        contexts = [self._ready.popleft()[1] for _ in range(n)]
+        return torch.tensor(contexts, dtype=torch.long).reshape(n, self.context_length)
+
+    def state_dict(self) -> dict:
+        """Return what `load_state_dict` needs to continue after the last context handed out: JSON."""
+        return self._ready[0][0] if self._ready else self._packed.state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to where `state` was taken, of a stream of the same sources, tokenizer and settings."""
+        assert len(state["sources"]) == len(self._sources), "the state is of another mixture"
+        self._ready.clear()
+        self._packed.load_state_dict(state)
+
+    def close(self) -> None:
+        """End the prefetching thread; the stream's going away ends it, too."""
+        self._packed.close()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Count what was read so far: `documents` (rows), how they were used, and tokens by source.
+
+        used; other_split; empty; missing (no such field, or null); not_text; unreadable (not JSON);
+        unrenderable (refused by the chat template); broken_utf8 (used, with replacement characters);
+        prompt_removed; tokens beyond the embedding, that were left out of a text; tokens/NAME.
+        """
+        state = self._packed.state
+        total = sum((Counter(source["counts"]) for source in state["sources"]), Counter())
+        served = zip(self._sources, state["served"], strict=True)
+        return {**total, **{f"tokens/{source.name}": n * self.context_length for source, n in served}}
+
+    def damage(self) -> list[str]:
+        """Describe each source with more than `WARN_SHARE` of rows left out or with damaged characters."""
+        sentences = []
+        for source, state in zip(self._sources, self._packed.state["sources"], strict=True):
+            counts = Counter(state["counts"])
+            rows = counts["documents"]
+            whys = LEFT_OUT | {"broken_utf8": "with bytes that are not UTF-8, read as replacement characters"}
+            shares = [f"{counts[key] / rows:.1%} {why}" for key, why in whys.items() if counts[key] > WARN_SHARE * rows]
+            if shares:
+                sentences.append(f"{source.name}: of {rows:,} rows, {', '.join(shares)} (field {source.key!r})")
+        return sentences
+
+    @cached_property
+    def special_ids(self) -> torch.Tensor:
+        """Sorted ids that are not text: BOS, the separator, and every special token of the tokenizer."""
+        added = [i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special]
+        ids = {self.bos_id, self.separator_id, *self._tokenizer.all_special_ids, *added} - {None}
+        return torch.tensor(sorted(ids), dtype=torch.long)
+
+
+def _check_settings(
+    sources: Sequence[Source],
+    context_length: int,
+    split: Split,
+    held_out_fraction: float,
+    system_prompt_removal_freq: float,
+) -> None:
+    if not sources:
+        raise invalid("sources", sources, "one source or more", "name a data set")
+    if context_length < 2:
+        remedy = "a context is its BOS token and at least one of text"
+        raise invalid("context_length", context_length, "2 or more", remedy)
+    if not 0 <= held_out_fraction < 1:
+        raise invalid("held_out_fraction", held_out_fraction, "0 to below 1", "leave most of the text to train on")
+    if split == "held_out" and held_out_fraction == 0:
+        remedy = "keep some documents for evaluation"
+        raise invalid("held_out_fraction", held_out_fraction, "above 0 for held-out text", remedy)
+    if not 0 <= system_prompt_removal_freq <= 1:
+        remedy = "it is a share of the conversations"
+        raise invalid("system_prompt_removal_freq", system_prompt_removal_freq, "0 to 1", remedy)
+
+
+# Instruct models name their turn markers as BOS and EOS; another token parted documents of the pretraining
+# text.
+_TURN_MARKERS = {"<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"}
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that begins every context: BOS, or what parted documents in pretraining.
+
+    Raises ValueError where there is neither.
+    """
+    return _bos_and_separator(tokenizer)[0]
+
+
+def to_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Tokenize a text as training does, with the BOS token of every context in front: ids [1, L]."""
+    return torch.tensor([[bos_id(tokenizer), *tokenizer(text, add_special_tokens=False).input_ids]])
+
+
+def _bos_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    vocabulary = tokenizer.get_vocab()
+    document_end = next((token for token in _DOCUMENT_ENDS if token in vocabulary), None)
+    if eos in _TURN_MARKERS:
+        eos = document_end or eos
+    if bos is None or (bos in _TURN_MARKERS and document_end):
+        bos = eos
+    if bos is None:
+        remedy = "set tokenizer.bos_token or tokenizer.eos_token to one of its tokens"
+        raise invalid("tokenizer", tokenizer.name_or_path, "one with a BOS or an EOS token", remedy)
+    return vocabulary[bos], None if eos is None else vocabulary[eos]
+
+
+# --- contexts, one by one ---------------------------------------------------------------------------------
+
+
+class _RanDry(Exception):
+    """A source has not enough for another context."""
+
+    def __init__(self, source: str, state: dict) -> None:
+        super().__init__(source, state)
+        self.source, self.state = source, state
+
+
+class _Packed:
+    """Pack the contexts of a mixture.
+
+    `state` is that after the last one taken; an error does not change it.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        reading: _Reading,
+        bos_id: int,
+        separator_id: int | None,
+        context_length: int,
+    ) -> None:
+        self._sources, self._bos_id, self._context_length = sources, bos_id, context_length
+        # exact: 0.1 is a tenth, equals are equal
+        self._weights = [Fraction(str(source.weight)) for source in sources]
+        self._streams = [_IdStream(source, reading, separator_id) for source in sources]
+        self._served = [0] * len(sources)  # contexts of each source
+        self._broken = False  # an error left the streams somewhere after `state`
+        self.state = self._look()
+
+    def take(self) -> list[int]:
+        """Return the next context. Raises `_RanDry` if the source whose turn it is has no more."""
+        if self._broken:
+            self.load_state_dict(self.state)
+        self._broken = True
+        source = self._furthest_below()
+        try:
+            ids = self._streams[source].take(self._context_length - 1)
+        except StopIteration:
+            self.state, self._broken = self._look(), False
+            raise _RanDry(self._sources[source].name, self.state) from None
+        self._served[source] += 1
+        self.state, self._broken = self._look(), False
+        return [self._bos_id, *ids]
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state, self._broken = state, True
+        self._served = list(state["served"])
+        for stream, saved in zip(self._streams, state["sources"], strict=True):
+            stream.load_state_dict(saved)
+        self._broken = False
+
+    def close(self) -> None:
+        """Do nothing: there is no thread to end."""
+
+    def _furthest_below(self) -> int:
+        all_served, all_weights = sum(self._served), sum(self._weights)
+        shares = zip(self._weights, self._served, strict=True)
+        missing = [weight / all_weights * all_served - served for weight, served in shares]
+        return missing.index(max(missing))
+
+    def _look(self) -> dict:
+        return {"served": list(self._served), "sources": [stream.state_dict() for stream in self._streams]}
+
+
+class _Prefetched:
+    """Have the contexts of a `_Packed` made in a thread, up to `capacity` of them in advance.
+
+    `state` is that after the last context handed out: whatever was made since is made again from it, if need
+    be.
+    """
+
+    def __init__(self, packed: _Packed, capacity: int) -> None:
+        self._packed, self._capacity = packed, capacity
+        self._prefetcher: Prefetcher[tuple[list[int], dict]] | None = None
+        self.state = packed.state
+
+    def take(self) -> list[int]:
+        if self._prefetcher is None:
+            if self._packed.state != self.state:
+                self._packed.load_state_dict(self.state)
+            self._prefetcher = Prefetcher(_contexts(self._packed), self._capacity)
+        try:
+            ids, self.state = next(self._prefetcher)
+        except _RanDry as dry:
+            self.state = dry.state
+            raise
+        except Exception:  # the next call tries again, from the state after the last context handed out
+            self.close()
+            raise
+        return ids
+
+    def load_state_dict(self, state: dict) -> None:
+        self.close()
+        self.state = state
+        self._packed.load_state_dict(state)
+
+    def close(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._prefetcher = None
+
+
+def _contexts(packed: _Packed) -> Iterator[tuple[list[int], dict]]:
+    """Yield each context with the state after it, until `_RanDry`."""
+    while True:
+        yield packed.take(), packed.state
+
+
+# --- the ids of a source ----------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """A part of a document that is tokenized at once."""
+
+    position: dict  # where reading starts again to get this piece: before its row, at its first character
+    text: str
+    passed: Counter  # counts of the rows from the piece before up to this one
+
+
+class _IdStream:
+    """Serve the ids of one source: its documents with a separator between them."""
+
+    def __init__(self, source: Source, reading: _Reading, separator_id: int | None):
+        self.source = source
+        self.counts: Counter[str] = Counter()
+        self._reading = reading
+        self._separator = [] if separator_id is None else [separator_id]
+        self._rows = open_rows(source)
+        self._pieces = self._read(None)
+        self._queue: deque[tuple[_Piece, list[int]]] = deque()
+        self._behind: Counter[str] = Counter()  # counts of the rows behind the last document
+        self._unusable: dict | None = None  # the last row without a usable text
+        self._position: dict[str, Any] = {}  # of the piece being cut
+        self._ids: list[int] = []  # of that piece, its separator included
+        self._used = 0
+
+    def take(self, n: int) -> list[int]:
+        """Return the next `n` ids, to fill one context. Raises `StopIteration` when the source has fewer."""
+        taken: list[int] = []
+        while len(taken) < n:
+            if self._used == len(self._ids):
+                self._advance()
+            if not taken and self._used == 0 and self._position["separated"]:
+                self._used = 1  # the context's BOS already parts this document from the one before
+            ids = self._ids[self._used : self._used + n - len(taken)]
+            self._used += len(ids)
+            taken += ids
+        return taken
+
+    def state_dict(self) -> dict:
+        return {
+            "position": self._position,
+            "used": self._used,
+            "of": len(self._ids),
+            "counts": dict(self.counts),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        position = state["position"]
+        self._rows.load_state_dict(position or None)
+        self._pieces = self._read(position)
+        self._queue.clear()
+        self._behind.clear()
+        self._position, self._ids, self._used = {}, [], 0
+        if position:
+            try:
+                self._advance()
+            except StopIteration:
+                raise _changed(self.source) from None
+            if len(self._ids) != state["of"]:
+                raise _changed(self.source)
+            self._used = state["used"]
+        self.counts = Counter(state["counts"])
+
+    def _advance(self) -> None:
+        if not self._queue:
+            self._tokenize_ahead()
+        piece, ids = self._queue.popleft()
+        self._position, self._used = piece.position, 0
+        self._ids = self._separator + ids if piece.position["separated"] else ids
+        self.counts += piece.passed
+
+    def _tokenize_ahead(self) -> None:
+        pieces, characters = [], 0
+        for piece in self._pieces:
+            pieces.append(piece)
+            characters += len(piece.text)
+            if characters >= READ_AHEAD:
+                break
+        if not pieces:
+            self.counts += self._behind
+            self._behind.clear()
+            if self.counts["documents"] and not self.counts["used"] + self.counts["other_split"]:
+                raise _no_usable_text(self.source, self.counts, self._unusable, self._reading)
+            raise StopIteration
+        encoded = self._reading.encode([piece.text for piece in pieces])
+        if (limit := self._reading.vocab_size) is not None:
+            for piece, ids in zip(pieces, encoded, strict=True):
+                if beyond := sum(i >= limit for i in ids):
+                    piece.passed["tokens beyond the embedding"] += beyond
+                    ids[:] = [i for i in ids if i < limit]
+        self._queue.extend(zip(pieces, encoded, strict=True))
+
+    def _read(self, start: dict | None) -> Iterator[_Piece]:
+        """Yield pieces from `start`, the position of one of them, or from the beginning.
+
+        What `start` counted is not counted again.
+        """
+        passed: Counter[str] = Counter()
+        unusable = 0
+        last_used = None
+        for n, (before, row) in enumerate(self._rows, start["n"] if start else 0):
+            text, verdicts = self._reading.text(self.source, n, row)
+            passed.update(["documents", *verdicts])
+            unusable = 0 if text is not None or "other_split" in verdicts else unusable + 1
+            if unusable:
+                self._unusable = row
+            if unusable == UNUSABLE_IN_A_ROW:
+                raise _no_usable_text(self.source, self.counts + passed, row, self._reading)
+            if start and text is None:
+                raise _changed(self.source)
+            if row is None or text is None:
+                continue
+            if start:
+                character, separated, passed = start["character"], start["separated"], Counter()
+            else:
+                character = 0
+                separated = bool(self._separator) and not (row.get(CONTINUES) and last_used == n - 1)
+            for part in cut(text[character:], PIECE):
+                yield _Piece({"rows": before, "n": n, "character": character, "separated": separated}, part, passed)
+                character += len(part)
+                separated, passed = False, Counter()
+            start, last_used = None, n
+        self._behind = passed
+
+
+def _changed(source: Source) -> ValueError:
+    allowed = "the data and tokenizer that the state was taken from"
+    return invalid("dataset", source.name, allowed, "it has changed: begin a new run")
+
+
+def _no_usable_text(source: Source, counts: Counter[str], row: dict | None, reading: _Reading) -> ValueError:
+    """Return the error for a source without a usable row: how many, why, and how the last one looks."""
+    field = "chat_dataset" if source.kind == "chat" else "dataset"
+    left_out = ", ".join(f"{n:,} {LEFT_OUT[reason]}" for reason, n in counts.items() if reason in LEFT_OUT)
+    what = f"no row of {counts['documents']:,} has a usable text in {source.key!r}: {left_out}"
+    turns = _turns(row.get(source.key)) if row else None
+    if counts["unrenderable"] and turns:
+        try:
+            reading.render(turns)
+        except _Refused as refused:
+            allowed = "conversations that the model's chat template renders"
+            return invalid(field, source.name, allowed, f'{what}. The template says "{refused}"')
+    fields = f"The last row has the fields {', '.join(sorted(row))}" if row else "The last row is not a JSON object"
+    return invalid(field, source.name, "rows with a text", f"{what}. {fields}: name the one with the text")
+
+
+# --- rows to text -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Turn a row into a text, and a text into ids.
+
+    Pure: the result depends on the row and its number alone.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    bos: str
+    seed: int
+    split: Split
+    held_out_fraction: float
+    prompt: str | None
+    prompt_removal: float
+    vocab_size: int | None = None  # of the embedding, where the tokenizer has ids beyond it
+
+    def text(self, source: Source, n: int, row: dict | None) -> tuple[str | None, list[str]]:
+        """Return the text of row `n` (None if it is left out), and what there is to count about it."""
+        if row is None:
+            return None, ["unreadable"]
+        value = row.get(source.key)
+        if value is None:
+            return None, ["missing"]
+        if isinstance(value, str):
+            text = identity = value
+        elif (turns := _turns(value)) is not None:
+            if not self.tokenizer.chat_template:
+                raise _no_template(source, self.tokenizer)
+            # of the conversation, not of its rendering: it is held out from every model alike
+            identity = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            try:
+                text = self.render(turns) if any(turn["content"].strip() for turn in turns) else ""
+            except _Refused:
+                return None, ["unrenderable"]
+        else:
+            return None, ["not_text"]
+        if not text.strip():
+            return None, ["empty"]
+        held_out = self.held_out_fraction > 0 and fraction(0, "held out", identity) < self.held_out_fraction
+        if held_out != (self.split == "held_out"):
+            return None, ["other_split"]
+        verdicts = ["used"]
+        rendered = not isinstance(value, str)
+        if rendered and self.prompt and self.prompt in text and self._removes_prompt(source, n):
+            text = text.replace(self.prompt, "")
+            verdicts.append("prompt_removed")
+        sound = _without_lone_surrogates(text)
+        if sound is not text:
+            verdicts.append("broken_utf8")
+        return sound, verdicts
+
+    def _removes_prompt(self, source: Source, n: int) -> bool:
+        return fraction(self.seed, "system prompt", source.name, n) < self.prompt_removal
+
+    def render(self, turns: list[dict]) -> str:
+        """Render a conversation by the chat template.
+
+        Turns without text are left out unless the template knows tool calls. Raises `_Refused` with the
+        template's own words.
+        """
+        if "tool_call" not in str(self.tokenizer.chat_template):
+            turns = [turn for turn in turns if turn["content"] or not turn.get("tool_calls")]
+        try:
+            # Llama 3's templates write today's date unless they are given one: contexts would differ from day
+            # to day
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024"))
+        except (
+            TemplateError,
+            TypeError,
+            KeyError,
+            AttributeError,
+        ) as error:  # such as Gemma's, for a system message
+            raise _Refused(str(error) or type(error).__name__) from error
+        return text.removeprefix(self.bos)  # some templates write the BOS that every context has
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if backend.truncation or backend.padding:  # left there by tokenizer.json or by another caller
+            backend.no_truncation()
+            backend.no_padding()
+        # without offsets
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _no_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    remedy = f"{source.name} holds conversations: take a model with a chat template, or text without chat"
+    return invalid("tokenizer", tokenizer.name_or_path, "a tokenizer with a chat template", remedy)
+
+
+class _Refused(Exception):
+    """A chat template does not render a conversation; the message is the template's."""
+
+
+def _turns(value: Any) -> list[dict] | None:
+    """Return the turns of a conversation with text for content, or None for what is no conversation.
+
+    Content that is a list of parts becomes the text of its text parts; content that is null, as of a turn
+    that only calls tools, is empty.
+    """
+    if not isinstance(value, list):
+        return None
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            return None
+        content = turn.get("content")
+        if isinstance(content, list):
+            texts = [part if isinstance(part, str) else _text_part(part) for part in content]
+            turn = turn | {"content": "".join(text for text in texts if text is not None)}
+        elif content is None:
+            turn = turn | {"content": ""}
+        elif not isinstance(content, str):
+            return None
+        turns.append(turn)
+    return turns
+
+
+def _text_part(part: Any) -> str | None:
+    """Return the text of a part of a message; None of an image, a file or a tool's call."""
+    text = part.get("text") if isinstance(part, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Return `text` itself if UTF-8 can hold it, else with replacement characters.
+
+    Surrogates stand for bytes that could not be decoded, or were escaped alone in JSON.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -1,0 +1,1 @@
+"""The jobs of the command line, which join the other packages."""

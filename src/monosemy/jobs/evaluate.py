@@ -1,0 +1,249 @@
+"""Evaluate SAEs: those of a run by themselves, or SAEs of any tool on the same held-out tokens of one model, in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from monosemy import formats
+from monosemy.config import EvalConfig, TrainConfig
+from monosemy.errors import invalid
+from monosemy.evaluation.metrics import Row, dictionary_learning_results, table
+from monosemy.evaluation.missing import Missing
+from monosemy.evaluation.probing import chosen_datasets, probe, sae_probes
+from monosemy.jobs import results
+from monosemy.jobs.folder import Run
+from monosemy.jobs.plan import Plan
+from monosemy.jobs.pretrained import Resolved, resolve
+from monosemy.jobs.results import context_stream, held_out_contexts
+from monosemy.lm.info import Site
+from monosemy.lm.model import LanguageModel, load_tokenizer
+from monosemy.report import page
+from monosemy.sae import SAE
+from monosemy.system.files import write_json, write_text
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_saes(config: EvalConfig) -> tuple[list[Row], Missing]:
+    """Do what `monosemy eval` does: print the table, return its rows and what is missing.
+
+    One run's folder is evaluated by itself; its rows, plots and page are written anew. Everything else is compared in one
+    table, and no file is changed. Raises ValueError for settings that do not fit the paths.
+    """
+    of_run = len(config.paths) == 1 and (Path(config.paths[0]) / "run.json").is_file()
+    if config.sparse_probing and not of_run:
+        allowed = "left out for other than one run by itself"
+        raise invalid("sparse_probing", True, allowed, "it needs exactly one run folder: name that alone")
+    if not of_run:
+        return evaluate_folders(config), Missing(strict=True)
+    run = Path(config.paths[0])
+    rows: list[Row] = []
+    missing = Missing(run)
+    if not config.sparse_probing or config.eval_num_inputs is not None or not (run / "rows.jsonl").is_file():
+        rows, missing = evaluate_run(config)
+    if config.sparse_probing:
+        rows = probe_run(run, config.probing_datasets, device=config.device)
+    return rows, missing
+
+
+def evaluate_run(config: EvalConfig) -> tuple[list[Row], Missing]:
+    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text; write its rows, plots and page anew.
+
+    Where parts of an earlier evaluation with the same settings are missing, only they are made. Returns the rows, and what
+    is missing. Raises ValueError for a folder that holds no run, and for another model, site or text than the run's.
+    """
+    folder = Path(config.paths[0])
+    config.check_for_run(str(folder))
+    trained = TrainConfig.read(folder / "run.json")
+    run = Run(Plan.from_run(dataclasses.replace(trained, save_dir=str(folder), **config.changes())))
+    run.read()
+    training = run.facts.get("training", {})
+    ended = (training.get("status", run.status["status"]), training.get("reason", run.status["reason"]))
+    rows, missing = results.make(run, ended)
+    if ended[0] in results.ENDED:
+        run.write_facts({"training": training | {"status": ended[0], "reason": ended[1]}})
+        run.finish(results.status_with(ended, missing))
+    if config.rows is not None:
+        write_text(Path(config.rows), (folder / "rows.jsonl").read_text(encoding="utf-8"))
+    print(table(rows))
+    if missing:
+        log.warning("missing: %s; %s", missing, results.remedy(folder, config))
+    return rows, missing
+
+
+def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str = "auto") -> list[Row]:
+    """Add what `probe` finds to the rows of an evaluated run: to rows.jsonl, every eval_results.json, and the report. Returns the rows.
+
+    `datasets` are names of pairs, such as 155_athlete_sport_basketball; all where none is given.
+    Raises ValueError for a run without rows, an unknown name, and where sae-probes is not installed.
+    """
+    folder = Path(folder)
+    if not (folder / "rows.jsonl").is_file():
+        raise invalid("run", str(folder), "an evaluated run, which has a rows.jsonl", "run `monosemy eval` on it first")
+    chosen = chosen_datasets(sae_probes(), datasets)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    sites = {row["sae"]: Site.parse(row["site"]) for row in rows}
+    plan = Plan.from_run(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
+    c = plan.config
+    lm = LanguageModel.load(plan.model, tuple(dict.fromkeys(sites.values())), dtype=c.dtype, device=device)
+    saes = {name: (site, formats.load(folder / name, unfinished=True).to(lm.device)) for name, site in sites.items()}
+    found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
+    for row in rows:
+        row |= found[row["sae"]]
+        write_json(folder / row["sae"] / "eval_results.json", dictionary_learning_results(row))
+    write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    missing = Missing(folder)
+    page.write([folder], missing=missing)
+    if missing:
+        log.warning("missing from the report: %s", missing)
+    return rows
+
+
+def evaluate_folders(config: EvalConfig) -> list[Row]:
+    """Evaluate SAEs, by folder or hub name, and all SAEs of runs, through the same model on the same tokens.
+
+    Prints the table and returns the rows. Model and site are each folder's own; the configuration says them for folders
+    that do not. Text, context length and the limit on norms are the configuration's, else the first run's that a folder is
+    or belongs to, else the defaults of training.
+    Raises ValueError for a folder whose model or site nobody says, for another model than the others', and for what
+    `formats.load` refuses.
+    """
+    found = {name: sae for path in config.paths for name, sae in _resolved(path, config.format).items()}
+    if not found:
+        remedy = "name one"
+        raise invalid("paths", config.paths, "the folder or hub name of an SAE, the folder of a run, or several", remedy)
+    read = {name: formats.read(sae.path, sae.format, source=sae.source) for name, sae in found.items()}
+    sites = {name: _site(name, metadata, config.layer, config.site) for name, (_, metadata) in read.items()}
+    runs = [run for sae in found.values() if not sae.origin and (run := _run(sae.path)) is not None]
+    plan = _plan(config, read, sites, runs)
+    c = plan.config
+    stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
+    contexts_CL = held_out_contexts(c, stream)
+    for sentence in stream.damage():
+        log.warning("%s", sentence)
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
+    for name, (sae, _) in read.items():
+        if sae.d_in != lm.d_in(sites[name]):
+            allowed = f"{lm.d_in(sites[name])}, the width of {sites[name]} of {c.model_name}"
+            raise invalid(f"{name}: d_in", sae.d_in, allowed, "name the model and the site that it was trained on")
+    rows = results.measure(
+        c,
+        lm,
+        {name: (sites[name], sae.to(lm.device)) for name, (sae, _) in read.items()},
+        contexts_CL,
+        stream.special_ids,
+        norm_limits=_norm_limits(runs, lm, contexts_CL[: c.llm_batch_size], c.max_activation_norm_multiple),
+        info={name: results.row_info(sae, metadata) | found[name].origin for name, (sae, metadata) in read.items()},
+    )
+    if config.rows is not None:
+        write_text(Path(config.rows), "".join(json.dumps(row) + "\n" for row in rows))
+    print(table(rows))
+    return rows
+
+
+def _plan(
+    config: EvalConfig,
+    read: Mapping[str, tuple[SAE, dict[str, Any]]],
+    sites: Mapping[str, Site],
+    runs: Sequence[Path],
+) -> Plan:
+    """Plan an evaluation by what the configuration says, else the first run, else the defaults of training."""
+    base = TrainConfig.read(runs[0] / "run.json") if runs else TrainConfig(save_dir=".")
+    asked = dataclasses.replace(
+        base,
+        model_name=_model(read, config.model_name),
+        layers=(),
+        sites=tuple(dict.fromkeys(map(str, sites.values()))),
+        dtype=base.dtype if runs else "auto",
+        dataset=base.dataset if config.dataset is None else config.dataset,
+        context_length=config.context_length or base.context_length,
+        **config.changes(),
+    )
+    return Plan.for_eval(asked, _commit(read, asked.model_name))
+
+
+def _resolved(path: str | Path, format: str | None) -> dict[str, Resolved]:
+    """The SAEs of a path, by what a row calls them: a folder's own, a run's, or one from the hub by its name."""
+    if not Path(path).exists():
+        return {str(path): resolve(path, trusted=format)}
+    return {str(folder): Resolved(folder, format=_format(folder, format)) for folder in _saes(Path(path))}
+
+
+def _saes(path: Path) -> list[Path]:
+    """The folder itself, or those of a run's SAEs."""
+    if not (path / "run.json").is_file():
+        return [path]
+    return sorted((p.parent for p in path.glob("*/trainer_*/config.json")), key=lambda p: (p.parent.name, len(p.name), p.name))
+
+
+def _run(folder: Path) -> Path | None:
+    """The run that an SAE's folder lies in."""
+    run = folder.absolute().parent.parent
+    return run if (run / "run.json").is_file() else None
+
+
+def _format(folder: Path, asked: str | None) -> str | None:
+    """What was asked for, for folders that their files do not tell."""
+    try:
+        return formats.detect(folder)
+    except ValueError:
+        return asked
+
+
+def _site(name: str, about: dict[str, Any], layer: int | None, site: str | None) -> Site:
+    told = site if site is not None else f"resid_post.{layer}" if layer is not None else None
+    own = about.get("site")
+    try:
+        known = Site.parse(own) if isinstance(own, str) else None
+    except ValueError:  # a place of another tool's that is read nowhere here
+        known = None
+    asked = Site.parse(told) if told is not None else known
+    if asked is None:
+        allowed = "a place that its folder or you name"
+        raise invalid(f"{name}: site", own, allowed, "say where it reads with --layer 3 or --site mlp_out.3")
+    if known is not None and asked != known:
+        raise invalid("site", told, f"{known}, which {name} says itself", "leave --layer and --site out, or evaluate it apart")
+    return asked
+
+
+def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], told: str | None) -> str:
+    """The one model of all folders. What is told goes before what they say, which may be another name of it."""
+    if told is not None:
+        return told
+    own = {name: about.get("model") for name, (_, about) in read.items()}
+    models = {model for model in own.values() if isinstance(model, str)}
+    if len(models) != 1:
+        found = ", ".join(f"{name}: {model}" for name, model in own.items())
+        raise invalid("model_name", found, "one model that the folders or you name", "say which with --model_name")
+    return models.pop()
+
+
+def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
+    """The commit of the model that the SAEs were trained on, where their folders say it; where they say several, the first, with a warning."""
+    said = {name: about.get("revision") for name, (_, about) in read.items() if about.get("model") == model_name}
+    commits = {name: commit for name, commit in said.items() if isinstance(commit, str)}
+    if len(set(commits.values())) > 1:
+        first = next(iter(commits.values()))
+        log.warning(
+            "SAEs of several commits of %s (%s): all are evaluated on %s", model_name, ", ".join(map(": ".join, commits.items())), first
+        )
+    return next(iter(commits.values()), None)
+
+
+def _norm_limits(runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float) -> dict[Site, float | None]:
+    """The runs' limits; for other sites the same multiple of the median norm in some contexts, their BOS tokens left out."""
+    limits: dict[Site, float | None] = {}
+    if multiple:
+        found = lm.activations(contexts_CL.to(lm.device))
+        limits = {site: multiple * float(x_BLD[:, 1:].float().norm(dim=-1).median()) for site, x_BLD in found.items()}
+    for run in reversed(runs):
+        kept = json.loads((run / "run.json").read_text(encoding="utf-8")).get("norm_limit", {})
+        limits |= {site: kept[str(site)] for site in lm.sites if str(site) in kept}
+    return limits

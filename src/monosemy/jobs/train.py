@@ -1,0 +1,326 @@
+"""The whole job: the language model's activations, the sweep over them, what is saved, its evaluation, plots and upload.
+
+RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sae.safetensors, config.json, ae.pt, eval_results.json}
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shlex
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from monosemy import formats
+from monosemy.config import ResolvedConfig, TrainConfig
+from monosemy.data.activations import ActivationStream
+from monosemy.data.contexts import ContextStream, StreamEnded
+from monosemy.errors import invalid
+from monosemy.evaluation.metrics import table
+from monosemy.jobs import export, results
+from monosemy.jobs.folder import Run, peak_memory
+from monosemy.jobs.memory import tensor_bytes
+from monosemy.jobs.plan import Plan
+from monosemy.jobs.results import context_stream
+from monosemy.lm.model import LanguageModel, load_tokenizer
+from monosemy.ops import Workspace
+from monosemy.recipe import RECIPES
+from monosemy.sae import SAE
+from monosemy.system.files import exclusive_lock, room_for, sync
+from monosemy.system.interrupts import Interrupts
+from monosemy.system.progress import Progress
+from monosemy.training.checkpoints import Checkpoint, Checkpoints
+from monosemy.training.loop import TrainingLoop
+from monosemy.training.sweep import Record, Sweep, grid
+from monosemy.training.trainer import SAETrainer
+
+log = logging.getLogger(__name__)
+
+DRAWN = 2 << 20  # bytes that an evaluation, its plots and report take at least
+SNAPSHOT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
+
+
+def train(config: TrainConfig | Plan) -> tuple[Path, str]:
+    """Train, evaluate, plot and upload as a configuration says. Returns the run's folder and its status.
+
+    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never stopped; where only parts of its
+    evaluation are missing, they are made.
+    Status is "complete", "stopped_early" (the text ran out; what was trained is saved), "failed" (an SAE did not stay finite), or "incomplete"
+    (all SAEs are saved, and parts of their evaluation could not be made).
+    Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError for a hub that is out of reach.
+    """
+    plan = config if isinstance(config, Plan) else Plan.from_config(config)
+    c, run = plan.config, Run(plan)
+    if plan.note:
+        log.warning("%s", plan.note)
+    if _is_complete(plan.folder):
+        log.info("%s already holds this run, complete", plan.folder)
+        return plan.folder, "complete"
+    init_from = formats.load(c.init_from) if c.init_from else None
+    with exclusive_lock(plan.folder, "save_dir"):
+        ended = _ended(plan)
+        status, rows = _train_and_evaluate(run, init_from) if ended is None else _rest(run, ended)
+    run.close(status[0])
+    print(table(rows))
+    log.info("%s", _where(run.folder))
+    if status[0] != "complete":
+        log.warning("%s: %s%s", *status, f"; {results.remedy(run.folder)}" if "missing: " in status[1] else "")
+    return run.folder, status[0]
+
+
+def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """Do all of a run in its folder, which is locked. Returns status and reason, and the rows."""
+    store = Checkpoints(run.folder / "checkpoints", run.config.checkpoint_every)
+    with Interrupts() as interrupts, run.ending(), closing(store):
+        ended = train_saes(run, store, interrupts, init_from)
+        gc.collect()  # the whole model takes the place of what training held
+        with room_for(run.folder / "report.html", DRAWN):
+            rows, missing = results.make(run, ended)
+        run.write_memory("run", run.plan.memory.peak)
+        return run.finish(results.status_with(ended, missing)), rows
+
+
+def train_saes(run: Run, store: Checkpoints, interrupts: Interrupts, init_from: SAE | None) -> tuple[str, str]:
+    """Train all SAEs of a run, from its newest checkpoint where there is one, and save them. Returns status and reason."""
+    c, plan = run.config, run.plan
+    # on a CPU every core is busy anyway
+    text = context_stream(plan, load_tokenizer(plan.model), "train", prefetch=plan.gpu)
+    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
+    with TrainingProgress(plan) as progress:
+        started, checkpoint = time.monotonic(), store.newest()
+        stream = _activations(plan, lm, text)
+        stream.on_contexts = lambda n: progress.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
+        stream.wanted = plan.steps - (checkpoint.step if checkpoint else 0)
+        first = None if checkpoint else _first_batch(c, stream)
+        if checkpoint:
+            log.info("going on from %s", checkpoint.folder)
+            stream.load_state_dict(checkpoint.state["stream"])
+        sweep = Sweep(_trainers(plan, stream, init_from))
+        run.open(sweep.trainers, {"model": _model_facts(plan, lm), **_norms(stream)}, checkpoint)
+        training = _Training(run, sweep, stream, store, progress, started, checkpoint, first)
+        loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=training.extra_state)
+        ended = loop.run(
+            training.next_batch,
+            plan.steps,
+            resume_from=checkpoint,
+            log_steps=c.log_steps,
+            on_record=training.on_record,
+            before_step=training.before_step,
+        )
+        status, reason = training.save(ended)
+        run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
+    return status, reason
+
+
+class _Training:
+    """What a run does around the training loop: batches, records, snapshots, and what is saved at the end."""
+
+    def __init__(
+        self,
+        run: Run,
+        sweep: Sweep,
+        stream: ActivationStream,
+        store: Checkpoints,
+        progress: TrainingProgress,
+        started: float,
+        checkpoint: Checkpoint | None,
+        first: dict[Any, Tensor] | None,
+    ) -> None:
+        """`started` is when reading began; `first` is the batch that norm factors were measured with."""
+        self.run, self.sweep, self.stream, self.store, self.progress = run, sweep, stream, store, progress
+        self.started, self.first = started, first
+        self.seconds_before = checkpoint.state["seconds"] if checkpoint else 0.0
+        self.trainers = {t.name: (site, t) for site, of_site in sweep.trainers.items() for t in of_site}
+        steps = run.plan.steps
+        self.snapshots = {int(share * steps) for share in SNAPSHOT_SHARES} if run.config.save_checkpoints else set()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def next_batch(self) -> dict[Any, Tensor]:
+        first, self.first = self.first, None
+        return self.stream.next() if first is None else first
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the sweep."""
+        metrics = self.run.folder / "metrics.jsonl"
+        sync(metrics)
+        return {"stream": self.stream.state_dict(), "metrics_bytes": metrics.stat().st_size, "seconds": self.seconds}
+
+    def before_step(self, step: int) -> None:
+        self.progress.step(step)
+        if step in self.snapshots:
+            for name, (_, trainer) in self.trainers.items():
+                path = self.run.folder / name / "checkpoints" / f"ae_{step}"
+                self.store.submit(export.snapshot(path, trainer.finished()))
+
+    def on_record(self, record: Record) -> None:
+        site, trainer = self.trainers[record["sae"]]
+        self.run.record(record | {"site": str(site), "architecture": trainer.sae.name})
+        self.progress.record(record)
+
+    def save(self, ended: str) -> tuple[str, str]:
+        """Save the SAEs and what is known of their training. Returns status and reason."""
+        run, sweep, stream = self.run, self.sweep, self.stream
+        status, reason = ("stopped_early", ended) if ended else ("complete", "")
+        if sweep.failed:
+            status, reason = "failed", "; ".join(f"{name}: {why}" for name, why in sweep.failed.items())
+        seconds, tokens = self.seconds, sweep.done * run.config.sae_batch_size
+        training = {
+            "status": status,
+            "reason": reason,
+            "steps": sweep.done,
+            "tokens": tokens,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "peak_memory_gb": round(peak_memory(run.plan) / 1e9, 2),
+        }
+        data = {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)}
+        run.write_facts({"training": training, "data": data})
+        for sentence in stream.contexts.damage():
+            log.warning("%s", sentence)
+        for site in sweep.trainers:
+            rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
+            share = 100 * outliers / max(rows, 1)
+            log.info("%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, share)
+        for name, (site, trainer) in self.trainers.items():
+            state = "failed" if name in sweep.failed else "stopped_early" if status == "stopped_early" else "complete"
+            export.save_sae(run.plan, trainer, site, run.folder / name, state, sweep.done)
+            run.write_status("running", saes={name: state})
+            if run.uploader is not None:
+                run.uploader.submit(name)
+        return status, reason
+
+
+def _ended(plan: Plan) -> tuple[str, str] | None:
+    """How the training ended of a run that has all its SAEs and no checkpoint to go on from: only its evaluation can lack something."""
+    names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site)]
+    path = plan.folder / "run.json"
+    if not path.is_file() or any((plan.folder / "checkpoints").glob("step_*")):
+        return None
+    trained = json.loads(path.read_text(encoding="utf-8")).get("training", {})
+    whole = "status" in trained and all((plan.folder / name / "config.json").is_file() for name in names)
+    return (trained["status"], trained["reason"]) if whole else None
+
+
+def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """What an evaluation left out, or all of it, of a run that is trained. Returns status and reason, and the rows."""
+    run.read()
+    with room_for(run.folder / "report.html", DRAWN):
+        rows, missing = results.make(run, ended)
+    return run.finish(results.status_with(ended, missing)), rows
+
+
+def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> ActivationStream:
+    c = plan.config
+    return ActivationStream(
+        lm,
+        text,
+        plan.sites,
+        batch=c.sae_batch_size,
+        contexts_per_forward=c.llm_batch_size,
+        contexts_per_block=plan.contexts_per_block,
+        seed=c.data_seed,
+        keep_special=c.keep_special_tokens,
+        norm_multiple=c.max_activation_norm_multiple,
+    )
+
+
+def _first_batch(c: ResolvedConfig, stream: ActivationStream) -> dict[Any, Tensor]:
+    """The first batch, for which the norm factors are measured that members are made with."""
+    try:
+        batch = stream.next()
+    except StreamEnded as ended:
+        allowed = f"text for at least one batch of {c.sae_batch_size} activations"
+        field = "chat_dataset" if c.mixed_dataset and ended.source == c.chat_dataset else "dataset"
+        raise invalid(field, getattr(c, field), allowed, f"give more ({ended})") from ended
+    for sentence in stream.contexts.damage():
+        log.warning("%s, of what was read until now", sentence)
+    return batch
+
+
+def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[SAETrainer]]:
+    c, workspace = plan.config, Workspace()
+    return {
+        site: [
+            SAETrainer(
+                f"{site.folder}/trainer_{i}",
+                spec,
+                stream.width(site),
+                plan.schedule,
+                device=stream.lm.device,
+                recipe=RECIPES[c.recipe],
+                bf16=c.precision == "bf16",
+                norm_factor=stream.norm_factor[site],
+                on_nonfinite=c.on_nonfinite,
+                workspace=workspace,
+            )
+            for i, spec in enumerate(grid(c, init_from))
+        ]
+        for site in plan.sites
+    }
+
+
+def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
+    return {name: {str(site): v for site, v in getattr(stream, name).items()} for name in ("norm_factor", "norm_limit")}
+
+
+class TrainingProgress(Progress):
+    """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every record."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.batch, self.verbose = plan.config.sae_batch_size, plan.config.verbose
+        super().__init__(total=plan.steps * self.batch, unit="tok", desc="training")
+
+    def step(self, step: int) -> None:
+        self.update(step * self.batch - self.done)
+
+    def record(self, record: Record) -> None:
+        if self.verbose:
+            self.write(
+                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}"
+            )
+
+
+def _is_complete(folder: Path) -> bool:
+    path = folder / "status.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("status") == "complete"
+
+
+def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
+    return {
+        "name": plan.model.name,
+        "revision": plan.model.revision,
+        "type": plan.model.model_type,
+        "dtype": str(lm.dtype),
+        "device": str(lm.device),
+        "sites": [str(s) for s in plan.sites],
+    }
+
+
+def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
+    """Measure what an SAE in training takes, by architecture and width."""
+    measured = {}
+    for group in sweep.groups:
+        first = group.trainers[0]
+        bytes_ = tensor_bytes(group, apart=[trainer.workspace for trainer in group.trainers]) // len(group.trainers)
+        measured[first.sae.name, first.sae.d_sae] = bytes_
+    return {f"{name}, {width}": {"predicted": n, "measured": measured[name, width]} for (name, width), n in plan.memory.saes.items()}
+
+
+def _where(folder: Path) -> str:
+    plotted = sorted(folder.glob("plots/*.png"))
+    return "\n".join(
+        [
+            "open:",
+            *(f"  {path}" for path in [folder / "report.html", *plotted, folder / "rows.jsonl"]),
+            f"load: monosemy.load({shlex.quote(str(next(iter(sorted(folder.glob('*/trainer_0'))), folder)))})",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The language model: what its configuration says, its weights, its activations."""

@@ -1,0 +1,497 @@
+"""Load a language model up to its deepest site, read the activations at its sites, and splice others in.
+
+B contexts, L tokens of a context, D width of a site, V vocabulary, N tokens.
+
+Models are handled by structure: the decoder layers are the `ModuleList` with one entry for each hidden layer,
+a layer's attention is its child of that name, its MLP the other child with matrices. Nothing here knows a
+model family.
+
+Contexts are packed full, so no attention mask is passed: every model then attends causally (and within its
+sliding windows).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from monosemy.errors import invalid
+from monosemy.lm import embedded
+from monosemy.lm.info import KINDS, ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.system.devices import checked_device
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+Key = TypeVar("Key")
+
+# --- the model --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """Results of a forward of the untouched model, and what is needed to run only its end again."""
+
+    ids_BL: Tensor
+    hidden_BLD: Tensor  # after the final norm: the head's input
+    activations: dict[Site, Tensor]  # [B, L, D] each
+    layer_inputs: dict[int, Tensor]  # of the layers that hold a site
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """Where in the model to hook for a site."""
+
+    module: nn.Module
+    skipped: int  # how many layers need not run for what comes after the site
+    between: bool = False  # the site is the hidden state between two layers
+    of_input: bool = False  # the module's input is meant; else its output
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in a forward."""
+
+    module: nn.Module
+    inputs: list[Any]
+    output: Any
+
+    @property
+    def tensor(self) -> Tensor:
+        """The first tensor of the output."""
+        return _first_tensor(self.output)
+
+
+class LanguageModel:
+    """Read and splice the activations at sites of a Hugging Face causal language model.
+
+    Use `load`; an already loaded model can be given as well. `resid_pre.L` is captured as the output of layer
+    L - 1 (the same tensor), so layer L need not run.
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], info: ModelInfo | None = None) -> None:
+        """Raises ValueError for a site that the model's structure does not have."""
+        self.model = model.eval().requires_grad_(False)
+        self.info = info
+        self.decoder, self.layers = _decoder(model)
+        self._returns = _like(self.probe([self.layers[0]])[0].output)  # a layer's output, of a hidden state
+        self._result = type(self.probe([self.decoder])[0].output)
+        self._taps = {site: self._tap(site) for site in sites}
+        self._d_in = {site: x.shape[-1] for site, x in self.activations(self._probe_ids).items()}
+
+    @classmethod
+    def load(
+        cls,
+        model: str | ModelInfo,
+        sites: Sequence[Site],
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        whole: bool = False,
+    ) -> LanguageModel:
+        """Load a model up to its deepest site; or, with `whole`, all of it, which splicing needs.
+
+        `model` is a name as `describe` takes it, with its `revision`, or what `describe` found: then exactly
+        that commit is loaded. Of the weights only what is kept is read: no more than that and one shard are
+        in memory at a time. `dtype` is "auto" (the model's own on a GPU, float32 on a CPU) or a name in
+        torch; `device` "auto" (a GPU where there is one) or a name in torch. Raises ValueError for what
+        `describe`, `check_weights` and `check_sites` refuse, for a device that is not there, and for a
+        checkpoint that lacks weights or cannot be read.
+        """
+        info = _described(model, revision)
+        check_sites(info, sites)
+        check_weights(info)
+        device_ = checked_device(device)
+        dtype_ = _dtype(dtype, device_)
+        source = _source(info)
+        config = transformers.AutoConfig.from_pretrained(**source)
+        depths = [info.num_layers if site.depth is None else site.depth for site in sites]
+        if not whole:
+            _truncate(config, max(depths, default=info.num_layers))
+        auto = _with_head(config) if whole else transformers.AutoModel
+        paths = [site.path for site in sites if site.kind == "module"]
+        if paths:
+            with torch.device("meta"):  # a module that is not there is told before any weights are read
+                skeleton = auto.from_config(config)
+            for path in paths:
+                _module(skeleton, path)
+        with _quiet(), _readable(info):
+            loaded, report = auto.from_pretrained(**source, config=config, dtype=dtype_, output_loading_info=True)
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            names = f"{', '.join(missing[:3])}{' ...' if missing[3:] else ''}"
+            allowed = f"a checkpoint with every weight (it lacks {names})"
+            raise invalid("model_name", info.name, allowed, "fetch or save the model again")
+        with torch.no_grad():
+            return cls(loaded.to(device_), sites, info)
+
+    # what it is
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the (text) decoder, with as many layers as were loaded."""
+        return self.decoder.config
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self._taps)
+
+    def d_in(self, site: Site) -> int:
+        """Return the width of the activations at a site."""
+        return self._d_in[site]
+
+    # reading
+
+    def activations(self, ids_BL: Tensor) -> dict[Site, Tensor]:
+        """Return the activations [B, L, D] at every site, by a forward through the layers they need.
+
+        No gradients, no KV cache.
+        """
+        depth = max((tap.skipped + (not tap.between) for tap in self._taps.values()), default=0)
+        if any(site.layer is None for site in self._taps):
+            depth = len(self.layers)
+        with torch.no_grad(), ExitStack() as stack:
+            found = self._reading(stack, self._taps, ids_BL.shape)
+            for layer in self.layers[depth:]:
+                stack.enter_context(_forward(layer, lambda *args, **kwargs: self._returns(_hidden(args, kwargs))))
+            self._run(ids_BL)
+        return found
+
+    # splicing
+
+    def clean(self, ids_BL: Tensor, sites: Iterable[Site]) -> CleanRun:
+        """Run the whole model once and keep what splicing at these sites needs."""
+        taps = {site: self._taps[site] for site in sites}
+        inside = {tap.skipped for tap in taps.values() if tap.skipped and not tap.between}
+        with ExitStack() as stack:
+            found = self._reading(stack, taps, ids_BL.shape)
+            before = {n: _Tap(self.layers[n - 1], n, between=True) for n in inside}
+            inputs = self._reading(stack, before, ids_BL.shape)
+            hidden_BLD = self._run(ids_BL)
+        return CleanRun(ids_BL, hidden_BLD, found, inputs)
+
+    def run_from(self, clean: CleanRun, site: Site, replacement_BLD: Tensor) -> Tensor:
+        """Run what comes after a site on other activations; return the final hidden state [B, L, D].
+
+        The layers before the site return what they returned, so that the model's own code makes masks, rotary
+        embeddings and the final norm. With the untouched activations the result is bit-equal to
+        `clean.hidden_BLD`.
+        """
+        tap = self._taps[site]
+        # a copy, because some models add in place
+        replacement_BLD = replacement_BLD.to(clean.activations[site].dtype, copy=True)
+        with ExitStack() as stack:
+            if tap.skipped:
+                entry_BLD = replacement_BLD if tap.between else clean.layer_inputs[tap.skipped].clone()
+                for layer in self.layers[: tap.skipped]:
+                    stack.enter_context(_forward(layer, lambda *args, **kwargs: self._returns(entry_BLD)))
+            if not tap.between:
+                stack.enter_context(_writing(tap, replacement_BLD))
+            return self._run(clean.ids_BL)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the model's own head, its biases, scales and soft caps included: [.., D] -> [.., V]."""
+        if self.model.get_output_embeddings() is None:
+            raise invalid("whole", False, "True where logits are wanted", "load the model with its head: whole=True")
+        hidden_1ND = hidden.reshape(1, -1, hidden.shape[-1])
+        ids_1N = hidden.new_zeros(hidden_1ND.shape[:2], dtype=self._probe_ids.dtype)
+        with _forward(self.decoder, lambda *args, **kwargs: self._result(last_hidden_state=hidden_1ND)):
+            return self.model(input_ids=ids_1N, use_cache=False).logits.view(*hidden.shape[:-1], -1)
+
+    def spliced(self, clean: CleanRun, site: Site, replacement_BLD: Tensor) -> Tensor:
+        """Return the logits [B, L, V] with the site's activations replaced."""
+        return self.logits(self.run_from(clean, site, replacement_BLD))
+
+    # finding sites
+
+    def _tap(self, site: Site) -> _Tap:
+        if site.kind == "module":
+            module = _module(self.model, site.path)
+            for i, layer in enumerate(self.layers):
+                if module is layer:
+                    return _Tap(module, i + 1, between=True)
+                if any(module is part for part in layer.modules()):
+                    return _Tap(module, i)
+            return _Tap(module, 0)
+        assert site.layer is not None
+        if site.kind == "resid_pre" and site.layer == 0:
+            return _Tap(self.layers[0], 0, of_input=True)
+        if site.kind in ("resid_pre", "resid_post"):
+            last = site.layer - (site.kind == "resid_pre")
+            return _Tap(self.layers[last], last + 1, between=True)
+        layer = self.layers[site.layer]
+        return _Tap(self._contribution(layer, site), site.layer)
+
+    def _contribution(self, layer: nn.Module, site: Site) -> nn.Module:
+        """Find the module whose output a layer adds to the residual stream.
+
+        It is a sublayer, or the norm that the sublayer's output goes through.
+        """
+        last = _sublayer(layer, site)
+        # of what has parameters: a dropout may serve twice
+        children = [child for child in layer.children() if any(True for _ in child.parameters())]
+        calls = self.probe([*children, layer])
+        sublayer, stream = next(call for call in calls if call.module is last), calls[-1].tensor
+        if sum(getattr(x, "shape", None) == stream.shape for x in sublayer.inputs) > 1:
+            name = type(last).__name__
+            allowed = f"a sublayer that leaves the residual stream to its layer; {name} takes and adds it itself"
+            raise invalid("site", str(site), allowed, "choose resid_post, or a module inside it")
+        produced = sublayer.tensor
+        for call in calls:
+            if any(x is produced for x in call.inputs):
+                last, produced = call.module, call.tensor
+        return last
+
+    # running
+
+    @property
+    def _probe_ids(self) -> Tensor:
+        return torch.zeros(1, 3, dtype=torch.long, device=self.device)
+
+    def probe(self, modules: Iterable[nn.Module]) -> list[Call]:
+        """Run three tokens and return the calls of these modules, in the order in which they end."""
+        calls: list[Call] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append(Call(module, [*args, *kwargs.values()], output))
+
+        with torch.no_grad(), ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
+            self._run(self._probe_ids)
+        return calls
+
+    def _run(self, ids_BL: Tensor) -> Tensor:
+        return self.decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state
+
+    def _reading(self, stack: ExitStack, taps: Mapping[Key, _Tap], shape: torch.Size) -> dict[Key, Tensor]:
+        """Return a dict that hooks fill with the sites' activations, as long as the stack lives."""
+        found: dict[Key, Tensor] = {}
+
+        def keep(key: Key, x: Tensor) -> None:
+            # some models flatten [B, L] on the way, and some add to an output in place
+            found[key] = x.clone().view(*shape, -1)
+
+        for key, tap in taps.items():
+            if tap.of_input:
+                hook = tap.module.register_forward_pre_hook(
+                    lambda _, args, kwargs, key=key: keep(key, _hidden(args, kwargs)), with_kwargs=True
+                )
+            else:
+                hook = tap.module.register_forward_hook(lambda _, args, output, key=key: keep(key, _first_tensor(output)))
+            stack.enter_context(hook)
+        return found
+
+
+def load_tokenizer(model: str | ModelInfo, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, which is a name as `describe` takes it or what `describe` found.
+
+    Raises ValueError as `describe` does, and for a tokenizer that is not there or has ids beyond the model's
+    embedding.
+    """
+    info = _described(model, revision)
+    source = _source(info)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        allowed = f"a model with a tokenizer that can be read ({_first_line(error)})"
+        remedy = "put tokenizer.json and tokenizer_config.json beside its config.json"
+        raise invalid("model_name", info.name, allowed, remedy) from error
+    _check_vocabulary(tokenizer, info)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> None:
+    """Check that the model has an embedding for all ids of text. Raises ValueError where it does not.
+
+    Tokens that were added to a vocabulary may lie beyond the embedding, such as Gemma 3's for images: they
+    stand for no text.
+    """
+    if info.vocab_size is None:
+        return
+    added = tokenizer.added_tokens_decoder
+    largest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
+    if largest >= info.vocab_size:
+        sizes = f"which has {len(tokenizer)}; the embedding has {info.vocab_size} rows"
+        allowed = f"a model with an embedding for all ids of its tokenizer ({sizes})"
+        remedy = "give it its own tokenizer, or call model.resize_token_embeddings and save it again"
+        raise invalid("model_name", info.name, allowed, remedy)
+
+
+# --- small parts ------------------------------------------------------------------------------------------
+
+
+def _decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """Find a model's (text) decoder, which maps token ids to hidden states, and the list of its layers."""
+    n = model.config.get_text_config(decoder=True).num_hidden_layers
+    root = model.get_decoder()
+    for name, module in root.named_modules():  # outer lists before what they hold
+        if isinstance(module, nn.ModuleList) and len(module) == n:
+            parts = name.split(".")
+            owners = [root.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+            return next(owner for owner in reversed(owners) if isinstance(owner, PreTrainedModel)), module
+    allowed = f"a model with a list of its {n} decoder layers"
+    raise invalid("model_name", type(model).__name__, allowed, "name a decoder-only transformer")
+
+
+def _module(model: PreTrainedModel, path: str) -> nn.Module:
+    """Find the module that a path names, from the model or its decoder, whether the head is loaded or not."""
+    decoder, layers = _decoder(model)
+    inner = path.removeprefix(f"{model.base_model_prefix}.")  # as the model with its head calls it
+    for root, name in ((model, path), (model, inner), (decoder, path)):
+        try:
+            return root.get_submodule(name)
+        except AttributeError:
+            continue
+    names = [name for name, _ in layers[0].named_modules() if name]
+    allowed = f"{', '.join(KINDS)} or a module's path"
+    raise invalid("site", path, allowed, f"a layer of this model has {', '.join(names)}")
+
+
+def _sublayer(layer: nn.Module, site: Site) -> nn.Module:
+    """Find a layer's attention, or its MLP: the child with matrices that is not the attention.
+
+    The last such child, where an MLP is bare matrices (OPT).
+    """
+    children = layer.named_children()
+    parts = {name: child for name, child in children if any(p.dim() > 1 for p in child.parameters())}
+    names = {name: f"{name} {type(child).__name__}".lower() for name, child in parts.items()}
+    attention = {name for name, full in names.items() if re.search("attn|attention", full)}
+    chosen = [child for name, child in parts.items() if (name in attention) == (site.kind == "attn_out")]
+    if all(isinstance(child, nn.Linear) for child in chosen):
+        chosen = chosen[-1:]
+    if len(chosen) != 1:
+        allowed = f"a site whose module can be told from the layer's ({', '.join(parts)})"
+        raise invalid("site", str(site), allowed, "name the module's path instead")
+    return chosen[0]
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of a module's output. Raises ValueError where it has none."""
+    first = output[0] if isinstance(output, tuple) else output
+    if not isinstance(first, torch.Tensor):
+        raise invalid("site", type(first).__name__, "a module that returns a tensor", "choose another module")
+    return first
+
+
+def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the hidden state among a layer's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _like(output: Any) -> Callable[[Tensor], Any]:
+    """Return a function that wraps a tensor as the module's output: itself, or a tuple's head."""
+    return (lambda x: (x, *output[1:])) if isinstance(output, tuple) else (lambda x: x)
+
+
+def _writing(tap: _Tap, x_BLD: Tensor) -> Any:
+    """Register a hook that puts `x_BLD` in the place of a site's activations."""
+    if tap.of_input:
+
+        def write(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return ((x_BLD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x_BLD})
+
+        return tap.module.register_forward_pre_hook(write, with_kwargs=True)
+    return tap.module.register_forward_hook(lambda _, args, output: _like(output)(x_BLD.reshape(_first_tensor(output).shape)))
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace the module's `forward` for a while."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _described(model: str | ModelInfo, revision: str | None) -> ModelInfo:
+    return model if isinstance(model, ModelInfo) else describe(model, revision)
+
+
+def _with_head(config: PretrainedConfig) -> Any:
+    """Return the auto class of the model with its head; one that also sees or hears has another class."""
+    text = transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if type(config) in text else transformers.AutoModelForImageTextToText
+
+
+@contextmanager
+def _readable(info: ModelInfo) -> Iterator[None]:
+    """Raise ValueError where a checkpoint's files, or a package that its format needs, cannot be had."""
+    try:
+        yield
+    except ImportError as error:
+        allowed = f"a model whose format can be read here ({_first_line(error)})"
+        remedy = "install that package, or name weights that are not quantized"
+        raise invalid("model_name", info.name, allowed, remedy) from error
+    except (SafetensorError, OSError, EOFError) as error:
+        allowed = f"a checkpoint that can be read ({_first_line(error)})"
+        raise invalid("model_name", info.name, allowed, "fetch or save the model again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")[:300]
+
+
+def _source(info: ModelInfo) -> dict[str, Any]:
+    """Return the arguments that tell transformers where a model is. A model's own code is never run."""
+    path = str(embedded.model_folder(info.path)) if info.path in embedded.EMBEDDED_MODELS else info.path
+    kept = {} if info.revision is None else {"revision": info.revision, "local_files_only": info.offline}
+    return {"pretrained_model_name_or_path": path, "trust_remote_code": False, **kept}
+
+
+def _truncate(config: PretrainedConfig, layers: int) -> None:
+    """Keep the first layers only, in the count and in every list with an entry for each layer."""
+    text = config.get_text_config(decoder=True)
+    whole = text.num_hidden_layers
+    text.num_hidden_layers = layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:
+            setattr(text, name, value[:layers])
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    names = ("float32", "bfloat16", "float16")
+    if name not in ("auto", *names):
+        raise invalid("dtype", name, f"auto, {', '.join(names)}", "choose one of them")
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise invalid("dtype", name, "float32 or float16 on this GPU, which has no bfloat16", "use --dtype float32")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bar and its table of the weights that a cut model leaves out."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()

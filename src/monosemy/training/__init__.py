@@ -1,0 +1,1 @@
+"""SAEs in training: one, a group, a sweep, and the loop."""

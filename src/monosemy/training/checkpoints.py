@@ -1,0 +1,167 @@
+"""Checkpoints of a run: everything that its next step depends on, written so that any moment may be the last.
+
+RUN/checkpoints/step_00001000/{state.json, SAE.safetensors, complete.json}
+
+A checkpoint is written in a folder beside and renamed; complete.json, written last, holds each file's size and sha256. Two are kept.
+Tensors are copied when a checkpoint is asked for and written by a thread, so that training goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from monosemy.system.files import room_for, sync
+
+log = logging.getLogger(__name__)
+
+KEEP = 2
+SPARE = 1 << 20  # bytes of a file system that small files and its own records may need
+SECONDS = 600  # between two checkpoints at most
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """How many steps were done."""
+        return int(self.state["step"])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Load the tensors of one SAE."""
+        return load_file(self.folder / _file(name))
+
+
+class Checkpoints:
+    """A run's checkpoints: written in the background, the newest whole one found again.
+
+    What cannot be written is logged: the ones before are whole, and training need not end for it.
+    """
+
+    def __init__(self, folder: Path, every: int = 1000) -> None:
+        self.folder, self.every = folder, every
+        self.last, self.step = time.monotonic(), -1  # when and at which step one was made
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self.pending: list[Future[None]] = []
+
+    def due(self, step: int) -> bool:
+        """Whether one should be made before this step: every so many steps, and at the latest after ten minutes."""
+        return step % self.every == 0 or time.monotonic() - self.last > SECONDS
+
+    def save(self, step: int, saes: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Keep what the run is after `step` steps. Returns once it is copied, which waits for the one before to be written."""
+        self.wait()
+        if step == self.step:
+            return
+        text = json.dumps({"step": step, **state})  # now: what it was made of goes on growing
+        copies = {name: _copy(tensors) for name, tensors in saes.items()}
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        self.submit(lambda: self._write(step, copies, text))
+        self.last, self.step = time.monotonic(), step
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Have the thread write something else, after what it was asked for before."""
+        self.pending.append(self.thread.submit(job))
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        while self.pending:
+            try:
+                self.pending.pop(0).result()
+            except (OSError, SafetensorError) as error:
+                log.error("not written: %s", error)
+
+    def close(self) -> None:
+        """Write what is under way and end the thread."""
+        self.wait()
+        self.thread.shutdown()
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are all as they were written; a damaged one is named and passed over."""
+        for folder in sorted(self.folder.glob("step_*"), reverse=True):
+            why = _damage(folder)
+            if why is None:
+                return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            log.warning("%s is not whole and was passed over: %s", folder, why)
+        return None
+
+    def delete(self) -> None:
+        """Take all of them away."""
+        self.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, step: int, saes: Mapping[str, Mapping[str, Tensor]], state: str) -> None:
+        final = self.folder / f"step_{step:08d}"
+        part = self.folder / f".{final.name}.part"
+        try:
+            with room_for(final, sum(t.nbytes for tensors in saes.values() for t in tensors.values()) + SPARE):
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                for name, tensors in saes.items():
+                    save_file(dict(tensors), part / _file(name))
+                (part / "state.json").write_text(state, encoding="utf-8")
+                files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
+                for path in part.iterdir():
+                    sync(path)
+                (part / "complete.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
+                sync(part / "complete.json")
+                sync(part)
+                shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
+                part.rename(final)
+                sync(self.folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        found = sorted(self.folder.glob("step_*"))
+        kept = [folder for folder in found if folder <= final][-KEEP:]  # a later one was passed over: the run went on from before it
+        for folder in {*found, *self.folder.glob(".step_*.part")}.difference(kept):
+            shutil.rmtree(folder)
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host, which for those of a GPU may still be on their way."""
+    copies = {}
+    for name, tensor in tensors.items():
+        on_gpu = tensor.is_cuda
+        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu).copy_(tensor.detach(), non_blocking=on_gpu)
+    return copies
+
+
+def _file(sae: str) -> str:
+    return sae.replace("/", ".") + ".safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    """What a checkpoint lacks to be whole, or None."""
+    try:
+        files = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        for name, wanted in files.items():
+            path = folder / name
+            if path.parent != folder or path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
+                return f"{name} is not as it was written"
+        return None if "state.json" in files else "state.json is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,147 @@
+"""SAEs of one shape that share arrays, the optimizer's update and, on a GPU, one CUDA graph.
+
+B tokens, D d_in, F d_sae, S SAEs of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monosemy import ops
+from monosemy.limits import GRADIENTS_AT_ONCE
+from monosemy.sae import current_names
+from monosemy.training.graphs import CUDAGraphCache
+from monosemy.training.trainer import READBACK_EVERY, SAETrainer, StepResult
+
+
+class TrainerGroup:
+    """The owner of S trainers' weights and optimizer: arrays [S, ..], which one launch updates, and one loop over a step.
+
+    On a GPU all S forward passes come before one update. On a CPU each SAE is updated after its own backward pass: no
+    launch is saved there, and its gradients are still in the cache.
+    """
+
+    def __init__(self, trainers: Sequence[SAETrainer]) -> None:
+        """Move the trainers' parameters into shared arrays, of which theirs become views."""
+        self.trainers = list(trainers)
+        self.index = {trainer.name: s for s, trainer in enumerate(self.trainers)}
+        params = [dict(trainer.sae.named_parameters()) for trainer in self.trainers]
+        self.params: dict[str, Tensor] = {}
+        for name, first in params[0].items():
+            alone = len(params) == 1
+            self.params[name] = first.data[None] if alone else torch.stack([p[name].data for p in params])
+            for s, p in enumerate(params):
+                p[name].data = self.params[name][s]
+        S = len(self.trainers)
+        self.device = next(iter(self.params.values())).device
+        self.graphs = CUDAGraphCache() if self.device.type == "cuda" else None
+        self.launches = [slice(0, S)] if self.graphs else [slice(s, s + 1) for s in range(S)]
+        self.scales_2S = torch.zeros(2, S, device=self.device)  # learning rate, factor on sparsity penalties
+        self.last: dict[str, dict[str, Tensor]] = {}
+        """By SAE, the last step's metrics as scalars, which the next step overwrites."""
+        self._metrics_SN: Tensor | None = None
+
+    @staticmethod
+    def key(trainer: SAETrainer) -> tuple[Any, ...]:
+        """Return what trainers of one group have in common."""
+        sae = trainer.sae
+        shapes = tuple((name, p.shape) for name, p in sae.named_parameters())
+        device = next(sae.parameters()).device
+        return sae.constraint, sae.clip, sae.betas, shapes, trainer.bf16, trainer.on_nonfinite, device
+
+    @cached_property
+    def optimizer(self) -> ops.Optimizer:
+        """The update of all SAEs; made when it is first needed, from the weights that are there then."""
+        first = self.trainers[0]
+        return ops.Optimizer(
+            self.params,
+            decoder="W_dec",
+            constraint=first.sae.constraint,
+            clip=first.sae.clip,
+            betas=first.sae.betas,
+            shadow="W_enc" if first.bf16 else None,
+        )
+
+    def step(self, batches: Mapping[str, Tensor], step: int) -> None:
+        """Take one optimizer step of every SAE, on its batch of scaled activations [B, D]. Nothing in it waits for a GPU."""
+        for trainer in self.trainers:
+            trainer.prepare(batches[trainer.name], step)
+        lr = [trainer.lr * trainer.schedule.lr(step) for trainer in self.trainers]
+        scales = torch.tensor([lr, [trainer.schedule.sparsity(step) for trainer in self.trainers]])
+        self.scales_2S.copy_(scales.pin_memory() if self.device.type == "cuda" else scales, non_blocking=True)
+        if self.graphs is None:
+            self._step(batches, step)
+        else:
+            self.graphs(self._step, tuple(trainer.phase(step) for trainer in self.trainers), batches, step)
+        if step % READBACK_EVERY == 0:
+            for trainer in self.trainers:
+                trainer.schedule_readback()
+
+    def _step(self, batches: Mapping[str, Tensor], step: int) -> None:
+        """Run forward passes, the update and what follows from it, launch by launch."""
+        for members in self.launches:
+            trainers, lr_S = self.trainers[members], self.scales_2S[0, members]
+            results = self._forward(members, batches, step)
+            # a loss that is not a number makes the optimizer skip the update
+            losses = [torch.where(t.skips(r), torch.nan, r.metrics["loss"]) for t, r in zip(trainers, results, strict=True)]
+            grads = {name: [r.grads[name] for r in results] for name in self.params}
+            updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
+            for trainer, result, updated in zip(trainers, results, updated_S, strict=True):
+                self._keep_metrics(trainer.name, result.metrics)
+                trainer.update_state(result, updated)
+
+    def _forward(self, members: slice, batches: Mapping[str, Tensor], step: int) -> list[StepResult]:
+        """Run the forward and backward passes of some of the SAEs."""
+        W_enc_bf16 = self.optimizer.shadow.get("W_enc")
+        return [
+            trainer.forward(batches[trainer.name], step, self.scales_2S[1, s], None if W_enc_bf16 is None else W_enc_bf16[s])
+            for s, trainer in list(enumerate(self.trainers))[members]
+        ]
+
+    def _keep_metrics(self, name: str, metrics: Mapping[str, Tensor]) -> None:
+        """Copy an SAE's metrics of this step to `last`.
+
+        They lie outside the graphs' memory, which all graphs of the process share: another group's step would overwrite
+        them before they are read.
+        """
+        if self._metrics_SN is None:  # in the first step, which is never captured
+            self._metrics_SN = torch.zeros(len(self.trainers), len(metrics), device=self.device)
+        row_N = self._metrics_SN[self.index[name]]
+        torch.stack([value.float() for value in metrics.values()], out=row_N)
+        if name not in self.last:
+            self.last[name] = dict(zip(metrics, row_N.unbind(), strict=True))
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """Return everything that the next step of one SAE depends on."""
+        s = self.index[name]
+        optimizer = {f"optimizer.{key}": tensor for key, tensor in self.optimizer.state(s).items()}
+        return self.trainers[s].state_dict() | optimizer
+
+    def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` returned for an equal SAE, in this or an earlier version."""
+        s, state = self.index[name], current_names(state)
+        self.trainers[s].load_state_dict(state)
+        self.optimizer.restore(s, {key.removeprefix("optimizer."): tensor for key, tensor in state.items()})
+
+
+def group_trainers(trainers: Iterable[SAETrainer]) -> list[TrainerGroup]:
+    """Group trainers that can share arrays, as many in a group as gradients may be held of at once.
+
+    On a CPU each stays alone: sharing gains nothing there, and where an array begins may show in the last bit of torch's
+    sums.
+    """
+    by_key: dict[tuple[Any, ...], list[SAETrainer]] = {}
+    for trainer in trainers:
+        by_key.setdefault(TrainerGroup.key(trainer), []).append(trainer)
+    groups = []
+    for alike in by_key.values():
+        sae = alike[0].sae
+        bytes_of_one = sum(p.numel() * p.element_size() for p in sae.parameters())
+        size = max(GRADIENTS_AT_ONCE // bytes_of_one, 1) if sae.W_enc.is_cuda else 1
+        groups += [TrainerGroup(alike[i : i + size]) for i in range(0, len(alike), size)]
+    return groups

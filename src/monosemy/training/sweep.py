@@ -1,0 +1,107 @@
+"""The grid of SAEs that a configuration asks for, and their training side by side on shared batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from monosemy.config import SAEConfig, TrainConfig
+from monosemy.sae import SAE, architecture
+from monosemy.training.checkpoints import Checkpoint
+from monosemy.training.group import group_trainers
+from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
+
+Record = dict[str, Any]
+
+
+def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
+    """Every architecture at every sparsity, width, learning rate and seed of a configuration, in dictionary_learning's order."""
+    specs = []
+    for seed, width, lr in itertools.product(config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)):
+        for name in config.architectures:
+            kind = architecture(name)
+            flags = SAEConfig.__dataclass_fields__.keys() & kind.Settings.__dataclass_fields__.keys()
+            settings = {name: getattr(config, name) for name in sorted(flags)}
+            specs += [
+                SAESpec(name, width, lr, seed, settings | {kind.sparsity_setting: value}, init_from) for value in kind.sweep_of(config)
+            ]
+    return specs
+
+
+class Sweep:
+    """SAEs in training by site, on batches that all SAEs of a site share."""
+
+    def __init__(self, trainers: Mapping[Any, Sequence[SAETrainer]]) -> None:
+        self.trainers = trainers
+        self.groups = group_trainers(trainer for of_site in trainers.values() for trainer in of_site)
+        self.failed: dict[str, str] = {}
+        """By SAE, why it was stopped."""
+        self.done = 0  # steps
+        self._site_of = {trainer.name: site for site, of_site in trainers.items() for trainer in of_site}
+        self._group_of = {name: group for group in self.groups for name in group.index}
+        self._pending: list[tuple[int, int, str, StepMetrics]] = []
+        self._on_record: Callable[[Record], None] = lambda record: None
+
+    def run(
+        self,
+        batches: Callable[[], dict[Any, Tensor]],
+        steps: int,
+        *,
+        log_steps: int = 100,
+        start: int = 0,
+        on_record: Callable[[Record], None] = lambda record: None,
+        before_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Train from step `start` to `steps`, and record each SAE every `log_steps` steps and after the last.
+
+        Records only look. On a GPU a record's metrics are read when the next one has been sent, so that no step waits for
+        them. An SAE whose loss or gradient is not finite keeps the weights that it had and is named in `failed` once its
+        metrics are read; the others go on. Training ends where none is left. `done` counts the steps made.
+        """
+        self._on_record, self.done = on_record, start
+        try:
+            for step in range(start, steps):
+                if len(self.failed) == len(self._site_of):
+                    break
+                before_step(step)
+                of_site = batches()
+                for group in self.groups:
+                    group.step({name: of_site[self._site_of[name]] for name in group.index}, step)
+                self.done = step + 1
+                if step % log_steps == 0 or step == steps - 1:
+                    self.flush_metrics()
+                    self._send_metrics(of_site, step)
+                    if not any(group.graphs for group in self.groups):
+                        self.flush_metrics()
+        finally:
+            self.flush_metrics()
+
+    def _send_metrics(self, batches: Mapping[Any, Tensor], step: int) -> None:
+        """Start copying each SAE's metrics of this step to the host."""
+        for site, x_BD in batches.items():
+            for trainer in self.trainers[site]:
+                metrics = trainer.read_metrics(x_BD, self._group_of[trainer.name].last[trainer.name])
+                self._pending.append((step, len(x_BD), trainer.name, metrics))
+
+    def flush_metrics(self) -> None:
+        """Read the metrics that are being copied, and record them."""
+        while self._pending:
+            step, batch, name, metrics = self._pending.pop(0)
+            values, why = metrics.read()
+            if why:
+                self.failed.setdefault(name, why)
+            else:
+                self._on_record({"step": step, "tokens": (step + 1) * batch, "sae": name} | values)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return by SAE everything that its next step depends on."""
+        return {name: self._group_of[name].state_dict(name) for name in self._site_of}
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of an equal sweep."""
+        self.failed = dict(checkpoint.state["failed"])
+        for name, group in self._group_of.items():
+            group.load_state_dict(name, checkpoint.tensors(name))

@@ -1,0 +1,314 @@
+"""Uploads to a hub of our own: a local server behind HF_ENDPOINT that keeps what it is sent and fails as it is told."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from monosemy.jobs import hub
+
+REPO = "me/saes"
+TOKEN = "hf_" + "canary" * 5
+
+
+class FakeHub(ThreadingHTTPServer):
+    """Repositories in memory. `faults` maps a piece of a path to what its next requests get: a status, "drop" or "garbage"."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.faults: dict[str, list[int | str]] = {}
+        self.requests: Counter[str] = Counter()
+        self.tokens: set[str | None] = set()
+        self.messages: list[str] = []
+        self.commits = 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body: Any, status: int = 200, **headers: str) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def fail(self, fault: int | str) -> None:
+        if isinstance(fault, int):
+            return self.answer({"error": "as told"}, fault)
+        if fault == "garbage":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>")
+        self.close_connection = True  # without a word, for "drop"
+
+    def handle_request(self) -> None:
+        hub, path = self.server, self.path
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        hub.requests[path] += 1
+        if not path.startswith("/blob/"):
+            hub.tokens.add(self.headers.get("Authorization"))
+        for piece, statuses in hub.faults.items():
+            if piece in path and statuses:
+                return self.fail(statuses.pop(0))
+        if path == "/api/repos/create":
+            name = f"me/{json.loads(body)['name']}"
+            known = name in hub.repositories
+            hub.repositories.setdefault(name, {})
+            return self.answer({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith((".safetensors", ".pt")) else "regular" for path in paths}
+            return self.answer({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [{"oid": item["oid"], "size": item["size"]} for item in json.loads(body)["objects"]]
+            for item in objects:
+                if item["oid"] not in hub.blobs:
+                    item["actions"] = {"upload": {"href": f"{hub.url}/blob/{item['oid']}"}}
+            return self.answer({"transfer": "basic", "objects": objects})
+        if path.startswith("/blob/"):
+            hub.blobs[path.removeprefix("/blob/")] = body
+            return self.answer({})
+        if path.endswith("/commit/main"):
+            files = hub.repositories[REPO]
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "header":
+                    hub.messages.append(value["summary"])
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = hub.blobs[value["oid"]]
+            hub.commits += 1
+            return self.answer({"commitUrl": f"{hub.url}/{REPO}/commit/c{hub.commits}", "commitOid": f"c{hub.commits}", "success": True})
+        return self.answer({"error": "not found"}, 404)
+
+    do_GET = do_POST = do_PUT = handle_request
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FakeHub]:
+    server = FakeHub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run, with what must stay at home beside what is uploaded."""
+    folder = tmp_path / "my run"
+    rows = []
+    for place, name in enumerate(("top_k", "gated")):
+        sae = folder / "resid_post_layer_3" / f"trainer_{place}"
+        (sae / "checkpoints").mkdir(parents=True)
+        (sae / "sae.safetensors").write_bytes(os.urandom(4096))
+        (sae / "ae.pt").write_bytes(os.urandom(4096))
+        (sae / "config.json").write_text('{"trainer": {}}')
+        (sae / "eval_results.json").write_text('{"l0": 32.0}')
+        (sae / "checkpoints" / "ae_10.pt").write_bytes(b"not for the hub")
+        numbers = {"l0": 32.04, "kl": 0.0412, "fvu": 0.1123, "frac_alive": 0.988, "tokens": 8192, "loss_recovered_zero": 0.97312}
+        interval = {"loss_recovered_zero_low": 0.9718, "loss_recovered_zero_high": 0.9744}
+        about = {"sae": f"resid_post_layer_3/trainer_{place}", "site": "resid_post.3", "architecture": name, "d_sae": 4096}
+        rows.append(about | numbers | interval)
+    rows[1] |= {"fvu": None}
+    for extra in ("plots", "wandb/run-1/files", "checkpoints/step-5"):
+        (folder / extra).mkdir(parents=True)
+    (folder / "plots" / "loss_recovered.png").write_bytes(b"\x89PNG")
+    (folder / "wandb/run-1/files/config.json").write_text("{}")
+    (folder / "checkpoints/step-5/sae.safetensors").write_bytes(b"x")
+    (folder / ".env").write_text("HF_TOKEN=x")
+    config = {"model_name": "smollm2-135m", "num_tokens": 614400, "dataset": "sotu", "layers": [3], "hf_token": TOKEN}
+    provenance = {"config": config, "versions": {"monosemy": "0.1", "torch": "2.13"}, "command": ["monosemy", "train", "--x", TOKEN]}
+    (folder / "run.json").write_text(json.dumps(provenance))
+    (folder / "status.json").write_text('{"status": "complete"}')
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def artefacts(run: Path) -> dict[str, bytes]:
+    left = ("checkpoints", "wandb", ".env")
+    paths = [path for path in run.rglob("*") if path.is_file() and not set(path.relative_to(run).parts) & set(left)]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
+
+
+def program(endpoint: str, code: str, *, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run code that sees `hub` and `UploadFailed` in a process whose hub is ours: the hub library reads the environment when imported."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if token:
+        environment["HF_TOKEN"] = token
+    head = (
+        "import time, logging\nfrom monosemy import hub\nfrom monosemy.jobs.hub import UploadFailed\nlogging.basicConfig(level='WARNING')\n"
+    )
+    return subprocess.run([sys.executable, "-c", head + code], env=environment, capture_output=True, text=True, timeout=60)
+
+
+FAST = "(0.01, 0.01, 0.01)"
+
+
+def test_push_sends_the_artefact_byte_for_byte_and_passing_errors_are_waited_out(server: FakeHub, run: Path, tmp_path: Path) -> None:
+    server.faults = {"/api/repos/create": [503], "/commit/main": [503, 429]}
+    done = program(server.url, f"print(hub.push({str(run)!r}, {REPO!r}, waits={FAST}))", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{server.url}/{REPO}/commit/c1"
+    sent = server.repositories[REPO]
+    assert sent == artefacts(run)
+    assert {"README.md", "plots/loss_recovered.png", "resid_post_layer_3/trainer_1/eval_results.json"} <= sent.keys()
+    assert server.requests[f"/api/models/{REPO}/commit/main"] == 3
+    assert f"Bearer {TOKEN}" in server.tokens
+    assert not any(TOKEN.encode() in data for name, data in sent.items() if name == "README.md")
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "hf auth login"), (403, "write permission"), (404, "check the name"), (413, "size")])
+def test_a_refusal_fails_at_once_and_names_the_remedy_and_the_command(
+    server: FakeHub, run: Path, tmp_path: Path, status: int, words: str
+) -> None:
+    server.faults = {"/commit/main": [status] * 9}
+    code = f"try: hub.upload({str(run)!r}, {REPO!r}, waits={FAST})\nexcept UploadFailed as error: print(error)"
+    done = program(server.url, code, home=tmp_path)
+    assert words in done.stdout and f"HTTP {status}" in done.stdout, done.stderr
+    assert done.stdout.endswith(f"    monosemy push '{run}' {REPO}\n")
+    assert TOKEN not in done.stdout + done.stderr
+    assert server.requests[f"/api/models/{REPO}/commit/main"] == 1
+
+
+def test_without_a_token_the_remedy_is_to_log_in(server: FakeHub, run: Path, tmp_path: Path) -> None:
+    server.faults = {"/api/": [401] * 9}
+    code = f"try: hub.upload({str(run)!r}, {REPO!r}, waits={FAST})\nexcept UploadFailed as error: print(error)"
+    done = program(server.url, code, token=None, home=tmp_path)
+    assert "hf auth login" in done.stdout and server.tokens == {None}, done.stderr
+
+
+def test_a_dead_hub_fails_after_the_last_wait(run: Path, tmp_path: Path) -> None:
+    with FakeHub() as closed:
+        endpoint = closed.url
+    code = (
+        "slept = []\ntime.sleep = slept.append\n"
+        f"try: hub.upload({str(run)!r}, {REPO!r}, waits=(1, 2, 4))\nexcept UploadFailed as error: print(error)\n"
+        "assert len(slept) == 3 and all(w / 2 <= s <= w * 1.5 for s, w in zip(slept, (1, 2, 4))), slept"
+    )
+    done = program(endpoint, code, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"    monosemy push '{run}' {REPO}\n")
+
+
+def test_the_uploader_sends_each_sae_when_it_is_there(server: FakeHub, run: Path, tmp_path: Path) -> None:
+    late = run / "resid_post_layer_3/trainer_1/eval_results.json"
+    results = late.read_bytes()
+    late.unlink()
+    code = (
+        f"from pathlib import Path\nup = hub.Uploader({str(run)!r}, {REPO!r}, waits={FAST})\n"
+        "up.submit('resid_post_layer_3/trainer_0'); up.submit('resid_post_layer_3/trainer_1')\n"
+        f"Path({str(late)!r}).write_bytes({results!r}); up.submit('resid_post_layer_3/trainer_1')\n"
+        "assert up.finish()\n"
+    )
+    done = program(server.url, code, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert server.repositories[REPO] == artefacts(run)
+    assert server.commits >= 3
+
+
+def test_a_failing_uploader_costs_nothing_but_the_upload(server: FakeHub, run: Path, tmp_path: Path) -> None:
+    server.faults = {"/commit/main": [500] * 99}
+    code = (
+        f"up = hub.Uploader({str(run)!r}, {REPO!r}, waits=(0.01,))\n"
+        "[up.submit('resid_post_layer_3/trainer_0') for _ in range(5)]\nassert not up.finish()\nprint('the run goes on')"
+    )
+    done = program(server.url, code, home=tmp_path)
+    assert done.returncode == 0 and done.stdout == "the run goes on\n", done.stderr
+    assert f"monosemy push '{run}' {REPO}" in done.stderr
+    assert server.requests[f"/api/models/{REPO}/commit/main"] == 4  # two tries for the first SAE, two at the end, none for the others
+
+
+def test_a_hub_that_never_answers_is_left_behind(run: Path, tmp_path: Path) -> None:
+    code = f"up = hub.Uploader({str(run)!r}, {REPO!r})\nassert not up.finish(timeout=1)\nprint('the run goes on')"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = program(f"http://127.0.0.1:{silent.getsockname()[1]}", code, home=tmp_path)
+    assert done.returncode == 0 and done.stdout == "the run goes on\n", done.stderr
+    assert "not done after 1 seconds" in done.stderr and f"monosemy push '{run}' {REPO}" in done.stderr
+
+
+def test_an_upload_that_failed_in_the_background_is_made_good_at_the_end(server: FakeHub, run: Path, tmp_path: Path) -> None:
+    server.faults = {"/commit/main": [500, 500]}
+    code = f"up = hub.Uploader({str(run)!r}, {REPO!r}, waits=(0.01,))\nup.submit('resid_post_layer_3/trainer_0')\nassert up.finish()"
+    assert program(server.url, code, home=tmp_path).returncode == 0
+    assert server.repositories[REPO] == artefacts(run)
+
+
+def test_a_folder_that_is_not_there_is_an_upload_that_failed(tmp_path: Path) -> None:
+    with pytest.raises(hub.UploadFailed, match="there is no folder"):
+        hub.upload(tmp_path / "none", REPO)
+
+
+def test_the_card_tells_what_the_run_is(run: Path) -> None:
+    card = hub.model_card(run, REPO)
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "monosemy",
+        "tags": ["sparse-autoencoder", "sae", "mechanistic-interpretability", "monosemy", "gated", "top_k"],
+        "base_model": ["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    }
+    numbers = "4,096 | 32.0 | 0.9731 [0.9718, 0.9744] | 0.0412 | 0.1123 | 98.8 % |"
+    assert f"| `resid_post_layer_3/trainer_0` | `resid_post.3` | `top_k` | {numbers}" in body and "†" not in body
+    assert "| 0.9731 [0.9718, 0.9744] | 0.0412 | - | 98.8 % |" in body  # a missing FVU is a dash
+    loading = ('snapshot_download("me/saes"', 'monosemy.load("me/saes", "resid_post_layer_3/trainer_0")', "load_dictionary(folder")
+    facts = ("614,400 tokens", "8,192 held-out", "torch 2.13", "monosemy train --x")
+    for piece in (*loading, *facts, "![Loss recovered against L0](plots/loss_recovered.png)"):
+        assert piece in body, piece
+    assert "license" not in card and TOKEN not in card
+    assert body.count("```") % 2 == 0
+
+
+def test_the_card_of_an_early_end_says_so_and_lists_what_has_no_row(run: Path) -> None:
+    (run / "status.json").write_text('{"status": "stopped_early"}')
+    (run / "rows.jsonl").unlink()
+    card = hub.model_card(run)
+    assert "**The run's status is `stopped_early`" in card
+    assert "| `resid_post_layer_3/trainer_1` | - | - | - | - | - | - | - | - |" in card
+
+
+def test_names_cannot_break_the_card(run: Path) -> None:
+    nasty = "a|b`c\n# [x](y) <script>"
+    row = {"sae": "s/trainer_0", "site": nasty, "architecture": nasty, "d_sae": 8, "l0": 1.0}
+    (run / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (run / "run.json").write_text(json.dumps({"config": {"model_name": nasty, "note": "```\n# no"}, nasty: nasty}))
+    card = hub.model_card(run)
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+    assert nasty in front["tags"]
+    table = next(line for line in card.splitlines() if line.startswith("| `s/trainer_0`"))
+    assert len(table.replace(r"\|", "").split("|")) == len(hub.COLUMNS) + 2
+    assert not [line for line in card.splitlines() if line.startswith(("# [", "# no", "<script"))]
+    heading = next(line for line in card.splitlines() if line.startswith("# Sparse"))
+    assert "<script>" not in heading and r"\[x\]" in heading
+
+
+def test_an_empty_folder_still_has_a_card(tmp_path: Path) -> None:
+    assert hub.model_card(tmp_path).startswith("---\nlibrary_name: monosemy\n")
