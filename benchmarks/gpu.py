@@ -1,31 +1,44 @@
-"""Our kernels and steps on a GPU: whether they are right, how near they come to what the hardware allows, and dictionary_learning beside them.
+"""Our kernels and steps on a GPU: whether they are right, how near they come to what the hardware allows, and
+dictionary_learning beside them.
 
     python benchmarks/gpu.py --json gpu.jsonl                    # everything, in under 8 minutes on one H100
     python benchmarks/gpu.py --only checks,steps --architectures top_k gated
-    python benchmarks/gpu.py --tiny                              # the same code on a CPU with tiny shapes; its times mean nothing
+    python benchmarks/gpu.py --tiny                              # the same code on a CPU with tiny shapes;
+    its times mean nothing
 
-It needs a checkout, torch, triton and transformers, and no network: weights, activations and token ids are random. Sections run one
-after the other in processes of their own, so that a kernel that breaks its CUDA context costs its own section alone. What fails is
-told with its traceback, in the table and by exit code 1, and the rest goes on. A section that has used up its time begins no further case,
-and says which it left out.
+It needs a checkout, torch, triton and transformers, and no network: weights, activations and token ids are
+random. Sections run one after the other in processes of their own, so that a kernel that breaks its CUDA
+context costs its own section alone. What fails is told with its traceback, in the table and by exit code 1,
+and the rest goes on. A section that has used up its time begins no further case, and says which it left out.
 
-checks: every op against its plain meaning in float64, with ties, latents that no token and that every token has, k = 1 and k = F, empty
-    lists and padding. Then whole steps: captured as a graph, uncaptured, and on a CPU by the plain meaning, from equal weights on equal batches;
-    two runs, one after the other, bit by bit; how often a step makes the host wait, and how many launches it has.
-steps: the eight architectures, the encoder's product of bfloat16 operands, k or L0 = 80 (ReLU kinds: b_enc lowered until L0 is 80, in the
-    sparse layout; then as they begin, in the dense one). Each step lies between two events; medians. The floor is the least time that
-    the same maths takes at rates measured here: the encoder's product, a reading of it, the rows that decoding and its backward
-    pass gather (or dense products, where these are faster), and for each parameter 30 bytes (22 without a first moment). TARGET times
+checks: every op against its plain meaning in float64, with ties, latents that no token and that every token
+has, k = 1 and k = F, empty
+    lists and padding. Then whole steps: captured as a graph, uncaptured, and on a CPU by the plain meaning,
+    from equal weights on equal batches;
+    two runs, one after the other, bit by bit; how often a step makes the host wait, and how many launches it
+    has.
+steps: the eight architectures, the encoder's product of bfloat16 operands, k or L0 = 80 (ReLU kinds: b_enc
+lowered until L0 is 80, in the
+    sparse layout; then as they begin, in the dense one). Each step lies between two events; medians. The
+    floor is the least time that
+    the same maths takes at rates measured here: the encoder's product, a reading of it, the rows that
+    decoding and its backward
+    pass gather (or dense products, where these are faster), and for each parameter 30 bytes (22 without a
+    first moment). TARGET times
     the floor is aimed at.
 sweep: 24 SAEs, 4 each of six architectures, in groups.
-headlines: tokens per second through the activation stream and the sweep, over whole blocks: 24 SAEs on Pythia-70M's layer 3; four
+headlines: tokens per second through the activation stream and the sweep, over whole blocks: 24 SAEs on
+Pythia-70M's layer 3; four
     BatchTopK SAEs on Qwen2.5-Coder-32B's layer 32, which must stay under 62 GB.
-peers: `update` of dictionary_learning's trainers on bfloat16 activations under autocast, as its training loop calls it, where the package
-    is importable or `--dictionary_learning` names the folder that holds it. No language model is needed, so that of its requirements only
+peers: `update` of dictionary_learning's trainers on bfloat16 activations under autocast, as its training loop
+calls it, where the package
+    is importable or `--dictionary_learning` names the folder that holds it. No language model is needed, so
+    that of its requirements only
     einops is. To take it along in a checkout, out of git's sight:
 
         echo /carried/ >> .git/info/exclude
-        mkdir -p carried && cp -r .venv-peers/dictionary_learning/lib/python3*/site-packages/dictionary_learning carried/
+        mkdir -p carried && cp -r
+        .venv-peers/dictionary_learning/lib/python3*/site-packages/dictionary_learning carried/
         python benchmarks/gpu.py --dictionary_learning carried
 
 B tokens, D d_in, F d_sae, k entries of a token, N entries, R bags, S SAEs, L context, V vocabulary.
@@ -77,7 +90,13 @@ from monosemy.training.trainer import CAPACITY_FACTOR, SPARSE_BELOW, SAESpec, SA
 
 Row = dict[str, Any]
 ARCHITECTURES = TOP_K + RELU
-SECONDS = {"checks": 150, "steps": 140, "sweep": 35, "headlines": 70, "peers": 40}  # what one leaves, the next may use
+SECONDS = {
+    "checks": 150,
+    "steps": 140,
+    "sweep": 35,
+    "headlines": 70,
+    "peers": 40,
+}  # what one leaves, the next may use
 TARGET = 1.7  # times the floor
 STEPS, DEAD_TOKENS = 10_000, 10_000_000  # no phase of the run ends or begins while it is timed
 WARM = 6  # steps: each phase of a run is run once as it is, and captured the second time
@@ -93,14 +112,28 @@ class Sizes:
 
     B: int = 2048
     k: int = 80
-    shapes: tuple[tuple[int, int], ...] = ((512, 4096), (512, 16384), (512, 65536), (2304, 16384), (2304, 65536), (5120, 65536))
+    shapes: tuple[tuple[int, int], ...] = (
+        (512, 4096),
+        (512, 16384),
+        (512, 65536),
+        (2304, 16384),
+        (2304, 65536),
+        (5120, 65536),
+    )
     sweep: tuple[int, ...] = (4096, 16384)
     timed: int = 24
     repeats: int = 4  # SAEs of an architecture in the sweep
     copied: int = 2**28  # float32 numbers
     every: tuple[int, int] = (33, 130)  # B and F of all selections
-    ordinary: tuple[tuple[int, int, int], ...] = ((64, 5000, 20), (2048, 16384, 80))  # B, F and k of those that training uses
-    sums: tuple[tuple[int, int, int, int], ...] = ((33, 24, 130, 7), (512, 576, 5000, 80), (48, 5120, 700, 20))  # B, D, F, k
+    ordinary: tuple[tuple[int, int, int], ...] = (
+        (64, 5000, 20),
+        (2048, 16384, 80),
+    )  # B, F and k of those that training uses
+    sums: tuple[tuple[int, int, int, int], ...] = (
+        (33, 24, 130, 7),
+        (512, 576, 5000, 80),
+        (48, 5120, 700, 20),
+    )  # B, D, F, k
     trained: tuple[int, int, int, int] = (64, 64, 2048, 8)  # B, D, F, k
     length: int = 1024
     pythia: tuple[int, int, int] = (32, 128, 2)  # contexts of a forward and of a block, blocks that are timed
@@ -120,14 +153,24 @@ if torch.cuda.is_available():
     import triton.language as tl
 
     @triton.jit
-    def _sum_rows_kernel(table_RD, rows_BK, sums_BD, K: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    def _sum_rows_kernel(
+        table_RD,
+        rows_BK,
+        sums_BD,
+        K: tl.constexpr,
+        D: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
         bag = tl.program_id(0)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total_D = tl.zeros([BLOCK_D], tl.float32)
         for first in range(0, K, BLOCK_K):
             at = first + tl.arange(0, BLOCK_K)
             rows = tl.load(rows_BK + bag * K + at, mask=at < K, other=0).to(tl.int64)
-            values = tl.load(table_RD + rows[:, None] * D + d[None, :], mask=(at < K)[:, None] & (d < D)[None, :], other=0)
+            values = tl.load(
+                table_RD + rows[:, None] * D + d[None, :], mask=(at < K)[:, None] & (d < D)[None, :], other=0
+            )
             total_D += tl.sum(values.to(tl.float32), 0)
         tl.store(sums_BD + bag * D + d, total_D, mask=d < D)
 
@@ -142,7 +185,7 @@ def sum_rows(table_RD: Tensor, rows_BK: Tensor) -> Tensor:
     return sums_BD
 
 
-# --- what is told ------------------------------------------------------------------------------------------------------------
+# --- what is told -------------------------------------------------------------------------------------------
 
 
 class Report:
@@ -156,11 +199,28 @@ class Report:
         self.sizes = TINY if args.tiny else Sizes()
 
     def add(
-        self, case: str, value: float | None = None, unit: str = "", *, bound: float | None = None, note: str = "", **more: Any
+        self,
+        case: str,
+        value: float | None = None,
+        unit: str = "",
+        *,
+        bound: float | None = None,
+        note: str = "",
+        **more: Any,
     ) -> None:
         """One row. A value over its bound, or none at all against one, is wrong."""
-        verdict = more.pop("verdict", "" if bound is None else "ok" if value is not None and value <= bound else "WRONG")
-        row = {"section": self.section, "case": case, "value": value, "unit": unit, "bound": bound, "verdict": verdict, "note": note} | more
+        verdict = more.pop(
+            "verdict", "" if bound is None else "ok" if value is not None and value <= bound else "WRONG"
+        )
+        row = {
+            "section": self.section,
+            "case": case,
+            "value": value,
+            "unit": unit,
+            "bound": bound,
+            "verdict": verdict,
+            "note": note,
+        } | more
         self.rows.append(row)
         if self.file:
             print(json.dumps(row), file=self.file, flush=True)
@@ -175,10 +235,17 @@ class Report:
 
     @contextmanager
     def case(self, name: str) -> Iterator[bool]:
-        """A part that may fail without taking the others along; whether there is time for it. Memory is given back after it."""
+        """A part that may fail without taking the others along; whether there is time for it.
+
+        Memory is given back after it.
+        """
         over = time.perf_counter() - self.started > self.args.seconds
         if over or self.lost:
-            self.add(name, verdict="not run", note="the GPU was lost before" if self.lost else "the section's time was over")
+            self.add(
+                name,
+                verdict="not run",
+                note="the GPU was lost before" if self.lost else "the section's time was over",
+            )
         try:
             yield not (over or self.lost)
         except Exception as error:  # whatever it is, it is told, and the exit code says so
@@ -192,7 +259,10 @@ class Report:
 
 
 def free(device: torch.device) -> None:
-    """Give back the memory of what is gone. SAEs in training are in circles of references, and their graphs with them."""
+    """Give back the memory of what is gone.
+
+    SAEs in training are in circles of references, and their graphs with them.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -216,10 +286,16 @@ def line(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    return "\n".join(["| section | case | result | bound | verdict | note |", "| --- | --- | --- | --- | --- | --- |", *map(line, rows)])
+    return "\n".join(
+        [
+            "| section | case | result | bound | verdict | note |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *map(line, rows),
+        ]
+    )
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def milliseconds(run: Callable[[], object], n: int, device: torch.device) -> float:
@@ -242,7 +318,8 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 class Rates:
-    """What the hardware does, measured once: bytes in a millisecond, and the encoder's product in milliseconds."""
+    """What the hardware does, measured once: bytes in a millisecond, and the encoder's product in
+    milliseconds."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device, self.found = sizes, device, {}
@@ -257,7 +334,10 @@ class Rates:
     def product(self, D: int, F: int) -> float:
         """Milliseconds of a product [B, D] by [D, F] of bfloat16."""
         if ("product", D, F) not in self.found:
-            x_BD, W_FD, b_F = (torch.randn(*shape, device=self.device).bfloat16() for shape in ((self.sizes.B, D), (F, D), (F,)))
+            x_BD, W_FD, b_F = (
+                torch.randn(*shape, device=self.device).bfloat16()
+                for shape in ((self.sizes.B, D), (F, D), (F,))
+            )
             out_BF = torch.empty(self.sizes.B, F, dtype=torch.bfloat16, device=self.device)
             self.found["product", D, F] = self._each(lambda: torch.addmm(b_F, x_BD, W_FD.T, out=out_BF))
         return self.found["product", D, F]
@@ -267,7 +347,9 @@ class Rates:
         if ("gather", R, D) not in self.found:
             table_RD = torch.randn(R, D, device=self.device).bfloat16()
             rows_BK = torch.randint(R, (self.sizes.B, self.sizes.k), dtype=torch.int32, device=self.device)
-            self.found["gather", R, D] = rows_BK.numel() * D * 2 / self._each(lambda: sum_rows(table_RD, rows_BK))
+            self.found["gather", R, D] = (
+                rows_BK.numel() * D * 2 / self._each(lambda: sum_rows(table_RD, rows_BK))
+            )
         return self.found["gather", R, D]
 
     def floor(self, name: str, D: int, F: int, *, dense: bool = False) -> float:
@@ -275,11 +357,19 @@ class Rates:
         B, k, product = self.sizes.B, self.sizes.k, self.product(D, F)
         update = 2 * F * D * (22 if architecture(name).betas[0] == 0 else 30) / self.copy
         if dense:  # each product of the forward has two in the backward; the frozen decoder of gated one
-            products, passes = {"gated": (6, 22), "jump_relu": (4, 14), "p_anneal": (4, 14)}.get(name, (4, 12))
+            products, passes = {"gated": (6, 22), "jump_relu": (4, 14), "p_anneal": (4, 14)}.get(
+                name, (4, 12)
+            )
             return product + products * product + passes * B * F / self.copy + update
         rows = B * k * D * 2  # gated looks at the residuals of two reconstructions
         decode = min(rows / self.gather(F, D), product)
-        return product + 4 * B * F / self.copy + decode + (3 if name == "gated" else 2) * rows / self.gather(B, D) + update
+        return (
+            product
+            + 4 * B * F / self.copy
+            + decode
+            + (3 if name == "gated" else 2) * rows / self.gather(B, D)
+            + update
+        )
 
 
 def waits(run: Callable[[], object], n: int) -> float:
@@ -296,7 +386,10 @@ def waits(run: Callable[[], object], n: int) -> float:
 
 
 def launches(run: Callable[[], object], n: int) -> tuple[float, float]:
-    """What a call asks of the GPU, and the kernels and copies that run there. Raises RuntimeError where the profiler sees nothing."""
+    """What a call asks of the GPU, and the kernels and copies that run there.
+
+    Raises RuntimeError where the profiler sees nothing.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(n):
@@ -329,7 +422,7 @@ def told(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
 
 
-# --- what is trained ---------------------------------------------------------------------------------------------------------
+# --- what is trained ----------------------------------------------------------------------------------------
 
 
 def label(name: str, D: int, F: int, dense: bool = False) -> str:
@@ -337,7 +430,11 @@ def label(name: str, D: int, F: int, dense: bool = False) -> str:
 
 
 def settings(name: str, k: int) -> dict[str, Any]:
-    return {"k": k} if name in TOP_K else {"jump_relu": {"target_l0": k}, "p_anneal": {"p_start": 0.8}}.get(name, {})
+    return (
+        {"k": k}
+        if name in TOP_K
+        else {"jump_relu": {"target_l0": k}, "p_anneal": {"p_start": 0.8}}.get(name, {})
+    )
 
 
 def activations(n: int, B: int, D: int, device: torch.device | str) -> list[Tensor]:
@@ -347,14 +444,17 @@ def activations(n: int, B: int, D: int, device: torch.device | str) -> list[Tens
 
     def batch() -> Tensor:
         strength, there = (torch.rand(B, 4 * D, generator=draw, device=device) for _ in range(2))
-        x_BD = (strength * (there < 0.02)) @ directions + 0.5 * torch.randn(B, D, generator=draw, device=device) / D**0.5
+        x_BD = (strength * (there < 0.02)) @ directions + 0.5 * torch.randn(
+            B, D, generator=draw, device=device
+        ) / D**0.5
         return x_BD / x_BD.pow(2).sum(1).mean().sqrt()
 
     return [batch() for _ in range(n)]
 
 
 def drawn(name: str, D: int, F: int, k: int, device: torch.device) -> SAE:
-    """An SAE of random unit rows, made where it will be used: drawing them on the host would take longer than all else."""
+    """An SAE of random unit rows, made where it will be used: drawing them on the host would take longer than
+    all else."""
     with torch.device(device):
         sae = architecture(name)(D, F, **settings(name, k))
         rows_FD = normalize(torch.randn(F, D, generator=torch.Generator(device).manual_seed(0)), dim=1)
@@ -366,20 +466,40 @@ def drawn(name: str, D: int, F: int, k: int, device: torch.device) -> SAE:
 @torch.no_grad()
 def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
     """Lower b_enc alike for all latents until k of each token's are active on average."""
-    candidates = (x_BD @ sae.W_enc.T).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()  # no token has more of them
-    sae.b_enc.sub_(candidates.topk(k * len(x_BD)).values[-1] - (sae.threshold if sae.name == "jump_relu" else 0))
+    candidates = (
+        (x_BD @ sae.W_enc.T).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()
+    )  # no token has more of them
+    sae.b_enc.sub_(
+        candidates.topk(k * len(x_BD)).values[-1] - (sae.threshold if sae.name == "jump_relu" else 0)
+    )
 
 
-def member(sae: SAE, name: str, B: int, k: int, *, scratch: ops.Workspace, dense: bool = False, any_dead: bool = False) -> SAETrainer:
-    """The SAE in training with a bfloat16 product, at a step at which nothing begins or ends, in one of the layouts; AuxK with `any_dead`."""
+def member(
+    sae: SAE,
+    name: str,
+    B: int,
+    k: int,
+    *,
+    scratch: ops.Workspace,
+    dense: bool = False,
+    any_dead: bool = False,
+) -> SAETrainer:
+    """The SAE in training with a bfloat16 product, at a step at which nothing begins or ends, in one of the
+    layouts; AuxK with `any_dead`."""
     device = sae.W_enc.device
     phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
-    schedule = Schedule.of_run(STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases)
+    schedule = Schedule.of_run(
+        STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases
+    )
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
     with torch.device(device):
         made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, workspace=scratch)
     made.spec = dataclasses.replace(spec, init_from=None)  # whose memory it need not keep
-    made.sparse, made.capacity, made.any_dead = made.sae.always_sparse or not dense, min(CAPACITY_FACTOR * (k + 1), sae.d_sae) * B, any_dead
+    made.sparse, made.capacity, made.any_dead = (
+        made.sae.always_sparse or not dense,
+        min(CAPACITY_FACTOR * (k + 1), sae.d_sae) * B,
+        any_dead,
+    )
     return made
 
 
@@ -411,7 +531,7 @@ class Stepping:
         return self.warmed(2)
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 class Called:
@@ -429,7 +549,10 @@ def poison(device: torch.device) -> None:
     """Leave NaN in memory that is about to be allocated, so that what is not written shows."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        kept = [torch.full((2**27,), torch.nan, device=device), *(torch.full((2**17,), torch.nan, device=device) for _ in range(16))]
+        kept = [
+            torch.full((2**27,), torch.nan, device=device),
+            *(torch.full((2**17,), torch.nan, device=device) for _ in range(16)),
+        ]
         del kept
 
 
@@ -447,7 +570,9 @@ class Errors:
         """||got - wanted|| / ||wanted||; infinite where shapes differ or a number is not finite."""
         error = float("inf")
         if got.shape == wanted.shape and got.isfinite().all() and wanted.isfinite().all():
-            error = float(torch.linalg.vector_norm(got.double() - wanted)) / (float(torch.linalg.vector_norm(wanted)) or 1.0)
+            error = float(torch.linalg.vector_norm(got.double() - wanted)) / (
+                float(torch.linalg.vector_norm(wanted)) or 1.0
+            )
         self.found[name] = max(self.found.get(name, (0.0, "")), (error, "relative error"))
 
     def tell(self, report: Report) -> None:
@@ -471,10 +596,18 @@ def preactivations(B: int, F: int, device: torch.device) -> dict[str, Tensor]:
     always_BF = normal_BF.clone()
     always_BF[:, F // 2] += 100
     ties_BF = (torch.arange(B * F, device=device).view(B, F) % 3).float()
-    return {"normal": normal_BF, "seldom": seldom_BF, "always": always_BF, "ties": ties_BF, "equal": torch.zeros_like(normal_BF)}
+    return {
+        "normal": normal_BF,
+        "seldom": seldom_BF,
+        "always": always_BF,
+        "ties": ties_BF,
+        "equal": torch.zeros_like(normal_BF),
+    }
 
 
-def selections(B: int, F: int, k: int, device: torch.device, *, every: bool) -> dict[str, Callable[[Any, Tensor], Selection]]:
+def selections(
+    B: int, F: int, k: int, device: torch.device, *, every: bool
+) -> dict[str, Callable[[Any, Tensor], Selection]]:
     """Calls of selections; the ones that training makes, or every kind."""
     some_F, each_F = torch.arange(F, device=device) % 3 == 0, torch.randn(F, device=device)
     calls: dict[str, Callable[[Any, Tensor], Selection]] = {
@@ -535,21 +668,37 @@ def check_sums(report: Report, fast: Called) -> None:
             if n * D > 2**27:
                 continue  # of every latent of every token only small batches
             exact = Entries(latents_N, starts_B1, F)
-            entries = Entries(torch.cat([latents_N, latents_N.new_zeros(padding)]), starts_B1, F, padded=padding > 0)
+            entries = Entries(
+                torch.cat([latents_N, latents_N.new_zeros(padding)]), starts_B1, F, padded=padding > 0
+            )
             values_N, W_FD, x_BD = (torch.randn(*shape, device=device) for shape in ((n,), (F, D), (B, D)))
-            padded_N, values, W = torch.cat([values_N, values_N.new_zeros(padding)]), values_N.double(), W_FD.double()
+            padded_N, values, W = (
+                torch.cat([values_N, values_N.new_zeros(padding)]),
+                values_N.double(),
+                W_FD.double(),
+            )
 
             poison(device)
             order_N, begins_F1 = fast.group(entries.latents_N, starts_B1, F)
             order, begins = plain.group(latents_N, starts_B1, F)
             errors.places("group", (order_N[:n] != order).sum() + (begins_F1 != begins).sum())
-            errors.near("sum_by_latent", fast.sum_by_latent(padded_N, entries), plain.sum_by_latent(values, exact))
-            both = zip(fast.encode_backward(padded_N, x_BD, entries), plain.encode_backward(values, x_BD.double(), exact), strict=True)
+            errors.near(
+                "sum_by_latent", fast.sum_by_latent(padded_N, entries), plain.sum_by_latent(values, exact)
+            )
+            both = zip(
+                fast.encode_backward(padded_N, x_BD, entries),
+                plain.encode_backward(values, x_BD.double(), exact),
+                strict=True,
+            )
             for got, wanted in both:
                 errors.near("encode_backward", got, wanted)
 
-            first_of_groups = torch.arange(B, device=device)[:, None] * F + torch.tensor([0, F // 3, F // 2], device=device)
-            places = torch.searchsorted(exact.bags_N.long() * F + latents_N, first_of_groups.flatten(), out_int32=True)
+            first_of_groups = torch.arange(B, device=device)[:, None] * F + torch.tensor(
+                [0, F // 3, F // 2], device=device
+            )
+            places = torch.searchsorted(
+                exact.bags_N.long() * F + latents_N, first_of_groups.flatten(), out_int32=True
+            )
             starts = torch.cat([places, starts_B1[-1:]])
             grouped = (" by groups", Entries(latents_N, starts, F), entries.rebagged(starts))
             for name, a, b in (("", exact, entries), grouped):
@@ -577,7 +726,8 @@ def check_estimate(report: Report, fast: Called) -> None:
 
 
 def check_dense(report: Report, fast: Called) -> None:
-    """The dense layout's two passes: what is above a threshold, and what a mask lets through, where it holds what is not a number too."""
+    """The dense layout's two passes: what is above a threshold, and what a mask lets through, where it holds
+    what is not a number too."""
     device, errors = report.device, Errors()
     B, F = report.sizes.every
     for pre_BF in preactivations(B, F, device).values():
@@ -585,7 +735,9 @@ def check_dense(report: Report, fast: Called) -> None:
             values_BF, mask_BF = torch.empty_like(pre_BF), torch.empty_like(pre_BF, dtype=torch.bool)
             wanted_values_BF, wanted_mask_BF = torch.empty_like(values_BF), torch.empty_like(mask_BF)
             of_latents = fast.split(pre_BF, threshold, values_BF, mask_BF)
-            for got, wanted in zip(of_latents, plain.split(pre_BF, threshold, wanted_values_BF, wanted_mask_BF), strict=True):
+            for got, wanted in zip(
+                of_latents, plain.split(pre_BF, threshold, wanted_values_BF, wanted_mask_BF), strict=True
+            ):
                 errors.near("split, sums", got, wanted)
             errors.places("split", (values_BF != wanted_values_BF).sum() + (mask_BF != wanted_mask_BF).sum())
             x_BF = torch.where(mask_BF, torch.randn_like(pre_BF), torch.inf)
@@ -599,20 +751,39 @@ def check_dense(report: Report, fast: Called) -> None:
 def check_update(report: Report, fast: Called) -> None:
     """Three updates of three SAEs, the last of which is refused."""
     device, errors = report.device, Errors()
-    kinds = [("project", 2), ("constrain", 2), ("free", 2), ("free", 1)]  # constraint, dimensions of the parameter
-    for (_, D, F, _), (constraint, dimensions), beta1 in itertools.product(report.sizes.sums, kinds, (0.9, 0.0)):
+    kinds = [
+        ("project", 2),
+        ("constrain", 2),
+        ("free", 2),
+        ("free", 1),
+    ]  # constraint, dimensions of the parameter
+    for (_, D, F, _), (constraint, dimensions), beta1 in itertools.product(
+        report.sizes.sums, kinds, (0.9, 0.0)
+    ):
         shape = (F, D)[:dimensions]
         p = normalize(torch.randn(3, *shape, device=device), dim=-1)
-        m, v, shadow, refused = torch.zeros_like(p) if beta1 else None, torch.zeros_like(p), p.bfloat16(), p[2].clone()
+        m, v, shadow, refused = (
+            torch.zeros_like(p) if beta1 else None,
+            torch.zeros_like(p),
+            p.bfloat16(),
+            p[2].clone(),
+        )
         exact_p, exact_m, exact_v = p.double(), None if m is None else m.double(), v.double()
         for step in range(3):
             grads = [torch.randn(*shape, device=device) for _ in range(3)]
             exact_grads = [g.double() for g in grads]
             of_each = ([1e-2, 1e-3, 1e-2], [1.0, 0.3, torch.nan], [step + 1.0] * 3)
             how: dict[str, Any] = {"betas": (beta1, 0.999), "eps": 1e-8, "constraint": constraint}
-            how |= {n: torch.tensor(x, device=device) for n, x in zip(("lr_S", "scale_S", "steps_S"), of_each, strict=True)}
+            how |= {
+                n: torch.tensor(x, device=device)
+                for n, x in zip(("lr_S", "scale_S", "steps_S"), of_each, strict=True)
+            }
             poison(device)
-            errors.near("square_norms", fast.square_norms(p, grads, constraint), plain.square_norms(exact_p, exact_grads, constraint))
+            errors.near(
+                "square_norms",
+                fast.square_norms(p, grads, constraint),
+                plain.square_norms(exact_p, exact_grads, constraint),
+            )
             plain.update(exact_p, exact_grads, exact_m, exact_v, None, **how)
             fast.update(p, grads, m, v, shadow, **how)
         errors.near("update", p[:2], exact_p[:2])
@@ -624,13 +795,17 @@ def check_update(report: Report, fast: Called) -> None:
     errors.tell(report)
 
 
-def trained(report: Report, name: str, *, sparse: bool, how: str, bf16: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+def trained(
+    report: Report, name: str, *, sparse: bool, how: str, bf16: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of 20 steps in which latents die, thresholds begin and p falls, and the state after them."""
     B, D, F, k = report.sizes.trained
     device = torch.device("cpu") if how == "plain" else report.device
     phases = {"warmup_steps": 0, "sparsity_warmup_steps": 10, "threshold_start_step": 6, "anneal_start": 4}
     schedule = Schedule.of_run(200, B, dead_feature_threshold=6 * B, **phases)
-    spec = SAESpec(name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {}))
+    spec = SAESpec(
+        name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {})
+    )
     with ops.using("torch") if how == "plain" else nullcontext():
         m = LoneTrainer("", spec, D, schedule, device=device, bf16=bf16, workspace=ops.Workspace())
         if sparse:
@@ -646,19 +821,30 @@ def trained(report: Report, name: str, *, sparse: bool, how: str, bf16: bool = F
 
 def loss_error(a: list[float], b: list[float]) -> float:
     """The largest relative difference of two loss curves; infinite where a loss is not finite."""
-    return max(abs(x - y) / max(abs(y), 1e-12) if x - y == x - y else float("inf") for x, y in zip(a, b, strict=True))
+    return max(
+        abs(x - y) / max(abs(y), 1e-12) if x - y == x - y else float("inf") for x, y in zip(a, b, strict=True)
+    )
 
 
 def check_steps(report: Report, name: str, sparse: bool) -> None:
     case = f"{name}{'' if name in TOP_K else ', sparse' if sparse else ', dense'}"
     reference, _ = trained(report, name, sparse=sparse, how="plain")
     losses, _ = trained(report, name, sparse=sparse, how="uncaptured")
-    report.add(f"{case}: uncaptured against the CPU", loss_error(losses, reference), "relative loss", bound=LOSS_ERROR)
+    report.add(
+        f"{case}: uncaptured against the CPU",
+        loss_error(losses, reference),
+        "relative loss",
+        bound=LOSS_ERROR,
+    )
     if report.needs_a_gpu(f"{case}: captured"):
         return
     first, state = trained(report, name, sparse=sparse, how="captured")
-    report.add(f"{case}: captured against uncaptured", loss_error(first, losses), "relative loss", bound=LOSS_ERROR)
-    report.add(f"{case}: captured against the CPU", loss_error(first, reference), "relative loss", bound=LOSS_ERROR)
+    report.add(
+        f"{case}: captured against uncaptured", loss_error(first, losses), "relative loss", bound=LOSS_ERROR
+    )
+    report.add(
+        f"{case}: captured against the CPU", loss_error(first, reference), "relative loss", bound=LOSS_ERROR
+    )
     for bf16 in (False, True):
         if bf16:
             state = trained(report, name, sparse=sparse, how="captured", bf16=True)[1]
@@ -668,8 +854,11 @@ def check_steps(report: Report, name: str, sparse: bool) -> None:
         report.add(f"{case}{', bf16' if bf16 else ''}: a second run", float(wrong), "tensors differ", bound=0)
 
 
-def logged(report: Report, names: Sequence[str], *, together: bool, captured: bool) -> dict[str, list[dict[str, float]]]:
-    """Every number of 24 steps of SAEs over phase changes, by SAE; `together`, each in a group of its own, or one after the other.
+def logged(
+    report: Report, names: Sequence[str], *, together: bool, captured: bool
+) -> dict[str, list[dict[str, float]]]:
+    """Every number of 24 steps of SAEs over phase changes, by SAE; `together`, each in a group of its own, or
+    one after the other.
 
     A step's numbers are read once all groups have made it, as a sweep reads them.
     """
@@ -680,7 +869,9 @@ def logged(report: Report, names: Sequence[str], *, together: bool, captured: bo
     for group in [names] if together else [[name] for name in names]:
         members = []
         for name in group:
-            spec = SAESpec(name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {}))
+            spec = SAESpec(
+                name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {})
+            )
             members.append(LoneTrainer(name, spec, D, schedule, device=report.device))
             if not captured:
                 uncaptured(members[-1].group)
@@ -700,10 +891,24 @@ def check_logging(report: Report) -> None:
     apart = logged(report, names, together=False, captured=True)
     beside = logged(report, names, together=True, captured=True)
     eager = logged(report, names, together=True, captured=False)
-    differ = sum(a[n] != b[n] for name in names for a, b in zip(apart[name], beside[name], strict=True) for n in a)
-    report.add("numbers of several groups: beside each other against alone", float(differ), "numbers differ", bound=0)
-    worst = max(abs(a[n] - b[n]) / max(abs(b[n]), 1.0) for name in names for a, b in zip(beside[name], eager[name], strict=True) for n in a)
-    report.add("numbers of several groups: captured against uncaptured", worst, "relative difference", bound=LOSS_ERROR)
+    differ = sum(
+        a[n] != b[n] for name in names for a, b in zip(apart[name], beside[name], strict=True) for n in a
+    )
+    report.add(
+        "numbers of several groups: beside each other against alone", float(differ), "numbers differ", bound=0
+    )
+    worst = max(
+        abs(a[n] - b[n]) / max(abs(b[n]), 1.0)
+        for name in names
+        for a, b in zip(beside[name], eager[name], strict=True)
+        for n in a
+    )
+    report.add(
+        "numbers of several groups: captured against uncaptured",
+        worst,
+        "relative difference",
+        bound=LOSS_ERROR,
+    )
 
 
 def check_host(report: Report, name: str, dense: bool) -> None:
@@ -732,9 +937,22 @@ def checks(report: Report) -> None:
         with report.case(check.__name__) as there_is_time:
             if there_is_time:
                 check(report, fast)
-    public = {n for n, f in vars(plain).items() if inspect.isfunction(f) and f.__module__ == plain.__name__ and not n.startswith("_")}
-    report.add("ops without a check", float(len(public - fast.names)), bound=0, note=", ".join(sorted(public - fast.names)))
-    layouts = [(name, sparse) for name in report.args.architectures for sparse in ((True,) if name in TOP_K else (True, False))]
+    public = {
+        n
+        for n, f in vars(plain).items()
+        if inspect.isfunction(f) and f.__module__ == plain.__name__ and not n.startswith("_")
+    }
+    report.add(
+        "ops without a check",
+        float(len(public - fast.names)),
+        bound=0,
+        note=", ".join(sorted(public - fast.names)),
+    )
+    layouts = [
+        (name, sparse)
+        for name in report.args.architectures
+        for sparse in ((True,) if name in TOP_K else (True, False))
+    ]
     for name, sparse in layouts:
         with report.case(f"steps of {name}{'' if sparse else ', dense'}") as there_is_time:
             if there_is_time:
@@ -750,14 +968,18 @@ def checks(report: Report) -> None:
                 check_host(report, name, dense=not sparse)
 
 
-# --- steps, alone and together -----------------------------------------------------------------------------------------------
+# --- steps, alone and together ------------------------------------------------------------------------------
 
 
 def target(ms: float, floor: float) -> str:
-    return f"{ms / floor:.2f} of the floor, {floor:.3f} ms{'' if ms <= TARGET * floor else f' (over {TARGET})'}"
+    return (
+        f"{ms / floor:.2f} of the floor, {floor:.3f} ms{'' if ms <= TARGET * floor else f' (over {TARGET})'}"
+    )
 
 
-def time_steps(report: Report, rates: Rates, name: str, D: int, F: int, batches: list[Tensor], *, dense: bool) -> None:
+def time_steps(
+    report: Report, rates: Rates, name: str, D: int, F: int, batches: list[Tensor], *, dense: bool
+) -> None:
     sizes, device = report.sizes, report.device
     sae = drawn(name, D, F, sizes.k, device)
     if name in RELU and not dense:
@@ -771,18 +993,28 @@ def time_steps(report: Report, rates: Rates, name: str, D: int, F: int, batches:
     eager_ms = None if device.type == "cpu" else milliseconds(run.uncaptured(), 20, device)
     l0 = float(run.groups[0].last[""]["l0"])
     eager = "" if eager_ms is None else f"uncaptured {eager_ms:.3f} ms"
-    note = told(target(ms, floor), f"{ms / sizes.B * 1e3:.3f} us a token", f"L0 {l0:.0f}", gigabytes(memory), eager)
+    note = told(
+        target(ms, floor), f"{ms / sizes.B * 1e3:.3f} us a token", f"L0 {l0:.0f}", gigabytes(memory), eager
+    )
     more = {"floor_ms": floor, "ratio": ms / floor, "eager_ms": eager_ms, "peak_bytes": memory, "l0": l0}
     report.add(label(name, D, F, dense), ms, "ms", note=note, **more)
 
 
 def tell_rates(report: Report, rates: Rates, shapes: tuple[tuple[int, int], ...]) -> None:
-    report.add("copy", rates.copy / 1e9, "TB/s", note=torch.cuda.get_device_name() if report.device.type == "cuda" else "CPU")
+    report.add(
+        "copy",
+        rates.copy / 1e9,
+        "TB/s",
+        note=torch.cuda.get_device_name() if report.device.type == "cuda" else "CPU",
+    )
     for D, F in shapes:
         tflops = 2 * report.sizes.B * D * F / rates.product(D, F) / 1e9
         of_F, of_B = rates.gather(F, D) / 1e9, rates.gather(report.sizes.B, D) / 1e9
         report.add(
-            f"bfloat16 product {D}x{F}", tflops, "TFLOP/s", note=f"rows of [F, D] gathered at {of_F:.2f} TB/s, of [B, D] at {of_B:.2f}"
+            f"bfloat16 product {D}x{F}",
+            tflops,
+            "TFLOP/s",
+            note=f"rows of [F, D] gathered at {of_F:.2f} TB/s, of [B, D] at {of_B:.2f}",
         )
 
 
@@ -806,14 +1038,18 @@ SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
 
 
 def grid(sizes: Sizes, D: int, F: int, x_BD: Tensor, names: list[str], *, dense: bool) -> list[SAETrainer]:
-    """Some SAEs of each architecture, which share their scratch memory; in the layout that a run would choose."""
+    """Some SAEs of each architecture, which share their scratch memory; in the layout that a run would
+    choose."""
     scratch, members = ops.Workspace(), []
     chosen = dense or sizes.k >= SPARSE_BELOW[x_BD.device.type] * F
     for name in names:
         sae = drawn(name, D, F, sizes.k, x_BD.device)
         if name in RELU and not dense:
             thin_out(sae, x_BD, sizes.k)
-        members += [member(sae, f"{name} {i}", sizes.B, sizes.k, workspace=scratch, dense=chosen) for i in range(sizes.repeats)]
+        members += [
+            member(sae, f"{name} {i}", sizes.B, sizes.k, workspace=scratch, dense=chosen)
+            for i in range(sizes.repeats)
+        ]
     return members
 
 
@@ -831,18 +1067,26 @@ def sweep(report: Report) -> None:
                 free(device)
                 reset_peak(device)
                 ms = milliseconds(run.warmed(), sizes.timed, device)
-                floor = sizes.repeats * sum(rates.floor(name, D, F, dense=dense and name in RELU) for name in names)
+                floor = sizes.repeats * sum(
+                    rates.floor(name, D, F, dense=dense and name in RELU) for name in names
+                )
                 layouts = Counter("sparse" if m.sparse else "dense" for m in run.members)
                 laid = " and ".join(f"{n} {layout}" for layout, n in layouts.items())
                 a_token = f"{ms / sizes.B * 1e3:.2f} us a token"
-                note = told(target(ms, floor), f"{laid} in {len(run.groups)} groups", a_token, gigabytes(peak(device)))
-                report.add(case, ms, "ms", note=note, floor_ms=floor, ratio=ms / floor, peak_bytes=peak(device))
+                note = told(
+                    target(ms, floor), f"{laid} in {len(run.groups)} groups", a_token, gigabytes(peak(device))
+                )
+                report.add(
+                    case, ms, "ms", note=note, floor_ms=floor, ratio=ms / floor, peak_bytes=peak(device)
+                )
                 if not report.needs_a_gpu(f"{case}: launches"):
                     asked, ran = launches(run, 3)
-                    report.add(f"{case}: launches", asked, "a step", note=f"{ran:.0f} kernels and copies on the GPU")
+                    report.add(
+                        f"{case}: launches", asked, "a step", note=f"{ran:.0f} kernels and copies on the GPU"
+                    )
 
 
-# --- headlines ---------------------------------------------------------------------------------------------------------------
+# --- headlines ----------------------------------------------------------------------------------------------
 
 
 class RandomContexts:
@@ -866,16 +1110,41 @@ def configs(tiny: bool) -> dict[str, Any]:
 
     if tiny:
         neox = {"hidden_size": 24, "num_attention_heads": 2, "vocab_size": 100, "intermediate_size": 48}
-        qwen = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "intermediate_size": 64}
-        return {"Pythia-70M": GPTNeoXConfig(num_hidden_layers=4, **neox), "Qwen2.5-Coder-32B": Qwen2Config(num_hidden_layers=3, **qwen)}
-    neox = {"hidden_size": 512, "num_attention_heads": 8, "vocab_size": 50304, "intermediate_size": 2048, "max_position_embeddings": 2048}
-    qwen = {"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "intermediate_size": 27648}
+        qwen = {
+            "hidden_size": 40,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 100,
+            "intermediate_size": 64,
+        }
+        return {
+            "Pythia-70M": GPTNeoXConfig(num_hidden_layers=4, **neox),
+            "Qwen2.5-Coder-32B": Qwen2Config(num_hidden_layers=3, **qwen),
+        }
+    neox = {
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "vocab_size": 50304,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 2048,
+    }
+    qwen = {
+        "hidden_size": 5120,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "intermediate_size": 27648,
+    }
     qwen |= {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    return {"Pythia-70M": GPTNeoXConfig(num_hidden_layers=4, **neox), "Qwen2.5-Coder-32B": Qwen2Config(num_hidden_layers=33, **qwen)}
+    return {
+        "Pythia-70M": GPTNeoXConfig(num_hidden_layers=4, **neox),
+        "Qwen2.5-Coder-32B": Qwen2Config(num_hidden_layers=33, **qwen),
+    }
 
 
 def stream_of(report: Report, config: Any, forward: int, block: int) -> tuple[Any, Any, int]:
-    """A model of random bfloat16 weights, made on the device, its last layer's activation stream, and how many steps a block serves."""
+    """A model of random bfloat16 weights, made on the device, its last layer's activation stream, and how
+    many steps a block serves."""
     from transformers import AutoModel
 
     from monosemy.data.activations import SERVED, ActivationStream
@@ -888,14 +1157,24 @@ def stream_of(report: Report, config: Any, forward: int, block: int) -> tuple[An
     contexts = RandomContexts(config.vocab_size, sizes.length)
     lm = LanguageModel(model, [site])
     assert lm.device.type == report.device.type and lm.dtype == torch.bfloat16
-    stream = ActivationStream(lm, contexts, [site], batch=sizes.B, contexts_per_forward=forward, contexts_per_block=block)  # type: ignore[arg-type]
+    stream = ActivationStream(
+        lm, contexts, [site], batch=sizes.B, contexts_per_forward=forward, contexts_per_block=block
+    )  # type: ignore[arg-type]
     return stream, site, int(SERVED * block * (sizes.length - 1)) // sizes.B
 
 
 def headline(
-    report: Report, case: str, stream: Any, site: Any, members: list[SAETrainer], block: int, blocks: int, limit: float | None
+    report: Report,
+    case: str,
+    stream: Any,
+    site: Any,
+    members: list[SAETrainer],
+    block: int,
+    blocks: int,
+    limit: float | None,
 ) -> None:
-    """Train over one block to warm up, and over some whole blocks that are timed: each step then has its share of the forwards."""
+    """Train over one block to warm up, and over some whole blocks that are timed: each step then has its
+    share of the forwards."""
     device, begun = report.device, [0.0]
 
     def synchronize() -> None:
@@ -917,7 +1196,9 @@ def headline(
     hours = {millions: millions * 1e6 / speed / 3600 for millions in (50, 500)}
     extrapolated = f"{hours[50]:.2f} h for 50M tokens, {hours[500]:.2f} h for 500M"
     note = told(extrapolated, f"{blocks * block} steps timed", gigabytes(memory))
-    report.add(case, speed, "tokens/s", note=note, hours_50M=hours[50], hours_500M=hours[500], peak_bytes=memory)
+    report.add(
+        case, speed, "tokens/s", note=note, hours_50M=hours[50], hours_500M=hours[500], peak_bytes=memory
+    )
     if limit is not None and memory is not None:
         report.add(f"{case}: memory", memory / GB, "GB", bound=limit / GB)
 
@@ -949,13 +1230,14 @@ def headlines(report: Report) -> None:
             headline(report, case, stream, site, members, per_block, blocks, PEAK_32B)
 
 
-# --- peers -------------------------------------------------------------------------------------------------------------------
+# --- peers --------------------------------------------------------------------------------------------------
 
 
 def find_peer(folder: Path | None) -> bool:
     """Make dictionary_learning's trainers importable; whether they are there.
 
-    Its own __init__ imports nnsight for its buffer, which trainers do not use: so the package is entered without it.
+    Its own __init__ imports nnsight for its buffer, which trainers do not use: so the package is entered
+    without it.
     """
     if folder is not None:
         sys.path.append(str(folder))
@@ -982,7 +1264,9 @@ def trainer(sae: SAE) -> Any:
     given |= {"threshold_start_step": 0} if sae.name in TOP_K else {"sparsity_warmup_steps": None}
     given |= {"sparsity_function": "Lp^p", "anneal_start": 1} if sae.name == "p_anneal" else {}
     with torch.device(device):
-        made = getattr(import_module(f"dictionary_learning.trainers.{module}"), name)(**given, steps=STEPS, lr=1e-6, warmup_steps=0)
+        made = getattr(import_module(f"dictionary_learning.trainers.{module}"), name)(
+            **given, steps=STEPS, lr=1e-6, warmup_steps=0
+        )
     for attribute in ("sparsity_update_steps", "p_values"):  # which it keeps on the host
         if hasattr(made, attribute):
             setattr(made, attribute, getattr(made, attribute).cpu())
@@ -1037,11 +1321,15 @@ def atomic_path(rows: list[Row]) -> None:
         if row["section"] == "peers" and row["value"] is not None and row["case"] in ours:
             times = {"ours": ours[row["case"]], "ours dense": ours.get(f"{row['case']} dense")}
             row["ratio"] = row["value"] / times["ours"]
-            beside_ours = [f"{name} {ms:.3f} ms, theirs {row['value'] / ms:.2f} times that" for name, ms in times.items() if ms]
+            beside_ours = [
+                f"{name} {ms:.3f} ms, theirs {row['value'] / ms:.2f} times that"
+                for name, ms in times.items()
+                if ms
+            ]
             row["note"] = told(*beside_ours, row["note"])
 
 
-# --- the command -------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Report], None]] = {
     "checks": checks, "steps": steps, "sweep": sweep, "headlines": headlines, "peers": peers,
@@ -1049,14 +1337,30 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="a file for a line of JSON for each row")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas: %(default)s")
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help="sections, separated by commas: %(default)s"
+    )
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--dictionary_learning", type=Path, metavar="DIR", help="the folder that holds the package dictionary_learning")
-    parser.add_argument("--seconds", type=float, default=float(sum(SECONDS.values())), help="after which no further case is begun")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # this is a section's own process
+    parser.add_argument(
+        "--dictionary_learning",
+        type=Path,
+        metavar="DIR",
+        help="the folder that holds the package dictionary_learning",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float(sum(SECONDS.values())),
+        help="after which no further case is begun",
+    )
+    parser.add_argument(
+        "--here", action="store_true", help=argparse.SUPPRESS
+    )  # this is a section's own process
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
     if unknown := set(args.only) - SECTIONS.keys():
@@ -1082,12 +1386,27 @@ def run_apart(name: str, argv: list[str], seconds: float) -> list[Row]:
     """A section in a process of its own, which is ended if it does not end."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        command = [sys.executable, __file__, *argv, "--only", name, "--json", path, "--seconds", str(seconds), "--here"]
+        command = [
+            sys.executable,
+            __file__,
+            *argv,
+            "--only",
+            name,
+            "--json",
+            path,
+            "--seconds",
+            str(seconds),
+            "--here",
+        ]
         try:
             ended = subprocess.run(command, check=False, timeout=seconds + 60).returncode
         except subprocess.TimeoutExpired:
             ended = "its time was over"
-        rows = [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        rows = (
+            [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
+            if path.exists()
+            else []
+        )
     if ended not in (0, 1) or not rows:
         row = {"section": name, "case": "the section", "value": None, "unit": "", "bound": None}
         rows.append(row | {"verdict": "FAILED", "note": f"its process ended: {ended}"})

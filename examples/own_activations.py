@@ -1,8 +1,10 @@
-"""Train on activations of your own: any tensors [B, d_in], from a network of any kind, without a language model.
+"""Train on activations of your own: any tensors [B, d_in], from a network of any kind, without a language
+model.
 
     python examples/own_activations.py --folder my_saes
 
-Here they are made: sums of a few of 64 known directions in 32 dimensions, so that one can see whether an SAE finds them.
+Here they are made: sums of a few of 64 known directions in 32 dimensions, so that one can see whether an SAE
+finds them.
 """
 
 from pathlib import Path
@@ -24,13 +26,16 @@ def made(steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def main(folder: Path | None = None, steps: int = 600) -> float:
-    """Print and return the mean cosine of each true direction with the decoder row nearest to it; 1 is perfect."""
+    """Print and return the mean cosine of each true direction with the decoder row nearest to it; 1 is
+    perfect."""
     directions, batches = made(steps)
     specs = [
         monosemy.SAESpec("batch_top_k", d_sae=2 * TRUE, settings={"k": 4}),
         monosemy.SAESpec("standard", d_sae=2 * TRUE, settings={"l1_penalty": 0.2}),
     ]
-    fitted = monosemy.fit(batches, specs)  # both on the same batches; `steps=` where batches come from a generator
+    fitted = monosemy.fit(
+        batches, specs
+    )  # both on the same batches; `steps=` where batches come from a generator
     found = []
     for i, sae in enumerate(fitted.saes):
         cosines = torch.nn.functional.normalize(sae.W_dec, dim=1) @ directions.T

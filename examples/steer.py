@@ -1,8 +1,11 @@
-"""Steer a language model with a latent: add its decoder row to the activations of every token while text is generated.
+"""Steer a language model with a latent: add its decoder row to the activations of every token while text is
+generated.
 
-    python examples/steer.py saes/resid_post_layer_9/trainer_5 --latent 17 --strength 40 --text "My fellow citizens,"
+    python examples/steer.py saes/resid_post_layer_9/trainer_5 --latent 17 --strength 40 --text "My fellow
+    citizens,"
 
-`--strength` is in the units of the activations, about which `monosemy report` says how strongly each latent fires by itself.
+`--strength` is in the units of the activations, about which `monosemy report` says how strongly each latent
+fires by itself.
 """
 
 import torch
@@ -13,8 +16,11 @@ import monosemy
 from monosemy import LanguageModel, Site
 
 
-def main(folder: Positional[str], latent: int, strength: float, text: str = "My fellow citizens,", tokens: int = 20) -> tuple[str, str]:
-    """Print and return how the text goes on, as the model is and steered, each time by the likeliest token."""
+def main(
+    folder: Positional[str], latent: int, strength: float, text: str = "My fellow citizens,", tokens: int = 20
+) -> tuple[str, str]:
+    """Print and return how the text goes on, as the model is and steered, each time by the likeliest
+    token."""
     sae = monosemy.load(folder)
     site = Site.parse(sae.cfg["site"])
     lm = LanguageModel.load(sae.cfg["model"], [site], whole=True)

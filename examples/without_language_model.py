@@ -1,9 +1,11 @@
-"""Train, evaluate and report on activations that no language model made: of a vision model, of proteins, of a simulator.
+"""Train, evaluate and report on activations that no language model made: of a vision model, of proteins, of a
+simulator.
 
     python examples/without_language_model.py --folder my_report
 
-Here a small recurrent network that nobody trained is the simulator: it is driven by a few of 48 signals at a time, and an SAE on its states
-finds them again. Nothing but `import monosemy` is needed; batches may come from a generator, and are read once.
+Here a small recurrent network that nobody trained is the simulator: it is driven by a few of 48 signals at a
+time, and an SAE on its states finds them again. Nothing but `import monosemy` is needed; batches may come
+from a generator, and are read once.
 """
 
 from collections.abc import Iterator
@@ -25,7 +27,9 @@ def simulated(batches: int, seed: int) -> Iterator[torch.Tensor]:
     state = torch.zeros(ROWS, D)
     for _ in range(batches):
         on = torch.rand(ROWS, SIGNALS, generator=draw) < 0.04
-        state = torch.tanh(state @ recurrent + (on * (0.5 + torch.rand(ROWS, SIGNALS, generator=draw))) @ inputs)
+        state = torch.tanh(
+            state @ recurrent + (on * (0.5 + torch.rand(ROWS, SIGNALS, generator=draw))) @ inputs
+        )
         yield state
 
 
@@ -41,7 +45,9 @@ def main(folder: Path = Path("my_report"), steps: int = 300) -> list[dict]:
         print(
             f"{row['architecture']:12} L0 {row['l0']:.1f}  FVU {row['fvu']:.3f}  alive {row['frac_alive']:.2f}  copies {row['near_copies']}"
         )
-    page = monosemy.write_report(folder, fitted, simulated(40, seed=2), site="states of a simulator")  # the same rows, and what latents do
+    page = monosemy.write_report(
+        folder, fitted, simulated(40, seed=2), site="states of a simulator"
+    )  # the same rows, and what latents do
     print(f"open {page}")
     return rows
 

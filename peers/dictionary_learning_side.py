@@ -1,10 +1,13 @@
-"""The peer's side, run by the interpreter of its own environment: files are all that passes between it and us.
+"""The peer's side, run by the interpreter of its own environment: files are all that passes between it and
+us.
 
-    dictionary_learning_side.py train FOLDER          its eight trainers write FOLDER/NAME/{ae.pt,config.json}, as its trainSAE does
-    dictionary_learning_side.py reconstruct FOLDER    its load_dictionary opens every FOLDER/NAME, and reconstructs FOLDER/x.safetensors
+    dictionary_learning_side.py train FOLDER          its eight trainers write
+    FOLDER/NAME/{ae.pt,config.json}, as its trainSAE does
+    dictionary_learning_side.py reconstruct FOLDER    its load_dictionary opens every FOLDER/NAME, and
+    reconstructs FOLDER/x.safetensors
 
-Either way FOLDER/NAME/reconstruction.safetensors then holds x [64, D] and its reconstruction in each mode: "threshold" and "top_k" for
-the TopK kinds, "default" for the others.
+Either way FOLDER/NAME/reconstruction.safetensors then holds x [64, D] and its reconstruction in each mode:
+"threshold" and "top_k" for the TopK kinds, "default" for the others.
 """
 
 import shutil
@@ -16,7 +19,10 @@ from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder, JumpRe
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
 from dictionary_learning.trainers.gdm import GatedSAETrainer
 from dictionary_learning.trainers.jumprelu import JumpReluTrainer
-from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE, MatryoshkaBatchTopKTrainer
+from dictionary_learning.trainers.matryoshka_batch_top_k import (
+    MatryoshkaBatchTopKSAE,
+    MatryoshkaBatchTopKTrainer,
+)
 from dictionary_learning.trainers.p_anneal import PAnnealTrainer
 from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
@@ -27,7 +33,13 @@ from safetensors.torch import load_file, save_file
 STEPS, B, D, F = 30, 64, 16, 64
 SPARSITY = {"sparsity_warmup_steps": 5}
 TOPK = {"k": 6, "auxk_alpha": 1 / 32, "threshold_beta": 0.9, "threshold_start_step": 10}
-ANNEAL = {"initial_sparsity_penalty": 0.02, "sparsity_function": "Lp^p", "p_end": 0.2, "anneal_start": 10, "n_sparsity_updates": 5}
+ANNEAL = {
+    "initial_sparsity_penalty": 0.02,
+    "sparsity_function": "Lp^p",
+    "p_end": 0.2,
+    "anneal_start": 10,
+    "n_sparsity_updates": 5,
+}
 TRAINERS = {
     "standard": (StandardTrainer, AutoEncoder, SPARSITY | {"l1_penalty": 0.05}),
     "standard_new": (StandardTrainerAprilUpdate, AutoEncoder, SPARSITY | {"l1_penalty": 0.05}),
@@ -45,7 +57,8 @@ TRAINERS = {
 
 
 class Activations:
-    """Batches [B, D]: sparse combinations of fixed directions about an offset, of a mean norm far from 1. The same at every pass."""
+    """Batches [B, D]: sparse combinations of fixed directions about an offset, of a mean norm far from 1. The
+    same at every pass."""
 
     def __init__(self) -> None:
         self.config = {
@@ -84,7 +97,14 @@ def train(folder: Path) -> None:
     }
     for name, (trainer, dict_class, settings) in TRAINERS.items():
         config = shared | settings | {"trainer": trainer, "dict_class": dict_class}
-        trainSAE(Activations(), [config], steps=STEPS, save_dir=str(folder / name), normalize_activations=True, device="cpu")
+        trainSAE(
+            Activations(),
+            [config],
+            steps=STEPS,
+            save_dir=str(folder / name),
+            normalize_activations=True,
+            device="cpu",
+        )
         for written in (folder / name / "trainer_0").iterdir():
             shutil.move(written, folder / name / written.name)
         (folder / name / "trainer_0").rmdir()
@@ -98,7 +118,10 @@ def reconstruct(folder: Path) -> None:
         sae, _ = load_dictionary(str(path.parent), device="cpu")
         x = x_BD[:, : sae.activation_dim].contiguous()
         if isinstance(sae, (AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE)):
-            modes = {mode: sae.decode(sae.encode(x, use_threshold=mode == "threshold")) for mode in ("threshold", "top_k")}
+            modes = {
+                mode: sae.decode(sae.encode(x, use_threshold=mode == "threshold"))
+                for mode in ("threshold", "top_k")
+            }
         else:
             modes = {"default": sae(x)}
         save_file({"x": x} | modes, path.parent / "reconstruction.safetensors")

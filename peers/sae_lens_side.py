@@ -1,10 +1,14 @@
 """SAELens' side, run by the interpreter of its own environment: files are all that passes between it and us.
 
-    sae_lens_side.py write FOLDER          its SAEs, with random weights, written to FOLDER/NAME by its own save_model and save_inference_model
-    sae_lens_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs FOLDER/x.safetensors
-    sae_lens_side.py published FOLDER      its loaders for others' layouts open what FOLDER/saes.json names, out of the hub cache in FOLDER/hub
+    sae_lens_side.py write FOLDER          its SAEs, with random weights, written to FOLDER/NAME by its own
+    save_model and save_inference_model
+    sae_lens_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs
+    FOLDER/x.safetensors
+    sae_lens_side.py published FOLDER      its loaders for others' layouts open what FOLDER/saes.json names,
+    out of the hub cache in FOLDER/hub
 
-Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its reconstruction x_hat [B, D].
+Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its
+reconstruction x_hat [B, D].
 """
 
 import json
@@ -23,7 +27,10 @@ from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
@@ -32,7 +39,12 @@ from safetensors.torch import load_file, save_file
 
 B, D, F = 16, 8, 24
 SIZES = {"d_in": D, "d_sae": F}
-ABOUT = {"model_name": "EleutherAI/pythia-70m-deduped", "hook_name": "blocks.3.hook_resid_post", "context_size": 128, "prepend_bos": True}
+ABOUT = {
+    "model_name": "EleutherAI/pythia-70m-deduped",
+    "hook_name": "blocks.3.hook_resid_post",
+    "context_size": 128,
+    "prepend_bos": True,
+}
 BATCH = {"k": 4, "decoder_init_norm": None}
 MADE = {
     "standard": (StandardSAE, StandardSAEConfig, {}),
@@ -46,7 +58,11 @@ MADE = {
     "topk_uncentred": (TopKSAE, TopKSAEConfig, {"k": 4, "apply_b_dec_to_input": False}),
     "topk_rescaled": (TopKSAE, TopKSAEConfig, {"k": 4, "rescale_acts_by_decoder_norm": True}),
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, BATCH),
-    "matryoshka": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig, BATCH | {"matryoshka_widths": [8, F]}),
+    "matryoshka": (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+        BATCH | {"matryoshka_widths": [8, F]},
+    ),
 }
 
 
@@ -74,22 +90,32 @@ def reconstruct(folder: Path) -> None:
         x = x_BD[:, : sae.cfg.d_in]
         f = sae.encode(x)
         made = {"x": x, "f": f, "x_hat": sae.decode(f)}
-        save_file({name: tensor.float().contiguous() for name, tensor in made.items()}, path.parent / "reconstruction.safetensors")
+        save_file(
+            {name: tensor.float().contiguous() for name, tensor in made.items()},
+            path.parent / "reconstruction.safetensors",
+        )
 
 
 @torch.no_grad()
 def published(folder: Path) -> None:
     loaders.get_safetensors_tensor_shapes = shapes_on_disk
     for name, asked in json.loads((folder / "saes.json").read_text()).items():
-        loader = partial(overridden, loaders.NAMED_PRETRAINED_SAE_LOADERS[asked["loader"]], asked["overrides"])
+        loader = partial(
+            overridden, loaders.NAMED_PRETRAINED_SAE_LOADERS[asked["loader"]], asked["overrides"]
+        )
         sae, *_ = SAE.from_pretrained_with_cfg_and_sparsity(asked["repo"], asked["sae_id"], converter=loader)
         if asked["scale"] is not None:  # which from_pretrained folds in for releases that its table has
             sae.fold_activation_norm_scaling_factor(asked["scale"])
         x = load_file(folder / name / "x.safetensors")["x"]
-        heads = (1, -1) if sae.cfg.reshape_activations == "hook_z" else (-1,)  # [B, heads, d_head], which it puts side by side
+        heads = (
+            (1, -1) if sae.cfg.reshape_activations == "hook_z" else (-1,)
+        )  # [B, heads, d_head], which it puts side by side
         f = sae.encode(x.unflatten(-1, heads))
         made = {"f": f, "x_hat": sae.decode(f).reshape(x.shape)}
-        save_file({of: tensor.float().contiguous() for of, tensor in made.items()}, folder / name / "reconstruction.safetensors")
+        save_file(
+            {of: tensor.float().contiguous() for of, tensor in made.items()},
+            folder / name / "reconstruction.safetensors",
+        )
 
 
 def overridden(loader, overrides: dict, *, cfg_overrides: dict, **arguments):

@@ -1,9 +1,13 @@
-"""sparsify's side, run by the interpreter of its own environment: files are all that passes between it and us.
+"""sparsify's side, run by the interpreter of its own environment: files are all that passes between it and
+us.
 
-    sparsify_side.py write FOLDER          its SAE, with random weights, written to FOLDER/layers.3 by its own save_to_disk; a bfloat16 one beside
-    sparsify_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs FOLDER/x.safetensors
+    sparsify_side.py write FOLDER          its SAE, with random weights, written to FOLDER/layers.3 by its own
+    save_to_disk; a bfloat16 one beside
+    sparsify_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs
+    FOLDER/x.safetensors
 
-Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its reconstruction x_hat [B, D].
+Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its
+reconstruction x_hat [B, D].
 """
 
 import os
@@ -40,7 +44,10 @@ def reconstruct(folder: Path) -> None:
         values, indices, _ = sae.encode(x.to(sae.dtype))
         f = torch.zeros(len(x), sae.num_latents, dtype=values.dtype).scatter_(1, indices, values)
         made = {"x": x, "f": f, "x_hat": sae.decode(values, indices)}
-        save_file({name: tensor.float().contiguous() for name, tensor in made.items()}, path.parent / "reconstruction.safetensors")
+        save_file(
+            {name: tensor.float().contiguous() for name, tensor in made.items()},
+            path.parent / "reconstruction.safetensors",
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Both directions against the real dictionary_learning 0.1.0, which runs in an environment of its own. Run by peers/run.
+"""Both directions against the real dictionary_learning 0.1.0, which runs in an environment of its own. Run by
+peers/run.
 
-Ours to theirs: what a run saves is opened by its load_dictionary. Theirs to ours: what its trainSAE saves is opened by monosemy.load.
+Ours to theirs: what a run saves is opened by its load_dictionary. Theirs to ours: what its trainSAE saves is
+opened by monosemy.load.
 """
 
 import subprocess
@@ -39,13 +41,20 @@ every = pytest.mark.parametrize("name", sorted(LAYOUTS))
 
 def batch(step: int) -> torch.Tensor:
     """Sparse combinations of fixed directions [B, D], of mean square norm about 1."""
-    directions = torch.nn.functional.normalize(torch.randn(48, D, generator=generator(0, "directions")), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(48, D, generator=generator(0, "directions")), dim=1
+    )
     draw = generator(0, "batch", step)
     return (torch.rand(B, 48, generator=draw) * (torch.rand(B, 48, generator=draw) < 0.08)) @ directions
 
 
 def peer(command: str, folder: Path) -> None:
-    done = subprocess.run([PEER, HERE / "dictionary_learning_side.py", command, folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [PEER, HERE / "dictionary_learning_side.py", command, folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -54,15 +63,20 @@ def difference(sae: monosemy.SAE, folder: Path) -> float:
     theirs = load_file(folder / "reconstruction.safetensors")
     x = theirs.pop("x")
     assert set(theirs) == set(sae.modes)
-    return max(float((sae(x, mode=mode) - x_hat).abs().max() / x.abs().max()) for mode, x_hat in theirs.items())
+    return max(
+        float((sae(x, mode=mode) - x_hat).abs().max() / x.abs().max()) for mode, x_hat in theirs.items()
+    )
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our eight, trained on activations divided by a norm factor and saved as a run saves them, then opened by the peer."""
+    """Our eight, trained on activations divided by a norm factor and saved as a run saves them, then opened
+    by the peer."""
     folder, schedule = tmp_path_factory.mktemp("ours"), Schedule.of_run(STEPS, B)
     for name, settings in SETTINGS.items():
-        member = LoneTrainer(name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factor=FACTOR)
+        member = LoneTrainer(
+            name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factor=FACTOR
+        )
         for step in range(STEPS):
             member.step(batch(step), step)
         sae = member.finished()
@@ -77,7 +91,11 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
             submodule_name="resid_post_layer_3",
             device="cpu",
         )
-        formats.save(sae, folder / name, {"status": "complete", "norm_factor": FACTOR, "trainer": trainer, "buffer": {"d_submodule": D}})
+        formats.save(
+            sae,
+            folder / name,
+            {"status": "complete", "norm_factor": FACTOR, "trainer": trainer, "buffer": {"d_submodule": D}},
+        )
     save_file({"x": FACTOR * batch(STEPS)}, folder / "x.safetensors")
     peer("reconstruct", folder)
     return folder
@@ -107,7 +125,8 @@ def test_we_open_theirs(name: str, theirs: Path) -> None:
 
 
 def test_it_opens_a_whole_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    """Every folder that the command leaves behind, with the config.json that it wrote, on the model's own activations."""
+    """Every folder that the command leaves behind, with the config.json that it wrote, on the model's own
+    activations."""
     small = (
         "--layers 1 --dictionary_widths 64 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 --buffer_tokens 2000 --num_tokens 6400 --target_l0s 4 "
         "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties 0.02 --eval_num_inputs 4 --held_out_fraction 0.1"
@@ -123,7 +142,10 @@ def test_it_opens_a_whole_run(tiny_model: Path, text_file: Path, tmp_path: Path)
         *sorted(LAYOUTS),
     ]
     assert main(["train", *told, *small]) == 0
-    site, words = monosemy.Site("resid_post", 1), torch.randint(3, 30, (4, 16), generator=generator(0, "words"))
+    site, words = (
+        monosemy.Site("resid_post", 1),
+        torch.randint(3, 30, (4, 16), generator=generator(0, "words")),
+    )
     x = monosemy.LanguageModel.load(str(tiny_model), [site]).activations(words)[site][:, 1:].reshape(-1, 24)
     folder = tmp_path / "run" / site.folder
     save_file({"x": x.contiguous()}, folder / "x.safetensors")

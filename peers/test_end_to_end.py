@@ -1,4 +1,5 @@
-"""benchmarks/end_to_end.py as a whole in its small mode: both halves, dictionary_learning's buffer as it should be, one table. Run by peers/run."""
+"""benchmarks/end_to_end.py as a whole in its small mode: both halves, dictionary_learning's buffer as it
+should be, one table. Run by peers/run."""
 
 import json
 import subprocess

@@ -1,7 +1,9 @@
-"""SAEs between the real dictionary_learning, SAELens and sparsify, each in an environment of its own, and us. Run by peers/run.
+"""SAEs between the real dictionary_learning, SAELens and sparsify, each in an environment of its own, and us.
+Run by peers/run.
 
-Every SAE here (eight of ours, and those in tests/fixtures, which the peers wrote) is converted to every layout that can express it; the
-peers open all of them and must reconstruct as we do, and what is converted back must be the same to the bit.
+Every SAE here (eight of ours, and those in tests/fixtures, which the peers wrote) is converted to every
+layout that can express it; the peers open all of them and must reconstruct as we do, and what is converted
+back must be the same to the bit.
 """
 
 import json
@@ -25,7 +27,9 @@ PEERS = ("dictionary_learning", "sae_lens", "sparsify")
 
 def peer(name: str, command: str, folder: Path) -> None:
     python = HERE.parent / ".venv-peers" / name / "bin" / "python"
-    done = subprocess.run([python, HERE / f"{name}_side.py", command, folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, HERE / f"{name}_side.py", command, folder], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -38,7 +42,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in SOURCES:
             if (name, to) not in REFUSED:
                 formats.convert(source(folder, name), folder / to / flat(name), to, format=open_as(name))
-        save_file({"x": torch.randn(64, 16, generator=torch.Generator().manual_seed(5))}, folder / to / "x.safetensors")
+        save_file(
+            {"x": torch.randn(64, 16, generator=torch.Generator().manual_seed(5))},
+            folder / to / "x.safetensors",
+        )
         peer(to, "reconstruct", folder / to)
     return folder
 
@@ -93,7 +100,9 @@ def test_we_read_what_they_write_now(tmp_path: Path) -> None:
             theirs = load_file(path.parent / "reconstruction.safetensors")
             narrow = json.loads(path.read_text()).get("dtype") == "bfloat16" or path.parent.name == "layers.4"
             x_hat = monosemy.load(path.parent)(theirs["x"])
-            assert (x_hat - theirs["x_hat"]).abs().max() <= (5e-2 if narrow else 1e-5) * theirs["x"].abs().max(), path
+            assert (x_hat - theirs["x_hat"]).abs().max() <= (5e-2 if narrow else 1e-5) * theirs[
+                "x"
+            ].abs().max(), path
 
 
 SAE_LENS_LOADERS = {
@@ -123,7 +132,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         in_cache(tree, folder / "hub")
         sizes = {"d_in": tree.x.shape[1], "d_sae": tree.f.shape[1]}
         scale = tree.x.shape[1] ** 0.5 / LLAMA_NORM if name in SCALED else None
-        asked[name] = {"repo": tree.repo, "sae_id": tree.sae_id, "loader": loader, "overrides": sizes, "scale": scale}
+        asked[name] = {
+            "repo": tree.repo,
+            "sae_id": tree.sae_id,
+            "loader": loader,
+            "overrides": sizes,
+            "scale": scale,
+        }
         (folder / name).mkdir()
         save_file({"x": torch.from_numpy(tree.x).float()}, folder / name / "x.safetensors")
     (folder / "saes.json").write_text(json.dumps(asked))
@@ -160,7 +175,9 @@ def test_others_layouts_are_read_as_sae_lens_reads_them(name: str, published: Pa
     f = sae.encode(x)
     if name in SCALED:  # SAELens leaves latents in the scale of the encoder's input
         f = f * (x.shape[1] ** 0.5 / LLAMA_NORM)
-    differences = [float((ours - theirs[of]).abs().max() / x.abs().max()) for of, ours in (("f", f), ("x_hat", sae(x)))]
+    differences = [
+        float((ours - theirs[of]).abs().max() / x.abs().max()) for of, ours in (("f", f), ("x_hat", sae(x)))
+    ]
     print(f"{name:20} latents {differences[0]:.1e}, reconstruction {differences[1]:.1e}")
     assert max(differences) <= 1e-5
     assert float((x - theirs["x_hat"]).abs().max()) > 0.01

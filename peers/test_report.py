@@ -1,4 +1,5 @@
-"""report.html in Debian's Chromium (`apt-get install chromium fonts-noto-core fonts-noto-cjk`), from disk and with the network off.
+"""report.html in Debian's Chromium (`apt-get install chromium fonts-noto-core fonts-noto-cjk`), from disk and
+with the network off.
 
 Screenshots of both widths and both themes are left in MONOSEMY_SHOTS, where that names a folder.
 """
@@ -16,7 +17,9 @@ from tests.made_run import HOSTILE, make
 
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium here: apt-get install chromium"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,9 @@ class Opened:
     """A page with what it asked for and complained of."""
 
     def __init__(self, browser, path, route="#/", width=1280, scheme="light"):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        )
         self.page = self.context.new_page()
         self.path, self.asked, self.complaints = path, [], []
         self.page.on("request", lambda request: self.asked.append(request.url))
@@ -75,7 +80,12 @@ def test_it_fits_and_is_quiet(browser, made, width, scheme):
     path, rows = made
     here = Opened(browser, path, width=width, scheme=scheme)
     latent = latents_of(path, rows, 5)[0]
-    for name, route in (("overview", "#/"), ("sae", sae(rows, 5)), ("latent", f"{sae(rows, 5)}/latent/{latent}"), ("about", "#/about")):
+    for name, route in (
+        ("overview", "#/"),
+        ("sae", sae(rows, 5)),
+        ("latent", f"{sae(rows, 5)}/latent/{latent}"),
+        ("about", "#/about"),
+    ):
         here.go(route)
         assert here.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, route
         small = """[...document.querySelectorAll("main:not([hidden]) *")].filter(e => e.childNodes.length && [...e.childNodes].some(c => c.nodeType === 3
@@ -94,7 +104,9 @@ def latents_of(path, rows, number):
 
 
 def cells(page, key):
-    return page.eval_on_selector_all(f'#saes tbody tr:not([hidden]) td[data-key="{key}"]', "all => all.map(e => e.textContent.trim())")
+    return page.eval_on_selector_all(
+        f'#saes tbody tr:not([hidden]) td[data-key="{key}"]', "all => all.map(e => e.textContent.trim())"
+    )
 
 
 def test_every_column_sorts_both_ways(opened, made):
@@ -104,16 +116,23 @@ def test_every_column_sorts_both_ways(opened, made):
         for way, falling in (("ascending", False), ("descending", True)):
             head.query_selector("button").click()
             assert head.get_attribute("aria-sort") == way
-            order = [int(n) for n in page.eval_on_selector_all("#saes tbody tr", "all => all.map(e => e.dataset.number)")]
+            order = [
+                int(n)
+                for n in page.eval_on_selector_all("#saes tbody tr", "all => all.map(e => e.dataset.number)")
+            ]
             if key:
                 held = [rows[n][key] for n in order if rows[n][key] is not None]
-                assert held == sorted(held, reverse=falling) and all(rows[n][key] is None for n in order[len(held) :])
+                assert held == sorted(held, reverse=falling) and all(
+                    rows[n][key] is None for n in order[len(held) :]
+                )
             else:
                 assert order == sorted(order, reverse=falling)
 
 
 def points(page):
-    return page.eval_on_selector_all('#pareto [role="link"]', "all => all.map(e => e.getAttribute('aria-label'))")
+    return page.eval_on_selector_all(
+        '#pareto [role="link"]', "all => all.map(e => e.getAttribute('aria-label'))"
+    )
 
 
 def test_filters_hold_for_plot_and_table_alike(opened, made):
@@ -153,7 +172,11 @@ def test_what_was_chosen_is_in_the_address(browser, made):
     assert page.evaluate("location.hash") == address
     here.check()
 
-    for route, chosen in ((address, True), (f"{sae(rows, 5)}", False), ("#/?x=no&site=no&off=no&sort=no&run=7", False)):
+    for route, chosen in (
+        (address, True),
+        (f"{sae(rows, 5)}", False),
+        ("#/?x=no&site=no&off=no&sort=no&run=7", False),
+    ):
         again = Opened(browser, made[0], route)
         if route.startswith("#/sae"):
             assert again.page.evaluate("location.hash") == route
@@ -163,7 +186,10 @@ def test_what_was_chosen_is_in_the_address(browser, made):
         assert seen == view if chosen else seen[2] == "16"
         if chosen:
             assert again.page.input_value("#filters input") == "top"
-            assert again.page.get_attribute('#filters button:has-text("top_k") >> nth=0', "aria-pressed") == "false"
+            assert (
+                again.page.get_attribute('#filters button:has-text("top_k") >> nth=0', "aria-pressed")
+                == "false"
+            )
             assert again.page.get_attribute('#saes thead th[data-key="kl"]', "aria-sort") == "descending"
         again.check()
 
@@ -203,7 +229,15 @@ def test_latents_are_listed_searched_and_opened(opened, made):
     with np.load(path.parent / rows[5]["sae"] / "latents.npz") as file:
         latents = {name: file[name] for name in file.files}
     opened.go(sae(rows, 5))
-    listed = lambda: [int(n) for n in page.eval_on_selector_all("#latents tbody tr td:first-child", "all => all.map(e => e.textContent)")]  # noqa: E731
+
+    def listed():
+        return [
+            int(n)
+            for n in page.eval_on_selector_all(
+                "#latents tbody tr td:first-child", "all => all.map(e => e.textContent)"
+            )
+        ]
+
     page.click('#latents button:has-text("all 64")')
     assert len(listed()) == 50
     page.click('#latents button:has-text("fires on")')
@@ -212,7 +246,9 @@ def test_latents_are_listed_searched_and_opened(opened, made):
     share = latents["count"] / rows[5]["tokens"]
     assert sorted(listed()) == np.flatnonzero((share >= 0.05) & (latents["max"] <= 1)).tolist()
     page.fill("#search", 'token:"word7"')
-    assert set(listed()) <= {i for i, token in enumerate(latents["peak_token"]) if token >= 13 and f"{token - 13}".startswith("7")}
+    assert set(listed()) <= {
+        i for i, token in enumerate(latents["peak_token"]) if token >= 13 and f"{token - 13}".startswith("7")
+    }
     latent = int(latents["page_latent"][0])
     page.fill("#search", str(latent))
     assert listed() == [latent]
@@ -220,8 +256,12 @@ def test_latents_are_listed_searched_and_opened(opened, made):
     page.wait_for_selector("#view h1:has-text('Latent')")
     assert page.evaluate("location.hash") == f"{sae(rows, 5)}/latent/{latent}"
     shown = page.inner_text("#view")
-    assert f"{latents['count'][latent]:,} of {rows[5]['tokens']:,}" in page.get_attribute(".tiles div", "title")
-    assert f"+{latents['page_promotes_z'][0, 0]:.1f}" in shown and f"{latents['enc_dec'][latent]:.2f}" in shown
+    assert f"{latents['count'][latent]:,} of {rows[5]['tokens']:,}" in page.get_attribute(
+        ".tiles div", "title"
+    )
+    assert (
+        f"+{latents['page_promotes_z'][0, 0]:.1f}" in shown and f"{latents['enc_dec'][latent]:.2f}" in shown
+    )
     page.go_back()
     page.wait_for_selector("#search")
     assert page.input_value("#search") == str(latent)
@@ -231,7 +271,9 @@ def test_one_walks_through_a_list_by_keys(opened, made):
     page, rows = opened.page, made[1]
     opened.go(sae(rows, 5))
     page.click('#latents button:has-text("dense")')
-    first, second = page.eval_on_selector_all("#latents tbody tr td:first-child", "all => all.map(e => e.textContent)")[:2]
+    first, second = page.eval_on_selector_all(
+        "#latents tbody tr td:first-child", "all => all.map(e => e.textContent)"
+    )[:2]
     page.click("#latents tbody a")
     page.wait_for_selector("h1:has-text('Latent')")
     page.keyboard.press("]")
@@ -252,7 +294,9 @@ def test_hostile_text_stays_text(opened, made):
     for latent in latents_of(path, rows, 5):
         opened.go(f"{sae(rows, 5)}/latent/{latent}")
         assert page.title() == "made - monosemy"
-        assert page.evaluate("document.querySelectorAll('#view :is(script, img, iframe, b script)').length") == 0
+        assert (
+            page.evaluate("document.querySelectorAll('#view :is(script, img, iframe, b script)').length") == 0
+        )
         seen += page.inner_text("#view")
     for word in (*(w.decode() for w in HOSTILE[:4]), "⟨e2 80⟩", "RLO", "ZWSP", "LRI", "␀␛␡", "↵⇥"):
         assert word in seen, word
@@ -316,7 +360,9 @@ def test_two_dozen_wide_saes_fit_and_open_quickly(browser, tmp_path):
     here.page.wait_for_selector("h1:has-text('Latent')")
     latent = time.monotonic() - began
     heap = here.page.evaluate("performance.memory.usedJSHeapSize")
-    print(f"{path.stat().st_size:,} bytes, ready {ready:.1f} s, latent {latent:.2f} s, heap {heap:,}, {kept} pages an SAE")
+    print(
+        f"{path.stat().st_size:,} bytes, ready {ready:.1f} s, latent {latent:.2f} s, heap {heap:,}, {kept} pages an SAE"
+    )
     assert kept >= 500 and ready < 15 and latent < 3 and heap < 150_000_000
     here.check()
 
@@ -327,7 +373,9 @@ def test_a_panel_that_cannot_be_drawn_costs_no_other(browser, made, tmp_path):
     here = Opened(browser, path)
     told = here.page.locator(".note", has_text="This panel cannot be drawn")
     assert told.count() >= 4  # the points, the curves, the frequencies
-    assert here.page.locator("#alive .bars").is_visible() and here.page.locator("#saes tbody tr:visible").count() == len(made[1])
+    assert here.page.locator("#alive .bars").is_visible() and here.page.locator(
+        "#saes tbody tr:visible"
+    ).count() == len(made[1])
     here.go(sae(made[1], 5))
     assert here.page.locator("#latents tbody tr").count() and told.count()
     here.check()
@@ -340,7 +388,9 @@ def test_a_report_of_activations_that_are_no_text_s(browser, tmp_path):
 
     x_ND = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
     spec = monosemy.SAESpec("top_k", d_sae=16, settings={"k": 2})
-    path = monosemy.write_report(tmp_path / "own", monosemy.fit(x_ND.split(100), [spec], log_steps=5), [x_ND], site="a simulator")
+    path = monosemy.write_report(
+        tmp_path / "own", monosemy.fit(x_ND.split(100), [spec], log_steps=5), [x_ND], site="a simulator"
+    )
     here = Opened(browser, path)
     assert "Evaluated on 2,000 held-out rows" in here.page.inner_text("#overview")
     here.go("#/sae/own/sae_0")

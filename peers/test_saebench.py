@@ -1,7 +1,9 @@
-"""SAEBench's loader and core evaluation on our SAEs, and its figures beside ours. Run by peers/run, without a hub.
+"""SAEBench's loader and core evaluation on our SAEs, and its figures beside ours. Run by peers/run, without a
+hub.
 
-Eight SAEs of SmolLM2's layer 3 are trained for a moment; SAEBench opens them through `ae.pt` and `config.json`, evaluates them on text that it
-packs itself, and hands over the tokens, on which `evaluate_on_model(sae_bench=True)` then measures the same.
+Eight SAEs of SmolLM2's layer 3 are trained for a moment; SAEBench opens them through `ae.pt` and
+`config.json`, evaluates them on text that it packs itself, and hands over the tokens, on which
+`evaluate_on_model(sae_bench=True)` then measures the same.
 """
 
 import json
@@ -60,7 +62,18 @@ def theirs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What SAEBench wrote: see saebench_side.py."""
     out = tmp_path_factory.mktemp("saebench")
     python = HERE.parent / ".venv-peers" / "saebench" / "bin" / "python"
-    wanted = [run, embedded.model_folder(), embedded.text_file(), out, "--contexts", CONTEXTS, "--batch", CONTEXTS, "--length", LENGTH]
+    wanted = [
+        run,
+        embedded.model_folder(),
+        embedded.text_file(),
+        out,
+        "--contexts",
+        CONTEXTS,
+        "--batch",
+        CONTEXTS,
+        "--length",
+        LENGTH,
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [str(part) for part in (python, HERE / "saebench_side.py", *wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -76,7 +89,10 @@ def ours(run: Path, theirs: Path) -> dict[str, metrics.Row]:
     common = {"ignore_ids": told["ignored"], "sae_bench": True}
     losses = metrics.evaluate_on_model(lm, saes, told["losses"], **common)
     rest = metrics.evaluate_on_model(lm, saes, told["rest"], splice_contexts=0, **common)
-    return {a["sae"]: a | {key: value for key, value in b.items() if not of_losses(key)} for a, b in zip(losses, rest, strict=True)}
+    return {
+        a["sae"]: a | {key: value for key, value in b.items() if not of_losses(key)}
+        for a, b in zip(losses, rest, strict=True)
+    }
 
 
 def of_losses(key: str) -> bool:
@@ -88,7 +104,12 @@ def file_of(theirs: Path, name: str, ending: str) -> Path:
 
 
 def figures(categories: dict[str, dict[str, Any]]) -> Figures:
-    return {metric: value for category in categories.values() for metric, value in category.items() if value is not None}
+    return {
+        metric: value
+        for category in categories.values()
+        for metric, value in category.items()
+        if value is not None
+    }
 
 
 def core(theirs: Path, name: str) -> Figures:
@@ -110,21 +131,31 @@ def mode_of(architecture: str) -> str | None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_core_metrics_are_ours_to_one_in_a_thousand(name: str, theirs: Path, ours: dict[str, metrics.Row]) -> None:
+def test_its_core_metrics_are_ours_to_one_in_a_thousand(
+    name: str, theirs: Path, ours: dict[str, metrics.Row]
+) -> None:
     row = ours[name]
     if mode_of(row["architecture"]):
-        row = row | {key.removeprefix("top_k_"): value for key, value in row.items() if key.startswith("top_k_")}
+        row = row | {
+            key.removeprefix("top_k_"): value for key, value in row.items() if key.startswith("top_k_")
+        }
     mine, its = figures(metrics.sae_bench_results(row)), core(theirs, name)
     its["mse"] *= row["tokens"]  # it divides by the tokens of a batch twice
     assert mine.keys() <= its.keys()
-    apart = {key: abs(mine[key] - its[key]) / max(abs(its[key]), 1e-2) for key in mine.keys() - {"explained_variance"}}
+    apart = {
+        key: abs(mine[key] - its[key]) / max(abs(its[key]), 1e-2)
+        for key in mine.keys() - {"explained_variance"}
+    }
     print(row["architecture"], {key: f"{value:.1e}" for key, value in apart.items()})
     assert len(apart) == 15 and max(apart.values()) < 1e-3, apart
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_explained_variance_is_ours_and_its_own_is_what_the_docs_say(name: str, theirs: Path, ours: dict[str, metrics.Row]) -> None:
-    """Recomputed in float64 from its own activations and reconstructions: both of its formulas, mse, and the share that is explained."""
+def test_explained_variance_is_ours_and_its_own_is_what_the_docs_say(
+    name: str, theirs: Path, ours: dict[str, metrics.Row]
+) -> None:
+    """Recomputed in float64 from its own activations and reconstructions: both of its formulas, mse, and the
+    share that is explained."""
     told, found = load_file(theirs / "tokens.safetensors"), load_file(file_of(theirs, name, ".safetensors"))
     kept_CL = ~torch.isin(told["rest"], told["ignored"])
     x_ND, x_hat_ND = (found[key][kept_CL].double() for key in ("x", "x_hat"))
@@ -132,10 +163,16 @@ def test_explained_variance_is_ours_and_its_own_is_what_the_docs_say(name: str, 
     its = core(theirs, name)
     as_it_computes = 1 - error_N.mean() / (x_ND.square().sum(1).mean() - x_ND.square().mean() ** 2)
     assert its["explained_variance"] == pytest.approx(float(as_it_computes), abs=1e-3)
-    assert its["explained_variance_legacy"] == pytest.approx(float((1 - error_N / about_mean_N).mean()), abs=1e-3)
+    assert its["explained_variance_legacy"] == pytest.approx(
+        float((1 - error_N / about_mean_N).mean()), abs=1e-3
+    )
     assert its["mse"] == pytest.approx(float(error_N.mean()) / len(x_ND), rel=1e-3)
     explained = 1 - float(error_N.sum() / about_mean_N.sum())
-    print(f"{name} explained {explained:.4f}, its {its['explained_variance']:.4f}, legacy {its['explained_variance_legacy']:.4f}")
+    print(
+        f"{name} explained {explained:.4f}, its {its['explained_variance']:.4f}, legacy {its['explained_variance_legacy']:.4f}"
+    )
     assert abs(explained - its["explained_variance"]) > 1e-3
     row = ours[name]
-    assert 1 - row["top_k_fvu" if mode_of(row["architecture"]) else "fvu"] == pytest.approx(explained, abs=1e-4)
+    assert 1 - row["top_k_fvu" if mode_of(row["architecture"]) else "fvu"] == pytest.approx(
+        explained, abs=1e-4
+    )

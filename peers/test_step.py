@@ -23,7 +23,13 @@ OF_PEER = {
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, STEP, *SMALL, *arguments], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        [sys.executable, STEP, *SMALL, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
 
 
 def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -44,9 +50,18 @@ def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 def test_every_peer(case: str, arguments: list[str], kinds: set[str], tmp_path: Path) -> None:
     rows = measured(tmp_path, *arguments)
     found = {(r["peer"], r["variant"], r["architecture"]) for r in rows}
-    assert found == {(*peer, name) for peer, names in OF_PEER.items() for name in names & kinds} and len(found) == len(rows)
+    assert found == {(*peer, name) for peer, names in OF_PEER.items() for name in names & kinds} and len(
+        found
+    ) == len(rows)
     for row in rows:
-        assert (row["case"], row["precision"], row["batch"], row["d_in"], row["d_sae"], row["pairs"]) == (case, "float32", 64, 16, 64, 2)
+        assert (row["case"], row["precision"], row["batch"], row["d_in"], row["d_sae"], row["pairs"]) == (
+            case,
+            "float32",
+            64,
+            16,
+            64,
+            2,
+        )
         assert 0 < row["ours_min_ms"] <= row["ours_ms"] and 0 < row["theirs_min_ms"] <= row["theirs_ms"]
         assert row["ratio"] == pytest.approx(row["theirs_ms"] / row["ours_ms"])
         assert row["l0_ours"] == pytest.approx(row["l0_theirs"], abs=0.1)
@@ -60,7 +75,9 @@ def test_every_peer(case: str, arguments: list[str], kinds: set[str], tmp_path: 
 
 
 def test_bf16_is_a_rounding_away(tmp_path: Path) -> None:
-    (row,) = measured(tmp_path, *"--peer dictionary_learning --architectures top_k --precision bf16 --force".split())
+    (row,) = measured(
+        tmp_path, *"--peer dictionary_learning --architectures top_k --precision bf16 --force".split()
+    )
     assert row["precision"] == "bf16"
     assert 0 < abs(row["loss_ours"] / row["loss_theirs"] - 1) < 0.02
 

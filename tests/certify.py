@@ -1,7 +1,9 @@
-"""The table of certification: what the tests marked `certify` counted, printed at the end of a session (docs/reliability.md).
+"""The table of certification: what the tests marked `certify` counted, printed at the end of a session
+(docs/reliability.md).
 
-A test calls the fixture `certified(what, cases, note)`; equal `what` are added up. One that does not has a line of its own with one case.
-`CERTIFY_SHARE=0.1` makes those that ask `share` do a tenth of their cases, and the table says so.
+A test calls the fixture `certified(what, cases, note)`; equal `what` are added up. One that does not has a
+line of its own with one case. `CERTIFY_SHARE=0.1` makes those that ask `share` do a tenth of their cases, and
+the table says so.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         held = LINES.setdefault(what, [0, 0, 0.0])
         held[report.failed] += 0 if report.skipped else cases
         held[2] += report.duration / len(told)
-        note = f"skipped: {report.longrepr[2]}" if report.skipped and isinstance(report.longrepr, tuple) else note
+        note = (
+            f"skipped: {report.longrepr[2]}"
+            if report.skipped and isinstance(report.longrepr, tuple)
+            else note
+        )
         NOTES.setdefault(what, []).extend([note] if note else [])
 
 

@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs a process for each core; threads of two would wait for each other
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the package's own entry points do, before torch is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the suite runs a process for each core; threads of two would wait for each other
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # as the package's own entry points do, before torch is imported
 
 import pytest
 import torch
@@ -17,16 +21,19 @@ from tests.certify import certified, pytest_runtest_logreport, pytest_terminal_s
 from tests.faults import Faulty
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which then runs its kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports Triton, which then runs its kernels on the CPU
+    )
 
-WORDS = (
-    "the a of to and in that it was for on are with as at be this from have or by one had not but what all were when we there can".split()
-)
+WORDS = "the a of to and in that it was for on are with as at be this from have or by one had not but what all were when we there can".split()
 
 
 def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:
     draw = random.Random(seed)
-    rows = [{"text": " ".join(draw.choices(WORDS, weights=range(1, len(WORDS) + 1), k=draw.randint(20, 200)))} for _ in range(documents)]
+    rows = [
+        {"text": " ".join(draw.choices(WORDS, weights=range(1, len(WORDS) + 1), k=draw.randint(20, 200)))}
+        for _ in range(documents)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -41,7 +48,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["<bos>", "<eos>", "<unk>", *WORDS]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(

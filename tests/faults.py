@@ -1,4 +1,5 @@
-"""Processes to which faults happen: a server that has imported everything forks one for each job, so that a kill costs no start."""
+"""Processes to which faults happen: a server that has imported everything forks one for each job, so that a
+kill costs no start."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ WORKER = Path(__file__).parent / "workers" / "faulty.py"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (-9 for kill -9), what it printed, and the seconds from its fault to its end (None: no fault)."""
+    """How a process ended: its exit code (-9 for kill -9), what it printed, and the seconds from its fault to
+    its end (None: no fault)."""
 
     code: int
     seconds: float | None
@@ -25,8 +27,9 @@ class Ended:
 class Faulty:
     """The server. A job is a command line of ours (`argv`) or a run of `fit` (`fit`), and at most one fault:
 
-    at=[event, end of the path or number, count]: the fault happens at the count-th audit event of that kind that ends so
-    signal=N, after=S: by a signal, S seconds later; or fill=[folder, bytes]: by a full disk, but for so many bytes
+    at=[event, end of the path or number, count]: the fault happens at the count-th audit event of that kind
+    that ends so signal=N, after=S: by a signal, S seconds later; or fill=[folder, bytes]: by a full disk, but
+    for so many bytes
     """
 
     def __init__(self, folder: Path) -> None:

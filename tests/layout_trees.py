@@ -67,16 +67,22 @@ def top_k(pre: np.ndarray, k: int) -> np.ndarray:
 
 def wide(weights: dict[str, np.ndarray]) -> list[np.ndarray]:
     """W_enc, W_dec, b_enc, b_dec, threshold and x in float64."""
-    return [weights[name].astype(np.float64) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "x")]
+    return [
+        weights[name].astype(np.float64) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "x")
+    ]
 
 
 def safetensors(tensors: dict[str, np.ndarray], dtype: torch.dtype = torch.float32) -> bytes:
-    return save({name: torch.from_numpy(np.array(array, order="C")).to(dtype) for name, array in tensors.items()})
+    return save(
+        {name: torch.from_numpy(np.array(array, order="C")).to(dtype) for name, array in tensors.items()}
+    )
 
 
 def pickled(tensors: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    torch.save({name: torch.from_numpy(np.array(array, order="C")) for name, array in tensors.items()}, buffer)
+    torch.save(
+        {name: torch.from_numpy(np.array(array, order="C")) for name, array in tensors.items()}, buffer
+    )
     return buffer.getvalue()
 
 
@@ -133,7 +139,9 @@ def dictionary_learning() -> Tree:
         f"{folder}/ae.pt": pickled(state),
         f"{folder}/config.json": text({"trainer": trainer, "buffer": {"ctx_len": 128}}),
     }
-    return Tree(files, "adamkarvonen/saes", folder, x, f, f @ W_dec + b_dec, "resid_post.3", trainer["lm_name"])
+    return Tree(
+        files, "adamkarvonen/saes", folder, x, f, f @ W_dec + b_dec, "resid_post.3", trainer["lm_name"]
+    )
 
 
 SAE_LENS = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -225,7 +233,9 @@ def sparsify() -> Tree:
     }
     cfg = {"expansion_factor": F // D, "normalize_decoder": True, "num_latents": F, "k": K, "d_in": D}
     files = {"layers.3/sae.safetensors": safetensors(tensors), "layers.3/cfg.json": text(cfg)}
-    return Tree(files, "EleutherAI/sae-SmolLM2-135M-64x", "layers.3", x, f, f @ W_dec + b_dec, "resid_post.3", None)
+    return Tree(
+        files, "EleutherAI/sae-SmolLM2-135M-64x", "layers.3", x, f, f @ W_dec + b_dec, "resid_post.3", None
+    )
 
 
 def gemma_scope() -> Tree:
@@ -247,7 +257,11 @@ def gemma_scope_lower() -> Tree:
     buffer = io.BytesIO()
     np.savez(buffer, **{name.replace("W_", "w_"): array for name, array in drawn().items() if name != "x"})
     tree.files, tree.sae_id = {f"{folder}/params.npz": buffer.getvalue()}, folder
-    tree.repo, tree.site, tree.model = "google/gemma-scope-9b-it-att", "blocks.3.attn.hook_z", "google/gemma-2-9b-it"
+    tree.repo, tree.site, tree.model = (
+        "google/gemma-scope-9b-it-att",
+        "blocks.3.attn.hook_z",
+        "google/gemma-2-9b-it",
+    )
     return tree
 
 

@@ -1,4 +1,5 @@
-"""A hub of our own: repositories at commits, served as the Hugging Face hub serves them, that fail as they are told."""
+"""A hub of our own: repositories at commits, served as the Hugging Face hub serves them, that fail as they
+are told."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ LARGE = (".safetensors", ".npz", ".pt", ".pth")  # kept in LFS, with a sha256 th
 
 
 class LocalHub(FakeHub):
-    """Besides what `FakeHub` takes in, repositories that were published. The newest commit of each is its branch main.
+    """Besides what `FakeHub` takes in, repositories that were published. The newest commit of each is its
+    branch main.
 
     What it says of a repository has `listed` files at most; a page of its tree, two.
     """
@@ -61,7 +63,12 @@ class Reading(Handler):
     def handle_request(self) -> None:
         path = unquote(urlparse(self.path).path).strip("/")
         parts = path.split("/")
-        if parts[:2] == ["api", "models"] and len(parts) >= 4 and "commit" not in parts and "preupload" not in parts:
+        if (
+            parts[:2] == ["api", "models"]
+            and len(parts) >= 4
+            and "commit" not in parts
+            and "preupload" not in parts
+        ):
             return self.tell("/".join(parts[2:4]), parts[4:])
         if parts[0] == "cdn":
             return self.store(parts[1], "/".join(parts[2:]))
@@ -101,7 +108,8 @@ class Reading(Handler):
         return True
 
     def tell(self, repo: str, rest: list[str]) -> None:
-        """What the repository is at a revision, with the sizes and digests of its files where they are asked for."""
+        """What the repository is at a revision, with the sizes and digests of its files where they are asked
+        for."""
         revision = rest[1] if len(rest) > 1 else "main"
         if self.refused(repo, revision):
             return
@@ -109,14 +117,30 @@ class Reading(Handler):
         if rest[:1] == ["tree"]:
             return self.tree(self.path.partition("?")[0], files)
         with_sizes = "blobs" in urlparse(self.path).query
-        siblings = [{"rfilename": name} | (described(name, data) if with_sizes else {}) for name, data in files.items()]
+        siblings = [
+            {"rfilename": name} | (described(name, data) if with_sizes else {})
+            for name, data in files.items()
+        ]
         siblings = siblings[: self.server.listed]
-        self.answer({"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings})
+        self.answer(
+            {
+                "id": repo,
+                "modelId": repo,
+                "sha": commit,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "siblings": siblings,
+            }
+        )
 
     def tree(self, path: str, files: dict[str, bytes]) -> None:
         """A page of all files, which names the next one."""
         start = int(parse_qs(urlparse(self.path).query).get("cursor", ["0"])[0])
-        page = [{"type": "file", "path": name} | described(name, files[name]) for name in list(files)[start : start + 2]]
+        page = [
+            {"type": "file", "path": name} | described(name, files[name])
+            for name in list(files)[start : start + 2]
+        ]
         following = f'<{self.server.url}{path}?recursive=true&cursor={start + 2}>; rel="next"'
         self.answer(page, Link=following if start + 2 < len(files) else "")
 
@@ -132,11 +156,16 @@ class Reading(Handler):
         about = described(name, files[name])
         large = "lfs" in about
         self.send_response(302 if large else 200)
-        self.send_header("X-Linked-Etag" if large else "ETag", f'"{about["lfs"]["oid"] if large else about["oid"]}"')
+        self.send_header(
+            "X-Linked-Etag" if large else "ETag", f'"{about["lfs"]["oid"] if large else about["oid"]}"'
+        )
         self.send_header("X-Repo-Commit", commit)
         if large:
             self.send_header("X-Linked-Size", str(about["size"]))
-            self.send_header("Location", f"http://localhost:{hub.server_port}/cdn/{commit}/{name}?Expires=1&Signature={SIGNATURE}")
+            self.send_header(
+                "Location",
+                f"http://localhost:{hub.server_port}/cdn/{commit}/{name}?Expires=1&Signature={SIGNATURE}",
+            )
         self.send_header("Content-Length", "0" if large else str(about["size"]))
         self.end_headers()
         if not large:
@@ -185,7 +214,9 @@ def serving(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     server = LocalHub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     try:

@@ -1,4 +1,5 @@
-"""A run folder with made numbers: what the report reads, in the shapes and sizes of a real one, in a moment and without a model."""
+"""A run folder with made numbers: what the report reads, in the shapes and sizes of a real one, in a moment
+and without a model."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ import numpy as np
 from monosemy.evaluation.latents import BINS, OCTAVES, REASONS, SAMPLED, STRONGEST, WINDOW
 from monosemy.system import arrays
 
-KINDS = ("standard", "standard_new", "gated", "p_anneal", "jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")
+KINDS = (
+    "standard",
+    "standard_new",
+    "gated",
+    "p_anneal",
+    "jump_relu",
+    "top_k",
+    "batch_top_k",
+    "matryoshka_batch_top_k",
+)
 HOSTILE = (
     b"<script>document.title='broken in'</script>",
     b"<img src=x onerror=\"document.title='broken in'\">",
@@ -27,7 +37,16 @@ HOSTILE = (
 )
 
 
-def make(folder: Path, *, sites: int = 2, width: int = 64, pages: int = 24, contexts: int = 40, L: int = 32, seed: int = 0) -> list[dict]:
+def make(
+    folder: Path,
+    *,
+    sites: int = 2,
+    width: int = 64,
+    pages: int = 24,
+    contexts: int = 40,
+    L: int = 32,
+    seed: int = 0,
+) -> list[dict]:
     """Write a run of eight architectures at so many sites; returns its rows. Its first tokens are hostile."""
     draw = np.random.default_rng(seed)
     words = [*HOSTILE, b"<|endoftext|>", *(f" word{i}".encode() for i in range(500))]
@@ -36,26 +55,82 @@ def make(folder: Path, *, sites: int = 2, width: int = 64, pages: int = 24, cont
     for layer in range(sites):
         for i, kind in enumerate(KINDS):
             l0, fvu = float(draw.uniform(20, 90)), float(draw.uniform(0.03, 0.3))
-            row = {"sae": f"resid_post_layer_{layer}/trainer_{i}", "site": f"resid_post.{layer}", "layer": layer, "architecture": kind}
-            row |= {"d_in": 24, "d_sae": width, "tokens": contexts * (L - 1), "spliced_tokens": contexts * (L - 2), "status": "complete"}
-            row |= {"sparsity_setting": "k", "sparsity": 40, "l0": l0, "fvu": fvu, "kl": fvu * 2.7182, "ce_diff": fvu / 3}
-            row |= {"cossim": 1 - fvu / 7, "loss_recovered_zero": 1 - fvu / 9, "encoder_decoder_cosine": float(draw.uniform(0.4, 0.9))}
-            row |= {"loss_recovered_zero_low": 1 - fvu / 8, "loss_recovered_zero_high": 1 - fvu / 10, "threshold_flag": i == 5}
+            row = {
+                "sae": f"resid_post_layer_{layer}/trainer_{i}",
+                "site": f"resid_post.{layer}",
+                "layer": layer,
+                "architecture": kind,
+            }
+            row |= {
+                "d_in": 24,
+                "d_sae": width,
+                "tokens": contexts * (L - 1),
+                "spliced_tokens": contexts * (L - 2),
+                "status": "complete",
+            }
+            row |= {
+                "sparsity_setting": "k",
+                "sparsity": 40,
+                "l0": l0,
+                "fvu": fvu,
+                "kl": fvu * 2.7182,
+                "ce_diff": fvu / 3,
+            }
+            row |= {
+                "cossim": 1 - fvu / 7,
+                "loss_recovered_zero": 1 - fvu / 9,
+                "encoder_decoder_cosine": float(draw.uniform(0.4, 0.9)),
+            }
+            row |= {
+                "loss_recovered_zero_low": 1 - fvu / 8,
+                "loss_recovered_zero_high": 1 - fvu / 10,
+                "threshold_flag": i == 5,
+            }
             counts = draw.integers(0, width // 12, 12).tolist()
-            row |= {"never_fired": width - sum(counts), "dense": counts[-1], "always_on": counts[-1] // 2, "near_copies": 3, "copies": 1}
+            row |= {
+                "never_fired": width - sum(counts),
+                "dense": counts[-1],
+                "always_on": counts[-1] // 2,
+                "near_copies": 3,
+                "copies": 1,
+            }
             row |= {"firing_log10_edges": [-6 + e / 2 for e in range(13)], "firing_counts": counts}
             rows.append(row)
             for step in range(0, 100, 10):
                 shrink = fvu + 0.5 / (1 + step)
                 records.append(
-                    {"sae": row["sae"], "step": step, "tokens": 512 * step, "loss": shrink, "fvu": shrink, "l0": l0, "dead": step}
+                    {
+                        "sae": row["sae"],
+                        "step": step,
+                        "tokens": 512 * step,
+                        "loss": shrink,
+                        "fvu": shrink,
+                        "l0": l0,
+                        "dead": step,
+                    }
                 )
             columns = made_latents(draw, width, min(pages, width), contexts, L, len(words))
             _savez_into(folder / row["sae"], {"tokens": row["tokens"], "contexts": contexts}, columns)
     rows[1]["kl"] = rows[1]["loss_recovered_zero_low"] = None
-    config = {"save_dir": str(folder), "model_name": "made-model", "dataset": "<b>made</b> text", "report_latents": pages}
-    training = {"steps": 100, "tokens": 51200, "seconds": 60.5, "tokens_per_second": 846.3, "peak_memory_gb": 1.25}
-    facts = {"config": config, "command": ["monosemy", "train"], "training": training, "model": {"name": "made-model"}}
+    config = {
+        "save_dir": str(folder),
+        "model_name": "made-model",
+        "dataset": "<b>made</b> text",
+        "report_latents": pages,
+    }
+    training = {
+        "steps": 100,
+        "tokens": 51200,
+        "seconds": 60.5,
+        "tokens_per_second": 846.3,
+        "peak_memory_gb": 1.25,
+    }
+    facts = {
+        "config": config,
+        "command": ["monosemy", "train"],
+        "training": training,
+        "model": {"name": "made-model"},
+    }
     (folder / "run.json").write_text(json.dumps(facts))
     (folder / "status.json").write_text(json.dumps({"status": "complete", "reason": "", "saes": {}}))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

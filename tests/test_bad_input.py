@@ -1,4 +1,7 @@
-"""Configurations that cannot be, in one process: from Python, from a file and from flags. Each is refused before weights load."""
+"""Configurations that cannot be, in one process: from Python, from a file and from flags.
+
+Each is refused before weights load.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +61,16 @@ BAD = [
     ("init_from", "/proc/self", "the folder of a trained SAE", "name one"),
 ]
 TOGETHER = [
-    ({"architectures": ["matryoshka_batch_top_k"], "group_fractions": [0.5, 0.4]}, "group_fractions", "sum to 1"),
-    ({"architectures": ["matryoshka_batch_top_k"], "group_fractions": [0.001, 0.999]}, "group_fractions", "widen"),
+    (
+        {"architectures": ["matryoshka_batch_top_k"], "group_fractions": [0.5, 0.4]},
+        "group_fractions",
+        "sum to 1",
+    ),
+    (
+        {"architectures": ["matryoshka_batch_top_k"], "group_fractions": [0.001, 0.999]},
+        "group_fractions",
+        "widen",
+    ),
     ({"architectures": ["matryoshka_batch_top_k"], "group_fractions": []}, "group_fractions", "()"),
     ({"mixed_dataset": True, "pretrain_frac": 1.0}, "pretrain_frac", "1.0"),
     ({"mixed_dataset": True, "pretrain_frac": 0}, "pretrain_frac", "below 1"),
@@ -70,9 +81,22 @@ TOGETHER = [
 
 @pytest.fixture
 def settings(tiny_model, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
-    base = {"save_dir": str(tmp_path / "run"), "model_name": str(tiny_model), "dataset": str(text_file), "layers": [1]}
-    return base | {"architectures": ["top_k"], "dictionary_widths": [48], "target_l0s": [4], "num_tokens": 6400, "sae_batch_size": 64}
+    monkeypatch.setattr(
+        "transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
+    )
+    base = {
+        "save_dir": str(tmp_path / "run"),
+        "model_name": str(tiny_model),
+        "dataset": str(text_file),
+        "layers": [1],
+    }
+    return base | {
+        "architectures": ["top_k"],
+        "dictionary_widths": [48],
+        "target_l0s": [4],
+        "num_tokens": 6400,
+        "sae_batch_size": 64,
+    }
 
 
 def refused_from_a_file(settings, tmp_path, capsys):
@@ -100,13 +124,19 @@ def test_settings_that_cannot_be_together(settings, tmp_path, capsys, changes, f
     assert said.startswith(f"error: {field} is ") and word in said
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"config": []}', b"[" * 100_000, b'{"layers": [1]}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"config": []}', b"[" * 100_000, b'{"layers": [1]}']
+)
 def test_a_file_that_is_no_configuration(tmp_path, capsys, content):
     path = tmp_path / "run.json"
     path.write_bytes(content)
     assert main(["train", "--config", str(path), "--save_dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: config is ") and "a run.json that an earlier run wrote" in said and "Traceback" not in said
+    assert (
+        said.startswith("error: config is ")
+        and "a run.json that an earlier run wrote" in said
+        and "Traceback" not in said
+    )
 
 
 def test_paths_from_python_are_taken(settings, tmp_path):

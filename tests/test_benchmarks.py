@@ -1,4 +1,7 @@
-"""Our half of end_to_end.py in its small mode, and what it works out from both halves' seconds. The whole of it is in peers/."""
+"""Our half of end_to_end.py in its small mode, and what it works out from both halves' seconds.
+
+The whole of it is in peers/.
+"""
 
 import json
 import subprocess
@@ -15,7 +18,14 @@ STEPS, SAES, CONTEXT, FORWARD, BATCH = 30, 16, 32, 4, 64
 
 
 def end_to_end(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "benchmarks" / "end_to_end.py", "--small", "--only", "ours", *map(str, arguments)]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "end_to_end.py",
+        "--small",
+        "--only",
+        "ours",
+        *map(str, arguments),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -31,7 +41,9 @@ def test_it_counts_every_token_forward_and_step(found: dict[str, Any]) -> None:
     run = found["rounds"][0]["ours"]
     assert run["tokens"] == 2 * STEPS * BATCH
     assert run["calls"]["SAE steps"] == STEPS * SAES
-    assert run["calls"]["language model"] >= run["read"] / (CONTEXT * FORWARD), "part of the next block is read ahead"
+    assert run["calls"]["language model"] >= run["read"] / (CONTEXT * FORWARD), (
+        "part of the next block is read ahead"
+    )
     assert run["read"] >= STEPS * BATCH  # of the first block, too, which is read before the loop begins
 
 
@@ -58,13 +70,23 @@ def test_a_missing_text_is_said(tiny_model: Path, tmp_path: Path) -> None:
 
 def run(tokens: float, seconds: float, **more: Any) -> dict[str, Any]:
     parts = {"language model": seconds / 2, "SAE steps": seconds / 4, "rest": seconds / 4}
-    return {"tokens_per_second": tokens / seconds, "seconds": seconds, "parts": parts, "peak_memory_gb": 1.0, "threads": 2} | more
+    return {
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "parts": parts,
+        "peak_memory_gb": 1.0,
+        "threads": 2,
+    } | more
 
 
 def test_ratios_are_of_each_round_and_medians_of_all(found: dict[str, Any]) -> None:
     layers = [dict.fromkeys(("layer", "tokens", "seconds", "filled", "refills", "buffer", "norm_batches"), 1)]
     rounds = [
-        {"ours": run(100, s, read=10), "theirs": run(100, 4 * s, steady_tokens_per_second=50 / s, layers=layers)} for s in (1.0, 2.0, 8.0)
+        {
+            "ours": run(100, s, read=10),
+            "theirs": run(100, 4 * s, steady_tokens_per_second=50 / s, layers=layers),
+        }
+        for s in (1.0, 2.0, 8.0)
     ]
     assert ratios(rounds) == {"as run": [4.0] * 3, "ours as run to theirs steady": [2.0] * 3}
     assert medians(rounds, "ours")["tokens_per_second"] == 50

@@ -1,4 +1,5 @@
-"""Flags and refusals. All bad configurations share this process; each is refused before weights load and writes nothing."""
+"""Flags and refusals. All bad configurations share this process; each is refused before weights load and
+writes nothing."""
 
 import itertools
 import json
@@ -76,14 +77,18 @@ BAD = [
 
 
 @pytest.mark.parametrize(("flags", "field", "value", "remedy"), BAD, ids=[b[0] for b in BAD])
-def test_bad_input_is_refused_at_once(flags, field, value, remedy, tiny_model, text_file, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_refused_at_once(
+    flags, field, value, remedy, tiny_model, text_file, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     base = f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48 --num_tokens 6400 --sae_batch_size 64 --target_l0s 4"
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
+    )
     start = time.monotonic()
     try:
         code = main([*base.split(), *flags.format(tmp=tmp_path, text=text_file).split()])
@@ -96,8 +101,12 @@ def test_bad_input_is_refused_at_once(flags, field, value, remedy, tiny_model, t
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_module_that_is_not_there_is_told_before_weights_load(tiny_model, text_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+def test_a_module_that_is_not_there_is_told_before_weights_load(
+    tiny_model, text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
+    )
     base = f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --dictionary_widths 48 --num_tokens 6400"
     flags = "--sae_batch_size 64 --target_l0s 4 --sites model.layers.1.gate"
     assert main([*base.split(), *flags.split()]) == 2
@@ -105,7 +114,9 @@ def test_a_module_that_is_not_there_is_told_before_weights_load(tiny_model, text
     assert "model.layers.1.gate" in error and "self_attn" in error and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", ["--num_tokens many", "--layers x", "--no_such_flag 3", "--dtype int8", "--recipe mine"])
+@pytest.mark.parametrize(
+    "flags", ["--num_tokens many", "--layers x", "--no_such_flag 3", "--dtype int8", "--recipe mine"]
+)
 def test_flags_that_do_not_parse(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as leave:
         main(["train", "--save_dir", str(tmp_path / "run"), *flags.split()])
@@ -116,7 +127,12 @@ def test_flags_that_do_not_parse(flags, tmp_path, capsys):
 @pytest.mark.parametrize("command", SEED_COMMANDS)
 def test_the_reference_s_commands_end_within_seconds_without_the_hub(command, tmp_path):
     """Verbatim, one after the other would be: each names what it could not reach, and writes nothing."""
-    environment = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HOME": str(tmp_path),
+    }
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, str(ROOT / "demo.py"), *command.split()],
@@ -134,8 +150,11 @@ def test_the_reference_s_commands_end_within_seconds_without_the_hub(command, tm
 
 
 @pytest.mark.parametrize("command", SEED_COMMANDS)
-def test_the_reference_s_commands_parse_and_plan_where_the_model_is_known(command, tmp_path, capsys, monkeypatch, text_file):
-    """With the models' config.json and a local text in the place of the hub's: the presets, the grid, the budget."""
+def test_the_reference_s_commands_parse_and_plan_where_the_model_is_known(
+    command, tmp_path, capsys, monkeypatch, text_file
+):
+    """With the models' config.json and a local text in the place of the hub's: the presets, the grid, the
+    budget."""
     from monosemy.jobs import plan
 
     shapes = {
@@ -174,21 +193,27 @@ def test_the_reference_s_commands_parse_and_plan_where_the_model_is_known(comman
 
 
 def test_every_constant_of_the_reference_is_a_flag_with_its_sentence():
-    done = subprocess.run([sys.executable, str(ROOT / "demo.py"), "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), "--help"], capture_output=True, text=True, check=True
+    )
     flags = "num_tokens eval_num_inputs random_seeds dictionary_widths warmup_steps sparsity_warmup_steps decay_start_fraction learning_rates wandb_project target_l0s "
     flags += "standard_penalties standard_new_penalties p_anneal_penalties gated_penalties sae_batch_size llm_batch_size context_length dtype dataset bandwidth "
     flags += "save_dir use_wandb dry_run save_checkpoints layers model_name architectures device hf_repo_id mixed_dataset buffer_tokens log_steps sparsity_penalty"
     for flag in flags.split():
-        assert f"--{flag} " in done.stdout or f"--{flag}," in done.stdout or f"--{flag}\n" in done.stdout, flag
+        assert f"--{flag} " in done.stdout or f"--{flag}," in done.stdout or f"--{flag}\n" in done.stdout, (
+            flag
+        )
     import ast
     import inspect
 
     body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
     for field, after in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and str(after.value.value).strip().endswith("."), (
-                field.target.id
-            )
+            assert (
+                isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+                and str(after.value.value).strip().endswith(".")
+            ), field.target.id
 
 
 def test_numbers_may_have_underscores(tiny_model, text_file, tmp_path, capsys):
@@ -228,7 +253,14 @@ def evaluated(tiny_model, text_file, tmp_path_factory):
 
 
 def of_evaluation(folder):
-    files = ["rows.jsonl", "eval_text.npz", "report.html", "evaluation.json", "plots/fvu.png", *("eval_results.json", "latents.npz")]
+    files = [
+        "rows.jsonl",
+        "eval_text.npz",
+        "report.html",
+        "evaluation.json",
+        "plots/fvu.png",
+        *("eval_results.json", "latents.npz"),
+    ]
     places = [folder / "resid_post_layer_1" / "trainer_0" if name in files[-2:] else folder for name in files]
     return {name: (place / name).stat().st_mtime_ns for name, place in zip(files, places, strict=True)}
 
@@ -240,7 +272,13 @@ def row_of(path):
 
 @pytest.mark.parametrize(
     ("flags", "inputs", "spliced"),
-    [("", 6, 6), ("--llm_batch_size 4", 6, 6), ("--device cpu", 6, 6), ("--eval_spliced_inputs 2", 6, 2), ("--eval_num_inputs 3", 3, 3)],
+    [
+        ("", 6, 6),
+        ("--llm_batch_size 4", 6, 6),
+        ("--device cpu", 6, 6),
+        ("--eval_spliced_inputs 2", 6, 2),
+        ("--eval_num_inputs 3", 3, 3),
+    ],
 )
 def test_flags_of_speed_and_size_renew_the_run_s_files(evaluated, tmp_path, flags, inputs, spliced):
     before, table = of_evaluation(evaluated), tmp_path / "rows.jsonl"
@@ -253,7 +291,15 @@ def test_flags_of_speed_and_size_renew_the_run_s_files(evaluated, tmp_path, flag
 
 
 @pytest.mark.parametrize(
-    "flags", ["--dataset x.jsonl", "--context_length 8", "--model_name m", "--layer 1", "--site mlp_out.1", "--format native"]
+    "flags",
+    [
+        "--dataset x.jsonl",
+        "--context_length 8",
+        "--model_name m",
+        "--layer 1",
+        "--site mlp_out.1",
+        "--format native",
+    ],
 )
 def test_flags_that_ask_another_question_are_refused_for_a_run(evaluated, capsys, flags):
     before = of_evaluation(evaluated)
@@ -267,12 +313,28 @@ def test_they_are_taken_where_saes_are_set_beside_each_other(evaluated, text_fil
     before, table = of_evaluation(evaluated), tmp_path / "rows.jsonl"
     (sae,) = evaluated.glob("*/trainer_*")
     assert (
-        main(["eval", str(sae), "--context_length", "8", "--dataset", str(text_file), "--rows", str(table), "--llm_batch_size", "3"]) == 0
+        main(
+            [
+                "eval",
+                str(sae),
+                "--context_length",
+                "8",
+                "--dataset",
+                str(text_file),
+                "--rows",
+                str(table),
+                "--llm_batch_size",
+                "3",
+            ]
+        )
+        == 0
     )
     assert row_of(table)["context_length"] == 8 and of_evaluation(evaluated) == before
 
 
-@pytest.mark.parametrize(("flag", "least"), [("eval_num_inputs", 1), ("eval_spliced_inputs", 0), ("llm_batch_size", 1)])
+@pytest.mark.parametrize(
+    ("flag", "least"), [("eval_num_inputs", 1), ("eval_spliced_inputs", 0), ("llm_batch_size", 1)]
+)
 def test_sizes_of_an_evaluation_are_checked(evaluated, capsys, flag, least):
     assert main(["eval", str(evaluated), f"--{flag}={least - 1}"]) == 2
     assert f"{flag} is {least - 1}; allowed: {least} or more" in capsys.readouterr().err
@@ -284,12 +346,16 @@ def test_a_run_can_be_evaluated_without_splicing(evaluated):
     assert row["loss_recovered_zero"] is None and row["spliced_tokens"] == 0 and row["fvu"] is not None
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["list", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["list", "--help"]], ids=" ".join
+)
 def test_a_pipe_that_nobody_reads_is_left_in_silence(arguments):
     """As `monosemy train --help | head -1` leaves it, whichever of the two is faster."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "monosemy", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "monosemy", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 

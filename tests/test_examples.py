@@ -1,4 +1,5 @@
-"""Every example runs as its first lines say, on a tiny model or numbers of its own, and shows what it claims."""
+"""Every example runs as its first lines say, on a tiny model or numbers of its own, and shows what it
+claims."""
 
 import importlib.util
 import re
@@ -87,14 +88,21 @@ def test_steer(sae_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plain.removeprefix("as it is: ") == steered.removeprefix("steered:  ")
     command("steer", sae_folder, *arguments, "--strength", 1000)
     assert capsys.readouterr().out.splitlines()[0] == plain
-    assert len({example("steer").main(str(sae_folder), latent, 1000.0, "the one", 5)[1] for latent in range(8)}) > 1
+    assert (
+        len({example("steer").main(str(sae_folder), latent, 1000.0, "the one", 5)[1] for latent in range(8)})
+        > 1
+    )
 
 
 def test_own_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("own_activations", "--folder", tmp_path, "--steps", 120)
     found = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     module = example("own_activations")
-    chance = float((torch.nn.functional.normalize(torch.randn(module.TRUE, module.D), dim=1) @ module.made(1)[0].T).amax(0).mean())
+    chance = float(
+        (torch.nn.functional.normalize(torch.randn(module.TRUE, module.D), dim=1) @ module.made(1)[0].T)
+        .amax(0)
+        .mean()
+    )
     assert len(found) == 2 and min(found) > chance + 0.15
     assert monosemy.load(tmp_path / "sae_1").name == "standard"
 
@@ -111,11 +119,20 @@ def test_new_architecture(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("without_language_model", "--folder", tmp_path / "report", "--steps", 150)
     *rows, last = capsys.readouterr().out.splitlines()
-    assert last == f"open {tmp_path / 'report' / 'report.html'}" and (tmp_path / "report" / "report.html").is_file()
+    assert (
+        last == f"open {tmp_path / 'report' / 'report.html'}"
+        and (tmp_path / "report" / "report.html").is_file()
+    )
     found = {row.split()[0]: float(row.split("FVU ")[1].split()[0]) for row in rows}
     assert found.keys() == {"batch_top_k", "standard"} and max(found.values()) < 0.5
     text = (EXAMPLES / "without_language_model.py").read_text()
-    assert set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) == {"collections", "pathlib", "torch", "tyro", "monosemy"}
+    assert set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) == {
+        "collections",
+        "pathlib",
+        "torch",
+        "tyro",
+        "monosemy",
+    }
     assert "from monosemy" not in text
 
 
@@ -124,7 +141,9 @@ def test_every_example_is_tested() -> None:
     assert all(f"def test_{path.stem}(" in tested for path in EXAMPLES.glob("*.py"))
 
 
-def test_a_run_sweeps_a_registered_architecture_over_what_it_declares(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_sweeps_a_registered_architecture_over_what_it_declares(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """And not over target_l0s, which are no penalties; evaluated, plotted and loaded like any other."""
     module = runpy.run_path(str(EXAMPLES / "new_architecture.py"))
     config = monosemy.TrainConfig(

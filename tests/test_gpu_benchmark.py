@@ -17,11 +17,15 @@ SCRIPT = Path(gpu.__file__)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
 
 
 def report(tmp_path: Path, *arguments: str) -> gpu.Report:
-    return gpu.Report("checks", gpu.parse(["--tiny", "--here", "--json", str(tmp_path / "rows.jsonl"), *arguments]))
+    return gpu.Report(
+        "checks", gpu.parse(["--tiny", "--here", "--json", str(tmp_path / "rows.jsonl"), *arguments])
+    )
 
 
 def broken(name: str, function: object) -> ModuleType:
@@ -38,7 +42,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Completed
     return done, [json.loads(row) for row in path.read_text().splitlines()]
 
 
-def test_the_tiny_form_runs_every_section(tiny: tuple[subprocess.CompletedProcess[str], list[gpu.Row]]) -> None:
+def test_the_tiny_form_runs_every_section(
+    tiny: tuple[subprocess.CompletedProcess[str], list[gpu.Row]],
+) -> None:
     done, rows = tiny
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(dict.fromkeys(row["section"] for row in rows)) == list(gpu.SECTIONS)
@@ -46,20 +52,31 @@ def test_the_tiny_form_runs_every_section(tiny: tuple[subprocess.CompletedProces
     by_section = {name: [row for row in rows if row["section"] == name] for name in gpu.SECTIONS}
     steps = {row["case"]: row for row in by_section["steps"] if row["unit"] == "ms"}
     assert list(steps) == ["batch_top_k 24x128", "gated 24x128", "gated 24x128 dense"]
-    assert all(row["value"] > 0 and row["ratio"] == pytest.approx(row["value"] / row["floor_ms"]) for row in steps.values())
-    assert steps["gated 24x128"]["l0"] == pytest.approx(gpu.TINY.k, rel=0.3) and steps["gated 24x128 dense"]["l0"] > 20
+    assert all(
+        row["value"] > 0 and row["ratio"] == pytest.approx(row["value"] / row["floor_ms"])
+        for row in steps.values()
+    )
+    assert (
+        steps["gated 24x128"]["l0"] == pytest.approx(gpu.TINY.k, rel=0.3)
+        and steps["gated 24x128 dense"]["l0"] > 20
+    )
     speeds = [row for row in by_section["headlines"] if row["unit"] == "tokens/s"]
     assert len(speeds) == 3
     assert all(row["hours_500M"] == pytest.approx(500e6 / row["value"] / 3600) for row in speeds)
     assert [row["value"] > 0 for row in by_section["sweep"] if row["unit"] == "ms"] == [True, True]
 
 
-def test_it_prints_a_table_of_what_it_writes(tiny: tuple[subprocess.CompletedProcess[str], list[gpu.Row]]) -> None:
+def test_it_prints_a_table_of_what_it_writes(
+    tiny: tuple[subprocess.CompletedProcess[str], list[gpu.Row]],
+) -> None:
     done, rows = tiny
     head = done.stdout.index("| section | case | result |")
     assert done.stdout[head:].count("\n|") == len(rows) + 1  # the line below the head
     assert all(gpu.line(row) in done.stdout[head:] for row in rows)
-    assert all(any(row["note"] == "needs a GPU" for row in rows if row["section"] == name) for name in ("checks", "sweep"))
+    assert all(
+        any(row["note"] == "needs a GPU" for row in rows if row["section"] == name)
+        for name in ("checks", "sweep")
+    )
     assert any(row["note"] == "peer not at hand" for row in rows if row["section"] == "peers")
 
 
@@ -70,8 +87,13 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "told"), [(["--only", "checks,speed"], "speed"), (["--dictionary_learning", "nowhere"], "nowhere")])
-def test_what_it_does_not_know_is_refused(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["--only", "checks,speed"], "speed"), (["--dictionary_learning", "nowhere"], "nowhere")],
+)
+def test_what_it_does_not_know_is_refused(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         gpu.parse(["--tiny", *arguments])
     assert told in capsys.readouterr().err
@@ -83,9 +105,24 @@ def test_what_it_does_not_know_is_refused(arguments: list[str], told: str, capsy
         (gpu.check_selections, "top_k", lambda pre, k, among=None: plain.top_k(-pre, k, among), "top_k"),
         (gpu.check_selections, "above", lambda pre, t, capacity=None: plain.above(pre, t + 0.01), "above 0"),
         (gpu.check_sums, "decode", lambda v, W, e: plain.decode(v, W, e) * 1.0001, "decode"),
-        (gpu.check_sums, "sum_by_latent", lambda v, e: plain.sum_by_latent(v, e) * torch.nan, "sum_by_latent"),
-        (gpu.check_sums, "group", lambda latents, starts, F: tuple(x.flip(0) for x in plain.group(latents, starts, F)), "group"),
-        (gpu.check_update, "square_norms", lambda p, grads, c: plain.square_norms(p, grads, "free"), "square_norms"),
+        (
+            gpu.check_sums,
+            "sum_by_latent",
+            lambda v, e: plain.sum_by_latent(v, e) * torch.nan,
+            "sum_by_latent",
+        ),
+        (
+            gpu.check_sums,
+            "group",
+            lambda latents, starts, F: tuple(x.flip(0) for x in plain.group(latents, starts, F)),
+            "group",
+        ),
+        (
+            gpu.check_update,
+            "square_norms",
+            lambda p, grads, c: plain.square_norms(p, grads, "free"),
+            "square_norms",
+        ),
         (gpu.check_update, "update", lambda p, *a, **k: plain.update(p, *a, **k) or p.mul_(0.999), "update"),
     ],
 )
@@ -112,7 +149,11 @@ def test_what_fails_is_told_and_the_rest_goes_on(
     path = tmp_path / "rows.jsonl"
     assert gpu.main(["--tiny", "--only", "steps", "--here", "--json", str(path)]) == 1
     rows = [json.loads(row) for row in path.read_text().splitlines()]
-    assert [(row["case"], row["verdict"]) for row in rows] == [("one", "FAILED"), ("two", ""), ("the section", "FAILED")]
+    assert [(row["case"], row["verdict"]) for row in rows] == [
+        ("one", "FAILED"),
+        ("two", ""),
+        ("the section", "FAILED"),
+    ]
     assert rows[0]["note"] == "RuntimeError: broken | kernel" and gpu.line(rows[0]).count("|") == 7
     assert "Traceback" in capsys.readouterr().out
 
@@ -142,8 +183,11 @@ def test_no_case_begins_once_the_time_is_over(tmp_path: Path) -> None:
         ("p_anneal", 512, 16384, True, 0.263),
     ],
 )
-def test_the_floor_is_bytes_and_products_at_their_rates(name: str, D: int, F: int, dense: bool, microseconds: float) -> None:
-    """By hand, for 800 TFLOP/s, 3.0 TB/s, and 5.5 TB/s for rows that lie in a cache of 50 MB: microseconds of a token."""
+def test_the_floor_is_bytes_and_products_at_their_rates(
+    name: str, D: int, F: int, dense: bool, microseconds: float
+) -> None:
+    """By hand, for 800 TFLOP/s, 3.0 TB/s, and 5.5 TB/s for rows that lie in a cache of 50 MB: microseconds of
+    a token."""
     rates = object.__new__(gpu.Rates)
     rates.sizes, rates.copy = gpu.Sizes(), 3e9
     rates.product = lambda D, F: 2 * 2048 * D * F / 800e9  # type: ignore[method-assign]

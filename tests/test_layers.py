@@ -32,7 +32,8 @@ FLOORS = {
     "__main__": 9,
     "__init__": 9,  # it names what lies in all of them
 }
-# errors hide secrets; the registry fills itself when it is first asked; an SAE knows its way from and to the hub
+# errors hide secrets; the registry fills itself when it is first asked; an SAE knows its way from and to the
+# hub
 UPWARDS = {("errors", "system"), ("sae", "architectures"), ("sae", "jobs")}
 
 
@@ -56,7 +57,11 @@ def imports(path: Path) -> set[str]:
 def test_imports_go_down(path):
     here = room(path)
     assert here in FLOORS, f"give {here} a floor"
-    assert not [there for there in imports(path) if there != here and FLOORS[there] >= FLOORS[here] and (here, there) not in UPWARDS]
+    assert not [
+        there
+        for there in imports(path)
+        if there != here and FLOORS[there] >= FLOORS[here] and (here, there) not in UPWARDS
+    ]
 
 
 def test_the_test_sees_imports():
@@ -64,9 +69,7 @@ def test_the_test_sees_imports():
 
 
 def test_checks_need_no_torch():
-    code = (
-        "import sys, monosemy, monosemy.cli, monosemy.jobs.plan\nsys.exit(bool({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
-    )
+    code = "import sys, monosemy, monosemy.cli, monosemy.jobs.plan\nsys.exit(bool({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

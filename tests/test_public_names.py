@@ -1,4 +1,5 @@
-"""What `import monosemy` offers: the same names to the interpreter, to type checkers and to editors, on any system."""
+"""What `import monosemy` offers: the same names to the interpreter, to type checkers and to editors, on any
+system."""
 
 import ast
 import subprocess
@@ -18,7 +19,12 @@ def typed_names() -> dict[str, str]:
     """Each name under TYPE_CHECKING with the module that it comes from."""
     tree = ast.parse((SRC / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    return {alias.asname or "": (node.module or "") for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return {
+        alias.asname or "": (node.module or "")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 def test_type_checkers_see_every_public_name_where_it_is():
@@ -47,20 +53,44 @@ def test_mypy_knows_what_a_user_calls(tmp_path):
         )
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", "", "--ignore-missing-imports", "--follow-imports=silent", str(program)],
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            "",
+            "--ignore-missing-imports",
+            "--follow-imports=silent",
+            str(program),
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
-    types = ("monosemy.sae.SAE", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "list[monosemy.sae.SAE]", "tuple[int, ...]")
+    types = (
+        "monosemy.sae.SAE",
+        "torch._tensor.Tensor",
+        "torch.nn.parameter.Parameter",
+        "list[monosemy.sae.SAE]",
+        "tuple[int, ...]",
+    )
     for said in (*(f'Revealed type is "{name}"' for name in types), 'Module has no attribute "nothing"'):
         assert said in ran.stdout, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_import_from_the_package_itself(example):
-    modules = [node.module or "" for node in ast.walk(ast.parse(example.read_text())) if isinstance(node, ast.ImportFrom)]
-    names = [alias.name for node in ast.walk(ast.parse(example.read_text())) if isinstance(node, ast.Import) for alias in node.names]
+    modules = [
+        node.module or ""
+        for node in ast.walk(ast.parse(example.read_text()))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    names = [
+        alias.name
+        for node in ast.walk(ast.parse(example.read_text()))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
     assert not [name for name in modules + names if name.startswith("monosemy.")]
 
 

@@ -22,7 +22,12 @@ def test_print_tells_kind_widths_and_settings(name):
 def test_an_sae_says_what_and_where_it_is(name):
     sae = trained(name, 3).finished()
     assert (sae.d_in, sae.d_sae, sae.device, sae.dtype) == (D, F, torch.device("cpu"), torch.float32)
-    assert sae.cfg == sae.cfg | {"architecture": name, "d_in": D, "d_sae": F, "device": "cpu", "dtype": "float32"} | SETTINGS[name]
+    assert (
+        sae.cfg
+        == sae.cfg
+        | {"architecture": name, "d_in": D, "d_sae": F, "device": "cpu", "dtype": "float32"}
+        | SETTINGS[name]
+    )
     assert hasattr(sae, "k") == ("k" in SETTINGS[name]) and getattr(sae, "k", None) == SETTINGS[name].get("k")
     assert sae.bfloat16().dtype == torch.bfloat16
 
@@ -96,7 +101,7 @@ def test_latents_of_another_width_are_not_decoded():
         architecture("standard")(D, F).decode(torch.zeros(2, D))
 
 
-# --- odd activations, in training ----------------------------------------------------------------------------------------------
+# --- odd activations, in training ---------------------------------------------------------------------------
 
 ODD = {
     "zeros": torch.zeros(64, D),
@@ -127,7 +132,7 @@ def test_a_residual_of_zero_in_the_middle_changes_nothing_else():
     assert fitted.status == "complete" and fitted.metrics[-1]["mse"] < fitted.metrics[0]["mse"]
 
 
-# --- what cannot be trained ------------------------------------------------------------------------------------------------------
+# --- what cannot be trained ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf"), -float("inf")])
@@ -161,7 +166,9 @@ def test_settings_that_no_sae_can_have_are_refused(name, settings):
         monosemy.fit([batch(0)], [monosemy.SAESpec(name, F, settings=settings)])
 
 
-@pytest.mark.parametrize("what", [{"steps": 0}, {"steps": -1}, {"log_steps": 0}, {"checkpoint_every": 0}, {"saes": []}])
+@pytest.mark.parametrize(
+    "what", [{"steps": 0}, {"steps": -1}, {"log_steps": 0}, {"checkpoint_every": 0}, {"saes": []}]
+)
 def test_fit_refuses_counts_below_1(what):
     (field,) = what
     with pytest.raises(ValueError, match=f"{field} is"):

@@ -34,7 +34,8 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.training.loop import fit as fit
     from monosemy.training.trainer import SAESpec as SAESpec
 
-# names are looked up when they are used, so that `import monosemy` and the command line's checks need no torch
+# names are looked up when they are used, so that `import monosemy` and the command line's checks need no
+# torch
 _HOME = {
     "ActivationStream": "data.activations",
     "Codes": "codes",

@@ -1,4 +1,5 @@
-"""The command line: flags to a configuration, errors to exit codes. torch is imported only once everything has been checked.
+"""The command line: flags to a configuration, errors to exit codes. torch is imported only once everything
+has been checked.
 
 Exit codes: 0 complete, 1 failed, 2 input, 3 stopped early, 75 try again, 130 and 143 signals.
 """
@@ -59,7 +60,8 @@ def _usage(command: str) -> int:
 
 
 def _guarded(job: Callable[[], int]) -> int:
-    """Run a job with its errors as one clear line and their exit codes; what nobody foresaw keeps its traceback. No secret is printed."""
+    """Run a job with its errors as one clear line and their exit codes; what nobody foresaw keeps its
+    traceback. No secret is printed."""
     with redirect_stdout(Redacted(sys.stdout)), redirect_stderr(Redacted(sys.stderr)):  # type: ignore[type-var]
         return _told(lambda: _flushed(job()))
 
@@ -73,7 +75,8 @@ def _flushed(code: int) -> int:
 def _told(job: Callable[[], int]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("monosemy").setLevel(logging.INFO)
-    # Large arrays in large pages: without them every new one costs several times its use. Read when torch is imported.
+    # Large arrays in large pages: without them every new one costs several times its use. Read when torch is
+    # imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -94,7 +97,8 @@ def _told(job: Callable[[], int]) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has gone, such as `head`; what is still to be written goes nowhere then."""
+    """Whether standard output is a pipe whose reader has gone, such as `head`; what is still to be written
+    goes nowhere then."""
     if not hasattr(select, "poll"):  # Windows has other errors for it
         return False
     poll = select.poll()
@@ -126,9 +130,17 @@ def _train(arguments: list[str]) -> int:
 
 
 def _parse(
-    command: str, description: str, groups: dict[str, type], arguments: list[str], saved: object = None, markers: Any = ()
+    command: str,
+    description: str,
+    groups: dict[str, type],
+    arguments: list[str],
+    saved: object = None,
+    markers: Any = (),
 ) -> dict[str, Any]:
-    """Parse flags to the fields of all groups; each group is a box of --help. `saved` holds other defaults."""
+    """Parse flags to the fields of all groups; each group is a box of --help.
+
+    `saved` holds other defaults.
+    """
 
     def default(kind: type) -> Any:
         fields = dataclasses.fields(kind)
@@ -154,7 +166,9 @@ def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
     for i, argument in enumerate(arguments):
         if argument == "--config":
             if i + 1 == len(arguments):
-                raise invalid("config", None, "a run.json that an earlier run wrote", "name the file after --config")
+                raise invalid(
+                    "config", None, "a run.json that an earlier run wrote", "name the file after --config"
+                )
             return TrainConfig.read(arguments[i + 1]), arguments[:i] + arguments[i + 2 :]
         if argument.startswith("--config="):
             return TrainConfig.read(argument.removeprefix("--config=")), arguments[:i] + arguments[i + 1 :]
@@ -163,7 +177,15 @@ def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
 
 def _eval(arguments: list[str]) -> int:
     positional = (tyro.conf.PositionalRequiredArgs,)  # the paths
-    config = EvalConfig(**_parse("monosemy eval", inspect.cleandoc(EvalConfig.__doc__ or ""), EVAL_GROUPS, arguments, markers=positional))
+    config = EvalConfig(
+        **_parse(
+            "monosemy eval",
+            inspect.cleandoc(EvalConfig.__doc__ or ""),
+            EVAL_GROUPS,
+            arguments,
+            markers=positional,
+        )
+    )
     from monosemy.jobs.evaluate import evaluate_saes
 
     return int(bool(evaluate_saes(config)[1]))
@@ -177,13 +199,16 @@ def _convert(arguments: list[str]) -> int:
         format: str | None = None,
         unfinished: bool = False,
     ) -> int:
-        """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for goes to monosemy.json beside it.
+        """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for
+        goes to monosemy.json beside it.
 
         Args:
-            folder: An SAE's own folder, its file in layouts of one file for each SAE, or its name on the hub, OWNER/REPO/SAE_ID.
+            folder: An SAE's own folder, its file in layouts of one file for each SAE, or its name on the hub,
+            OWNER/REPO/SAE_ID.
             out: A new folder.
             to: native, dictionary_learning, sae_lens or sparsify.
-            format: dictionary_learning, qwen_scope or goodfire: opens a pickle of that layout, restricted to tensors. Others are told apart
+            format: dictionary_learning, qwen_scope or goodfire: opens a pickle of that layout, restricted to
+            tensors. Others are told apart
                 by their files.
             unfinished: Also an SAE whose training did not complete.
         """
@@ -199,25 +224,34 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    def report(runs: Annotated[tuple[str, ...], tyro.conf.Positional], out: str | None = None, latents: int | None = None) -> int:
+    def report(
+        runs: Annotated[tuple[str, ...], tyro.conf.Positional],
+        out: str | None = None,
+        latents: int | None = None,
+    ) -> int:
         """Write report.html, one page of one run or several side by side, and draw each run's plots again.
 
         Args:
             runs: The runs' folders.
             out: The page's file; report.html in the first run's folder where nothing is given.
-            latents: Pages of latents for each SAE, at most; as many as the run gathered where nothing is given.
+            latents: Pages of latents for each SAE, at most; as many as the run gathered where nothing is
+            given.
         """
         from monosemy.evaluation.missing import Missing
         from monosemy.report import page, plots
 
         if not runs:
-            raise invalid("runs", runs, "the folder of a run, or several", "name the folder that --save_dir made")
+            raise invalid(
+                "runs", runs, "the folder of a run, or several", "name the folder that --save_dir made"
+            )
         missing = Missing(_run_folder(runs[0]))
         print(page.write([_run_folder(run) for run in runs], out, latents=latents, missing=missing))
         for path in chain.from_iterable(plots.write(run, missing=missing) for run in runs):
             print(path)
         if missing:
-            print(f"missing: {missing}; `monosemy eval` of the run makes only what is missing", file=sys.stderr)
+            print(
+                f"missing: {missing}; `monosemy eval` of the run makes only what is missing", file=sys.stderr
+            )
         return int(bool(missing))
 
     return tyro.cli(report, args=arguments, prog="monosemy report", use_underscores=True)
@@ -225,10 +259,12 @@ def _report(arguments: list[str]) -> int:
 
 def _list(arguments: list[str]) -> int:
     def list_(repo: Annotated[str, tyro.conf.Positional], revision: str | None = None) -> int:
-        """List the SAEs of a repository, with their layouts, sites, widths and sizes. Nothing but names is fetched.
+        """List the SAEs of a repository, with their layouts, sites, widths and sizes. Nothing but names is
+        fetched.
 
         Args:
-            repo: OWNER/REPO or OWNER/REPO/FOLDER on the hub, a release such as gemma-scope-2b-pt-res, or a folder.
+            repo: OWNER/REPO or OWNER/REPO/FOLDER on the hub, a release such as gemma-scope-2b-pt-res, or a
+            folder.
             revision: A branch, tag or commit.
         """
         from monosemy.jobs.pretrained import list_saes
@@ -236,11 +272,16 @@ def _list(arguments: list[str]) -> int:
         records = list_saes(repo, revision)
         lines = [
             ("SAE", "layout", "site", "width", "size", ""),
-            *((r.sae_id, r.format or "-", r.site or "-", _count(r.d_sae), _megabytes(r.bytes), r.note) for r in records),
+            *(
+                (r.sae_id, r.format or "-", r.site or "-", _count(r.d_sae), _megabytes(r.bytes), r.note)
+                for r in records
+            ),
         ]
         w = [max(len(line[i]) for line in lines) for i in range(5)]
         for sae_id, layout, site, width, size, note in lines:
-            print(f"{sae_id:{w[0]}}  {layout:{w[1]}}  {site:{w[2]}}  {width:>{w[3]}}  {size:>{w[4]}}  {note}".rstrip())
+            print(
+                f"{sae_id:{w[0]}}  {layout:{w[1]}}  {site:{w[2]}}  {width:>{w[3]}}  {size:>{w[4]}}  {note}".rstrip()
+            )
         return 0
 
     return tyro.cli(list_, args=arguments, prog="monosemy list", use_underscores=True)
@@ -281,7 +322,9 @@ def _push(arguments: list[str]) -> int:
 
 def _run_folder(run: str) -> str:
     if not os.path.isfile(os.path.join(run, "run.json")):
-        raise invalid("run", run, "the folder of a run, which has a run.json", "name the folder that --save_dir made")
+        raise invalid(
+            "run", run, "the folder of a run, which has a run.json", "name the folder that --save_dir made"
+        )
     return run
 
 

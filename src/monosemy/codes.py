@@ -1,9 +1,11 @@
-"""The codes of a batch: a small sparse algebra in two layouts, and the pre-activations that codes are selected from.
+"""The codes of a batch: a small sparse algebra in two layouts, and the pre-activations that codes are
+selected from.
 
 B tokens, D d_in, F d_sae, N active entries, G groups of latents.
 
-A code is a *support* (which latents are active on which tokens) and values on it. `DenseCodes` holds a [B, F] array and a
-mask, `SparseCodes` flat lists of N entries. An objective is written once, in the algebra that both share.
+A code is a *support* (which latents are active on which tokens) and values on it. `DenseCodes` holds a [B, F]
+array and a mask, `SparseCodes` flat lists of N entries. An objective is written once, in the algebra that
+both share.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from monosemy import ops
 
 @dataclass(frozen=True)
 class Execution:
-    """How a step is computed: what the machine needs and no paper knows. It changes results by rounding at most."""
+    """How a step is computed: what the machine needs and no paper knows.
+
+    It changes results by rounding at most.
+    """
 
     sparse: bool = True
     """Layout of `Preactivations.above`; the TopK selections are sparse in any case."""
@@ -53,7 +58,10 @@ class Codes(ABC):
 
     @abstractmethod
     def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> Codes:
-        """Apply `function(values, *w)` elementwise on the support. Each `w_F` [F] is gathered to the values' layout first."""
+        """Apply `function(values, *w)` elementwise on the support.
+
+        Each `w_F` [F] is gathered to the values' layout first.
+        """
 
     @abstractmethod
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
@@ -81,7 +89,8 @@ class Codes(ABC):
 
     @abstractmethod
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
-        """Compute codes W, [B, D]; given the first latent of each group, each group's contribution, [G, B, D]."""
+        """Compute codes W, [B, D]; given the first latent of each group, each group's contribution, [G, B,
+        D]."""
 
 
 @dataclass
@@ -91,7 +100,8 @@ class DenseCodes(Codes):
     pre: Preactivations
     values: Tensor
     again: Tensor
-    """Alias of `values` that `map` and `total` use, so that their gradient arrives separately from the decoder's."""
+    """Alias of `values` that `map` and `total` use, so that their gradient arrives separately from the
+    decoder's."""
     mask: Tensor
     counts: Tensor
     """Tokens on which the support has each latent, [F]."""
@@ -147,7 +157,9 @@ class SparseCodes(Codes):
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
         values = self.values if function is None else self._valid(self._apply(function, *w_F))
-        return ops.sum_by_latent(values, self.entries).sum()  # its order does not depend on the number of threads
+        return ops.sum_by_latent(
+            values, self.entries
+        ).sum()  # its order does not depend on the number of threads
 
     def by_latent(self) -> Tensor:
         return ops.sum_by_latent(self.values, self.entries)
@@ -177,7 +189,8 @@ class SparseCodes(Codes):
         e = self.entries
         if begins_G is None:
             return ops.decode(self.values, W_FD, e)
-        # entries are in order of tokens and latents, hence of tokens and groups: only the bags' offsets are new
+        # entries are in order of tokens and latents, hence of tokens and groups: only the bags' offsets are
+        # new
         flat_N = e.bags_N.long() * e.F + e.latents_N
         if e.valid_N is not None:
             flat_N = torch.where(e.valid_N, flat_N, e.R * e.F)
@@ -188,7 +201,8 @@ class SparseCodes(Codes):
 
 
 class Preactivations:
-    """The encoder's product of one batch, from which codes are selected; AuxK selects a second time from the same product."""
+    """The encoder's product of one batch, from which codes are selected; AuxK selects a second time from the
+    same product."""
 
     def __init__(
         self,
@@ -223,7 +237,10 @@ class Preactivations:
         return len(self.centered_BD)
 
     def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an uninitialized [B, F] workspace. The n-th request of every batch reuses the same memory."""
+        """Return an uninitialized [B, F] workspace.
+
+        The n-th request of every batch reuses the same memory.
+        """
         self.buffers += 1
         shape, workspace = self.product_BF.shape, self.execution.workspace
         if workspace is None:
@@ -239,7 +256,8 @@ class Preactivations:
         return self._sparse(ops.batch_top_k(self.product, n), padded=False)
 
     def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
-        """Select the k largest of each token among the latents of a mask [F]; all of these where they are fewer."""
+        """Select the k largest of each token among the latents of a mask [F]; all of these where they are
+        fewer."""
         return self._sparse(ops.top_k(self.product, k, latents_F), padded=True)
 
     def above(self, threshold: Tensor | float) -> Codes:

@@ -1,8 +1,9 @@
-"""Configuration of training and evaluation. Each field's docstring is also its `--help` text. Nothing here imports torch.
+"""Configuration of training and evaluation. Each field's docstring is also its `--help` text. Nothing here
+imports torch.
 
-A group of settings is a dataclass of its own; `TrainConfig` has the fields of all groups, so that a function can take the
-one group that it reads. The range of a field stands in its annotation and is checked when a configuration is made; what two
-groups must agree on is checked by `plan`.
+A group of settings is a dataclass of its own; `TrainConfig` has the fields of all groups, so that a function
+can take the one group that it reads. The range of a field stands in its annotation and is checked when a
+configuration is made; what two groups must agree on is checked by `plan`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ DEVICE = Rule(
     "auto, cpu, cuda or cuda:N: kernels are made for these",
     "correct it, or use --device cpu",
 )
-REVISION = Rule(lambda name: re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", name, re.ASCII) is not None, "a branch, tag or commit")
+REVISION = Rule(
+    lambda name: re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", name, re.ASCII) is not None,
+    "a branch, tag or commit",
+)
 
 
 def is_hub_repository(name: str) -> bool:
@@ -60,7 +64,8 @@ class OutputConfig:
     """The run's folder, its records, and where they are mirrored to."""
 
     save_dir: Annotated[str, Rule(bool, "a folder's path", "name one, such as --save_dir saes")]
-    """Folder of the run. Where it holds a run of another model or other architectures, the new one goes beside it."""
+    """Folder of the run. Where it holds a run of another model or other architectures, the new one goes
+    beside it."""
     _: KW_ONLY
     log_steps: Annotated[int, AT_LEAST_1] = 100
     """Steps between records in metrics.jsonl."""
@@ -69,11 +74,13 @@ class OutputConfig:
     checkpoint_every: Annotated[int, AT_LEAST_1] = 1000
     """Steps between the checkpoints that a run resumes from; there is one at least every ten minutes."""
     resume: bool = False
-    """Resume from the newest checkpoint in save_dir, as a run that is started again on its own folder does anyway."""
+    """Resume from the newest checkpoint in save_dir, as a run that is started again on its own folder does
+    anyway."""
     keep_checkpoints: bool = False
     """Keep those checkpoints once the run is complete; its exported SAEs remain in any case."""
     save_checkpoints: bool = False
-    """Also save each SAE at 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run, as trainer_i/checkpoints/ae_STEP.pt."""
+    """Also save each SAE at 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run, as
+    trainer_i/checkpoints/ae_STEP.pt."""
     use_wandb: bool = False
     """Mirror metrics.jsonl to Weights & Biases, one run for each SAE."""
     wandb_project: str = "monosemy"
@@ -83,7 +90,8 @@ class OutputConfig:
     hf_repo_id: Annotated[str, REPOSITORY] | None = None
     """Upload to this repository of the Hugging Face hub, which is created if it does not exist."""
     dry_run: bool = False
-    """Check everything, print the grid and the budget of tokens and memory, and stop before any weights are loaded."""
+    """Check everything, print the grid and the budget of tokens and memory, and stop before any weights are
+    loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +99,26 @@ class ModelConfig:
     """The language model and the sites whose activations are read."""
 
     model_name: str = "smollm2-135m"
-    """A Hugging Face causal language model: a hub name, a local folder, or smollm2-135m, which comes from a package."""
+    """A Hugging Face causal language model: a hub name, a local folder, or smollm2-135m, which comes from a
+    package."""
     revision: Annotated[str, REVISION] | None = None
     """Revision of the model on the hub."""
     layers: tuple[int, ...] = ()
-    """Layers whose residual stream (after the layer) is read, counted from 0. All of them share one pass of the model."""
+    """Layers whose residual stream (after the layer) is read, counted from 0.
+
+    All of them share one pass of the model.
+    """
     sites: tuple[str, ...] = ()
-    """Further places to read: resid_pre.3, mlp_out.3, attn_out.3, a module's path, or blocks.3.hook_resid_post."""
+    """Further places to read: resid_pre.3, mlp_out.3, attn_out.3, a module's path, or
+    blocks.3.hook_resid_post."""
     llm_batch_size: Annotated[int, AT_LEAST_1] | None = None
-    """Contexts of a forward pass of the language model. The model's preset, or about 8,192 tokens, by default."""
+    """Contexts of a forward pass of the language model.
+
+    The model's preset, or about 8,192 tokens, by default.
+    """
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the language model: its preset or own on a GPU, float32 on a CPU without bfloat16 instructions."""
+    """Precision of the language model: its preset or own on a GPU, float32 on a CPU without bfloat16
+    instructions."""
     device: Annotated[str, DEVICE] = "auto"
     """cpu, cuda, cuda:1, ...: a GPU where there is one."""
 
@@ -137,7 +154,10 @@ class DataConfig:
     """Seed of everything about the order of data."""
     retry_seconds: tuple[Annotated[float, SECONDS], ...] = (1, 2, 4, 8, 16, 32, 64, 64)
     """Pauses before attempts to resume a hub data set that broke off, or an upload.
-    Each row that arrives starts them anew. After the last the run stops with exit code 75, to be started again."""
+
+    Each row that arrives starts them anew. After the last the run stops with exit code 75, to be started
+    again.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +204,8 @@ class SAEConfig:
     """Weight of jump_relu's squared distance from its target L0."""
     l0_loss: Literal["relative", "gemma_scope_2"] = "relative"
     """How jump_relu measures that distance: relative is (mean L0 / target - 1)^2.
-    Gemma Scope 2's is the mean of (2 / target) (L0 - target)^2 over tokens: about 2 x target times as strong."""
+    Gemma Scope 2's is the mean of (2 / target) (L0 - target)^2 over tokens: about 2 x target times as strong.
+    """
     group_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
     """Shares of the latents in matryoshka_batch_top_k's groups."""
     init_from: str | None = None
@@ -199,9 +220,13 @@ class OptimizationConfig:
     """Peak learning rates of Adam. By default the recipe's, by architecture, width and steps.
     At dictionary_learning's 244,140 steps that is 3e-4."""
     recipe: Literal["monosemy", "dictionary_learning"] = "monosemy"
-    """monosemy scales schedules to short runs; dictionary_learning keeps that library's numbers and quirks."""
+    """monosemy scales schedules to short runs; dictionary_learning keeps that library's numbers and
+    quirks."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Operands of the encoder's product: bf16 where the hardware has it. Parameters and moments are always float32."""
+    """Operands of the encoder's product: bf16 where the hardware has it.
+
+    Parameters and moments are always float32.
+    """
     warmup_steps: Annotated[int, AT_LEAST_0] | None = None
     """Steps over which the learning rate rises (1000, less in short runs)."""
     sparsity_warmup_steps: Annotated[int, AT_LEAST_0] | None = None
@@ -217,7 +242,8 @@ class OptimizationConfig:
     anneal_start: Annotated[int, AT_LEAST_0] | None = None
     """Step at which p_anneal begins to lower p (10,000, less in short runs)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """After a loss or gradient that is not finite: stop training that SAE as it was before, or skip the update."""
+    """After a loss or gradient that is not finite: stop training that SAE as it was before, or skip the
+    update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +276,9 @@ GROUPS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class TrainConfig(EvaluationConfig, OptimizationConfig, ActivationsConfig, DataConfig, SAEConfig, ModelConfig, OutputConfig):
+class TrainConfig(
+    EvaluationConfig, OptimizationConfig, ActivationsConfig, DataConfig, SAEConfig, ModelConfig, OutputConfig
+):
     """Train, evaluate and plot sparse autoencoders on the activations of a language model."""
 
     def __post_init__(self) -> None:
@@ -268,7 +296,9 @@ class TrainConfig(EvaluationConfig, OptimizationConfig, ActivationsConfig, DataC
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or "save_dir" not in values or values.keys() - known:
             strange = sorted(values.keys() - known) if isinstance(values, dict) else []
-            raise invalid("config", str(path), allowed, f"unknown or missing entries: {strange or ['save_dir']}")
+            raise invalid(
+                "config", str(path), allowed, f"unknown or missing entries: {strange or ['save_dir']}"
+            )
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -289,7 +319,11 @@ class ResolvedConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         """Raises ValueError as TrainConfig does; a blank is a mistake of ours."""
-        blanks = [f.name for f in dataclasses.fields(ResolvedConfig) if f.name in RESOLVED and not getattr(self, f.name)]
+        blanks = [
+            f.name
+            for f in dataclasses.fields(ResolvedConfig)
+            if f.name in RESOLVED and not getattr(self, f.name)
+        ]
         assert not blanks, blanks
         super().__post_init__()
 
@@ -302,7 +336,8 @@ class EvalPaths:
     """What to evaluate."""
 
     paths: tuple[str, ...]
-    """A run's folder alone; or folders of runs and of SAEs in any layout of docs/formats.md, and OWNER/REPO/SAE_ID on the hub."""
+    """A run's folder alone; or folders of runs and of SAEs in any layout of docs/formats.md, and
+    OWNER/REPO/SAE_ID on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +362,8 @@ class EvalProbing:
     """Sparse probing of a run's SAEs."""
 
     sparse_probing: bool = False
-    """Add to a run's rows how well probes on 1, 2 and 5 latents separate pairs of classes of texts; needs sae-probes."""
+    """Add to a run's rows how well probes on 1, 2 and 5 latents separate pairs of classes of texts; needs
+    sae-probes."""
     probing_datasets: tuple[str, ...] = ()
     """Pairs of classes by sae-probes' names; all 113 by default."""
 
@@ -337,7 +373,10 @@ class EvalSource:
     """Model, site and text, where folders do not name them or others are wanted; not for a run by itself."""
 
     model_name: str | None = None
-    """Model to use for folders whose metadata does not name one. Like all that follow not for a run by itself."""
+    """Model to use for folders whose metadata does not name one.
+
+    Like all that follow not for a run by itself.
+    """
     layer: int | None = None
     """Layer whose residual stream SAEs read whose folders do not say."""
     site: str | None = None
@@ -350,17 +389,23 @@ class EvalSource:
     """Tokens of a context, where no run says or others are wanted."""
 
 
-EVAL_GROUPS: dict[str, type] = {"paths": EvalPaths, "evaluation": EvalSizes, "probing": EvalProbing, "source": EvalSource}
+EVAL_GROUPS: dict[str, type] = {
+    "paths": EvalPaths,
+    "evaluation": EvalSizes,
+    "probing": EvalProbing,
+    "source": EvalSource,
+}
 
 
 @dataclass(frozen=True)
 class EvalConfig(EvalSource, EvalProbing, EvalSizes, EvalPaths):
-    """Evaluate a run's SAEs again and renew its rows, plots and report; or compare SAEs of any tool on the same tokens.
+    """Evaluate a run's SAEs again and renew its rows, plots and report; or compare SAEs of any tool on the
+    same tokens.
 
-    The paths alone say which of the two. One run's folder is evaluated by itself, on its own model and text, and where
-    parts of its evaluation are missing, only they are made. SAEs' own folders (such as RUN/*/trainer_*) and several paths
-    make one table and change no file: model, site and text are what the folders say, or the run that one of them belongs
-    to; flags say the rest.
+    The paths alone say which of the two. One run's folder is evaluated by itself, on its own model and text,
+    and where parts of its evaluation are missing, only they are made. SAEs' own folders (such as
+    RUN/*/trainer_*) and several paths make one table and change no file: model, site and text are what the
+    folders say, or the run that one of them belongs to; flags say the rest.
     """
 
     def __post_init__(self) -> None:
@@ -368,16 +413,21 @@ class EvalConfig(EvalSource, EvalProbing, EvalSizes, EvalPaths):
 
     def changes(self) -> dict[str, Any]:
         """Return the settings of a `TrainConfig` that change for a run's own evaluation."""
-        given = {name: getattr(self, name) for name in ("eval_num_inputs", "eval_spliced_inputs", "llm_batch_size")}
+        given = {
+            name: getattr(self, name) for name in ("eval_num_inputs", "eval_spliced_inputs", "llm_batch_size")
+        }
         return {name: value for name, value in given.items() if value is not None} | {"device": self.device}
 
     def check_for_run(self, run: str) -> None:
-        """Raise ValueError for settings that ask of a run by itself what its rows do not say: another model, site or text."""
+        """Raise ValueError for settings that ask of a run by itself what its rows do not say: another model,
+        site or text."""
         for name in ("model_name", "layer", "site", "format", "dataset", "context_length"):
             if (value := getattr(self, name)) is not None:
                 allowed = f"the run's own where {run} is evaluated by itself"
                 compare = f"monosemy eval {run}/*/trainer_* --{name} .."
-                raise invalid(name, value, allowed, f"leave it out, or compare its SAEs with each other: {compare}")
+                raise invalid(
+                    name, value, allowed, f"leave it out, or compare its SAEs with each other: {compare}"
+                )
 
 
 def architecture_names() -> tuple[str, ...]:
@@ -386,11 +436,14 @@ def architecture_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")))
 
 
-# --- types and rules ----------------------------------------------------------------------------------------------------
+# --- types and rules ----------------------------------------------------------------------------------------
 
 
 def _check(config: TrainConfig | EvalConfig) -> None:
-    """Turn JSON's lists and paths into a setting's type. Raises ValueError for another type, and outside a field's rule."""
+    """Turn JSON's lists and paths into a setting's type.
+
+    Raises ValueError for another type, and outside a field's rule.
+    """
     for name, kind in get_type_hints(type(config), include_extras=True).items():
         if kind is KW_ONLY:
             continue
@@ -416,7 +469,9 @@ def _fits(value: object, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
     if get_args(kind):
         return any(_fits(value, one) for one in get_args(kind))
-    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, int | float if kind is float else kind) and (
+        kind is bool or not isinstance(value, bool)
+    )
 
 
 def _rules(value: object, kind: Any) -> Iterator[tuple[object, Rule]]:
@@ -441,5 +496,11 @@ def _describe(kind: Any) -> str:
         return f"a list, each {_describe(get_args(kind)[0])}"
     if get_args(kind):
         return " or ".join(map(_describe, get_args(kind)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "nothing"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        NoneType: "nothing",
+    }
     return names[kind]

@@ -6,8 +6,11 @@ from monosemy.system.redact import without_secrets
 
 
 def invalid(field: str, value: object, allowed: str, remedy: str) -> ValueError:
-    """Build the error for input that cannot be used: the field, its value, what is allowed, and what to do."""
-    return ValueError(without_secrets(f"{field} is {value!r}; allowed: {allowed}. {remedy[:1].upper()}{remedy[1:]}."))
+    """Build the error for input that cannot be used: the field, its value, what is allowed, and what to
+    do."""
+    return ValueError(
+        without_secrets(f"{field} is {value!r}; allowed: {allowed}. {remedy[:1].upper()}{remedy[1:]}.")
+    )
 
 
 class TryAgain(ConnectionError):

@@ -1,16 +1,22 @@
-"""Sizes of what is held at a time, shared by the code that keeps to them and by the memory that is predicted from them."""
+"""Sizes of what is held at a time, shared by the code that keeps to them and by the memory that is predicted
+from them."""
 
 from dataclasses import dataclass
 
 GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a group on a GPU holds before it updates
-ESTIMATE_BELOW = 0.03  # share of latents per token; below it a CPU estimates the product and looks up what it selects
-SELECTION_TOKENS = 2048  # tokens that compete in BatchTopK's selection in evaluation: a batch of dictionary_learning
+ESTIMATE_BELOW = (
+    0.03  # share of latents per token; below it a CPU estimates the product and looks up what it selects
+)
+SELECTION_TOKENS = (
+    2048  # tokens that compete in BatchTopK's selection in evaluation: a batch of dictionary_learning
+)
 HEAD_ELEMENTS = 2**24  # logits held at a time in evaluation
 
 
 @dataclass(frozen=True)
 class ArchitectureMemory:
-    """What an architecture takes in training beside W_enc, W_dec [F, D] and b_dec [D]; counted, tests hold it.
+    """What an architecture takes in training beside W_enc, W_dec [F, D] and b_dec [D]; counted, tests hold
+    it.
 
     The defaults are those of a ReLU SAE.
     """

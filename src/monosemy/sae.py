@@ -1,7 +1,7 @@
 """The sparse autoencoder and the registry of its architectures.
 
-B tokens, D d_in, F d_sae. Weights are stored a latent per row (W_enc and W_dec are [F, D]), so that everything about a
-latent lies together.
+B tokens, D d_in, F d_sae. Weights are stored a latent per row (W_enc and W_dec are [F, D]), so that
+everything about a latent lies together.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class StepContext:
     schedule: Schedule
     recipe: Recipe = MONOSEMY
     dead_F: Tensor | None = None
-    """Mask of the latents that have not fired for `schedule.dead_tokens` tokens, this batch included; None: no latent is dead."""
+    """Mask of the latents that have not fired for `schedule.dead_tokens` tokens, this batch included; None:
+    no latent is dead."""
     sparsity_scale: Tensor | float = 1.0
     """Factor on a sparsity penalty: `schedule.sparsity(step)`."""
 
@@ -45,9 +46,10 @@ class StepContext:
 class SAE(nn.Module, ABC):
     """x_hat = f W_dec + b_dec, with f [.., F] the architecture's sparse function of x [.., D].
 
-    An architecture defines how weights are drawn (`reset`), which codes it selects of a batch's pre-activations (`codes`),
-    what it minimizes (`loss`, pure), which running statistics it keeps (`update_buffers`: the only place where an SAE
-    changes outside the optimizer) and what it computes once trained (`activation`).
+    An architecture defines how weights are drawn (`reset`), which codes it selects of a batch's
+    pre-activations (`codes`), what it minimizes (`loss`, pure), which running statistics it keeps
+    (`update_buffers`: the only place where an SAE changes outside the optimizer) and what it computes once
+    trained (`activation`).
     """
 
     name: ClassVar[str]
@@ -59,7 +61,9 @@ class SAE(nn.Module, ABC):
     clip: ClassVar[float | None] = 1.0  # of the gradient's norm
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of Adam
     short_run_lr: ClassVar[float] = 4e-3  # suits a run of a few hundred steps (docs/log.md)
-    pre_bias: bool = True  # the encoder sees x - b_dec; an instance from another tool may differ from its class
+    pre_bias: bool = (
+        True  # the encoder sees x - b_dec; an instance from another tool may differ from its class
+    )
     always_sparse: ClassVar[bool] = False
     scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # tensors in the units of the activations
     modes: tuple[str, ...] = ("default",)  # of `encode`, the default first
@@ -75,13 +79,20 @@ class SAE(nn.Module, ABC):
                 raise invalid(field, value, "1 or more", "give the model's width and the number of latents")
         known = {f.name for f in dataclasses.fields(self.Settings)}
         for field in settings.keys() - known:
-            raise invalid(field, settings[field], f"settings of {self.name}: {', '.join(sorted(known)) or 'none'}", "take it out")
+            raise invalid(
+                field,
+                settings[field],
+                f"settings of {self.name}: {', '.join(sorted(known)) or 'none'}",
+                "take it out",
+            )
         self.d_in, self.d_sae = d_in, d_sae
         self.settings: Any = self.Settings(**settings)
         for field, value in vars(self.settings).items():
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise invalid(field, value, "a finite number, 0 or more", "correct it")
-        self.unknown_settings: frozenset[str] = frozenset()  # of an SAE that another tool trained; they hold their defaults
+        self.unknown_settings: frozenset[str] = (
+            frozenset()
+        )  # of an SAE that another tool trained; they hold their defaults
         self.metadata: dict[str, Any] = {}
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -107,7 +118,8 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
-        """Compute f of the pre-activations (x - b_dec) W_enc^T + b_enc of some latents, as a trained SAE does."""
+        """Compute f of the pre-activations (x - b_dec) W_enc^T + b_enc of some latents, as a trained SAE
+        does."""
 
     def init_from_batch(self, x_BD: Tensor) -> None:
         """Initialize what depends on data from the first batch, before the first step."""
@@ -144,7 +156,9 @@ class SAE(nn.Module, ABC):
         if cls.sweep_flag:
             return tuple(getattr(config, cls.sweep_flag))
         if not cls.sweep_values:
-            allowed = "an architecture whose class says which values to train, such as sweep_values = (0.01, 0.02)"
+            allowed = (
+                "an architecture whose class says which values to train, such as sweep_values = (0.01, 0.02)"
+            )
             raise invalid("architectures", cls.name, allowed, "add the class variable `sweep_values` to it")
         return cls.sweep_values
 
@@ -153,19 +167,26 @@ class SAE(nn.Module, ABC):
         return Preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None, execution)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
-        """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost alone.
+        """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost
+        alone.
 
-        `mode="top_k"` selects as in training (the k largest of each token, or of the batch) instead of by the running threshold.
-        Activations of another precision are taken in the SAE's. Raises ValueError for x of another width, for latents that are not there, for
-        a mode that the architecture does not have, and for a mode and latents together.
+        `mode="top_k"` selects as in training (the k largest of each token, or of the batch) instead of by the
+        running threshold. Activations of another precision are taken in the SAE's. Raises ValueError for x of
+        another width, for latents that are not there, for a mode that the architecture does not have, and for
+        a mode and latents together.
         """
-        self._check(x, "x", self.d_in, "activations [.., d_in] of the model and site that the SAE was trained on")
+        self._check(
+            x, "x", self.d_in, "activations [.., d_in] of the model and site that the SAE was trained on"
+        )
         mode = mode or self.modes[0]
         if mode not in self.modes:
             raise invalid("mode", mode, f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
         if mode == "top_k" and latents is not None:
             raise invalid(
-                "mode", mode, '"threshold" where latents are given', "the k largest need every latent: take columns of the result"
+                "mode",
+                mode,
+                '"threshold" where latents are given',
+                "the k largest need every latent: take columns of the result",
             )
         rows = slice(None) if latents is None else self._known(latents)
         x = x.to(self.dtype)
@@ -197,7 +218,8 @@ class SAE(nn.Module, ABC):
 
     @property
     def cfg(self) -> dict[str, Any]:
-        """What the SAE is, and what its folder said of it where it came from one: site, model, revision, ..."""
+        """What the SAE is, and what its folder said of it where it came from one: site, model, revision,
+        ..."""
         about = {"architecture": self.name, "d_in": self.d_in, "d_sae": self.d_sae}
         return {
             **self.metadata,
@@ -210,11 +232,14 @@ class SAE(nn.Module, ABC):
     @property
     def known_settings(self) -> dict[str, Any]:
         """The settings, but for those that the files of an SAE that another tool trained do not say."""
-        return {name: value for name, value in vars(self.settings).items() if name not in self.unknown_settings}
+        return {
+            name: value for name, value in vars(self.settings).items() if name not in self.unknown_settings
+        }
 
     def extra_repr(self) -> str:
         settings = ", ".join(
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in self.known_settings.items()
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}"
+            for name, value in self.known_settings.items()
         )
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
 
@@ -222,18 +247,31 @@ class SAE(nn.Module, ABC):
         """Raises ValueError for what `encode` or `decode` cannot take."""
         remedy = f"give {what}"
         if not isinstance(x, Tensor):
-            raise invalid(name, type(x).__name__, f"a torch tensor [.., {width}]", "pass torch.as_tensor of it")
+            raise invalid(
+                name, type(x).__name__, f"a torch tensor [.., {width}]", "pass torch.as_tensor of it"
+            )
         if x.dim() < 1 or x.shape[-1] != width:
-            raise invalid(f"{name}.shape", tuple(x.shape), f"[.., {width}] for this SAE of d_in {self.d_in} and d_sae {self.d_sae}", remedy)
+            raise invalid(
+                f"{name}.shape",
+                tuple(x.shape),
+                f"[.., {width}] for this SAE of d_in {self.d_in} and d_sae {self.d_sae}",
+                remedy,
+            )
         if not x.is_floating_point():
             raise invalid(f"{name}.dtype", str(x.dtype), "a floating-point type", remedy)
         if x.device != self.device:
             raise invalid(
-                f"{name}.device", str(x.device), f"{self.device}, where the SAE is", f"move one of them: sae.to({str(x.device)!r})"
+                f"{name}.device",
+                str(x.device),
+                f"{self.device}, where the SAE is",
+                f"move one of them: sae.to({str(x.device)!r})",
             )
 
     def _known(self, latents: Any) -> Tensor:
-        """Latents as indices, from a tensor or a list of numbers or a mask. Raises ValueError for one that is not there."""
+        """Latents as indices, from a tensor or a list of numbers or a mask.
+
+        Raises ValueError for one that is not there.
+        """
         latents = torch.as_tensor(latents, device=self.device)
         if not latents.numel():
             latents = latents.long()  # torch takes an empty list for floating-point numbers
@@ -241,21 +279,30 @@ class SAE(nn.Module, ABC):
         if latents.dtype == torch.bool and latents.shape == (self.d_sae,):
             return latents.nonzero()[:, 0]
         if latents.dim() != 1 or latents.is_floating_point() or latents.dtype == torch.bool:
-            raise invalid("latents", f"of shape {tuple(latents.shape)}, {latents.dtype}", allowed, "give a list of latents")
+            raise invalid(
+                "latents",
+                f"of shape {tuple(latents.shape)}, {latents.dtype}",
+                allowed,
+                "give a list of latents",
+            )
         latents = latents.long()
         if len(latents) and not 0 <= int(latents.min()) <= int(latents.max()) < self.d_sae:
-            raise invalid("latents", f"{int(latents.min())} to {int(latents.max())}", allowed, "this SAE has no others")
+            raise invalid(
+                "latents", f"{int(latents.min())} to {int(latents.max())}", allowed, "this SAE has no others"
+            )
         return latents
 
     @torch.no_grad()
     def fold_norm_factor_(self, factor: float) -> None:
-        """Take in the factor that training divided activations by: an SAE of x / factor becomes one of x, f in the units of x."""
+        """Take in the factor that training divided activations by: an SAE of x / factor becomes one of x, f
+        in the units of x."""
         for name in self.scaled:
             getattr(self, name).mul_(factor)
 
     @torch.no_grad()
     def fold_decoder_norm_(self) -> None:
-        """Move each decoder row's norm into the latent's encoder and biases; the function of x stays as it is."""
+        """Move each decoder row's norm into the latent's encoder and biases; the function of x stays as it
+        is."""
         norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
         norm_F = torch.where(norm_F > 0, norm_F, 1)
         self.W_dec.div_(norm_F[:, None])
@@ -294,20 +341,40 @@ class SAE(nn.Module, ABC):
         """
         from monosemy.jobs import pretrained
 
-        how: dict[str, Any] = {"revision": revision, "format": format, "unfinished": unfinished, "device": device, "dtype": dtype}
+        how: dict[str, Any] = {
+            "revision": revision,
+            "format": format,
+            "unfinished": unfinished,
+            "device": device,
+            "dtype": dtype,
+        }
         sae = pretrained.load(name_or_path, sae_id, **how)
         if not isinstance(sae, cls):
-            raise invalid("name_or_path", str(name_or_path), f"an SAE of {cls.name} (this one is {sae.name})", "call SAE.from_pretrained")
+            raise invalid(
+                "name_or_path",
+                str(name_or_path),
+                f"an SAE of {cls.name} (this one is {sae.name})",
+                "call SAE.from_pretrained",
+            )
         return sae
 
     def save_pretrained(self, folder: str | Path, config: dict[str, Any] | None = None) -> None:
-        """Write the SAE's folder, with what is known of it (`cfg`) and `config` over that; `monosemy.load` opens it. Raises DiskFull."""
+        """Write the SAE's folder, with what is known of it (`cfg`) and `config` over that; `monosemy.load`
+        opens it. Raises DiskFull."""
         from monosemy.jobs import pretrained
 
         pretrained.save(self, folder, config)
 
-    def push_to_hub(self, repo_id: str, path_in_repo: str = ".", *, private: bool = False, commit_message: str | None = None) -> str:
-        """Upload the SAE to OWNER/REPO, which is created if it does not exist. Returns the address of the commit.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        path_in_repo: str = ".",
+        *,
+        private: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the SAE to OWNER/REPO, which is created if it does not exist. Returns the address of the
+        commit.
 
         Raises ValueError for a name that is none, and UploadFailed.
         """
@@ -360,15 +427,26 @@ def current_names(tensors: Mapping[str, T]) -> dict[str, T]:
     Raises ValueError where one tensor is there under both names.
     """
     parted = {name: name.rpartition(".") for name in tensors}
-    renamed = {prefix + dot + FORMER_NAMES.get(last, last): tensors[name] for name, (prefix, dot, last) in parted.items()}
+    renamed = {
+        prefix + dot + FORMER_NAMES.get(last, last): tensors[name]
+        for name, (prefix, dot, last) in parted.items()
+    }
     if len(renamed) < len(tensors):
         twice = sorted(name for name in tensors if name not in renamed)
-        raise invalid("tensors", ", ".join(twice), "each under its present name or its former one", "copy the file again")
+        raise invalid(
+            "tensors",
+            ", ".join(twice),
+            "each under its present name or its former one",
+            "copy the file again",
+        )
     return renamed
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """Draws from U(-bound, bound). An nn.Linear of n inputs takes its weight [out, in], then its bias, with bound n^-1/2."""
+    """Draws from U(-bound, bound).
+
+    An nn.Linear of n inputs takes its weight [out, in], then its bias, with bound n^-1/2.
+    """
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
@@ -378,7 +456,8 @@ def unit(x: Tensor, dim: int, eps: float = 0.0) -> Tensor:
 
 
 def reset_relu(sae: SAE, generator: torch.Generator) -> None:
-    """How the ReLU kinds begin: decoder rows of norm 0.1, the encoder their transpose, a small random encoder bias.
+    """How the ReLU kinds begin: decoder rows of norm 0.1, the encoder their transpose, a small random encoder
+    bias.
 
     Drawn in dictionary_learning's order, which makes two linear layers first and keeps only the bias of one.
     """

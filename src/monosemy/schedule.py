@@ -1,8 +1,8 @@
 """Learning rate, sparsity warm-up and the rest of what changes over a run, as pure functions of the step.
 
-dictionary_learning fixes its warm-ups in steps and its dead-latent limit in tokens, for runs of 244,140 steps. In a run of 300 steps they
-would never end. Here each is the smaller of its number and a share of the run, so that short runs go through the same
-phases and a run of its length has exactly its numbers.
+dictionary_learning fixes its warm-ups in steps and its dead-latent limit in tokens, for runs of 244,140
+steps. In a run of 300 steps they would never end. Here each is the smaller of its number and a share of the
+run, so that short runs go through the same phases and a run of its length has exactly its numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from typing import Any
 from monosemy.errors import invalid
 from monosemy.recipe import MONOSEMY, Recipe
 
-REFERENCE = {"warmup_steps": 1000, "sparsity_warmup_steps": 5000, "threshold_start_step": 1000, "anneal_start": 10_000}
+REFERENCE = {
+    "warmup_steps": 1000,
+    "sparsity_warmup_steps": 5000,
+    "threshold_start_step": 1000,
+    "anneal_start": 10_000,
+}
 SHARE = {"warmup_steps": 0.05, "sparsity_warmup_steps": 0.2, "threshold_start_step": 0.5, "anneal_start": 0.2}
 DEAD_TOKENS, DEAD_SHARE = 10_000_000, 0.2
 THRESHOLD_BETA = 0.999
@@ -21,7 +26,10 @@ THRESHOLD_BETA = 0.999
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen in a run of `steps` steps. All counts are optimizer steps but `dead_tokens`, which is tokens."""
+    """When things happen in a run of `steps` steps.
+
+    All counts are optimizer steps but `dead_tokens`, which is tokens.
+    """
 
     steps: int
     warmup_steps: int
@@ -33,8 +41,17 @@ class Schedule:
     dead_tokens: int
 
     @classmethod
-    def of_run(cls, steps: int, batch: int, *, recipe: Recipe = MONOSEMY, decay_start_fraction: float = 0.8, **fixed: Any) -> Schedule:
-        """The schedule of a run of `steps` steps of `batch` tokens; what is given in `fixed` (and not None) stands as it is.
+    def of_run(
+        cls,
+        steps: int,
+        batch: int,
+        *,
+        recipe: Recipe = MONOSEMY,
+        decay_start_fraction: float = 0.8,
+        **fixed: Any,
+    ) -> Schedule:
+        """The schedule of a run of `steps` steps of `batch` tokens; what is given in `fixed` (and not None)
+        stands as it is.
 
         Raises ValueError where a phase would not end before the decay begins.
         """
@@ -42,11 +59,21 @@ class Schedule:
         def steps_of(name: str) -> int:
             if fixed.get(name) is not None:
                 return int(fixed[name])
-            return min(REFERENCE[name], int(SHARE[name] * steps)) if recipe.scaled_schedules else REFERENCE[name]
+            return (
+                min(REFERENCE[name], int(SHARE[name] * steps)) if recipe.scaled_schedules else REFERENCE[name]
+            )
 
-        beta, dead, start = fixed.get("threshold_beta"), fixed.get("dead_feature_threshold"), steps_of("threshold_start_step")
+        beta, dead, start = (
+            fixed.get("threshold_beta"),
+            fixed.get("dead_feature_threshold"),
+            steps_of("threshold_start_step"),
+        )
         if dead is None:
-            dead = min(DEAD_TOKENS, max(batch, int(DEAD_SHARE * steps * batch))) if recipe.scaled_schedules else DEAD_TOKENS
+            dead = (
+                min(DEAD_TOKENS, max(batch, int(DEAD_SHARE * steps * batch)))
+                if recipe.scaled_schedules
+                else DEAD_TOKENS
+            )
         schedule = cls(
             steps=steps,
             warmup_steps=steps_of("warmup_steps"),
@@ -69,7 +96,8 @@ class Schedule:
         return schedule
 
     def lr(self, step: int) -> float:
-        """The factor on the learning rate: linear from 0 over the warm-up, 1, then linear to 0 from `decay_start` on."""
+        """The factor on the learning rate: linear from 0 over the warm-up, 1, then linear to 0 from
+        `decay_start` on."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
         if step >= self.decay_start:

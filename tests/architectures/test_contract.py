@@ -1,4 +1,7 @@
-"""What every architecture promises, over the registry. A new one is one row in SETTINGS. B tokens, D d_in, F d_sae."""
+"""What every architecture promises, over the registry.
+
+A new one is one row in SETTINGS. B tokens, D d_in, F d_sae.
+"""
 
 import copy
 
@@ -31,14 +34,22 @@ every = pytest.mark.parametrize("name", sorted(SETTINGS))
 
 def batch(step, scale=1.0):
     """Sparse combinations of fixed directions, of mean square norm about 1."""
-    directions = torch.nn.functional.normalize(torch.randn(48, D, generator=generator(0, "directions")), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(48, D, generator=generator(0, "directions")), dim=1
+    )
     draw = generator(0, "batch", step)
     strength = torch.rand(B, 48, generator=draw) * (torch.rand(B, 48, generator=draw) < 0.08)
     return scale * (strength @ directions)
 
 
 def member(name, steps=60, seed=0, **how):
-    return LoneTrainer(name, SAESpec(name, F, lr=3e-3, seed=seed, settings=SETTINGS[name]), D, Schedule.of_run(steps, B), **how)
+    return LoneTrainer(
+        name,
+        SAESpec(name, F, lr=3e-3, seed=seed, settings=SETTINGS[name]),
+        D,
+        Schedule.of_run(steps, B),
+        **how,
+    )
 
 
 def trained(name, steps=60, **how):
@@ -68,21 +79,28 @@ def test_every_architecture_is_under_contract():
 
 @every
 def test_the_gradient_is_the_loss_s_slope(name):
-    """Central differences in float64, along random directions, at a state where every part of the loss is at work."""
+    """Central differences in float64, along random directions, at a state where every part of the loss is at
+    work."""
     m = trained(name, 40)
     sae = copy.deepcopy(m.sae).double()
     x = batch(99).double()
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::7] = True
     at = StepContext(35, m.schedule, dead_F=dead)
-    moved = {n: p for n, p in sae.named_parameters() if n != "threshold"}  # its gradient is an estimate, not the slope
-    if name == "gated":  # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
+    moved = {
+        n: p for n, p in sae.named_parameters() if n != "threshold"
+    }  # its gradient is an estimate, not the slope
+    if (
+        name == "gated"
+    ):  # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
         moved = {n: p for n, p in moved.items() if n not in ("W_dec", "b_dec")}
 
     def loss():
         return parts(sae, x, at)["loss"]
 
-    gradients = dict(zip(moved, torch.autograd.grad(loss(), list(moved.values()), allow_unused=True), strict=True))
+    gradients = dict(
+        zip(moved, torch.autograd.grad(loss(), list(moved.values()), allow_unused=True), strict=True)
+    )
     eps = 1e-7
     for i, (n, p) in enumerate(moved.items()):
         direction = torch.randn(p.shape, generator=generator(i, "direction"), dtype=torch.float64)
@@ -99,7 +117,8 @@ def test_the_gradient_is_the_loss_s_slope(name):
 
 @pytest.mark.parametrize("name", ["top_k", "batch_top_k", "matryoshka_batch_top_k"])
 def test_auxk_by_plain_autograd(name):
-    """The loss written again in dense torch, differentiated by autograd: equal value and gradients of every parameter."""
+    """The loss written again in dense torch, differentiated by autograd: equal value and gradients of every
+    parameter."""
     m = trained(name, 40)
     sae = copy.deepcopy(m.sae).double()
     x = batch(99).double()
@@ -113,7 +132,12 @@ def test_auxk_by_plain_autograd(name):
     if name == "top_k":
         kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, 1).indices, True)
     else:
-        kept = torch.zeros_like(pre, dtype=torch.bool).view(-1).scatter_(0, pre.flatten().topk(k * B).indices, True).view_as(pre)
+        kept = (
+            torch.zeros_like(pre, dtype=torch.bool)
+            .view(-1)
+            .scatter_(0, pre.flatten().topk(k * B).indices, True)
+            .view_as(pre)
+        )
     f = torch.where(kept, pre, 0)
     sizes = sae.group_sizes if name.startswith("matryoshka") else [F]
     edges = torch.tensor(sizes).cumsum(0).tolist()
@@ -122,18 +146,24 @@ def test_auxk_by_plain_autograd(name):
     among = torch.where(dead, pre, -1)
     k_aux = min(D // 2, int(dead.sum()))
     chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, among.topk(k_aux, 1).indices, True)
-    auxk = (e - torch.where(chosen, pre, 0) @ sae.W_dec).square().sum(1).mean() / (e - e.mean(0)).square().sum(1).mean()
+    auxk = (e - torch.where(chosen, pre, 0) @ sae.W_dec).square().sum(1).mean() / (
+        e - e.mean(0)
+    ).square().sum(1).mean()
     loss = torch.stack([r.square().sum(1).mean() for r in errors]).mean() + sae.settings.auxk_alpha * auxk
     assert float(ours["loss"]) == pytest.approx(float(loss), rel=1e-10)
     for n, a, b in zip(
-        dict(sae.named_parameters()), torch.autograd.grad(ours["loss"], parameters), torch.autograd.grad(loss, parameters), strict=True
+        dict(sae.named_parameters()),
+        torch.autograd.grad(ours["loss"], parameters),
+        torch.autograd.grad(loss, parameters),
+        strict=True,
     ):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-12), n
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 def test_gemma_scope_2_s_target_is_its_formula(sparse):
-    """lambda (2 / L0*) (L0 - L0*)^2 of each token, and its gradients by the rectangle kernel, written out in dense float64."""
+    """lambda (2 / L0*) (L0 - L0*)^2 of each token, and its gradients by the rectangle kernel, written out in
+    dense float64."""
     target, weight, bandwidth = 8.0, 0.3, 0.05
     sae = copy.deepcopy(trained("jump_relu", 40).sae).double()
     settings = {"target_l0": target, "sparsity_penalty": weight, "bandwidth": bandwidth}
@@ -219,7 +249,9 @@ def test_the_global_generator_is_left_alone(name):
 
 @every
 @pytest.mark.parametrize(
-    "x", [torch.zeros(B, D), torch.ones(B, D), batch(0).repeat_interleave(2, 0)[:B]], ids=["zeros", "constant", "repeated rows"]
+    "x",
+    [torch.zeros(B, D), torch.ones(B, D), batch(0).repeat_interleave(2, 0)[:B]],
+    ids=["zeros", "constant", "repeated rows"],
 )
 def test_odd_batches_stay_finite(name, x):
     m = member(name)
@@ -250,7 +282,9 @@ def test_encode_decode_and_call(name):
     assert torch.equal(sae(x), sae.decode(f)) and sae(x).shape == x.shape
     ids = torch.tensor([5, 0, F - 1])
     assert torch.allclose(sae.encode(x, latents=ids), f[..., ids], atol=1e-5)
-    assert torch.equal(sae.encode(x[0, 0]), sae.encode(x)[0, 0]) or torch.allclose(sae.encode(x[0, 0]), f[0, 0], atol=1e-5)
+    assert torch.equal(sae.encode(x[0, 0]), sae.encode(x)[0, 0]) or torch.allclose(
+        sae.encode(x[0, 0]), f[0, 0], atol=1e-5
+    )
     with pytest.raises(ValueError, match=r"mode is 'nope'"):
         sae.encode(x, mode="nope")
     if "top_k" in sae.modes:
@@ -269,7 +303,9 @@ def test_training_codes_and_inference_agree(name):
     """What training calls the codes is what encode computes: under the selection for the TopK kinds."""
     m = trained(name, 60)
     x = batch(70)
-    codes = m.sae.active(m.sae.codes(m.sae.preactivations(x, Execution(sparse=False)), StepContext(60, m.schedule)))
+    codes = m.sae.active(
+        m.sae.codes(m.sae.preactivations(x, Execution(sparse=False)), StepContext(60, m.schedule))
+    )
     f = m.sae.encode(x, mode="top_k" if "top_k" in m.sae.modes else None)
     assert torch.allclose(codes.decode(m.sae.W_dec) + m.sae.b_dec, m.sae.decode(f), atol=1e-5)
 
@@ -280,7 +316,9 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     formats.save(sae, tmp_path / "a", {"status": "complete"})
     again = formats.load(tmp_path / "a")
     assert type(again) is type(sae) and again.settings == sae.settings
-    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     trainer = dictionary_learning.trainer_config(
         sae,
         lr=1e-3,

@@ -1,4 +1,5 @@
-"""The recipe dictionary_learning against recorded runs of that library, step for step from its own weights, in both layouts."""
+"""The recipe dictionary_learning against recorded runs of that library, step for step from its own weights,
+in both layouts."""
 
 import json
 from pathlib import Path
@@ -14,7 +15,9 @@ TRACES = Path(__file__).parents[1] / "fixtures" / "traces"
 SEEN = 2e-6  # what is seen of all but p_anneal, far under the bounds that a replay elsewhere is held to
 
 
-@pytest.mark.parametrize(("sparse", "few"), [(True, True), (True, False), (False, False)], ids=["estimated", "sparse", "dense"])
+@pytest.mark.parametrize(
+    ("sparse", "few"), [(True, True), (True, False), (False, False)], ids=["estimated", "sparse", "dense"]
+)
 @pytest.mark.parametrize("name", architecture_names())
 def test_recorded_runs_are_reproduced(name, sparse, few):
     path = TRACES / f"{name}.json"
@@ -38,7 +41,11 @@ def test_recorded_runs_are_reproduced(name, sparse, few):
         device="cpu",
     )
     assert not told["config"].keys() - written.keys(), "every key that the original writes is there"
-    differs = {n: (v, written[n]) for n, v in told["config"].items() if written[n] != v and n not in ("wandb_name", "group_fractions")}
+    differs = {
+        n: (v, written[n])
+        for n, v in told["config"].items()
+        if written[n] != v and n not in ("wandb_name", "group_fractions")
+    }
     assert differs.keys() <= {"sparsity_penalty"}  # p_anneal's moves, and the record was made at the end
 
 
@@ -59,7 +66,9 @@ def test_the_bench_reports_and_notices(capsys, monkeypatch):
     """A sparsity penalty that is 0.1 % off is over its bound."""
     assert parity.main(str(TRACES)) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
-    monkeypatch.setattr(Schedule, "sparsity", lambda self, step: 1.001 * min(step / max(self.sparsity_warmup_steps, 1), 1.0))
+    monkeypatch.setattr(
+        Schedule, "sparsity", lambda self, step: 1.001 * min(step / max(self.sparsity_warmup_steps, 1), 1.0)
+    )
     assert parity.main(str(TRACES)) == 1
     assert "OVER" in capsys.readouterr().out
     assert parity.main(str(Path(__file__).parent)) == 2

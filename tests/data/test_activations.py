@@ -50,7 +50,9 @@ def by_hand(lm, make, site, blocks=1):
     ids = torch.cat([contexts.next(4) for _ in range(10 * blocks)])
     keep = ~torch.isin(ids, contexts.special_ids)
     keep[:, 0] = False
-    return torch.cat([lm.activations(part)[site][mask] for part, mask in zip(ids.split(4), keep.split(4), strict=True)])
+    return torch.cat(
+        [lm.activations(part)[site][mask] for part, mask in zip(ids.split(4), keep.split(4), strict=True)]
+    )
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -67,7 +69,9 @@ def test_batches_are_the_block_permuted_and_scaled(lm, make, site):
     got = [tuple(row) for row in batches.tolist()]
     assert set(got) <= wanted and len(set(got)) >= len(got) - (len(rows) - len(wanted))
     assert not torch.equal(batches, rows[: len(batches)] / stream.norm_factor[site])
-    assert stream.counts["tokens"] == 40 * L and stream.counts["tokens left out as special"] == 40 * L - len(rows)
+    assert stream.counts["tokens"] == 40 * L and stream.counts["tokens left out as special"] == 40 * L - len(
+        rows
+    )
 
 
 def test_a_seed_and_a_step_are_a_batch(make):
@@ -106,7 +110,11 @@ def plainly(
             except StreamEnded:
                 ended = True
                 break
-            keep = ~torch.isin(ids, contexts.special_ids) & (torch.arange(L) > 0) if not keep_special else torch.ones_like(ids).bool()
+            keep = (
+                ~torch.isin(ids, contexts.special_ids) & (torch.arange(L) > 0)
+                if not keep_special
+                else torch.ones_like(ids).bool()
+            )
             found = lm.activations(ids)
             for site in sites:
                 kept[site].append(found[site][keep])
@@ -159,12 +167,16 @@ def loud(lm, monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [30, 2])
-@pytest.mark.parametrize("more", [{}, {"keep_special": True, "norm_multiple": 0.0}], ids=["rules", "no rules"])
+@pytest.mark.parametrize(
+    "more", [{}, {"keep_special": True, "norm_multiple": 0.0}], ids=["rules", "no rules"]
+)
 @pytest.mark.parametrize(
     ("batch", "contexts_per_forward", "contexts_per_block"),
     [(64, 4, 40), (64, 1, 8), (7, 4, 12), (7, 4, 4), (250, 4, 40), (150, 7, 20), (550, 4, 40), (64, 1, 4)],
 )
-def test_a_ring_serves_what_whole_blocks_would(make, loud, tmp_path, batch, contexts_per_forward, contexts_per_block, more, documents):
+def test_a_ring_serves_what_whole_blocks_would(
+    make, loud, tmp_path, batch, contexts_per_forward, contexts_per_block, more, documents
+):
     """To the last bit, the last batch and the last count, whenever the rows were read."""
     from tests.conftest import write_text
 
@@ -178,7 +190,9 @@ def test_a_ring_serves_what_whole_blocks_would(make, loud, tmp_path, batch, cont
     contexts = make(file=tmp_path / "a.jsonl", **options).contexts
     for batch, state in plainly(contexts, loud, SITES, **options):
         got = stream.next()
-        assert list(got) == SITES and all(torch.equal(got[site], batch[site]) and got[site].dtype == torch.float32 for site in SITES)
+        assert list(got) == SITES and all(
+            torch.equal(got[site], batch[site]) and got[site].dtype == torch.float32 for site in SITES
+        )
         assert stream.state_dict() == state
         assert stream.text_counts["tokens/" + str(tmp_path / "a.jsonl")] >= state["counts"]["tokens"]
     for _ in range(2):
@@ -195,7 +209,9 @@ def test_a_ring_serves_what_whole_blocks_would(make, loud, tmp_path, batch, cont
 def test_rows_are_repeated_where_a_site_lost_too_many(make, loud):
     stream = make()
     take(stream, 20)
-    assert stream.counts[f"{SITES[0]}: rows repeated"] > 50 and stream.counts[f"{SITES[0]}: surplus rows"] == 0
+    assert (
+        stream.counts[f"{SITES[0]}: rows repeated"] > 50 and stream.counts[f"{SITES[0]}: surplus rows"] == 0
+    )
 
 
 def test_slots_are_allocated_once(make):
@@ -282,7 +298,11 @@ def test_a_state_is_enough_to_go_on(make, loud, forwards, position):
     first = [again.next()]
     assert len(forwards) <= 10  # one block, even where the state is of a block's end
     assert equal(first + take(again, 39 - position), wanted[position:])
-    assert again.state_dict() == whole.state_dict() and again.norm_factor == whole.norm_factor and again.text_counts == whole.text_counts
+    assert (
+        again.state_dict() == whole.state_dict()
+        and again.norm_factor == whole.norm_factor
+        and again.text_counts == whole.text_counts
+    )
 
 
 def test_an_error_while_reading_ahead_costs_no_batch(make, monkeypatch):
@@ -368,7 +388,10 @@ def test_norm_outliers_are_left_out_and_counted(lm, make, monkeypatch):
     monkeypatch.setattr(lm, "activations", spiked)
     stream = make()
     batches = take(stream, 8)
-    assert stream.counts[f"{loud}: norm outliers left out"] > 0 and stream.counts[f"{quiet}: norm outliers left out"] == 0
+    assert (
+        stream.counts[f"{loud}: norm outliers left out"] > 0
+        and stream.counts[f"{quiet}: norm outliers left out"] == 0
+    )
     assert max(float(b[loud].norm(dim=1).max()) for b in batches) < 10
     assert stream.norm_factor[loud] == pytest.approx(plain.norm_factor[loud], rel=0.05)
     kept = make(norm_multiple=0.0)

@@ -32,7 +32,9 @@ TEMPLATE = (
     "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 )
 PROMPT = "<|sys|>Be kind.<|end|>"
-WORDS = "the cat sat on a mat while rain fell over every hill and 12 birds sang of ünïcödé 雨 far away".split()
+WORDS = (
+    "the cat sat on a mat while rain fell over every hill and 12 birds sang of ünïcödé 雨 far away".split()
+)
 
 
 def make_tokenizer(bos="<bos>", eos="<eos>", extra=(), template=TEMPLATE):
@@ -75,7 +77,10 @@ def prose(n, start=0):
 
 
 DOCUMENTS = [prose(3 + (17 * i) % 40, i) for i in range(60)]
-CHATS = [[{"role": "user", "content": prose(4, i)}, {"role": "assistant", "content": prose(1 + i % 9, i)}] for i in range(60)]
+CHATS = [
+    [{"role": "user", "content": prose(4, i)}, {"role": "assistant", "content": prose(1 + i % 9, i)}]
+    for i in range(60)
+]
 
 
 def ids_of(tokenizer, text):
@@ -258,7 +263,8 @@ def test_txt_file_is_one_running_text(tokenizer, tmp_path):
 def test_txt_file_has_held_out_passages(tokenizer, tmp_path):
     path = write(tmp_path, ".txt", [f"{i} {prose(50, i)}" for i in range(2000)])
     split = {
-        split: ContextStream([Source(str(path))], tokenizer, 64, split=split, held_out_fraction=0.1) for split in ("train", "held_out")
+        split: ContextStream([Source(str(path))], tokenizer, 64, split=split, held_out_fraction=0.1)
+        for split in ("train", "held_out")
     }
     contexts = {name: drain(stream) for name, stream in split.items()}
     # where a passage was left out
@@ -357,8 +363,14 @@ class Again:
 
 
 def every_source(tmp_path):
-    files = {kind: write(tmp_path / "t", kind, name=f"t{i}") for i, kind in enumerate([".jsonl", ".jsonl.zst", ".parquet", ".txt"])}
-    chats = {kind: write(tmp_path / "c", kind, CHATS, name=f"c{i}") for i, kind in enumerate([".jsonl", ".parquet"])}
+    files = {
+        kind: write(tmp_path / "t", kind, name=f"t{i}")
+        for i, kind in enumerate([".jsonl", ".jsonl.zst", ".parquet", ".txt"])
+    }
+    chats = {
+        kind: write(tmp_path / "c", kind, CHATS, name=f"c{i}")
+        for i, kind in enumerate([".jsonl", ".parquet"])
+    }
     alone = {kind: [Source(str(path))] for kind, path in files.items()}
     alone |= {f"chat{kind}": [Source(str(path), "chat", "conversation")] for kind, path in chats.items()}
     alone |= {"memory": [Source("memory", documents=Again(DOCUMENTS))]}
@@ -369,7 +381,9 @@ def every_source(tmp_path):
     return {**alone, "mixture": [*mixture, Source(str(files[".txt"]), weight=0.1)]}
 
 
-@pytest.mark.parametrize("name", [".jsonl", ".jsonl.zst", ".parquet", ".txt", "chat.jsonl", "chat.parquet", "memory", "mixture"])
+@pytest.mark.parametrize(
+    "name", [".jsonl", ".jsonl.zst", ".parquet", ".txt", "chat.jsonl", "chat.parquet", "memory", "mixture"]
+)
 def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, name):
     monkeypatch.setattr("monosemy.data.contexts.PIECE", 90)  # documents of several pieces
     monkeypatch.setattr("monosemy.data.rows.PASSAGE", 200)
@@ -489,7 +503,11 @@ def test_the_thread_is_ahead_and_goes_with_its_stream(tokenizer, monkeypatch):
     while len(taken) < len(DOCUMENTS) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(taken) == len(DOCUMENTS) and stream.counts == expected.counts
-    assert stream.state_dict()["sources"][0]["position"]["n"] == expected.state_dict()["sources"][0]["position"]["n"] < 3
+    assert (
+        stream.state_dict()["sources"][0]["position"]["n"]
+        == expected.state_dict()["sources"][0]["position"]["n"]
+        < 3
+    )
     assert same(drain(stream), drain(expected))
     endless = ContextStream([Source("endless", documents=cycle(DOCUMENTS))], tokenizer, 16, prefetch=True)
     endless.next(1)
@@ -533,7 +551,9 @@ class Failing:
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
-def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(tokenizer, tmp_path, prefetch, monkeypatch):
+def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(
+    tokenizer, tmp_path, prefetch, monkeypatch
+):
     monkeypatch.setattr("monosemy.data.contexts.READ_AHEAD", 1)
     mended = tmp_path / "mended"
     stream = ContextStream([Source("failing", documents=Failing(mended))], tokenizer, 16, prefetch=prefetch)
@@ -695,7 +715,9 @@ KNOWS_TOOLS = (
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["a template that knows tools", "one that does not"])
-def test_parts_are_joined_and_a_turn_that_only_calls_tools_is_as_the_template_has_it(tokenizer, tmp_path, monkeypatch, knows):
+def test_parts_are_joined_and_a_turn_that_only_calls_tools_is_as_the_template_has_it(
+    tokenizer, tmp_path, monkeypatch, knows
+):
     plain = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", KNOWS_TOOLS if knows else plain)
     asked = [
@@ -708,13 +730,17 @@ def test_parts_are_joined_and_a_turn_that_only_calls_tools_is_as_the_template_ha
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "water"},
     ]
-    reading = ContextStream([chats_file(tmp_path / "a.jsonl", [turns])], tokenizer, 8)._packed._streams[0]._reading
+    reading = (
+        ContextStream([chats_file(tmp_path / "a.jsonl", [turns])], tokenizer, 8)._packed._streams[0]._reading
+    )
     text, verdicts = reading.text(Source("a", "chat", "conversation"), 0, {"conversation": turns})
     assert verdicts == ["used"] and "what is the sea" in text and "water" in text and "None" not in text
     assert ("look_up" in text) == knows and text.count("assistant") == knows
 
 
-def test_where_no_chat_can_be_rendered_file_count_and_the_template_s_words_are_told(tokenizer, tmp_path, monkeypatch):
+def test_where_no_chat_can_be_rendered_file_count_and_the_template_s_words_are_told(
+    tokenizer, tmp_path, monkeypatch
+):
     refusing = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns here') }}"
         "{% endif %}{{ m['content'] }}{% endfor %}"
@@ -732,7 +758,12 @@ def test_where_no_chat_can_be_rendered_file_count_and_the_template_s_words_are_t
 
 
 def test_more_than_a_hundredth_left_out_or_damaged_is_told_by_source(tokenizer, tmp_path):
-    lines = [json.dumps({"text": "the sea and the sky"}).encode()] * 94 + [b'{"body": "x"}'] * 3 + [b"{"] + [b'{"text": "a\xff b"}'] * 2
+    lines = (
+        [json.dumps({"text": "the sea and the sky"}).encode()] * 94
+        + [b'{"body": "x"}'] * 3
+        + [b"{"]
+        + [b'{"text": "a\xff b"}'] * 2
+    )
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (tmp_path / "good.jsonl").write_bytes(b"\n".join(lines[:94]) + b"\n")
     for name in ("good.jsonl", "a.jsonl"):
@@ -740,7 +771,11 @@ def test_more_than_a_hundredth_left_out_or_damaged_is_told_by_source(tokenizer, 
         drain(stream)
         assert bool(stream.damage()) == (name == "a.jsonl")
     (told,) = stream.damage()
-    assert "a.jsonl: of 100 rows" in told and "3.0% without the field" in told and "2.0% with bytes that are not UTF-8" in told
+    assert (
+        "a.jsonl: of 100 rows" in told
+        and "3.0% without the field" in told
+        and "2.0% with bytes that are not UTF-8" in told
+    )
     assert "not JSON" not in told  # one in a hundred is not more than a hundredth
 
 
@@ -819,7 +854,9 @@ def test_source_settings_are_checked(options):
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_unreachable_hub_ends_within_seconds(offline):
-    environment = {"HF_HUB_OFFLINE": "1"} if offline else {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    environment = (
+        {"HF_HUB_OFFLINE": "1"} if offline else {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    )
     code = """
 import sys, time
 from types import SimpleNamespace
@@ -902,11 +939,18 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, (path, _, name) = self.server, self.path.partition("?")[0].partition(f"{self.server.commit}/")
-        listed = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in hub.files.items()]
+        listed = [
+            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+            for name, data in hub.files.items()
+        ]
         if "/resolve/" in path and name in hub.files:
             return self.file(hub.files[name], next(hub.faults, None))
         if "/tree/" in path:
-            return self.answer(json.dumps(listed if name else [{"type": "directory", "path": "data", "oid": "1" * 40}]).encode())
+            return self.answer(
+                json.dumps(
+                    listed if name else [{"type": "directory", "path": "data", "oid": "1" * 40}]
+                ).encode()
+            )
         if self.path.startswith("/api/datasets/"):
             about = {
                 "id": "me/texts",
@@ -1045,11 +1089,15 @@ def brittle():
 def test_a_stream_that_breaks_off_goes_on_at_the_same_row(tokenizer, monkeypatch):
     from datasets import IterableDataset
 
-    monkeypatch.setattr("monosemy.data.rows._hub_dataset", lambda source: IterableDataset.from_generator(brittle))
+    monkeypatch.setattr(
+        "monosemy.data.rows._hub_dataset", lambda source: IterableDataset.from_generator(brittle)
+    )
     expected = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
     FAILURES.update({0: 3, 1: 1, 7: 3, 8: 3, 30: 2, 59: 3})
     again = with_states(ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16))
-    assert same([found[1:] for found in again], [found[1:] for found in expected]) and not any(FAILURES.values())
+    assert same([found[1:] for found in again], [found[1:] for found in expected]) and not any(
+        FAILURES.values()
+    )
     FAILURES.update({0: 4, 30: 5})
     stream, contexts, broken = (
         ContextStream([Source("me/texts", retry_seconds=(0.001,) * 3)], tokenizer, 16),

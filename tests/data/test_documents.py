@@ -102,7 +102,9 @@ def test_a_hostile_conversation(tokenizer, tmp_path, name):  # noqa: F811
     stream = ContextStream([Source(str(path), "chat", "conversation")], tokenizer, 8)
     text = tokenizer.decode(unpack(drain(stream), stream))
     assert stream.counts["documents"] == 3 and stream.counts["used"] == (3 if counted == "used" else 2)
-    assert stream.counts[counted] in (1, 3) and text.count("hello there") == (3 if name == "further fields" else 2)
+    assert stream.counts[counted] in (1, 3) and text.count("hello there") == (
+        3 if name == "further fields" else 2
+    )
     assert "49" not in text
 
 
@@ -128,7 +130,9 @@ def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):  # noqa: F811
     pyarrow.parquet.write_table(pa.table({"text": column}), path)
     stream = ContextStream([Source(str(path))], tokenizer, 4)
     if left_out == len(column):
-        with pytest.raises(ValueError, match=f"No row of {len(column)} has a usable text in 'text': {len(column)} "):
+        with pytest.raises(
+            ValueError, match=f"No row of {len(column)} has a usable text in 'text': {len(column)} "
+        ):
             drain(stream)
         return
     text = tokenizer.decode(unpack(drain(stream), stream))
@@ -140,7 +144,9 @@ def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):  # noqa: F811
 
 def test_a_column_of_parquet_that_nobody_asked_for_may_be_broken(tokenizer, tmp_path):  # noqa: F811
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pa.table({"text": GOOD[:2], "junk": broken_strings([b"\xff", b"\xfe"])}), path)
+    pyarrow.parquet.write_table(
+        pa.table({"text": GOOD[:2], "junk": broken_strings([b"\xff", b"\xfe"])}), path
+    )
     stream = ContextStream([Source(str(path))], tokenizer, 8)
     drain(stream)
     assert stream.counts["used"] == 2

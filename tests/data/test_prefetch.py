@@ -58,7 +58,9 @@ def failing(error):
     raise error
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), Odd(1, 2), ConnectionResetError(104, "reset"), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), Odd(1, 2), ConnectionResetError(104, "reset"), SystemExit(3)], ids=repr
+)
 def test_errors_arrive_in_their_place_and_stay(error):
     items = Prefetcher(failing(error), capacity=8)
     assert [next(items), next(items)] == [1, 2]
@@ -143,6 +145,8 @@ print(next(items), flush=True)
 def test_a_process_does_not_wait_for_its_thread(items, end):
     path = os.pathsep.join(sys.path)
     code = [sys.executable, "-c", MAIN.format(items=items, end=end)]
-    ran = subprocess.run(code, capture_output=True, text=True, timeout=20, env={**os.environ, "PYTHONPATH": path})
+    ran = subprocess.run(
+        code, capture_output=True, text=True, timeout=20, env={**os.environ, "PYTHONPATH": path}
+    )
     assert ran.stdout == "0\n" and bool(ran.returncode) == ("raise" in end)
     assert "Fatal" not in ran.stderr and ("raise" in end or not ran.stderr), ran.stderr

@@ -53,7 +53,9 @@ def texts(hub):  # noqa: F811
     return lambda kind: hub(kind, DOCUMENTS, FaultyHandler)
 
 
-@pytest.mark.parametrize(("kind", "prefetch"), [(".jsonl", False), (".jsonl.zst", False), (".parquet", False), (".jsonl", True)])
+@pytest.mark.parametrize(
+    ("kind", "prefetch"), [(".jsonl", False), (".jsonl.zst", False), (".parquet", False), (".jsonl", True)]
+)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", [503, 429, "drop", "stall"])
 def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
@@ -75,7 +77,9 @@ def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
 
     HfFileSystem.clear_instance_cache()
     server.left, contexts, state = 10**6, [], None
-    with pytest.raises(StreamBroken, match="2 attempts to go on have failed.*what was read so far is not lost"):
+    with pytest.raises(
+        StreamBroken, match="2 attempts to go on have failed.*what was read so far is not lost"
+    ):
         stream = ContextStream([source], tokenizer, 64, prefetch=prefetch)
         while True:
             state = json.dumps(stream.state_dict())
@@ -97,7 +101,10 @@ def test_a_run_whose_hub_stays_away_stops_with_75_and_goes_on_to_the_same_weight
     # or so short a text would be read whole before the first step
     monkeypatch.setattr("monosemy.data.contexts.READ_AHEAD", 1)
     HfFileSystem.clear_instance_cache()
-    documents = [json.loads(line)["text"] for line in write_text(tmp_path / "all.jsonl", documents=120).read_text().splitlines()]
+    documents = [
+        json.loads(line)["text"]
+        for line in write_text(tmp_path / "all.jsonl", documents=120).read_text().splitlines()
+    ]
     server = hub(".jsonl", documents, FaultyHandler)
     server.where, server.kind, server.left = PLACES["middle"], 503, 10**6
 

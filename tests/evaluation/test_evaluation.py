@@ -35,7 +35,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     config = hf.LlamaConfig(
-        vocab_size=V, hidden_size=D, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, initializer_range=0.3
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.3,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -55,7 +60,9 @@ class Stub(nn.Module):
 
     name, d_in, modes = "stub", D, ("default",)
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], d_sae: int = D) -> None:
+    def __init__(
+        self, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], d_sae: int = D
+    ) -> None:
         super().__init__()
         self.f, self.g, self.d_sae = encode, decode, d_sae
 
@@ -91,7 +98,9 @@ def identity() -> Stub:
     return Stub(lambda x: x, lambda f: f)
 
 
-def run(lm: LanguageModel, contexts: Tensor, saes: dict[str, tuple[Site, nn.Module]], **settings: object) -> list[dict]:
+def run(
+    lm: LanguageModel, contexts: Tensor, saes: dict[str, tuple[Site, nn.Module]], **settings: object
+) -> list[dict]:
     return evaluate_on_model(lm, saes, contexts, ignore_ids=IGNORED, **settings)
 
 
@@ -105,7 +114,9 @@ def counted_activations(lm: LanguageModel, contexts: Tensor, site: Site) -> Tens
 
 
 def test_the_identity_recovers_everything(lm: LanguageModel, contexts: Tensor) -> None:
-    for row, site in zip(run(lm, contexts, {name: (Site.parse(name), identity()) for name in NAMES}), SITES, strict=True):
+    for row, site in zip(
+        run(lm, contexts, {name: (Site.parse(name), identity()) for name in NAMES}), SITES, strict=True
+    ):
         assert row["frac_recovered"] == row["loss_recovered_zero"] == row["loss_recovered_mean"] == 1
         assert row["loss_recovered_zero_low"] == row["loss_recovered_zero_high"] == 1
         assert row["kl"] == row["ce_diff"] == row["mse"] == row["fvu"] == row["l2_loss"] == 0
@@ -114,7 +125,9 @@ def test_the_identity_recovers_everything(lm: LanguageModel, contexts: Tensor) -
         assert row["relative_reconstruction_bias"] == pytest.approx(1)
         assert row["l0"] == D and row["frac_alive"] == 1 and row["never_fired"] == 0
         assert row["firing_counts"][-1] == D and sum(row["firing_counts"]) == D
-        assert row["l1_loss"] == pytest.approx(counted_activations(lm, contexts, site).abs().sum(1).mean().item())
+        assert row["l1_loss"] == pytest.approx(
+            counted_activations(lm, contexts, site).abs().sum(1).mean().item()
+        )
         assert row["ce_zero"] != row["ce_clean"] and row["ce_mean"] != row["ce_clean"]
 
 
@@ -122,10 +135,17 @@ def test_a_mean_only_reconstruction_explains_nothing(lm: LanguageModel, contexts
     saes = {}
     for name, site in zip(NAMES, SITES, strict=True):
         mean_D = counted_activations(lm, contexts, site).double().mean(0).float()
-        saes[name] = (site, Stub(lambda x: torch.zeros(len(x), 8), lambda f, m=mean_D: m.expand(len(f), D), 8))
+        saes[name] = (
+            site,
+            Stub(lambda x: torch.zeros(len(x), 8), lambda f, m=mean_D: m.expand(len(f), D), 8),
+        )
     for row in run(lm, contexts, saes):
-        assert row["fvu"] == pytest.approx(1, abs=1e-6) and row["frac_variance_explained"] == pytest.approx(0, abs=1e-6)
-        assert row["loss_recovered_mean"] == pytest.approx(0, abs=1e-6) and row["kl"] == pytest.approx(row["kl_mean"], abs=1e-6)
+        assert row["fvu"] == pytest.approx(1, abs=1e-6) and row["frac_variance_explained"] == pytest.approx(
+            0, abs=1e-6
+        )
+        assert row["loss_recovered_mean"] == pytest.approx(0, abs=1e-6) and row["kl"] == pytest.approx(
+            row["kl_mean"], abs=1e-6
+        )
         assert row["l0"] == row["l1_loss"] == row["frac_alive"] == 0
         assert row["never_fired"] == 8 and sum(row["firing_counts"]) == 0
 
@@ -139,7 +159,8 @@ def test_zeros_recover_nothing_and_give_no_nan(lm: LanguageModel, contexts: Tens
 
 
 def test_figures_equal_a_plain_computation(lm: LanguageModel, contexts: Tensor) -> None:
-    """Every definition once more, in float64 over all tokens at once, the splice as a hook on the whole model."""
+    """Every definition once more, in float64 over all tokens at once, the splice as a hook on the whole
+    model."""
     sae = BatchTopK(k=6, threshold=0.8)
     (row,) = run(lm, contexts, {"sae": (SITE, sae)}, batch_size=5)
     keep = ~torch.isin(contexts, IGNORED)
@@ -159,7 +180,8 @@ def test_figures_equal_a_plain_computation(lm: LanguageModel, contexts: Tensor) 
         log_p, log_q, log_zero, log_mean = (logits(y) for y in (None, hat, x * 0, mean.float().expand_as(x)))
     predicts = keep[:, :-1]
     ce, ce_hat, ce_zero, ce_mean = (
-        -log.gather(2, contexts[:, 1:, None])[..., 0][predicts].mean().item() for log in (log_p, log_q, log_zero, log_mean)
+        -log.gather(2, contexts[:, 1:, None])[..., 0][predicts].mean().item()
+        for log in (log_p, log_q, log_zero, log_mean)
     )
     x, hat, f = x.double(), hat.double(), f.double()
     r = x - hat
@@ -185,7 +207,10 @@ def test_figures_equal_a_plain_computation(lm: LanguageModel, contexts: Tensor) 
     for key, value in expected.items():
         assert row[key] == pytest.approx(float(value), rel=2e-4), key
     assert row["tokens"] == int(keep.sum()) and row["spliced_tokens"] == int(predicts.sum())
-    assert row["frac_recovered"] == row["loss_recovered_zero"] and row["ce_diff"] == row["ce_spliced"] - row["ce_clean"]
+    assert (
+        row["frac_recovered"] == row["loss_recovered_zero"]
+        and row["ce_diff"] == row["ce_spliced"] - row["ce_clean"]
+    )
     share = (f != 0).double().mean(0)
     edges = row["firing_log10_edges"]
     counts = [int(((share.log10() >= low) & (share.log10() < high)).sum()) for low, high in pairwise(edges)]
@@ -199,7 +224,8 @@ def test_the_interval_is_the_bootstrap_of_the_ratio(lm: LanguageModel, contexts:
     assert rows[0] == rows[1] and [rows[0][k] for k in keys] != [rows[2][k] for k in keys]
     low, high = (rows[0][k] for k in keys)
     assert low < rows[0]["loss_recovered_zero"] < high
-    # of sums that are known: a ratio of 1/2 in every context has no spread, and two kinds of contexts have the binomial's
+    # of sums that are known: a ratio of 1/2 in every context has no spread, and two kinds of contexts have
+    # the binomial's
     weights = metrics._bootstrap(100, 0)
     assert weights.shape == (1000, 100) and bool((weights.sum(1) == 100).all())
     one = torch.ones(100, dtype=torch.float64)
@@ -211,7 +237,9 @@ def test_the_interval_is_the_bootstrap_of_the_ratio(lm: LanguageModel, contexts:
 # --- what must not matter, and what must
 
 
-def test_batch_size_does_not_matter(lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_does_not_matter(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(metrics, "SELECTION_TOKENS", 10 * L)  # three groups, the last of them smaller
     saes = {name: (Site.parse(name), BatchTopK(6, 0.8)) for name in NAMES}
     one, some, all_ = (run(lm, contexts, saes, batch_size=size) for size in (1, 7, 64))
@@ -224,16 +252,21 @@ def test_batch_size_does_not_matter(lm: LanguageModel, contexts: Tensor, monkeyp
                 assert value == (pytest.approx(expected, rel=1e-4, abs=1e-6) if close else expected), key
 
 
-def test_pieces_of_the_head_do_not_matter(lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_the_head_do_not_matter(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saes = {"sae": (SITE, BatchTopK(6, 0.8))}
     whole = run(lm, contexts, saes)[0]
     seen: list[int] = []
     logits = LanguageModel.logits
-    monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: (seen.append(len(hidden)), logits(self, hidden))[1])
+    monkeypatch.setattr(
+        LanguageModel, "logits", lambda self, hidden: (seen.append(len(hidden)), logits(self, hidden))[1]
+    )
     monkeypatch.setattr(metrics, "HEAD_ELEMENTS", 10 * V)
     pieces = run(lm, contexts, saes)[0]
     assert max(seen) == 10 and all(
-        pieces[key] == pytest.approx(whole[key], rel=1e-5) for key in ("kl", "ce_clean", "ce_spliced", "ce_mean")
+        pieces[key] == pytest.approx(whole[key], rel=1e-5)
+        for key in ("kl", "ce_clean", "ce_spliced", "ce_mean")
     )
 
 
@@ -244,7 +277,9 @@ def test_other_saes_do_not_matter(lm: LanguageModel, contexts: Tensor) -> None:
     assert among[1] == alone and [row["sae"] for row in among] == ["identity", "sae", "other"]
 
 
-def test_splice_zero_and_mean_replace_the_same_positions(lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splice_zero_and_mean_replace_the_same_positions(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x_CLD = lm.activations(contexts)[SITE]
     norms = x_CLD.norm(dim=-1)
     keep = ~torch.isin(contexts, IGNORED)
@@ -266,7 +301,9 @@ def test_splice_zero_and_mean_replace_the_same_positions(lm: LanguageModel, cont
     assert row["tokens"] == int(keep.sum()) and row["spliced_tokens"] == int(keep[:, :-1].sum())
 
 
-def test_what_lies_before_a_site_runs_once(lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_before_a_site_runs_once(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = [0] * 4
     for i, layer in enumerate(lm.layers):
         forward = layer.forward
@@ -282,17 +319,26 @@ def test_what_lies_before_a_site_runs_once(lm: LanguageModel, contexts: Tensor, 
     assert ran[3] == 12 * C + C + 2
 
 
-def test_splicing_can_be_limited_to_the_first_contexts(lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splicing_can_be_limited_to_the_first_contexts(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(metrics, "SELECTION_TOKENS", 4 * L)
     saes = {"sae": (SITE, Stub(lambda x: x.relu(), lambda f: f))}
     (full,), (part,), (none,) = (run(lm, contexts, saes, splice_contexts=n) for n in (None, 6, 0))
     (first,) = run(lm, contexts[:6], saes)
-    assert full["tokens"] == part["tokens"] == none["tokens"] and part["spliced_tokens"] == first["spliced_tokens"]
+    assert (
+        full["tokens"] == part["tokens"] == none["tokens"]
+        and part["spliced_tokens"] == first["spliced_tokens"]
+    )
     for key in ("l0", "fvu", "mse", "cossim", "frac_alive"):
         assert part[key] == pytest.approx(full[key]) == none[key]
     for key in ("ce_clean", "ce_spliced", "ce_zero", "kl"):  # ce_mean knows the mean over all contexts
         assert part[key] == pytest.approx(first[key], rel=1e-6) and none[key] is None
-    assert part["loss_recovered_zero_low"] is not None and none["loss_recovered_zero_low"] is None and none["spliced_tokens"] == 0
+    assert (
+        part["loss_recovered_zero_low"] is not None
+        and none["loss_recovered_zero_low"] is None
+        and none["spliced_tokens"] == 0
+    )
 
 
 def test_a_cut_model_gives_reconstruction_metrics_alone(lm: LanguageModel, contexts: Tensor) -> None:
@@ -316,7 +362,11 @@ def test_norm_outliers_are_left_out_of_every_metric(contexts: Tensor, lm: Langua
 
 
 def test_both_modes_and_the_flag(lm: LanguageModel, contexts: Tensor) -> None:
-    good, bad, plain = run(lm, contexts, {"good": (SITE, BatchTopK(6, 0.8)), "bad": (SITE, BatchTopK(6, 0)), "plain": (SITE, identity())})
+    good, bad, plain = run(
+        lm,
+        contexts,
+        {"good": (SITE, BatchTopK(6, 0.8)), "bad": (SITE, BatchTopK(6, 0)), "plain": (SITE, identity())},
+    )
     assert good["top_k_l0"] == pytest.approx(6, abs=0.01) and good["l0"] != good["top_k_l0"]
     assert {key.removeprefix("top_k_") for key in good if key.startswith("top_k_")} < good.keys()
     assert bad["l0"] > 20 and bad["fvu"] > 1.2 * bad["top_k_fvu"]
@@ -325,10 +375,29 @@ def test_both_modes_and_the_flag(lm: LanguageModel, contexts: Tensor) -> None:
 
 
 def test_rows_are_flat_json_with_the_seeds_keys(lm: LanguageModel, contexts: Tensor) -> None:
-    (row,) = run(lm, contexts, {"resid_post_layer_0/trainer_0": (SITE, BatchTopK(6, 0.8))}, info={"resid_post_layer_0/trainer_0": {"k": 6}})
+    (row,) = run(
+        lm,
+        contexts,
+        {"resid_post_layer_0/trainer_0": (SITE, BatchTopK(6, 0.8))},
+        info={"resid_post_layer_0/trainer_0": {"k": 6}},
+    )
     assert not any(isinstance(value, dict) for value in row.values()) and row["k"] == 6
-    assert row["site"] == "resid_post.0" and row["layer"] == 0 and row["architecture"] == "batch_top_k" and row["d_sae"] == 64
-    metrics = ["l2_loss", "l1_loss", "l0", "frac_variance_explained", "cossim", "l2_ratio", "relative_reconstruction_bias", "frac_alive"]
+    assert (
+        row["site"] == "resid_post.0"
+        and row["layer"] == 0
+        and row["architecture"] == "batch_top_k"
+        and row["d_sae"] == 64
+    )
+    metrics = [
+        "l2_loss",
+        "l1_loss",
+        "l0",
+        "frac_variance_explained",
+        "cossim",
+        "l2_ratio",
+        "relative_reconstruction_bias",
+        "frac_alive",
+    ]
     losses = ["loss_original", "loss_reconstructed", "loss_zero", "frac_recovered"]
     nested = dictionary_learning_results(row)
     assert all(isinstance(nested[key], float) and math.isfinite(nested[key]) for key in metrics + losses)
@@ -336,7 +405,9 @@ def test_rows_are_flat_json_with_the_seeds_keys(lm: LanguageModel, contexts: Ten
 
 
 def test_the_table(lm: LanguageModel, contexts: Tensor) -> None:
-    rows = run(lm, contexts, {"a": (SITE, BatchTopK(6, 0)), "long/name": (SITE, identity())}, splice_contexts=4)
+    rows = run(
+        lm, contexts, {"a": (SITE, BatchTopK(6, 0)), "long/name": (SITE, identity())}, splice_contexts=4
+    )
     rows += run(lm, contexts, {"c": (SITE, identity())}, splice_contexts=0)
     head, first, second, third = table(rows).splitlines()
     assert head.split()[:3] == ["sae", "architecture", "L0"] and len(head) == len(second)
@@ -355,9 +426,13 @@ def test_bad_input(lm: LanguageModel, contexts: Tensor) -> None:
         run(lm, contexts, {"sae": (Site.parse("resid_post.3"), identity())})
 
 
-def test_a_model_that_cannot_be_resumed_is_refused(lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_resumed_is_refused(
+    lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resume = LanguageModel.run_from
-    monkeypatch.setattr(LanguageModel, "run_from", lambda self, clean, site, x: resume(self, clean, site, x) * 1.1)
+    monkeypatch.setattr(
+        LanguageModel, "run_from", lambda self, clean, site, x: resume(self, clean, site, x) * 1.1
+    )
     with pytest.raises(ValueError, match="splice_contexts=0"):
         run(lm, contexts, {"sae": (SITE, identity())})
 
@@ -365,7 +440,11 @@ def test_a_model_that_cannot_be_resumed_is_refused(lm: LanguageModel, contexts: 
 def test_the_caller_is_left_as_it_was(lm: LanguageModel, contexts: Tensor) -> None:
     before, state = contexts.clone(), torch.random.get_rng_state()
     run(lm, contexts, {"sae": (SITE, identity())})
-    assert torch.equal(contexts, before) and torch.equal(torch.random.get_rng_state(), state) and not torch.is_inference_mode_enabled()
+    assert (
+        torch.equal(contexts, before)
+        and torch.equal(torch.random.get_rng_state(), state)
+        and not torch.is_inference_mode_enabled()
+    )
 
 
 def test_an_evaluation_that_takes_long_tells_how_far_it_is(

@@ -1,4 +1,5 @@
-"""Faults after training: what fails for one SAE, site, plot or panel costs that part alone, is told, and is all that is made again."""
+"""Faults after training: what fails for one SAE, site, plot or panel costs that part alone, is told, and is
+all that is made again."""
 
 import json
 import shutil
@@ -27,7 +28,16 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def command(tiny_model, text_file):
-    return lambda folder: ["train", "--save_dir", str(folder), "--model_name", str(tiny_model), "--dataset", str(text_file), *FLAGS]
+    return lambda folder: [
+        "train",
+        "--save_dir",
+        str(folder),
+        "--model_name",
+        str(tiny_model),
+        "--dataset",
+        str(text_file),
+        *FLAGS,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,10 @@ def raising(*_, **__):
 
 def written(folder, names=NAMES):
     """When the parts of some SAEs were written."""
-    return {name: [(folder / name / file).stat().st_mtime_ns for file in ("latents.npz", "eval_results.json")] for name in names}
+    return {
+        name: [(folder / name / file).stat().st_mtime_ns for file in ("latents.npz", "eval_results.json")]
+        for name in names
+    }
 
 
 def cut(path, share=0.5):
@@ -74,8 +87,15 @@ def test_a_damaged_sae_costs_its_own_row_and_is_all_that_is_made_again(run, caps
     assert main(["eval", str(run)]) == 1
     assert rows_of(run) == {name: rows[name] for name in others}
     said = caplog.records[-1].getMessage()
-    assert f"row of {NAMES[1]} (ValueError:" in said and f"`monosemy eval {run}` makes only what is missing" in said and "\n" not in said
-    assert all(name in capsys.readouterr().out for name in others[:1]) and "Traceback" in (run / "errors.log").read_text()
+    assert (
+        f"row of {NAMES[1]} (ValueError:" in said
+        and f"`monosemy eval {run}` makes only what is missing" in said
+        and "\n" not in said
+    )
+    assert (
+        all(name in capsys.readouterr().out for name in others[:1])
+        and "Traceback" in (run / "errors.log").read_text()
+    )
     assert status_of(run)["status"] == "incomplete" and NAMES[1] in status_of(run)["reason"]
     assert f"row of {NAMES[1]}" in (run / "report.html").read_text()
     assert {path.stem for path in run.glob("plots/*.png")} == PLOTS
@@ -84,13 +104,18 @@ def test_a_damaged_sae_costs_its_own_row_and_is_all_that_is_made_again(run, caps
     assert main(["eval", str(run)]) == 0
     assert rows_of(run) == rows and list(rows_of(run)) == NAMES
     assert written(run, others) == {name: before[name] for name in others}
-    assert status_of(run) == status_of(run) | {"status": "complete", "reason": ""} and not (run / "errors.log").exists()
+    assert (
+        status_of(run) == status_of(run) | {"status": "complete", "reason": ""}
+        and not (run / "errors.log").exists()
+    )
     assert "Missing from this page" not in (run / "report.html").read_text()
     assert main(["eval", str(run)]) == 0  # nothing is missing: all is measured again
     assert all(written(run)[name] != before[name] for name in NAMES)
 
 
-def test_a_run_whose_sae_fails_in_evaluation_is_incomplete_until_it_does_not(command, finished, tmp_path, caplog, monkeypatch):
+def test_a_run_whose_sae_fails_in_evaluation_is_incomplete_until_it_does_not(
+    command, finished, tmp_path, caplog, monkeypatch
+):
     run = tmp_path / "run"
     with monkeypatch.context() as broken:
         broken.setattr(Standard, "activation", raising)
@@ -117,13 +142,19 @@ def test_a_run_that_was_complete_is_not_trained_again_for_a_part_of_its_report(r
 def test_a_site_that_cannot_be_spliced_costs_its_losses(run, monkeypatch, caplog):
     before, resume = rows_of(run), LanguageModel.run_from
     with monkeypatch.context() as broken:
-        broken.setattr(LanguageModel, "run_from", lambda self, clean, site, x: resume(self, clean, site, x) * (1 if site.layer else 1.1))
+        broken.setattr(
+            LanguageModel,
+            "run_from",
+            lambda self, clean, site, x: resume(self, clean, site, x) * (1 if site.layer else 1.1),
+        )
         assert main(["eval", str(run)]) == 1
     rows = rows_of(run)
     assert "losses of resid_post.0 (ValueError: site is 'resid_post.0'" in caplog.text
     for name in NAMES:
         assert rows[name]["fvu"] == before[name]["fvu"] and rows[name].keys() == before[name].keys()
-        assert rows[name]["loss_recovered_zero"] == (None if name.startswith(SITES[0]) else before[name]["loss_recovered_zero"])
+        assert rows[name]["loss_recovered_zero"] == (
+            None if name.startswith(SITES[0]) else before[name]["loss_recovered_zero"]
+        )
     kept = written(run, NAMES[2:])
     assert main(["eval", str(run)]) == 0 and rows_of(run) == before and written(run, NAMES[2:]) == kept
 
@@ -147,16 +178,30 @@ def test_a_part_that_fails_costs_no_other(run, where, what, absent, monkeypatch,
     with monkeypatch.context() as broken:
         broken.setattr(where, raising)
         assert main(["eval", str(run)]) == 1
-    assert f"{what}" in caplog.text and "broken on purpose" in caplog.text and status_of(run)["status"] == "incomplete"
+    assert (
+        f"{what}" in caplog.text
+        and "broken on purpose" in caplog.text
+        and status_of(run)["status"] == "incomplete"
+    )
     rows = rows_of(run)
     assert list(rows) == NAMES and all(rows[name].items() <= before[name].items() for name in NAMES)
     assert all(name in capsys.readouterr().out for name in NAMES[:1])
-    everything = {f"plots/{plot}.png" for plot in PLOTS} | {"report.html", "eval_text.npz", *(f"{name}/latents.npz" for name in NAMES)}
-    assert not [file for file in everything if (run / file).is_file() == (bool(absent) and file.endswith(absent))]
+    everything = {f"plots/{plot}.png" for plot in PLOTS} | {
+        "report.html",
+        "eval_text.npz",
+        *(f"{name}/latents.npz" for name in NAMES),
+    }
+    assert not [
+        file for file in everything if (run / file).is_file() == (bool(absent) and file.endswith(absent))
+    ]
     if absent != "report.html":
         assert f"Missing from this page: {what}" in (run / "report.html").read_text()
     assert main(["eval", str(run)]) == 0
-    assert rows_of(run) == before and all((run / file).is_file() for file in everything) and status_of(run)["status"] == "complete"
+    assert (
+        rows_of(run) == before
+        and all((run / file).is_file() for file in everything)
+        and status_of(run)["status"] == "complete"
+    )
 
 
 def test_an_sae_whose_effects_failed_is_made_again_and_says_so_on_its_page(run, monkeypatch):
@@ -197,7 +242,10 @@ def test_a_run_all_of_whose_saes_are_damaged_keeps_its_curves_and_its_page(run, 
         cut(run / name / "sae.safetensors")
     assert main(["eval", str(run)]) == 1
     assert rows_of(run) == {} and f"row of {', '.join(NAMES[:1])}" in caplog.text
-    assert "Missing from this page" in (run / "report.html").read_text() and (run / "plots" / "training_curves.png").is_file()
+    assert (
+        "Missing from this page" in (run / "report.html").read_text()
+        and (run / "plots" / "training_curves.png").is_file()
+    )
 
 
 def test_records_that_cannot_be_read_cost_the_curves(run, capsys):
@@ -214,7 +262,12 @@ def test_records_that_cannot_be_read_cost_the_curves(run, capsys):
 
 def test_what_waiting_mends_and_what_all_would_meet_is_raised(tmp_path):
     missing = Missing(tmp_path)
-    for error in (KeyboardInterrupt("SIGTERM"), DiskFull("x needs 5 bytes"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+    for error in (
+        KeyboardInterrupt("SIGTERM"),
+        DiskFull("x needs 5 bytes"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ):
         with pytest.raises(type(error)), missing.part("evaluation"):
             raise error
     with pytest.raises(ValueError, match="held_out"), missing.part("evaluation", passing=(ValueError,)):
@@ -265,7 +318,11 @@ def test_an_sae_that_breaks_midway_has_no_row_and_changes_no_other(tiny_model):
     site = Site("resid_post", 1)
     lm = LanguageModel.load(str(tiny_model), [site], whole=True)
     contexts = torch.randint(3, 30, (300, 16), generator=torch.Generator().manual_seed(0))  # three groups
-    saes = {"good": (site, Standard(24, 48)), "bad": (site, Fragile(24, 48)), "also good": (site, Standard(24, 32))}
+    saes = {
+        "good": (site, Standard(24, 48)),
+        "bad": (site, Fragile(24, 48)),
+        "also good": (site, Standard(24, 32)),
+    }
     for _, sae in saes.values():
         sae.reset(torch.Generator().manual_seed(0))
     given = {"ignore_ids": torch.tensor([0])}

@@ -28,11 +28,15 @@ def test_a_text_is_read_at_its_last_token_whatever_is_beside_it(tiny_model, monk
 
 def test_means_are_over_the_pairs_of_classes(tmp_path):
     for i, name in enumerate(("a", "b")):
-        entries = [{"k": k, "test_acc": 0.5 + i / 10, "test_auc": k / 10 + i / 10, "test_f1": 0.25} for k in (1, 5)]
+        entries = [
+            {"k": k, "test_acc": 0.5 + i / 10, "test_auc": k / 10 + i / 10, "test_f1": 0.25} for k in (1, 5)
+        ]
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.json").write_text(json.dumps(entries))
     means = probing._means(tmp_path, {1: "top_1", 5: "top_5"})
-    assert means["probing_auc_top_1"] == pytest.approx(0.15) and means["probing_auc_top_5"] == pytest.approx(0.55)
+    assert means["probing_auc_top_1"] == pytest.approx(0.15) and means["probing_auc_top_5"] == pytest.approx(
+        0.55
+    )
     assert means["probing_accuracy_top_5"] == pytest.approx(0.55) and len(means) == 6
 
 

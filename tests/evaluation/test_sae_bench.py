@@ -1,4 +1,5 @@
-"""SAEBench's rules, computed here once more in the plainest way; peers/test_saebench.py has SAEBench itself. C contexts, L tokens, V vocabulary."""
+"""SAEBench's rules, computed here once more in the plainest way; peers/test_saebench.py has SAEBench itself.
+C contexts, L tokens, V vocabulary."""
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ def measured(tiny_model):
     ignored = torch.tensor([0, 1])
     sae = architecture("standard")(24, 48)
     sae.reset(torch.Generator().manual_seed(1))
-    rows = [evaluate_on_model(lm, {"a": (SITE, sae)}, ids_CL, ignore_ids=ignored, sae_bench=rules)[0] for rules in (True, False)]
+    rows = [
+        evaluate_on_model(lm, {"a": (SITE, sae)}, ids_CL, ignore_ids=ignored, sae_bench=rules)[0]
+        for rules in (True, False)
+    ]
 
     with torch.inference_mode():
         clean = lm.clean(ids_CL, [SITE])
@@ -34,7 +38,11 @@ def measured(tiny_model):
             kl_CL = (log_p_CLV.exp() * (log_p_CLV - log_q_CLV)).sum(-1)
             return float(ce_CL[kept_CL[:, :-1]].mean()), float(kl_CL[kept_CL].mean())
 
-        plain = {"clean": losses(x_CLD), "zero": losses(0 * x_CLD), "sae": losses(torch.where(kept_CL[..., None], sae(x_CLD), x_CLD))}
+        plain = {
+            "clean": losses(x_CLD),
+            "zero": losses(0 * x_CLD),
+            "sae": losses(torch.where(kept_CL[..., None], sae(x_CLD), x_CLD)),
+        }
     return *rows, plain
 
 
@@ -59,4 +67,6 @@ def test_its_rules_change_what_they_should_and_nothing_else(measured):
 
 def test_every_name_is_there(measured):
     found = sae_bench_results(measured[0])
-    assert found.keys() == SAE_BENCH.keys() and all(value is not None for category in found.values() for value in category.values())
+    assert found.keys() == SAE_BENCH.keys() and all(
+        value is not None for category in found.values() for value in category.values()
+    )

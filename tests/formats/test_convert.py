@@ -1,7 +1,8 @@
-"""SAEs that travel between tools: read right, written right, the same to the bit when they come home, and refused with the reason.
+"""SAEs that travel between tools: read right, written right, the same to the bit when they come home, and
+refused with the reason.
 
-data/{dictionary_learning,sae_lens,sparsify} holds what those packages wrote themselves, with what they made of x (peers/data makes them).
-The packages open what is written here in peers/test_formats.py.
+data/{dictionary_learning,sae_lens,sparsify} holds what those packages wrote themselves, with what they made
+of x (peers/data makes them). The packages open what is written here in peers/test_formats.py.
 """
 
 import io
@@ -33,14 +34,22 @@ SETTINGS = {
 }
 OURS = [f"ours/{name}" for name in SETTINGS]
 THEIRS = sorted(
-    str(path.parent.relative_to(DATA)) for path in DATA.glob("*/*/c*f*g.json") if path.parent.parent.name not in ("traces", "version_1")
+    str(path.parent.relative_to(DATA))
+    for path in DATA.glob("*/*/c*f*g.json")
+    if path.parent.parent.name not in ("traces", "version_1")
 )
 SOURCES = [*OURS, *THEIRS]
 PEERS = ("dictionary_learning", "sae_lens", "sparsify")
 RELU = ("standard", "standard_new", "p_anneal", "standard_uncentred", "standard_bfloat16")
 TOP_K = ("top_k", "topk", "topk_uncentred", "topk_rescaled", "layers.3", "layers.4")
 REFUSED = {(name, "sparsify") for name in SOURCES if name.split("/")[1] not in RELU + TOP_K}
-CONFIG = {"status": "complete", "site": "resid_post.3", "model": "EleutherAI/pythia-70m-deduped", "norm_factor": 7.25, "lr": 3e-4}
+CONFIG = {
+    "status": "complete",
+    "site": "resid_post.3",
+    "model": "EleutherAI/pythia-70m-deduped",
+    "norm_factor": 7.25,
+    "lr": 3e-4,
+}
 
 
 def our_saes(folder: Path) -> None:
@@ -78,7 +87,7 @@ def source(ours: Path, name: str) -> Path:
     return ours / name if name.startswith("ours/") else DATA / name
 
 
-# --- reading what they wrote ---------------------------------------------------------------------------------------------------
+# --- reading what they wrote --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in THEIRS if not open_as(name)])
@@ -125,7 +134,10 @@ OLD = {
     ("like", "more"),
     [
         ("standard", {"hook_point_layer": 5}),
-        ("standard_uncentred", {"architecture": "standard", "apply_b_dec_to_input": False, "activation_fn_str": "relu"}),
+        (
+            "standard_uncentred",
+            {"architecture": "standard", "apply_b_dec_to_input": False, "activation_fn_str": "relu"},
+        ),
         ("topk", {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}),
         ("jumprelu", {"architecture": "jumprelu", "apply_b_dec_to_input": False}),
         ("gated", {"architecture": "gated"}),
@@ -178,7 +190,10 @@ def test_thresholds_of_at_most_0_are_a_relu_to_sparsify(name, ours, tmp_path):
     formats.save(sae, tmp_path / "relu", about)
     formats.convert(tmp_path / "relu", tmp_path / "out", "sparsify")
     theirs = json.loads((tmp_path / "out" / "cfg.json").read_text())
-    w, x = load_file(tmp_path / "out" / "sae.safetensors"), torch.randn(16, D, generator=torch.Generator().manual_seed(1))
+    w, x = (
+        load_file(tmp_path / "out" / "sae.safetensors"),
+        torch.randn(16, D, generator=torch.Generator().manual_seed(1)),
+    )
     f = ((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]).relu()
     assert theirs["k"] == F and torch.allclose(f @ w["W_dec"] + w["b_dec"], sae(x), atol=1e-5)
     back = monosemy.load(tmp_path / "out")
@@ -189,7 +204,7 @@ def test_thresholds_of_at_most_0_are_a_relu_to_sparsify(name, ours, tmp_path):
         formats.convert(tmp_path / "jumps", tmp_path / "no", "sparsify")
 
 
-# --- there and back ------------------------------------------------------------------------------------------------------------
+# --- there and back -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", PEERS)
@@ -197,19 +212,29 @@ def test_thresholds_of_at_most_0_are_a_relu_to_sparsify(name, ours, tmp_path):
 def test_there_and_back_it_is_the_same_to_the_bit(name, to, ours, tmp_path):
     folder = source(ours, name)
     if (name, to) in REFUSED:
-        with pytest.raises(ValueError, match=r"architecture is .*; allowed: for sparsify: top_k.*[Ss]parsify keeps the k largest"):
+        with pytest.raises(
+            ValueError,
+            match=r"architecture is .*; allowed: for sparsify: top_k.*[Ss]parsify keeps the k largest",
+        ):
             formats.convert(folder, tmp_path / "there", to, format=open_as(name))
         assert not list(tmp_path.iterdir())
         return
     formats.convert(folder, tmp_path / "there", to, format=open_as(name))
     back_format = "dictionary_learning" if to == "dictionary_learning" else None
-    before, there = monosemy.load(folder, format=open_as(name)), monosemy.load(tmp_path / "there", format=back_format)
+    before, there = (
+        monosemy.load(folder, format=open_as(name)),
+        monosemy.load(tmp_path / "there", format=back_format),
+    )
     assert there.name == before.name and there.settings == before.settings and there.modes == before.modes
     assert there.pre_bias == before.pre_bias
-    assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), there.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before.state_dict().values(), there.state_dict().values(), strict=True)
+    )
     formats.convert(tmp_path / "there", tmp_path / "native", "native", format=back_format)
     assert (
-        monosemy.load(tmp_path / "native")(torch.ones(3, before.d_in)).tolist() == before(torch.ones(3, before.d_in)).tolist()
+        monosemy.load(tmp_path / "native")(torch.ones(3, before.d_in)).tolist()
+        == before(torch.ones(3, before.d_in)).tolist()
     )  # twice converted
     home = "native" if name.startswith("ours/") else name.split("/")[0]
     formats.convert(tmp_path / "native", tmp_path / "back", home)
@@ -233,7 +258,9 @@ def test_the_files_alone_reconstruct_the_same(name, to, ours, tmp_path):
     )
     x = torch.randn(32, before.d_in, generator=torch.Generator().manual_seed(1))
     mode = "top_k" if before.name == "top_k" else None
-    assert (before(x, mode=mode) - alone(x, mode="top_k" if alone.name == "top_k" else None)).abs().max() <= 1e-5 * x.abs().max()
+    assert (
+        before(x, mode=mode) - alone(x, mode="top_k" if alone.name == "top_k" else None)
+    ).abs().max() <= 1e-5 * x.abs().max()
 
 
 def test_what_is_known_of_a_run_s_sae_travels(ours, tmp_path):
@@ -242,10 +269,18 @@ def test_what_is_known_of_a_run_s_sae_travels(ours, tmp_path):
         _, about = formats.read(tmp_path / to, format=to if to == "dictionary_learning" else None)
         assert about == CONFIG
     cfg = json.loads((tmp_path / "sae_lens" / "cfg.json").read_text())
-    assert cfg["architecture"] == "topk" and cfg["k"] == 5 and cfg["metadata"]["hook_name"] == "blocks.3.hook_resid_post"
+    assert (
+        cfg["architecture"] == "topk"
+        and cfg["k"] == 5
+        and cfg["metadata"]["hook_name"] == "blocks.3.hook_resid_post"
+    )
     assert cfg["metadata"]["model_name"] == CONFIG["model"]
     trainer = json.loads((tmp_path / "dictionary_learning" / "config.json").read_text())["trainer"]
-    assert (trainer["layer"], trainer["lm_name"], trainer["submodule_name"]) == (3, CONFIG["model"], "resid_post_layer_3")
+    assert (trainer["layer"], trainer["lm_name"], trainer["submodule_name"]) == (
+        3,
+        CONFIG["model"],
+        "resid_post_layer_3",
+    )
     formats.convert(ours / "ours/batch_top_k", tmp_path / "batch", "sae_lens")
     assert json.loads((tmp_path / "batch" / "cfg.json").read_text())["architecture"] == "jumprelu"
     threshold = load_file(tmp_path / "batch" / "sae_weights.safetensors")["threshold"]
@@ -256,13 +291,15 @@ def test_monosemy_json_is_of_the_files_beside_it(ours, tmp_path):
     formats.convert(ours / "ours/top_k", tmp_path / "there", "sae_lens")
     tensors = load_file(tmp_path / "there" / "sae_weights.safetensors")
     save_file(tensors | {"b_dec": tensors["b_dec"] + 1}, tmp_path / "there" / "sae_weights.safetensors")
-    with pytest.raises(ValueError, match=r"monosemy\.json: files .* have changed since\. Take monosemy\.json away"):
+    with pytest.raises(
+        ValueError, match=r"monosemy\.json: files .* have changed since\. Take monosemy\.json away"
+    ):
         monosemy.load(tmp_path / "there")
     (tmp_path / "there" / "monosemy.json").unlink()
     assert monosemy.load(tmp_path / "there").modes == ("top_k",)
 
 
-# --- refused -------------------------------------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,14 +308,22 @@ def test_monosemy_json_is_of_the_files_beside_it(ours, tmp_path):
         ("sae_lens/standard", {"architecture": "temporal"}, "others are no SAE"),
         ("sae_lens/standard", {"architecture": "batchtopk"}, "save_inference_model"),
         ("sae_lens/standard", {"architecture": ["standard"]}, "architecture"),
-        ("sae_lens/standard", {"normalize_activations": "layer_norm"}, "for each token anew cannot be folded"),
+        (
+            "sae_lens/standard",
+            {"normalize_activations": "layer_norm"},
+            "for each token anew cannot be folded",
+        ),
         ("sae_lens/standard", {"normalize_activations": "expected_average_only_in"}, "fold the factor in"),
         ("sae_lens/standard", {"apply_b_dec_to_input": 1}, "true or false"),
         ("sae_lens/standard", {"d_sae": 25}, "belong together"),
         ("sae_lens/standard", {"d_in": 8.0}, "a whole number"),
         ("sae_lens/topk", {"k": 0}, "1 to 24"),
         ("sae_lens/topk", {"k": True}, "a whole number"),
-        ("sae_lens/jumprelu", {"architecture": "standard"}, "is 'threshold'; allowed: the tensors w_dec, w_enc, b_dec, b_enc"),
+        (
+            "sae_lens/jumprelu",
+            {"architecture": "standard"},
+            "is 'threshold'; allowed: the tensors w_dec, w_enc, b_dec, b_enc",
+        ),
         ("sparsify/layers.3", {"activation": "groupmax"}, "keeps the k largest"),
         ("sparsify/layers.3", {"transcode": True}, "reconstructs its input"),
         ("sparsify/layers.3", {"skip_connection": True}, "reconstructs its input"),
@@ -322,12 +367,16 @@ def test_what_did_not_complete_is_refused_unless_asked_for(ours, tmp_path):
     shutil.copytree(ours / "ours/top_k", tmp_path / "run/resid_post_layer_3/trainer_0")
     sae = tmp_path / "run/resid_post_layer_3/trainer_0"
     for state in ("running", "failed", "stopped_early", "interrupted"):
-        (tmp_path / "run/status.json").write_text(json.dumps({"status": "running", "saes": {"resid_post_layer_3/trainer_0": state}}))
+        (tmp_path / "run/status.json").write_text(
+            json.dumps({"status": "running", "saes": {"resid_post_layer_3/trainer_0": state}})
+        )
         for call in (monosemy.load, lambda path: formats.convert(path, tmp_path / "there", "sae_lens")):
             with pytest.raises(ValueError, match=f"This one is {state}; pass unfinished=True"):
                 call(sae)
         assert monosemy.load(sae, unfinished=True).name == "top_k"
-    (tmp_path / "run/status.json").write_text(json.dumps({"status": "failed", "saes": {"resid_post_layer_3/trainer_0": "complete"}}))
+    (tmp_path / "run/status.json").write_text(
+        json.dumps({"status": "failed", "saes": {"resid_post_layer_3/trainer_0": "complete"}})
+    )
     assert monosemy.load(sae).name == "top_k"
     formats.save(monosemy.load(sae), sae, CONFIG | {"status": "failed"})
     formats.convert(sae, tmp_path / "there", "sae_lens", unfinished=True)
@@ -335,22 +384,48 @@ def test_what_did_not_complete_is_refused_unless_asked_for(ours, tmp_path):
         monosemy.load(tmp_path / "there")
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def test_the_command(ours, tmp_path, capsys):
-    assert main(["convert", str(ours / "ours/jump_relu"), "--to", "dictionary_learning", str(tmp_path / "a")]) == 0
+    assert (
+        main(["convert", str(ours / "ours/jump_relu"), "--to", "dictionary_learning", str(tmp_path / "a")])
+        == 0
+    )
     assert str(tmp_path / "a") in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "native"]) == 2
     assert "--format dictionary_learning" in capsys.readouterr().err
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "native", "--format", "dictionary_learning"]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "a"),
+                str(tmp_path / "b"),
+                "--to",
+                "native",
+                "--format",
+                "dictionary_learning",
+            ]
+        )
+        == 0
+    )
     assert same_file(ours / "ours/jump_relu/sae.safetensors", tmp_path / "b/sae.safetensors")
     for arguments, said in (
         (["b", "b"], "nothing is overwritten"),
         (["nowhere", "c"], "nowhere"),
         (["b", "b/sae.safetensors/deeper"], "can be written"),
     ):
-        assert main(["convert", *(str(tmp_path / a) for a in arguments), "--to", "sparsify" if said == "x" else "sae_lens"]) == 2
+        assert (
+            main(
+                [
+                    "convert",
+                    *(str(tmp_path / a) for a in arguments),
+                    "--to",
+                    "sparsify" if said == "x" else "sae_lens",
+                ]
+            )
+            == 2
+        )
         assert said in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--to", "sparsify"]) == 2
     assert "it has no thresholds" in capsys.readouterr().err
@@ -370,7 +445,7 @@ def test_an_npz_that_is_compressed_is_refused(tmp_path):
         monosemy.load(folder)
 
 
-# --- evaluated beside each other -----------------------------------------------------------------------------------------------
+# --- evaluated beside each other ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -379,9 +454,13 @@ def of_the_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("compared")
     site = monosemy.Site("resid_post", 1)
     lm = monosemy.LanguageModel.load(str(tiny_model), [site])
-    x = lm.activations(torch.randint(3, 30, (64, 16), generator=torch.Generator().manual_seed(0)))[site][:, 1:].reshape(-1, 24)
+    x = lm.activations(torch.randint(3, 30, (64, 16), generator=torch.Generator().manual_seed(0)))[site][
+        :, 1:
+    ].reshape(-1, 24)
     fitted = monosemy.fit(x.split(60), [monosemy.SAESpec("top_k", d_sae=32, settings={"k": 4})])
-    formats.save(fitted.saes[0], folder / "ours", {"status": "complete", "site": str(site), "model": str(tiny_model)})
+    formats.save(
+        fitted.saes[0], folder / "ours", {"status": "complete", "site": str(site), "model": str(tiny_model)}
+    )
     for to in PEERS:
         formats.convert(folder / "ours", folder / to, to)
     return folder
@@ -393,7 +472,9 @@ def test_the_same_sae_has_the_same_figures_in_every_layout(of_the_model, text_fi
     flags = f"--format dictionary_learning --dataset {text_file} --context_length 16 --eval_num_inputs 4 --rows {tmp_path}/rows.jsonl"
     assert main(["eval", *(str(of_the_model / name) for name in names), *flags.split()]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5 and all(str(of_the_model / name) in line for name, line in zip(names, printed[1:], strict=True))
+    assert len(printed) == 5 and all(
+        str(of_the_model / name) in line for name, line in zip(names, printed[1:], strict=True)
+    )
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert all({**row, "sae": ""} == {**rows[0], "sae": ""} for row in rows)
     assert rows[0]["tokens"] > 20 and 0 < rows[0]["top_k_fvu"] < 2 and rows[0]["sparsity"] == 4
@@ -402,7 +483,10 @@ def test_the_same_sae_has_the_same_figures_in_every_layout(of_the_model, text_fi
 def test_model_and_site_that_nobody_says_are_asked_for(of_the_model, text_file, tmp_path, capsys):
     shutil.copytree(of_the_model / "sparsify", tmp_path / "bare")
     (tmp_path / "bare" / "monosemy.json").unlink()
-    bare, flags = str(tmp_path / "bare"), f"--dataset {text_file} --context_length 16 --eval_num_inputs 2 --eval_spliced_inputs 0".split()
+    bare, flags = (
+        str(tmp_path / "bare"),
+        f"--dataset {text_file} --context_length 16 --eval_num_inputs 2 --eval_spliced_inputs 0".split(),
+    )
     model = ["--model_name", str(json.loads((of_the_model / "ours/config.json").read_text())["model"])]
     for more, said in (
         (model, "--layer 3 or --site"),

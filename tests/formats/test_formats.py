@@ -1,7 +1,9 @@
-"""The folder of an SAE: dictionary_learning's own files read right, and nothing else than a whole, known, trusted SAE read at all.
+"""The folder of an SAE: dictionary_learning's own files read right, and nothing else than a whole, known,
+trusted SAE read at all.
 
-data/dictionary_learning holds what that library's trainSAE wrote (30 steps of each of its trainers, by peers/dictionary_learning_side.py)
-and, in reconstruction.safetensors, what its own load_dictionary then made of x.
+data/dictionary_learning holds what that library's trainSAE wrote (30 steps of each of its trainers, by
+peers/dictionary_learning_side.py) and, in reconstruction.safetensors, what its own load_dictionary then made
+of x.
 """
 
 import contextlib
@@ -27,7 +29,11 @@ every = pytest.mark.parametrize("name", sorted(LAYOUTS))
 def folder(tmp_path: Path) -> Path:
     """An SAE's folder as a run leaves it, with both layouts in it."""
     theirs = json.loads((THEIRS / "top_k" / "config.json").read_text())
-    formats.save(formats.load(THEIRS / "top_k", format="dictionary_learning"), tmp_path / "sae", {"status": "complete"} | theirs)
+    formats.save(
+        formats.load(THEIRS / "top_k", format="dictionary_learning"),
+        tmp_path / "sae",
+        {"status": "complete"} | theirs,
+    )
     return tmp_path / "sae"
 
 
@@ -35,7 +41,11 @@ def edit(path: Path, **changes: object) -> None:
     """Change entries of a JSON file; None takes one out. "trainer__k" is the entry "k" of "trainer"."""
     config = json.loads(path.read_text())
     for name, value in changes.items():
-        part, key = (config["trainer"], name.removeprefix("trainer__")) if name.startswith("trainer__") else (config, name)
+        part, key = (
+            (config["trainer"], name.removeprefix("trainer__"))
+            if name.startswith("trainer__")
+            else (config, name)
+        )
         if value is None:
             part.pop(key)
         else:
@@ -43,7 +53,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(config))
 
 
-# --- dictionary_learning's files ----------------------------------------------------------------------------------------------
+# --- dictionary_learning's files ----------------------------------------------------------------------------
 
 
 @every
@@ -56,9 +66,13 @@ def test_their_sae_reconstructs_the_same(name):
     for mode, x_hat in theirs.items():
         assert (x - x_hat).abs().max() > 0.01  # a trivial reconstruction would prove nothing
         assert (sae(x, mode=mode) - x_hat).abs().max() <= 1e-5 * x.abs().max(), mode
-        assert (sae(x.view(4, 16, -1), mode=mode).view_as(x) - x_hat).abs().max() <= 1e-5 * x.abs().max(), mode
+        assert (sae(x.view(4, 16, -1), mode=mode).view_as(x) - x_hat).abs().max() <= 1e-5 * x.abs().max(), (
+            mode
+        )
     if "top_k" in theirs:
-        assert float(sae.threshold) > 0 and not torch.allclose(theirs["top_k"], theirs["threshold"], atol=1e-2)
+        assert float(sae.threshold) > 0 and not torch.allclose(
+            theirs["top_k"], theirs["threshold"], atol=1e-2
+        )
 
 
 @every
@@ -75,7 +89,9 @@ def test_their_settings_come_along(name):
 @every
 def test_read_and_written_again_their_state_is_as_it_was(name, tmp_path):
     formats.save(
-        formats.load(THEIRS / name, format="dictionary_learning"), tmp_path, json.loads((THEIRS / name / "config.json").read_text())
+        formats.load(THEIRS / name, format="dictionary_learning"),
+        tmp_path,
+        json.loads((THEIRS / name / "config.json").read_text()),
     )
     before, after = (torch.load(path / "ae.pt", weights_only=True) for path in (THEIRS / name, tmp_path))
     assert before.keys() == after.keys()
@@ -85,7 +101,7 @@ def test_read_and_written_again_their_state_is_as_it_was(name, tmp_path):
             assert torch.equal(after[key], tensor), key
 
 
-# --- what must not be read ----------------------------------------------------------------------------------------------------
+# --- what must not be read ----------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -99,9 +115,13 @@ class Malicious:
 
 
 @pytest.mark.parametrize(
-    "write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))], ids=["torch.save", "pickle"]
+    "write",
+    [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))],
+    ids=["torch.save", "pickle"],
 )
-@pytest.mark.parametrize("wrap", [lambda bad: bad, lambda bad: {"encoder.weight": bad}], ids=["alone", "in a state dict"])
+@pytest.mark.parametrize(
+    "wrap", [lambda bad: bad, lambda bad: {"encoder.weight": bad}], ids=["alone", "in a state dict"]
+)
 def test_a_malicious_pickle_does_nothing(folder, tmp_path, write, wrap):
     canary = tmp_path / "canary"
     write(wrap(Malicious(canary)), folder / "ae.pt")
@@ -124,7 +144,9 @@ def test_an_ae_pt_is_opened_only_when_asked_for():
 
 @pytest.mark.parametrize("format", [None, "dictionary_learning"])
 @pytest.mark.parametrize(
-    "config", [None, "", "{", "[1]", '"text"', "\udcff"], ids=["missing", "empty", "cut", "a list", "a string", "not UTF-8"]
+    "config",
+    [None, "", "{", "[1]", '"text"', "\udcff"],
+    ids=["missing", "empty", "cut", "a list", "a string", "not UTF-8"],
 )
 def test_a_missing_or_damaged_config_is_said(folder, format, config):
     (folder / "config.json").unlink()
@@ -158,7 +180,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize(("format", "file"), [("native", "sae.safetensors"), ("dictionary_learning", "ae.pt")])
+@pytest.mark.parametrize(
+    ("format", "file"), [("native", "sae.safetensors"), ("dictionary_learning", "ae.pt")]
+)
 def test_missing_or_damaged_weights_are_said(folder, format, file, damage):
     damage(folder / file)
     with pytest.raises(ValueError, match=r"sae\.safetensors|ae\.pt"):
@@ -172,7 +196,11 @@ def test_a_zip_of_something_else_is_no_ae_pt(folder):
         formats.load(folder, format="dictionary_learning")
 
 
-@pytest.mark.parametrize("state", [[torch.zeros(3)], torch.zeros(3), {"ae": {}, "step": 5}, {}], ids=["list", "tensor", "backup", "empty"])
+@pytest.mark.parametrize(
+    "state",
+    [[torch.zeros(3)], torch.zeros(3), {"ae": {}, "step": 5}, {}],
+    ids=["list", "tensor", "backup", "empty"],
+)
 def test_an_ae_pt_that_is_no_state_dict_is_said(folder, state):
     torch.save(state, folder / "ae.pt")
     with pytest.raises(ValueError, match=r"ae\.pt"):
@@ -185,7 +213,11 @@ def test_tensors_must_fit(name, tmp_path):
     shutil.copytree(THEIRS / name, tmp_path / "sae")
     state = torch.load(THEIRS / name / "ae.pt", weights_only=True)
     for key in (theirs.rstrip("'") for theirs in LAYOUTS[name].tensors.values()):
-        for bad in ({n: t for n, t in state.items() if n != key}, state | {key: torch.zeros(3, 5)}, state | {key: "text"}):
+        for bad in (
+            {n: t for n, t in state.items() if n != key},
+            state | {key: torch.zeros(3, 5)},
+            state | {key: "text"},
+        ):
             torch.save(bad, tmp_path / "sae" / "ae.pt")
             if (name, key) == ("top_k", "threshold") and key not in bad:
                 continue  # TopK SAEs had none at first
@@ -287,7 +319,7 @@ def test_what_did_not_complete_is_refused_unless_asked_for(folder, status, forma
     assert formats.load(folder, format=format, unfinished=True).name == "top_k"
 
 
-# --- writing -------------------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -329,7 +361,11 @@ def test_a_save_that_fails_leaves_no_file_half_written(folder, tmp_path, monkeyp
         with pytest.raises(OSError, match="make room"):
             formats.save(new, target, {"status": "complete"})
     monkeypatch.undo()
-    for file, read in (("sae.safetensors", load_file), ("ae.pt", torch.load), ("config.json", lambda path: json.loads(path.read_text()))):
+    for file, read in (
+        ("sae.safetensors", load_file),
+        ("ae.pt", torch.load),
+        ("config.json", lambda path: json.loads(path.read_text())),
+    ):
         assert (target / file).exists() >= again
         if (target / file).exists():
             read(target / file)
@@ -351,4 +387,6 @@ def test_what_is_saved_is_what_is_read(folder):
     )  # dictionary_learning's entry is kept beside ours
     formats.save(sae, folder, {"status": "complete"})
     again = formats.load(folder)
-    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True)
+    )

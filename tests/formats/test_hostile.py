@@ -1,4 +1,5 @@
-"""Folders that mean harm, or were damaged: every loader refuses them with our own error, executes nothing and stays small and fast.
+"""Folders that mean harm, or were damaged: every loader refuses them with our own error, executes nothing and
+stays small and fast.
 
 `make certify` fuzzes each loader 100,000 times instead of 5,000.
 """
@@ -28,10 +29,17 @@ from tests.formats.test_convert import gemma_scope
 from tests.layout_trees import TREES
 
 D, F = 4, 6
-KINDS = {"native": "p_anneal", "dictionary_learning": "batch_top_k", "sae_lens": "jump_relu", "sparsify": "top_k", "gemma_scope": None}
+KINDS = {
+    "native": "p_anneal",
+    "dictionary_learning": "batch_top_k",
+    "sae_lens": "jump_relu",
+    "sparsify": "top_k",
+    "gemma_scope": None,
+}
 
 
-# Layouts that are not written here: of each, the files below what the reader is given ("" where that is the file)
+# Layouts that are not written here: of each, the files below what the reader is given ("" where that is the
+# file)
 READ_ONLY = {
     "gemma_scope_2": ["params.safetensors", "config.json"],
     "llama_scope": ["checkpoints/final.safetensors", "hyperparams.json"],
@@ -67,7 +75,7 @@ def load(folder: Path, to: str) -> None:
         raise
 
 
-# --- what would run code -------------------------------------------------------------------------------------------------------
+# --- what would run code ------------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -106,9 +114,15 @@ def npy(array: np.ndarray) -> bytes:
 
 MALICES: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "an object": ("dictionary_learning", lambda f, c: torch.save(Malicious(c), f / "ae.pt")),
-    "an object among tensors": ("dictionary_learning", lambda f, c: torch.save({"b_dec": Malicious(c)}, f / "ae.pt")),
+    "an object among tensors": (
+        "dictionary_learning",
+        lambda f, c: torch.save({"b_dec": Malicious(c)}, f / "ae.pt"),
+    ),
     "a key": ("dictionary_learning", lambda f, c: torch.save({(Malicious(c),): torch.zeros(3)}, f / "ae.pt")),
-    "a bare pickle": ("dictionary_learning", lambda f, c: (f / "ae.pt").write_bytes(pickle.dumps(Malicious(c), protocol=2))),
+    "a bare pickle": (
+        "dictionary_learning",
+        lambda f, c: (f / "ae.pt").write_bytes(pickle.dumps(Malicious(c), protocol=2)),
+    ),
     "the old layout of torch.save": (
         "dictionary_learning",
         lambda f, c: torch.save({"b_dec": Malicious(c)}, f / "ae.pt", _use_new_zipfile_serialization=False),
@@ -117,7 +131,10 @@ MALICES: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
         "dictionary_learning",
         lambda f, c: repacked(f / "ae.pt", lambda name, data: call(c) if name.endswith("data.pkl") else data),
     ),
-    "a pickle before an archive": ("dictionary_learning", lambda f, c: (f / "ae.pt").write_bytes(call(c) + (f / "ae.pt").read_bytes())),
+    "a pickle before an archive": (
+        "dictionary_learning",
+        lambda f, c: (f / "ae.pt").write_bytes(call(c) + (f / "ae.pt").read_bytes()),
+    ),
     "an array of objects in a state dict": (
         "dictionary_learning",
         lambda f, c: torch.save({"b_dec": np.array([Malicious(c)], dtype=object)}, f / "ae.pt"),
@@ -125,30 +142,49 @@ MALICES: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "an array of objects": (
         "gemma_scope",
         lambda f, c: repacked(
-            f / "params.npz", lambda name, data: npy(np.array([Malicious(c)], dtype=object)) if name == "b_enc.npy" else data
+            f / "params.npz",
+            lambda name, data: npy(np.array([Malicious(c)], dtype=object)) if name == "b_enc.npy" else data,
         ),
     ),
     "code in an array's header": (
         "gemma_scope",
         lambda f, c: repacked(
-            f / "params.npz", lambda name, data: data.replace(b"'<f4'", b"__import__('pathlib').Path('" + os.fsencode(c) + b"').touch()", 1)
+            f / "params.npz",
+            lambda name, data: data.replace(
+                b"'<f4'", b"__import__('pathlib').Path('" + os.fsencode(c) + b"').touch()", 1
+            ),
         ),
     ),
     "an object for a layer": ("qwen_scope", lambda f, c: torch.save(Malicious(c), f)),
     "an object among a layer's tensors": ("qwen_scope", lambda f, c: torch.save({"W_enc": Malicious(c)}, f)),
-    "a bare pickle with a .pth": ("goodfire", lambda f, c: f.write_bytes(pickle.dumps(Malicious(c), protocol=2))),
+    "a bare pickle with a .pth": (
+        "goodfire",
+        lambda f, c: f.write_bytes(pickle.dumps(Malicious(c), protocol=2)),
+    ),
     "a .pth whose pickle was exchanged": (
         "goodfire",
         lambda f, c: repacked(f, lambda name, data: call(c) if name.endswith("data.pkl") else data),
     ),
-    "a pickle for hyperparameters": ("llama_scope", lambda f, c: (f / "hyperparams.json").write_bytes(call(c))),
-    "a pickle called safetensors": ("native", lambda f, c: (f / "sae.safetensors").write_bytes(pickle.dumps(Malicious(c)))),
+    "a pickle for hyperparameters": (
+        "llama_scope",
+        lambda f, c: (f / "hyperparams.json").write_bytes(call(c)),
+    ),
+    "a pickle called safetensors": (
+        "native",
+        lambda f, c: (f / "sae.safetensors").write_bytes(pickle.dumps(Malicious(c))),
+    ),
     "a pickle called config": ("native", lambda f, c: (f / "config.json").write_bytes(call(c))),
     "a pickle in what was kept": (
         "sae_lens",
-        lambda f, c: edit(f / "monosemy.json", lambda kept: kept["tensors"].update(threshold={"shape": [F], "float32": call(c).decode()})),
+        lambda f, c: edit(
+            f / "monosemy.json",
+            lambda kept: kept["tensors"].update(threshold={"shape": [F], "float32": call(c).decode()}),
+        ),
     ),
-    "a class for an architecture": ("native", lambda f, c: edit(f / "config.json", lambda config: config.update(architecture="os.system"))),
+    "a class for an architecture": (
+        "native",
+        lambda f, c: edit(f / "config.json", lambda config: config.update(architecture="os.system")),
+    ),
 }
 
 
@@ -168,14 +204,22 @@ def test_nothing_is_executed(malice, tmp_path):
         with pytest.raises(ValueError, match="; allowed: "):
             formats.load(folder, format=format)
         with pytest.raises(ValueError, match="; allowed: "):
-            formats.convert(folder, tmp_path / "out", "native" if to != "native" else "sae_lens", format=format)
+            formats.convert(
+                folder, tmp_path / "out", "native" if to != "native" else "sae_lens", format=format
+            )
     assert not canary.exists() and not (tmp_path / "out").exists()
-    if malice in ("an object", "an object among tensors", "a key", "the old layout of torch.save", "an archive's pickle exchanged"):
+    if malice in (
+        "an object",
+        "an object among tensors",
+        "a key",
+        "the old layout of torch.save",
+        "an archive's pickle exchanged",
+    ):
         torch.load(folder / "ae.pt", weights_only=False)
         assert canary.exists(), "the file that was refused would have done harm"
 
 
-# --- what would fill the memory or never end -------------------------------------------------------------------------------------
+# --- what would fill the memory or never end ----------------------------------------------------------------
 
 ZEROS = bytes(32 << 20)
 
@@ -210,25 +254,34 @@ def replaced(path: Path, make: Callable[[Path], object]) -> None:
 BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a compressed ae.pt": (
         "dictionary_learning",
-        lambda f: zipped(f / "ae.pt", {"a/data.pkl": b"}.", "a/data/0": ZEROS}, compression=zipfile.ZIP_DEFLATED),
+        lambda f: zipped(
+            f / "ae.pt", {"a/data.pkl": b"}.", "a/data/0": ZEROS}, compression=zipfile.ZIP_DEFLATED
+        ),
     ),
     "an ae.pt of overlapping members": ("dictionary_learning", lambda f: overlapping(f / "ae.pt")),
     "an ae.pt whose pickle is endless lists": (
         "dictionary_learning",
-        lambda f: repacked(f / "ae.pt", lambda name, data: b"\x80\x02" + b"]" * (4 << 20) + b"." if name.endswith("data.pkl") else data),
+        lambda f: repacked(
+            f / "ae.pt",
+            lambda name, data: b"\x80\x02" + b"]" * (4 << 20) + b"." if name.endswith("data.pkl") else data,
+        ),
     ),
     "an ae.pt that asks for memory": (
         "dictionary_learning",
         lambda f: repacked(
             f / "ae.pt",
             lambda name, data: (
-                b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R." if name.endswith(".pkl") else data
+                b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R."
+                if name.endswith(".pkl")
+                else data
             ),
         ),
     ),
     "a tensor larger than its storage": (
         "dictionary_learning",
-        lambda f: torch.save({"encoder.weight": torch.zeros(1).expand(1 << 20, 1 << 20), "k": torch.tensor(2)}, f / "ae.pt"),
+        lambda f: torch.save(
+            {"encoder.weight": torch.zeros(1).expand(1 << 20, 1 << 20), "k": torch.tensor(2)}, f / "ae.pt"
+        ),
     ),
     "a compressed npz": (
         "gemma_scope",
@@ -237,7 +290,8 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an array larger than its data": (
         "gemma_scope",
         lambda f: repacked(
-            f / "params.npz", lambda name, data: data.replace(b"(8, 24), }  ", b"(999999, 8),}") if "W_enc" in name else data
+            f / "params.npz",
+            lambda name, data: data.replace(b"(8, 24), }  ", b"(999999, 8),}") if "W_enc" in name else data,
         ),
     ),
     "a compressed layer": (
@@ -250,7 +304,9 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "parameters larger than the file": (
         "gemma_scope_2",
-        lambda f: header(f / "params.safetensors", lambda h: [v.update(shape=[1 << 20, 1 << 20]) for v in h.values()]),
+        lambda f: header(
+            f / "params.safetensors", lambda h: [v.update(shape=[1 << 20, 1 << 20]) for v in h.values()]
+        ),
     ),
     "hyperparameters without their weights": (
         "llama_scope",
@@ -260,24 +316,46 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
         "llama_scope_r1",
         lambda f: edit(f / "config.json", lambda c: c.update(expansion_factor=10**300)),
     ),
-    "a header without end": ("native", lambda f: (f / "sae.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")),
+    "a header without end": (
+        "native",
+        lambda f: (f / "sae.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
+    ),
     "a header of a million tensors": (
         "native",
         lambda f: header(
             f / "sae.safetensors",
-            lambda h: h.update({str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(30_000)}),
+            lambda h: h.update(
+                {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(30_000)}
+            ),
         ),
     ),
     "tensors larger than the file": (
         "sae_lens",
-        lambda f: header(f / "sae_weights.safetensors", lambda h: [v.update(shape=[1 << 20, 1 << 20]) for v in h.values()]),
+        lambda f: header(
+            f / "sae_weights.safetensors", lambda h: [v.update(shape=[1 << 20, 1 << 20]) for v in h.values()]
+        ),
     ),
-    "a config that is deeper than the stack": ("native", lambda f: (f / "config.json").write_text("[" * 15_000)),
-    "a config of endless lists": ("sparsify", lambda f: (f / "cfg.json").write_text(f"[{'[],' * 2_000_000}0]")),
-    "a config of one long text": ("sae_lens", lambda f: edit(f / "cfg.json", lambda c: c.update(architecture="a" * (7 << 20)))),
-    "a config that never ends": ("native", lambda f: replaced(f / "config.json", lambda p: p.symlink_to("/dev/zero"))),
+    "a config that is deeper than the stack": (
+        "native",
+        lambda f: (f / "config.json").write_text("[" * 15_000),
+    ),
+    "a config of endless lists": (
+        "sparsify",
+        lambda f: (f / "cfg.json").write_text(f"[{'[],' * 2_000_000}0]"),
+    ),
+    "a config of one long text": (
+        "sae_lens",
+        lambda f: edit(f / "cfg.json", lambda c: c.update(architecture="a" * (7 << 20))),
+    ),
+    "a config that never ends": (
+        "native",
+        lambda f: replaced(f / "config.json", lambda p: p.symlink_to("/dev/zero")),
+    ),
     "a config that waits": ("native", lambda f: replaced(f / "config.json", os.mkfifo)),
-    "sizes without their weights": ("native", lambda f: edit(f / "config.json", lambda c: c.update(d_in=1 << 20, d_sae=1 << 20))),
+    "sizes without their weights": (
+        "native",
+        lambda f: edit(f / "config.json", lambda c: c.update(d_in=1 << 20, d_sae=1 << 20)),
+    ),
     "sizes beyond numbers": ("native", lambda f: edit(f / "config.json", lambda c: c.update(d_in=10**30))),
     "a setting that makes it large": (
         "native",
@@ -285,7 +363,9 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "what was kept is larger than itself": (
         "sae_lens",
-        lambda f: edit(f / "monosemy.json", lambda k: k["tensors"].update(b_enc={"shape": [1 << 40], "float32": "AAAA"})),
+        lambda f: edit(
+            f / "monosemy.json", lambda k: k["tensors"].update(b_enc={"shape": [1 << 40], "float32": "AAAA"})
+        ),
     ),
 }
 
@@ -308,10 +388,14 @@ def test_memory_stays_below_twice_the_file_and_time_below_a_second(bomb, tmp_pat
 
 def high_water() -> int:
     """The most bytes that this process has held."""
-    return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    return 1024 * int(
+        next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+        ).split()[1]
+    )
 
 
-# --- names that lead elsewhere -------------------------------------------------------------------------------------------------
+# --- names that lead elsewhere ------------------------------------------------------------------------------
 
 NAMES = [
     "../../../escaped",
@@ -329,8 +413,14 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:30]))
 def test_no_name_in_a_folder_is_used_as_a_path(name, tmp_path):
-    """Every text in every configuration is one: what is converted lies in the new folder, under the names of its layout."""
-    for to, file in (("native", "config.json"), ("dictionary_learning", "config.json"), ("sae_lens", "cfg.json"), ("sparsify", "cfg.json")):
+    """Every text in every configuration is one: what is converted lies in the new folder, under the names of
+    its layout."""
+    for to, file in (
+        ("native", "config.json"),
+        ("dictionary_learning", "config.json"),
+        ("sae_lens", "cfg.json"),
+        ("sparsify", "cfg.json"),
+    ):
         folder = sae_folder(tmp_path / to, to)
         if (folder / "monosemy.json").exists():
             (folder / "monosemy.json").unlink()
@@ -343,7 +433,20 @@ def test_no_name_in_a_folder_is_used_as_a_path(name, tmp_path):
             return name if isinstance(value, str) and key not in keep else value
 
         config = poison(json.loads((folder / file).read_text()))
-        about = dict.fromkeys(("site", "model", "hook_name", "model_name", "lm_name", "submodule_name", "dataset", "file", "weights"), name)
+        about = dict.fromkeys(
+            (
+                "site",
+                "model",
+                "hook_name",
+                "model_name",
+                "lm_name",
+                "submodule_name",
+                "dataset",
+                "file",
+                "weights",
+            ),
+            name,
+        )
         for part in (config, config.get("trainer"), config.get("metadata")):
             if isinstance(part, dict):
                 part.update(about)
@@ -354,13 +457,17 @@ def test_no_name_in_a_folder_is_used_as_a_path(name, tmp_path):
                 continue  # refused
             formats.convert(folder, tmp_path / "out", target, format=to)
             made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path not in before}
-            ours = {"sae.safetensors", "config.json"} if target == "native" else {*formats._OTHERS[target].FILES, "monosemy.json"}
+            ours = (
+                {"sae.safetensors", "config.json"}
+                if target == "native"
+                else {*formats._OTHERS[target].FILES, "monosemy.json"}
+            )
             assert made == {"out"} | {f"out/{file}" for file in ours}
             formats.load(tmp_path / "out", format=target)
             shutil.rmtree(tmp_path / "out")
 
 
-# --- anything at all -----------------------------------------------------------------------------------------------------------
+# --- anything at all ----------------------------------------------------------------------------------------
 
 QUICK = 5000
 VALUES = [
@@ -386,7 +493,9 @@ VALUES = [
     "9",
 ]
 HOW = ("bytes", "cut", "flip", "patch", "json", "json", "member", "member")
-mutations = st.binary(min_size=14, max_size=40)  # which file, how, four numbers and some noise: one draw is several times as fast as seven
+mutations = st.binary(
+    min_size=14, max_size=40
+)  # which file, how, four numbers and some noise: one draw is several times as fast as seven
 
 
 def mutation_of(drawn: bytes) -> tuple[int, str, list[int], bytes]:
@@ -431,7 +540,9 @@ def mutated(name: str, data: bytes, how: str, numbers: list[int], noise: bytes) 
             members = {inner: archive.read(inner) for inner in archive.namelist()}
         inner = sorted(members)[numbers[0] % len(members)]
         inner = next((n for n in members if n.endswith(".pkl")), inner) if numbers[1] % 4 else inner
-        members[inner] = mutated("", members[inner], ("flip", "patch", "cut")[numbers[2] % 3], numbers[1:] + numbers[:1], noise)
+        members[inner] = mutated(
+            "", members[inner], ("flip", "patch", "cut")[numbers[2] % 3], numbers[1:] + numbers[:1], noise
+        )
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for key, value in members.items():
@@ -458,7 +569,13 @@ def mutated(name: str, data: bytes, how: str, numbers: list[int], noise: bytes) 
 def quick(examples: int) -> settings:
     """The same examples at every run of the suite, new ones at every certification."""
     same = examples <= QUICK
-    return settings(max_examples=examples, deadline=None, database=None, derandomize=same, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=same,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def fuzz(folder: Path, files: list[str], attempt: Callable[[], None], examples: int) -> None:
@@ -512,8 +629,12 @@ def fuzz_configs(tmp_path: Path, examples: int) -> None:
     """config.json, cfg.json and monosemy.json of every layout, and status.json, in turn."""
     for to in ("native", "dictionary_learning", "sae_lens", "sparsify"):
         folder = sae_folder(tmp_path / to / "run", to)
-        (folder.parent.parent / "status.json").write_text('{"status": "complete", "saes": {"run/sae": "complete"}}')
-        for file in ([] if to == "native" else ["monosemy.json"]) + [next(f for f in ("cfg.json", "config.json") if (folder / f).exists())]:
+        (folder.parent.parent / "status.json").write_text(
+            '{"status": "complete", "saes": {"run/sae": "complete"}}'
+        )
+        for file in ([] if to == "native" else ["monosemy.json"]) + [
+            next(f for f in ("cfg.json", "config.json") if (folder / f).exists())
+        ]:
             fuzz(folder, [file], lambda to=to, folder=folder: load(folder, to), examples // 7)
             if file == "monosemy.json":
                 (folder / file).unlink()

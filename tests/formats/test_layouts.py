@@ -1,4 +1,5 @@
-"""Every published layout is told from its files' names, opened, and computes what its authors' formula says."""
+"""Every published layout is told from its files' names, opened, and computes what its authors' formula
+says."""
 
 import io
 import json
@@ -43,7 +44,10 @@ TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
         ),
         (
             "jbloom/GPT2-Small-SAEs-Reformatted",
-            [f"blocks.8.hook_resid_pre/{name}" for name in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")],
+            [
+                f"blocks.8.hook_resid_pre/{name}"
+                for name in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
+            ],
             "blocks.8.hook_resid_pre",
             "sae_lens",
             ["blocks.8.hook_resid_pre/sae_weights.safetensors", "blocks.8.hook_resid_pre/cfg.json"],
@@ -77,7 +81,10 @@ TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
         ),
         (
             "fnlp/Llama3_1-8B-Base-LXR-8x",
-            [f"L15R/{name}" for name in ("checkpoints/final.safetensors", "hyperparams.json", "lm_config.json")],
+            [
+                f"L15R/{name}"
+                for name in ("checkpoints/final.safetensors", "hyperparams.json", "lm_config.json")
+            ],
             "L15R",
             "llama_scope",
             ["L15R/checkpoints/final.safetensors", "L15R/hyperparams.json"],
@@ -191,7 +198,9 @@ def test_activations_that_are_rescaled_without_a_word_are_refused(above, tmp_pat
 def test_gemma_scope_2_names_its_place_where_its_folder_does_not(hook, site, tmp_path):
     tree = config_changed(TREES["gemma_scope_2"](), hf_hook_point_in=hook)
     files = {f"downloaded/{name.rsplit('/', 1)[1]}": data for name, data in tree.files.items()}
-    assert opened(replace(tree, files=files, repo="me/saes", sae_id="downloaded"), tmp_path)[1]["site"] == site
+    assert (
+        opened(replace(tree, files=files, repo="me/saes", sae_id="downloaded"), tmp_path)[1]["site"] == site
+    )
 
 
 def test_gemma_scope_s_names_are_all_of_one_spelling(tmp_path):
@@ -233,7 +242,7 @@ def test_it_computes_its_authors_formula(name, tmp_path):
     assert 0 < (tree.f > 0).mean() < 0.9  # thresholds and k decide something
 
 
-# --- what is refused, in one sentence --------------------------------------------------------------------------
+# --- what is refused, in one sentence -----------------------------------------------------------------------
 
 
 def named(tree):
@@ -243,7 +252,11 @@ def named(tree):
 
 
 def weights_of(tree):
-    return next(file for file in tree.files if file.endswith((".safetensors", ".pt", ".pth", ".npz")) and "sparsity" not in file)
+    return next(
+        file
+        for file in tree.files
+        if file.endswith((".safetensors", ".pt", ".pth", ".npz")) and "sparsity" not in file
+    )
 
 
 def tensors_changed(tree, change):
@@ -265,7 +278,9 @@ def tensors_changed(tree, change):
 
 def config_changed(tree, **changes):
     (file,) = (file for file in tree.files if file.endswith(".json"))
-    return replace(tree, files=tree.files | {file: json.dumps(json.loads(tree.files[file]) | changes).encode()})
+    return replace(
+        tree, files=tree.files | {file: json.dumps(json.loads(tree.files[file]) | changes).encode()}
+    )
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -329,13 +344,21 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
         ("sae_lens_3", {"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
         ("sae_lens_3", {"normalize_activations": "expected_average_only_in"}, "multiply W_enc"),
         ("sae_lens_3", {"normalize_activations": "constant_norm_rescale"}, "cannot be folded in"),
-        ("sae_lens_3", {"activation_fn": "topk", "activation_fn_kwargs": {"k": 4}}, "activation_fn is 'relu'; allowed: relu, or topk"),
+        (
+            "sae_lens_3",
+            {"activation_fn": "topk", "activation_fn_kwargs": {"k": 4}},
+            "activation_fn is 'relu'; allowed: relu, or topk",
+        ),
         ("sae_lens_3", {"is_transcoder": True}, "transcoder is no SAE"),
         ("sae_lens_3", {"d_out": 9}, "transcoder is no SAE"),
         ("sae_lens_3", {"hook_name_out": "blocks.8.hook_mlp_out"}, "transcoder is no SAE"),
         ("sae_lens_3", {"reshape_activations": "heads"}, "reshape_activations is 'heads'"),
         ("sae_lens_3_top_k", {"activation_fn_kwargs": {"k": 4, "signed": True}}, "activation_fn_kwargs is"),
-        ("sae_lens_3_top_k", {"activation_fn_kwargs": {"k": 4, "postact_fn": "identity"}}, "activation_fn_kwargs is"),
+        (
+            "sae_lens_3_top_k",
+            {"activation_fn_kwargs": {"k": 4, "postact_fn": "identity"}},
+            "activation_fn_kwargs is",
+        ),
         ("sae_lens_3_top_k", {"k": 5}, "activation_fn_kwargs is"),
         ("sae_lens_3_top_k", {"architecture": "gated"}, "activation_fn is 'topk'"),
         ("sae_lens_3_top_k", {"metadata": {}, "activation_fn_kwargs": {}}, "k is 'None'"),
@@ -346,7 +369,11 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
         ("sparsify", {"transcode": True}, "transcode is 'True'"),
         ("gemma_scope_2", {"architecture": "top_k"}, "architecture is 'top_k'"),
         ("gemma_scope_2", {"type": "crosscoder"}, "type is 'crosscoder'"),
-        ("gemma_scope_2", {"hf_hook_point_in": "model.layers.5.output"}, "allowed: resid_post.13, as in its path"),
+        (
+            "gemma_scope_2",
+            {"hf_hook_point_in": "model.layers.5.output"},
+            "allowed: resid_post.13, as in its path",
+        ),
         ("gemma_scope_2", {"affine_connection": True}, "affine_connection is 'True'"),
         ("gemma_scope_2", {"hf_hook_point_out": "model.layers.13.mlp"}, "A transcoder is no SAE"),
         ("llama_scope", {"act_fn": "topk"}, "act_fn is 'topk'"),
@@ -391,7 +418,9 @@ def test_a_layer_of_qwen_scope_without_its_repository_is_refused(tmp_path):
 
 def test_a_width_that_the_repository_does_not_have_is_refused(tmp_path):
     path = TREES["qwen_scope"]().write(tmp_path)
-    with pytest.raises(ValueError, match="1024 latents'; allowed: the 32768 latents of SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"):
+    with pytest.raises(
+        ValueError, match="1024 latents'; allowed: the 32768 latents of SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+    ):
         formats.load(path, "qwen_scope", source="Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer12.sae.pt")
 
 
@@ -405,7 +434,9 @@ def test_a_transcoder_with_an_sae_s_files_is_refused_by_its_place(format, tmp_pa
 
 def test_a_transcoder_is_told_by_its_skip_connection(tmp_path):
     skip = np.eye(8, dtype=np.float32)
-    tree = tensors_changed(TREES["gemma_scope_2"](), lambda tensors: tensors.update(affine_skip_connection=skip))
+    tree = tensors_changed(
+        TREES["gemma_scope_2"](), lambda tensors: tensors.update(affine_skip_connection=skip)
+    )
     with pytest.raises(ValueError, match="affine_skip_connection .* A transcoder is no SAE"):
         opened(tree, tmp_path)
 
@@ -454,7 +485,12 @@ def test_llama_scope_s_kinds_compute_their_formula(centred, by_norm, norm_activa
     "changes",
     [
         {"architecture": "topk"},
-        {"hook_name": None, "hook_point": "blocks.8.hook_resid_pre", "hook_point_layer": 8, "hook_point_head_index": None},
+        {
+            "hook_name": None,
+            "hook_point": "blocks.8.hook_resid_pre",
+            "hook_point_layer": 8,
+            "hook_point_head_index": None,
+        },
         {"activation_fn_str": None, "activation_fn": "topk"},
         {"activation_fn": "topk", "activation_fn_kwargs": {"k": 4, "signed": False}},
         {"metadata": {"sae_lens_version": "5.9.1"}},
@@ -467,8 +503,14 @@ def test_llama_scope_s_kinds_compute_their_formula(centred, by_norm, norm_activa
 def test_every_cfg_before_version_6_says_the_same(changes, tmp_path):
     tree = TREES["sae_lens_3_top_k"]()
     cfg = json.loads(tree.files[f"{tree.sae_id}/cfg.json"]) | changes
-    cfg = {key: value for key, value in cfg.items() if key not in changes or value is not None or key.startswith("norm")}
-    sae, about = opened(replace(tree, files=tree.files | {f"{tree.sae_id}/cfg.json": json.dumps(cfg).encode()}), tmp_path)
+    cfg = {
+        key: value
+        for key, value in cfg.items()
+        if key not in changes or value is not None or key.startswith("norm")
+    }
+    sae, about = opened(
+        replace(tree, files=tree.files | {f"{tree.sae_id}/cfg.json": json.dumps(cfg).encode()}), tmp_path
+    )
     assert (about["site"], sae.settings.k) == (tree.site, 4)
     x_hat = sae(torch.from_numpy(tree.x).float()).numpy()
     assert np.abs(x_hat - tree.x_hat).max() <= 1e-5 * np.abs(tree.x).max()

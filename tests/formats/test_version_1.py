@@ -1,6 +1,7 @@
 """Folders that version 1 of the layout wrote, under its names of tensors, load for ever.
 
-data/version_1 was written by it: an SAE of each set of tensors, two converted to SAELens' layout, and what it made of x.
+data/version_1 was written by it: an SAE of each set of tensors, two converted to SAELens' layout, and what it
+made of x.
 """
 
 import shutil
@@ -51,14 +52,22 @@ def test_an_old_checkpoint_goes_on(kind, tmp_path):
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
     def member() -> LoneTrainer:
-        return LoneTrainer("m", SAESpec(kind, 12, settings={"k": 3} if kind == "batch_top_k" else {}), 6, Schedule.of_run(40, 64))
+        return LoneTrainer(
+            "m",
+            SAESpec(kind, 12, settings={"k": 3} if kind == "batch_top_k" else {}),
+            6,
+            Schedule.of_run(40, 64),
+        )
 
     straight, half = member(), member()
     for step in range(20):
         straight.step(x, step)
         if step < 10:
             half.step(x, step)
-    state = {".".join(former.get(part, part) for part in name.split(".")): tensor for name, tensor in half.save().items()}
+    state = {
+        ".".join(former.get(part, part) for part in name.split(".")): tensor
+        for name, tensor in half.save().items()
+    }
     state |= {old: state.pop(new) for old, new in FORMER_COUNTERS.items()}
     assert any("W_enc_FD" in name for name in state)
     save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "m.safetensors")

@@ -1,4 +1,5 @@
-"""The whole command, broken off for real and started again: what it ends with is, byte for byte, what one ends with that never stopped."""
+"""The whole command, broken off for real and started again: what it ends with is, byte for byte, what one
+ends with that never stopped."""
 
 import json
 import signal
@@ -25,7 +26,11 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 def contents(folder):
     """Everything that has to be equal: weights, configurations, records, rows."""
     names = ("sae.safetensors", "config.json", "eval_results.json", "metrics.jsonl", "rows.jsonl")
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.name in names}
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.name in names
+    }
     assert not list(folder.rglob("*.part")) and not list(folder.rglob(".tmp*"))
     return found
 
@@ -38,10 +43,34 @@ def status(folder):
 def mixture(tiny_model, text_file, tmp_path_factory):
     """All architectures at two layers, on text with chat mixed in."""
     chat = tmp_path_factory.mktemp("chat") / "chat.jsonl"
-    turns = [[{"role": "user", "content": f"{i} {' '.join(WORDS)}"}, {"role": "assistant", "content": "it was all"}] for i in range(800)]
+    turns = [
+        [
+            {"role": "user", "content": f"{i} {' '.join(WORDS)}"},
+            {"role": "assistant", "content": "it was all"},
+        ]
+        for i in range(800)
+    ]
     chat.write_text("".join(json.dumps({"conversation": turn}) + "\n" for turn in turns))
-    data = ["--dataset", str(text_file), "--mixed_dataset", "--chat_dataset", str(chat), "--pretrain_frac", "0.7"]
-    return ["--model_name", str(tiny_model), *data, "--layers", "0", "2", "--architectures", *architecture_names(), *SMALL]
+    data = [
+        "--dataset",
+        str(text_file),
+        "--mixed_dataset",
+        "--chat_dataset",
+        str(chat),
+        "--pretrain_frac",
+        "0.7",
+    ]
+    return [
+        "--model_name",
+        str(tiny_model),
+        *data,
+        "--layers",
+        "0",
+        "2",
+        "--architectures",
+        *architecture_names(),
+        *SMALL,
+    ]
 
 
 def train(faulty, folder, flags, **fault):
@@ -72,7 +101,11 @@ def test_a_sweep_broken_off_eight_times(faulty, mixture, tmp_path):
         else:
             assert end.code == 128 + number and end.seconds < 30, (at, end)
             state = status(run)
-            assert state["status"] == "interrupted" and number.name in state["reason"] and set(state["saes"].values()) == {"interrupted"}
+            assert (
+                state["status"] == "interrupted"
+                and number.name in state["reason"]
+                and set(state["saes"].values()) == {"interrupted"}
+            )
     assert train(faulty, run, [*mixture, "--resume"]).code == 0
     assert contents(run) == contents(whole)
     records = [json.loads(line) for line in (run / metrics).read_text().splitlines()]
@@ -83,14 +116,27 @@ def test_a_sweep_broken_off_eight_times(faulty, mixture, tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tiny_model, text_file):
-    return ["--model_name", str(tiny_model), "--dataset", str(text_file), "--layers", "1", "--architectures", "top_k", *SMALL]
+    return [
+        "--model_name",
+        str(tiny_model),
+        "--dataset",
+        str(text_file),
+        "--layers",
+        "1",
+        "--architectures",
+        "top_k",
+        *SMALL,
+    ]
 
 
 def test_checkpoints_stay_if_asked_and_trackers_go_on_with_their_run(faulty, small, tmp_path, monkeypatch):
     run, plain = tmp_path / "run", tmp_path / "plain"
     more = [*small, "--keep_checkpoints", "--use_wandb"]
     environment = {"WANDB_MODE": "offline"}
-    assert train(faulty, run, more, at=["open", "metrics.jsonl", 20], signal=TERM, environment=environment).code == 143
+    assert (
+        train(faulty, run, more, at=["open", "metrics.jsonl", 20], signal=TERM, environment=environment).code
+        == 143
+    )
     first = json.loads((run / "run.json").read_text())
     assert train(faulty, run, more, environment=environment).code == 0
     again = json.loads((run / "run.json").read_text())
@@ -100,7 +146,9 @@ def test_checkpoints_stay_if_asked_and_trackers_go_on_with_their_run(faulty, sma
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000056", "step_00000060"]
     assert train(faulty, plain, [*small, "--checkpoint_every", "1000"]).code == 0
     wanted = contents(plain)
-    assert contents(run) == wanted | {n: t for n, t in contents(run).items() if n.startswith(("checkpoints/", "wandb/"))}
+    assert contents(run) == wanted | {
+        n: t for n, t in contents(run).items() if n.startswith(("checkpoints/", "wandb/"))
+    }
 
 
 @pytest.mark.parametrize("number", [TERM, INT])

@@ -1,4 +1,5 @@
-"""The default number of held-out contexts: what evaluation takes beside training, by the configuration alone."""
+"""The default number of held-out contexts: what evaluation takes beside training, by the configuration
+alone."""
 
 import dataclasses
 import json
@@ -54,9 +55,15 @@ def test_between_them_evaluation_takes_about_as_much_as_training(plan):
             continue
         inside += 1
         spliced = min(n, c.eval_spliced_inputs or n)
-        whole, read = (cost.evaluation(c, made.model, made.sites, made.grid, spliced=s) for s in (True, False))
-        taken = c.context_length * (spliced * whole + (n - spliced) * read) + cost.pages(c, made.model, made.sites, made.grid)
-        assert taken == pytest.approx(cost.SHARE * cost.training(c, made.model, made.sites, made.grid), rel=0.05), changes
+        whole, read = (
+            cost.evaluation(c, made.model, made.sites, made.grid, spliced=s) for s in (True, False)
+        )
+        taken = c.context_length * (spliced * whole + (n - spliced) * read) + cost.pages(
+            c, made.model, made.sites, made.grid
+        )
+        assert taken == pytest.approx(
+            cost.SHARE * cost.training(c, made.model, made.sites, made.grid), rel=0.05
+        ), changes
     assert inside >= 2
 
 
@@ -72,20 +79,24 @@ def test_more_saes_and_later_layers_weigh_as_they_cost(plan):
     assert 1.5 < per_token[1] / per_token[0] < 2
     late = plan(layers=(28,))
     assert cost.evaluation(late.config, late.model, late.sites, late.grid) < 0.6 * per_token[0]
-    assert cost.training(late.config, late.model, late.sites, late.grid) > cost.training(one.config, one.model, one.sites, one.grid)
+    assert cost.training(late.config, late.model, late.sites, late.grid) > cost.training(
+        one.config, one.model, one.sites, one.grid
+    )
 
 
 def test_the_number_is_told_recorded_and_kept(tiny_model, text_file, tmp_path, capsys):
-    flags = (
-        f"--save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48"
-    )
+    flags = f"--save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48"
     flags += " --num_tokens 640 --sae_batch_size 64 --target_l0s 4 --context_length 16 --held_out_fraction 0.1 --report_latents 0"
     assert main(["train", *flags.split(), "--dry_run"]) == 0
     assert f"evaluation on {cost.FEWEST} held-out contexts" in capsys.readouterr().out
     assert main(["train", *flags.split()]) == 0
     path = tmp_path / "run" / "run.json"
     facts = json.loads(path.read_text())
-    assert facts["config"]["eval_num_inputs"] == json.loads((tmp_path / "run" / "rows.jsonl").read_text())["n_inputs"] == cost.FEWEST
+    assert (
+        facts["config"]["eval_num_inputs"]
+        == json.loads((tmp_path / "run" / "rows.jsonl").read_text())["n_inputs"]
+        == cost.FEWEST
+    )
     facts["config"]["eval_num_inputs"] = 200  # as an older version left it
     path.write_text(json.dumps(facts))
     assert main(["train", *flags.split()]) == 0

@@ -1,4 +1,5 @@
-"""A file system fills up for real at a chosen moment: what was written is whole, the message says what is needed, the run can go on."""
+"""A file system fills up for real at a chosen moment: what was written is whole, the message says what is
+needed, the run can go on."""
 
 import json
 import subprocess
@@ -20,7 +21,12 @@ def disk(tmp_path):
     """A file system of 16 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield folder
@@ -53,7 +59,12 @@ CASES = {
     "the rows, nothing left": (["open", ".rows.jsonl.part", 1], 0, "rows.jsonl needs"),
     "the plots, half of them fit": (["os.mkdir", "plots", 1], 60 * KiB, ".png needs"),
 }
-RESUMED = ("a checkpoint, half of it fits", "a record, nothing left", "an export, half of it fits", "the plots, half of them fit")
+RESUMED = (
+    "a checkpoint, half of it fits",
+    "a record, nothing left",
+    "an export, half of it fits",
+    "the plots, half of them fit",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,9 +73,16 @@ def test_a_run_meets_a_full_disk(case, faulty, flags, wanted, disk):
     run = disk / "run"
     end = train(faulty, run, flags, at=at, fill=[str(disk), left])
     assert end.code == 75, end.output
-    assert named in end.output and "free; make room" in end.output and "goes on from the last checkpoint" in end.output
+    assert (
+        named in end.output
+        and "free; make room" in end.output
+        and "goes on from the last checkpoint" in end.output
+    )
     assert Checkpoints(run / "checkpoints").newest().step >= 20
-    assert status(run)["status"] in ("interrupted", "running") and json.loads((run / "run.json").read_text())["config"]
+    assert (
+        status(run)["status"] in ("interrupted", "running")
+        and json.loads((run / "run.json").read_text())["config"]
+    )
     assert all(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     assert all(load_file(path) for path in run.glob("*/trainer_0/sae.safetensors"))
     if case in RESUMED:
@@ -74,7 +92,11 @@ def test_a_run_meets_a_full_disk(case, faulty, flags, wanted, disk):
 
 
 def fill(disk: Path, left: int) -> None:
-    used = int(subprocess.run(["df", "--output=avail", "-B1", str(disk)], capture_output=True, text=True, check=True).stdout.split()[1])
+    used = int(
+        subprocess.run(
+            ["df", "--output=avail", "-B1", str(disk)], capture_output=True, text=True, check=True
+        ).stdout.split()[1]
+    )
     (disk / "filler").write_bytes(bytes(used - left))
 
 

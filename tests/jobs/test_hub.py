@@ -1,4 +1,5 @@
-"""Uploads to a hub of our own: a local server behind HF_ENDPOINT that keeps what it is sent and fails as it is told."""
+"""Uploads to a hub of our own: a local server behind HF_ENDPOINT that keeps what it is sent and fails as it
+is told."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ TOKEN = "hf_" + "canary" * 5
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Repositories in memory. `faults` maps a piece of a path to what its next requests get: a status, "drop" or "garbage"."""
+    """Repositories in memory.
+
+    `faults` maps a piece of a path to what its next requests get: a status, "drop" or "garbage".
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -79,7 +83,14 @@ class Handler(BaseHTTPRequestHandler):
         if path.endswith("/preupload/main"):
             paths = [file["path"] for file in json.loads(body)["files"]]
             modes = {path: "lfs" if path.endswith((".safetensors", ".pt")) else "regular" for path in paths}
-            return self.answer({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]})
+            return self.answer(
+                {
+                    "files": [
+                        {"path": path, "uploadMode": mode, "shouldIgnore": False}
+                        for path, mode in modes.items()
+                    ]
+                }
+            )
         if path.endswith("/info/lfs/objects/batch"):
             objects = [{"oid": item["oid"], "size": item["size"]} for item in json.loads(body)["objects"]]
             for item in objects:
@@ -100,7 +111,13 @@ class Handler(BaseHTTPRequestHandler):
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = hub.blobs[value["oid"]]
             hub.commits += 1
-            return self.answer({"commitUrl": f"{hub.url}/{REPO}/commit/c{hub.commits}", "commitOid": f"c{hub.commits}", "success": True})
+            return self.answer(
+                {
+                    "commitUrl": f"{hub.url}/{REPO}/commit/c{hub.commits}",
+                    "commitOid": f"c{hub.commits}",
+                    "success": True,
+                }
+            )
         return self.answer({"error": "not found"}, 404)
 
     do_GET = do_POST = do_PUT = handle_request
@@ -133,9 +150,21 @@ def run(tmp_path: Path) -> Path:
         (sae / "config.json").write_text('{"trainer": {}}')
         (sae / "eval_results.json").write_text('{"l0": 32.0}')
         (sae / "checkpoints" / "ae_10.pt").write_bytes(b"not for the hub")
-        numbers = {"l0": 32.04, "kl": 0.0412, "fvu": 0.1123, "frac_alive": 0.988, "tokens": 8192, "loss_recovered_zero": 0.97312}
+        numbers = {
+            "l0": 32.04,
+            "kl": 0.0412,
+            "fvu": 0.1123,
+            "frac_alive": 0.988,
+            "tokens": 8192,
+            "loss_recovered_zero": 0.97312,
+        }
         interval = {"loss_recovered_zero_low": 0.9718, "loss_recovered_zero_high": 0.9744}
-        about = {"sae": f"resid_post_layer_3/trainer_{place}", "site": "resid_post.3", "architecture": name, "d_sae": 4096}
+        about = {
+            "sae": f"resid_post_layer_3/trainer_{place}",
+            "site": "resid_post.3",
+            "architecture": name,
+            "d_sae": 4096,
+        }
         rows.append(about | numbers | interval)
     rows[1] |= {"fvu": None}
     for extra in ("plots", "wandb/run-1/files", "checkpoints/step-5"):
@@ -144,8 +173,18 @@ def run(tmp_path: Path) -> Path:
     (folder / "wandb/run-1/files/config.json").write_text("{}")
     (folder / "checkpoints/step-5/sae.safetensors").write_bytes(b"x")
     (folder / ".env").write_text("HF_TOKEN=x")
-    config = {"model_name": "smollm2-135m", "num_tokens": 614400, "dataset": "sotu", "layers": [3], "hf_token": TOKEN}
-    provenance = {"config": config, "versions": {"monosemy": "0.1", "torch": "2.13"}, "command": ["monosemy", "train", "--x", TOKEN]}
+    config = {
+        "model_name": "smollm2-135m",
+        "num_tokens": 614400,
+        "dataset": "sotu",
+        "layers": [3],
+        "hf_token": TOKEN,
+    }
+    provenance = {
+        "config": config,
+        "versions": {"monosemy": "0.1", "torch": "2.13"},
+        "command": ["monosemy", "train", "--x", TOKEN],
+    }
     (folder / "run.json").write_text(json.dumps(provenance))
     (folder / "status.json").write_text('{"status": "complete"}')
     (folder / "metrics.jsonl").write_text('{"step": 0}\n')
@@ -155,44 +194,65 @@ def run(tmp_path: Path) -> Path:
 
 def artefacts(run: Path) -> dict[str, bytes]:
     left = ("checkpoints", "wandb", ".env")
-    paths = [path for path in run.rglob("*") if path.is_file() and not set(path.relative_to(run).parts) & set(left)]
+    paths = [
+        path for path in run.rglob("*") if path.is_file() and not set(path.relative_to(run).parts) & set(left)
+    ]
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
 
 
-def program(endpoint: str, code: str, *, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run code that sees `hub` and `UploadFailed` in a process whose hub is ours: the hub library reads the environment when imported."""
+def program(
+    endpoint: str, code: str, *, token: str | None = TOKEN, home: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run code that sees `hub` and `UploadFailed` in a process whose hub is ours: the hub library reads the
+    environment when imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     if token:
         environment["HF_TOKEN"] = token
-    head = (
-        "import time, logging\nfrom monosemy import hub\nfrom monosemy.jobs.hub import UploadFailed\nlogging.basicConfig(level='WARNING')\n"
+    head = "import time, logging\nfrom monosemy import hub\nfrom monosemy.jobs.hub import UploadFailed\nlogging.basicConfig(level='WARNING')\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + code], env=environment, capture_output=True, text=True, timeout=60
     )
-    return subprocess.run([sys.executable, "-c", head + code], env=environment, capture_output=True, text=True, timeout=60)
 
 
 FAST = "(0.01, 0.01, 0.01)"
 
 
-def test_push_sends_the_artefact_byte_for_byte_and_passing_errors_are_waited_out(server: FakeHub, run: Path, tmp_path: Path) -> None:
+def test_push_sends_the_artefact_byte_for_byte_and_passing_errors_are_waited_out(
+    server: FakeHub, run: Path, tmp_path: Path
+) -> None:
     server.faults = {"/api/repos/create": [503], "/commit/main": [503, 429]}
     done = program(server.url, f"print(hub.push({str(run)!r}, {REPO!r}, waits={FAST}))", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{server.url}/{REPO}/commit/c1"
     sent = server.repositories[REPO]
     assert sent == artefacts(run)
-    assert {"README.md", "plots/loss_recovered.png", "resid_post_layer_3/trainer_1/eval_results.json"} <= sent.keys()
+    assert {
+        "README.md",
+        "plots/loss_recovered.png",
+        "resid_post_layer_3/trainer_1/eval_results.json",
+    } <= sent.keys()
     assert server.requests[f"/api/models/{REPO}/commit/main"] == 3
     assert f"Bearer {TOKEN}" in server.tokens
     assert not any(TOKEN.encode() in data for name, data in sent.items() if name == "README.md")
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "hf auth login"), (403, "write permission"), (404, "check the name"), (413, "size")])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "hf auth login"), (403, "write permission"), (404, "check the name"), (413, "size")],
+)
 def test_a_refusal_fails_at_once_and_names_the_remedy_and_the_command(
     server: FakeHub, run: Path, tmp_path: Path, status: int, words: str
 ) -> None:
     server.faults = {"/commit/main": [status] * 9}
-    code = f"try: hub.upload({str(run)!r}, {REPO!r}, waits={FAST})\nexcept UploadFailed as error: print(error)"
+    code = (
+        f"try: hub.upload({str(run)!r}, {REPO!r}, waits={FAST})\nexcept UploadFailed as error: print(error)"
+    )
     done = program(server.url, code, home=tmp_path)
     assert words in done.stdout and f"HTTP {status}" in done.stdout, done.stderr
     assert done.stdout.endswith(f"    monosemy push '{run}' {REPO}\n")
@@ -202,7 +262,9 @@ def test_a_refusal_fails_at_once_and_names_the_remedy_and_the_command(
 
 def test_without_a_token_the_remedy_is_to_log_in(server: FakeHub, run: Path, tmp_path: Path) -> None:
     server.faults = {"/api/": [401] * 9}
-    code = f"try: hub.upload({str(run)!r}, {REPO!r}, waits={FAST})\nexcept UploadFailed as error: print(error)"
+    code = (
+        f"try: hub.upload({str(run)!r}, {REPO!r}, waits={FAST})\nexcept UploadFailed as error: print(error)"
+    )
     done = program(server.url, code, token=None, home=tmp_path)
     assert "hf auth login" in done.stdout and server.tokens == {None}, done.stderr
 
@@ -245,7 +307,9 @@ def test_a_failing_uploader_costs_nothing_but_the_upload(server: FakeHub, run: P
     done = program(server.url, code, home=tmp_path)
     assert done.returncode == 0 and done.stdout == "the run goes on\n", done.stderr
     assert f"monosemy push '{run}' {REPO}" in done.stderr
-    assert server.requests[f"/api/models/{REPO}/commit/main"] == 4  # two tries for the first SAE, two at the end, none for the others
+    assert (
+        server.requests[f"/api/models/{REPO}/commit/main"] == 4
+    )  # two tries for the first SAE, two at the end, none for the others
 
 
 def test_a_hub_that_never_answers_is_left_behind(run: Path, tmp_path: Path) -> None:
@@ -256,7 +320,9 @@ def test_a_hub_that_never_answers_is_left_behind(run: Path, tmp_path: Path) -> N
     assert "not done after 1 seconds" in done.stderr and f"monosemy push '{run}' {REPO}" in done.stderr
 
 
-def test_an_upload_that_failed_in_the_background_is_made_good_at_the_end(server: FakeHub, run: Path, tmp_path: Path) -> None:
+def test_an_upload_that_failed_in_the_background_is_made_good_at_the_end(
+    server: FakeHub, run: Path, tmp_path: Path
+) -> None:
     server.faults = {"/commit/main": [500, 500]}
     code = f"up = hub.Uploader({str(run)!r}, {REPO!r}, waits=(0.01,))\nup.submit('resid_post_layer_3/trainer_0')\nassert up.finish()"
     assert program(server.url, code, home=tmp_path).returncode == 0
@@ -277,9 +343,15 @@ def test_the_card_tells_what_the_run_is(run: Path) -> None:
         "base_model": ["HuggingFaceTB/SmolLM2-135M-Instruct"],
     }
     numbers = "4,096 | 32.0 | 0.9731 [0.9718, 0.9744] | 0.0412 | 0.1123 | 98.8 % |"
-    assert f"| `resid_post_layer_3/trainer_0` | `resid_post.3` | `top_k` | {numbers}" in body and "†" not in body
+    assert (
+        f"| `resid_post_layer_3/trainer_0` | `resid_post.3` | `top_k` | {numbers}" in body and "†" not in body
+    )
     assert "| 0.9731 [0.9718, 0.9744] | 0.0412 | - | 98.8 % |" in body  # a missing FVU is a dash
-    loading = ('snapshot_download("me/saes"', 'monosemy.load("me/saes", "resid_post_layer_3/trainer_0")', "load_dictionary(folder")
+    loading = (
+        'snapshot_download("me/saes"',
+        'monosemy.load("me/saes", "resid_post_layer_3/trainer_0")',
+        "load_dictionary(folder",
+    )
     facts = ("614,400 tokens", "8,192 held-out", "torch 2.13", "monosemy train --x")
     for piece in (*loading, *facts, "![Loss recovered against L0](plots/loss_recovered.png)"):
         assert piece in body, piece
@@ -299,7 +371,9 @@ def test_names_cannot_break_the_card(run: Path) -> None:
     nasty = "a|b`c\n# [x](y) <script>"
     row = {"sae": "s/trainer_0", "site": nasty, "architecture": nasty, "d_sae": 8, "l0": 1.0}
     (run / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    (run / "run.json").write_text(json.dumps({"config": {"model_name": nasty, "note": "```\n# no"}, nasty: nasty}))
+    (run / "run.json").write_text(
+        json.dumps({"config": {"model_name": nasty, "note": "```\n# no"}, nasty: nasty})
+    )
     card = hub.model_card(run)
     front = yaml.safe_load(card.split("---\n", 2)[1])
     assert nasty in front["tags"]

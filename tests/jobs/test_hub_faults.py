@@ -1,4 +1,5 @@
-"""Uploads that are dropped, refused, delayed and killed, by a hub of our own: what may pass is tried again, and nothing is lost."""
+"""Uploads that are dropped, refused, delayed and killed, by a hub of our own: what may pass is tried again,
+and nothing is lost."""
 
 from __future__ import annotations
 
@@ -15,9 +16,12 @@ from tests.jobs.test_hub import FAST, REPO, TOKEN, FakeHub, artefacts, program, 
 COMMIT, BLOBS = "/commit/main", "/blob/"
 
 
-def pushed(server: FakeHub, run: Path, home: Path, *, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:  # noqa: F811
-    code = f"import sys\nfrom monosemy.cli import main\nsys.exit(main(['push', {str(run)!r}, {REPO!r}, '--retry_seconds', '0.01', '0.01']))"
-    return program(server.url, code, home=home, token=token)
+def pushed(
+    hub: FakeHub, folder: Path, home: Path, *, token: str | None = TOKEN
+) -> subprocess.CompletedProcess[str]:
+    arguments = ["push", str(folder), REPO, "--retry_seconds", "0.01", "0.01"]
+    code = f"import sys\nfrom monosemy.cli import main\nsys.exit(main({arguments!r}))"
+    return program(hub.url, code, home=home, token=token)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +47,17 @@ def test_what_passes_is_waited_out(server, run, tmp_path, faults):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("fault", "code", "word"),
-    [(503, 75, "HTTP 503"), ("drop", 75, "Upload to"), (401, 1, "hf auth login"), (413, 1, "size"), ("garbage", 1, "Upload to")],
+    [
+        (503, 75, "HTTP 503"),
+        ("drop", 75, "Upload to"),
+        (401, 1, "hf auth login"),
+        (413, 1, "size"),
+        ("garbage", 1, "Upload to"),
+    ],
 )
 def test_what_does_not_pass_ends_with_the_command_that_repeats_it(server, run, tmp_path, fault, code, word):  # noqa: F811
-    """Exit code 75 where the same command may work in a while, 1 where something has to be changed first; then the command works."""
+    """Exit code 75 where the same command may work in a while, 1 where something has to be changed first;
+    then the command works."""
     before = {path: data for path, data in artefacts(run).items() if path != "README.md"}
     server.faults = {COMMIT: [fault] * 99}
     done = pushed(server, run, tmp_path)
@@ -61,8 +72,15 @@ def test_what_does_not_pass_ends_with_the_command_that_repeats_it(server, run, t
 
 def test_an_upload_that_is_killed_is_repeated(server, run, tmp_path):  # noqa: F811
     server.faults = {COMMIT: [503] * 99}
-    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN}
-    process = subprocess.Popen([sys.executable, "-m", "monosemy", "push", str(run), REPO], env=environment, stderr=subprocess.DEVNULL)
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path),
+        "HF_TOKEN": TOKEN,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "monosemy", "push", str(run), REPO], env=environment, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not server.requests[f"/api/models/{REPO}{COMMIT}"] and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,5 @@
-"""What is said of memory beforehand, beside what is taken: by an SAE to the byte, by whole runs within 15 %."""
+"""What is said of memory beforehand, beside what is taken: by an SAE to the byte, by whole runs within 15
+%."""
 
 import json
 import re
@@ -45,23 +46,35 @@ def llama(folder, tokenizer_of, *, shard="5GB", **config):
 @pytest.fixture(scope="module")
 def wide_model(tiny_model, tmp_path_factory):
     """As wide as SmolLM2, two layers deep."""
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3}
+    shape = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     return llama(tmp_path_factory.mktemp("models") / "wide", tiny_model, **shape)
 
 
-# --- one SAE ------------------------------------------------------------------------------------------------------------------
+# --- one SAE ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", architecture_names())
 def test_an_sae_takes_what_was_said(name, bf16):
-    """Every storage that a member reaches after two steps in each layout, itself and through its group, but for the arrays that all share."""
+    """Every storage that a member reaches after two steps in each layout, itself and through its group, but
+    for the arrays that all share."""
     D, F, B = 64, 512, 128
     kind = architecture(name)
     settings = {"k": 8} if kind.memory.modes == 2 else {}
     scratch = ops.Workspace()
     member = LoneTrainer(
-        "", SAESpec(name, F, 1e-3, 0, settings), D, Schedule.of_run(1000, B, recipe=MONOSEMY), bf16=bf16, workspace=scratch
+        "",
+        SAESpec(name, F, 1e-3, 0, settings),
+        D,
+        Schedule.of_run(1000, B, recipe=MONOSEMY),
+        bf16=bf16,
+        workspace=scratch,
     )
     for step in range(4):
         member.sparse |= step > 1
@@ -74,7 +87,9 @@ def test_an_sae_takes_what_was_said(name, bf16):
 
 def most_allocated(job):
     """The most bytes that torch's tensors hold at once while a job runs, beside those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         job()
     events, changes = list(profile.profiler.kineto_results.experimental_event_tree()), []
     for event in events:
@@ -87,9 +102,13 @@ def most_allocated(job):
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", architecture_names())
 def test_a_step_takes_what_was_said(name, bf16):
-    """Its gradients and arrays, those that are kept for the next SAE included; for the TopK kinds with latents that are dead."""
+    """Its gradients and arrays, those that are kept for the next SAE included; for the TopK kinds with
+    latents that are dead."""
     D, F, B, k = 64, 4096, 512, 16
-    scratch, schedule = ops.Workspace(), Schedule.of_run(1000, B, recipe=MONOSEMY, dead_feature_threshold=10**8)
+    scratch, schedule = (
+        ops.Workspace(),
+        Schedule.of_run(1000, B, recipe=MONOSEMY, dead_feature_threshold=10**8),
+    )
     kind = architecture(name)
     spec = SAESpec(name, F, 1e-3, 0, {"k": k} if kind.memory.modes == 2 else {})
     member = LoneTrainer("", spec, D, schedule, bf16=bf16, workspace=scratch)
@@ -97,13 +116,18 @@ def test_a_step_takes_what_was_said(name, bf16):
     member.step(x_BD, 0)
     member.since_fired_F.fill_(10**9)
     taken = most_allocated(lambda: member.step(x_BD, 1))
-    said = workspace_bytes(kind.memory, B, D, F, k=k, bf16=bf16) + step_bytes(kind.memory, B, D, F, k=k, bf16=bf16)
+    said = workspace_bytes(kind.memory, B, D, F, k=k, bf16=bf16) + step_bytes(
+        kind.memory, B, D, F, k=k, bf16=bf16
+    )
     assert said == pytest.approx(tensor_bytes(scratch) + taken, rel=0.15)
 
 
 def test_members_of_a_stack_are_counted_once():
     specs = [SAESpec("top_k", 256, 1e-3, seed, {"k": 8}) for seed in range(3)]
-    members = [SAETrainer(str(s), spec, 32, Schedule.of_run(1000, 64, recipe=MONOSEMY)) for s, spec in enumerate(specs)]
+    members = [
+        SAETrainer(str(s), spec, 32, Schedule.of_run(1000, 64, recipe=MONOSEMY))
+        for s, spec in enumerate(specs)
+    ]
     together = TrainerGroup(members)
     together.step({member.name: torch.randn(64, 32) for member in members}, 0)
     assert abs(tensor_bytes(together) - 3 * sae_bytes(architecture("top_k").memory, 32, 256)) <= 3 * 64
@@ -124,13 +148,15 @@ def test_limits_are_those_of_the_places_that_keep_them():
         assert (kind.memory.dense_arrays == 0) == kind.always_sparse
 
 
-# --- whole runs, each in a process of its own ---------------------------------------------------------------------------------
+# --- whole runs, each in a process of its own ---------------------------------------------------------------
 
 SHORT = (
     "--num_tokens 4096 --sae_batch_size 2048 --buffer_tokens 4000 --context_length 128 --llm_batch_size 16 --held_out_fraction 0.1 "
     "--eval_num_inputs 4 --eval_spliced_inputs 1 --dtype float32 --precision float32 --device cpu --target_l0s 32"
 )
-DENSE = "--standard_penalties 0.04 --standard_new_penalties 0.04 --p_anneal_penalties 0.04 --gated_penalties 0.04"
+DENSE = (
+    "--standard_penalties 0.04 --standard_new_penalties 0.04 --p_anneal_penalties 0.04 --gated_penalties 0.04"
+)
 
 
 def run(folder, flags):
@@ -162,65 +188,107 @@ def check(said):
     ids=["top_k", "standard, dense", "a sweep"],
 )
 def test_a_run_s_peak(saes, wide_model, text_file, tmp_path):
-    check(run(tmp_path / "run", f"--model_name {wide_model} --dataset {text_file} --layers 0 {SHORT} {DENSE} {saes}"))
+    check(
+        run(
+            tmp_path / "run",
+            f"--model_name {wide_model} --dataset {text_file} --layers 0 {SHORT} {DENSE} {saes}",
+        )
+    )
 
 
 def test_smollm2_s_peak(tmp_path):
-    """The demo with two of its architectures; evaluation takes more than training, as it holds the whole model."""
+    """The demo with two of its architectures; evaluation takes more than training, as it holds the whole
+    model."""
     few = "--architectures top_k standard --num_tokens 1024 --eval_num_inputs 4 --eval_spliced_inputs 1"
-    said = run(tmp_path / "run", f"--config examples/demo.json {few} --dtype float32 --precision float32 --device cpu")
+    said = run(
+        tmp_path / "run",
+        f"--config examples/demo.json {few} --dtype float32 --precision float32 --device cpu",
+    )
     check(said)
     assert said["run"]["measured"] > said["training"]["measured"]
 
 
 @pytest.mark.certify
 @pytest.mark.parametrize("name", architecture_names())
-@pytest.mark.parametrize("shape", ["--dictionary_widths 16384", "--dictionary_widths 32768 --sae_batch_size 512"])
+@pytest.mark.parametrize(
+    "shape", ["--dictionary_widths 16384", "--dictionary_widths 32768 --sae_batch_size 512"]
+)
 def test_an_architecture_s_peak(name, shape, wide_model, text_file, tmp_path):
     check(
-        run(tmp_path / "run", f"--model_name {wide_model} --dataset {text_file} --layers 0 {SHORT} {DENSE} {shape} --architectures {name}")
+        run(
+            tmp_path / "run",
+            f"--model_name {wide_model} --dataset {text_file} --layers 0 {SHORT} {DENSE} {shape} --architectures {name}",
+        )
     )
 
 
 @pytest.mark.certify
 def test_a_peak_with_checkpoints(wide_model, text_file, tmp_path):
-    flags = (
-        f"--model_name {wide_model} --dataset {text_file} --layers 0 1 {SHORT} --dictionary_widths 8192 --architectures top_k batch_top_k"
-    )
+    flags = f"--model_name {wide_model} --dataset {text_file} --layers 0 1 {SHORT} --dictionary_widths 8192 --architectures top_k batch_top_k"
     check(run(tmp_path / "run", f"{flags} --checkpoint_every 1"))
 
 
 @pytest.mark.certify
 def test_the_demo_s_peak(tmp_path):
     """All of its sixteen SAEs and its evaluation, a few steps."""
-    check(run(tmp_path / "run", "--config examples/demo.json --num_tokens 5120 --dtype float32 --precision float32 --device cpu"))
+    check(
+        run(
+            tmp_path / "run",
+            "--config examples/demo.json --num_tokens 5120 --dtype float32 --precision float32 --device cpu",
+        )
+    )
 
 
-# --- beforehand ---------------------------------------------------------------------------------------------------------------
+# --- beforehand ---------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_tells_it(wide_model, text_file, tmp_path):
-    """A line for each architecture and width, the parts, the peak: the same figures that the run writes down."""
+    """A line for each architecture and width, the parts, the peak: the same figures that the run writes
+    down."""
     c = TrainConfig(
-        save_dir=str(tmp_path / "run"), model_name=str(wide_model), layers=(0,), dataset=str(text_file), architectures=("top_k", "gated")
+        save_dir=str(tmp_path / "run"),
+        model_name=str(wide_model),
+        layers=(0,),
+        dataset=str(text_file),
+        architectures=("top_k", "gated"),
     )
     plan = Plan.from_config(c)
     lines = plan.describe().splitlines()
     for name in c.architectures:
         for width in c.dictionary_widths:
             bytes_of = sae_bytes(architecture(name).memory, 576, width, bf16=plan.config.precision == "bf16")
-            assert any(line.split()[:2] == [name, f"{width:,}"] and memory.size(bytes_of) in line for line in lines)
+            assert any(
+                line.split()[:2] == [name, f"{width:,}"] and memory.size(bytes_of) in line for line in lines
+            )
     for phase in ("training", "evaluation"):
-        assert any(line.startswith(f"memory in {phase} {memory.size(getattr(plan.memory, phase).peak)}: ") for line in lines)
+        assert any(
+            line.startswith(f"memory in {phase} {memory.size(getattr(plan.memory, phase).peak)}: ")
+            for line in lines
+        )
     assert any(line.startswith(f"memory at most, about: {memory.size(plan.memory.peak)}") for line in lines)
 
 
 def test_of_a_32b_model_half_is_held_in_training(text_file, tmp_path, monkeypatch):
-    """Qwen2.5-Coder-32B's layer 32, as its config.json describes it: what is asked for fits one GPU of 80 GB."""
+    """Qwen2.5-Coder-32B's layer 32, as its config.json describes it: what is asked for fits one GPU of 80
+    GB."""
     monkeypatch.setattr("monosemy.jobs.plan.check_weights", lambda info: None)  # there are none
-    shape = {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8}
-    more = {"vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "dtype": "bfloat16"}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **shape, **more}))
+    shape = {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    }
+    more = {
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **shape, **more})
+    )
     c = TrainConfig(
         save_dir=str(tmp_path / "run"),
         model_name=str(tmp_path),
@@ -236,7 +304,7 @@ def test_of_a_32b_model_half_is_held_in_training(text_file, tmp_path, monkeypatc
     assert said.training.peak < said.evaluation.peak < 80e9
 
 
-# --- the language model, cut ---------------------------------------------------------------------------------------------------
+# --- the language model, cut --------------------------------------------------------------------------------
 
 LOAD = """
 import sys
@@ -254,13 +322,25 @@ torch.save((found, high_water() - before), out)
 
 
 def test_layers_that_are_not_asked_for_are_never_read(tiny_model, tmp_path):
-    """Of 24 layers in many files three are in memory, and what only the others need may be gone from the disk."""
-    folder = llama(tmp_path / "deep", tiny_model, shard="5MB", hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
+    """Of 24 layers in many files three are in memory, and what only the others need may be gone from the
+    disk."""
+    folder = llama(
+        tmp_path / "deep",
+        tiny_model,
+        shard="5MB",
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=24,
+    )
     layer = 4 * (4 * 256 * 256 + 3 * 256 * 1024)
     site = Site("resid_post", 2)
-    wanted = LanguageModel.load(str(folder), [site], dtype="float32", device="cpu").activations(torch.arange(3, 19)[None])[site]
+    wanted = LanguageModel.load(str(folder), [site], dtype="float32", device="cpu").activations(
+        torch.arange(3, 19)[None]
+    )[site]
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {shard for name, shard in index.items() if not re.search(r"lm_head|layers\.([3-9]|\d\d)\.", name)}
+    needed = {
+        shard for name, shard in index.items() if not re.search(r"lm_head|layers\.([3-9]|\d\d)\.", name)
+    }
     assert len(set(index.values()) - needed) >= 15
     for shard in set(index.values()) - needed:
         path = folder / shard
@@ -269,7 +349,11 @@ def test_layers_that_are_not_asked_for_are_never_read(tiny_model, tmp_path):
             file.truncate(8 + int.from_bytes(file.read(8), "little"))
             file.truncate(size)
         assert path.stat().st_blocks * 512 < size / 10
-    subprocess.run([sys.executable, "-c", LOAD, str(tiny_model), str(folder), str(tmp_path / "out.pt")], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-c", LOAD, str(tiny_model), str(folder), str(tmp_path / "out.pt")],
+        check=True,
+        cwd=ROOT,
+    )
     found, taken = torch.load(tmp_path / "out.pt")
     assert torch.equal(found, wanted)
     assert taken < 3 * layer + 8 * MIB < 24 * layer / 4

@@ -1,4 +1,5 @@
-"""The whole command on a tiny model: every architecture at two sites in one pass, and what a user finds afterwards."""
+"""The whole command on a tiny model: every architecture at two sites in one pass, and what a user finds
+afterwards."""
 
 import json
 import shutil
@@ -45,7 +46,10 @@ def finished(tiny_model, text_file, tmp_path_factory):
 
 
 def weights(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob("*/trainer_*/sae.safetensors"))}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.glob("*/trainer_*/sae.safetensors"))
+    }
 
 
 def test_the_folder_holds_the_artefact(finished):
@@ -53,18 +57,27 @@ def test_the_folder_holds_the_artefact(finished):
     for name in names:
         for file in ("sae.safetensors", "config.json", "ae.pt", "eval_results.json"):
             assert (finished / name / file).is_file(), (name, file)
-        assert sorted(p.name for p in (finished / name / "checkpoints").iterdir()) == [f"ae_{s}.pt" for s in (0, 1, 10, 3, 31)]
+        assert sorted(p.name for p in (finished / name / "checkpoints").iterdir()) == [
+            f"ae_{s}.pt" for s in (0, 1, 10, 3, 31)
+        ]
     status = json.loads((finished / "status.json").read_text())
     assert status["status"] == "complete" and status["saes"] == dict.fromkeys(names, "complete")
     run = json.loads((finished / "run.json").read_text())
     assert run["config"]["num_tokens"] == 6400 and run["training"]["steps"] == 100
-    assert run["norm_factor"].keys() == {"resid_post.0", "resid_post.2"} and run["versions"]["torch"] == torch.__version__
+    assert (
+        run["norm_factor"].keys() == {"resid_post.0", "resid_post.2"}
+        and run["versions"]["torch"] == torch.__version__
+    )
     rows = [json.loads(line) for line in (finished / "rows.jsonl").read_text().splitlines()]
-    assert {row["sae"] for row in rows} == names and {row["architecture"] for row in rows} == set(architecture_names())
+    assert {row["sae"] for row in rows} == names and {row["architecture"] for row in rows} == set(
+        architecture_names()
+    )
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 16 * 6 and {r["step"] for r in records} == {0, 20, 40, 60, 80, 99}
     for plot in ("loss_recovered", "fvu", "alive", "training_curves"):
-        assert (finished / "plots" / f"{plot}.png").stat().st_size > 10_000 and (finished / "plots" / f"{plot}.svg").is_file()
+        assert (finished / "plots" / f"{plot}.png").stat().st_size > 10_000 and (
+            finished / "plots" / f"{plot}.svg"
+        ).is_file()
     assert not list(finished.rglob("*.part"))
 
 
@@ -115,14 +128,31 @@ def test_saes_load_and_learned(finished, tiny_model):
         fvu = float((x - sae(x)).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
         assert fvu < 0.9, (sae.name, fvu)
         assert torch.allclose(
-            monosemy.load(finished / f"resid_post_layer_2/trainer_{i}", format="dictionary_learning")(x), sae(x), atol=1e-4
+            monosemy.load(finished / f"resid_post_layer_2/trainer_{i}", format="dictionary_learning")(x),
+            sae(x),
+            atol=1e-4,
         )
 
 
-def test_the_last_checkpoint_does_not_touch_the_run_and_company_changes_nothing(finished, tiny_model, text_file, tmp_path):
-    """One of the eight, alone, at one of the two layers, logging each step, without checkpoints: bit-equal weights."""
+def test_the_last_checkpoint_does_not_touch_the_run_and_company_changes_nothing(
+    finished, tiny_model, text_file, tmp_path
+):
+    """One of the eight, alone, at one of the two layers, logging each step, without checkpoints: bit-equal
+    weights."""
     i = architecture_names().index("top_k")
-    assert train(tmp_path / "a", tiny_model, text_file, "--layers", "2", "--log_steps", "1", architectures=["top_k"]) == 0
+    assert (
+        train(
+            tmp_path / "a",
+            tiny_model,
+            text_file,
+            "--layers",
+            "2",
+            "--log_steps",
+            "1",
+            architectures=["top_k"],
+        )
+        == 0
+    )
     assert (
         weights(tmp_path / "a")["resid_post_layer_2/trainer_0/sae.safetensors"]
         == weights(finished)[f"resid_post_layer_2/trainer_{i}/sae.safetensors"]
@@ -131,19 +161,38 @@ def test_the_last_checkpoint_does_not_touch_the_run_and_company_changes_nothing(
 
 def test_a_run_that_is_complete_is_left_alone(finished, tiny_model, text_file):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    assert train(finished, tiny_model, text_file, "--save_checkpoints", architectures=architecture_names()) == 0
+    assert (
+        train(finished, tiny_model, text_file, "--save_checkpoints", architectures=architecture_names()) == 0
+    )
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 
 
-def test_another_configuration_is_refused_and_other_architectures_go_beside(finished, tiny_model, text_file, tmp_path, capsys):
+def test_another_configuration_is_refused_and_other_architectures_go_beside(
+    finished, tiny_model, text_file, tmp_path, capsys
+):
     folder = tmp_path / "saes"
     shutil.copytree(finished, folder)
-    assert train(folder, tiny_model, text_file, "--save_checkpoints", "--num_tokens", "640", architectures=architecture_names()) == 2
+    assert (
+        train(
+            folder,
+            tiny_model,
+            text_file,
+            "--save_checkpoints",
+            "--num_tokens",
+            "640",
+            architectures=architecture_names(),
+        )
+        == 2
+    )
     assert "num_tokens" in capsys.readouterr().err
     assert train(folder, tiny_model, text_file, "--num_tokens", "640", "--dry_run") == 0
     out = capsys.readouterr().out
     beside = next(line for line in out.splitlines() if line.startswith("folder: "))
-    assert beside.split("/")[-1].startswith("saes_") and beside.endswith("_top_k_standard") and "holds a run of" in out
+    assert (
+        beside.split("/")[-1].startswith("saes_")
+        and beside.endswith("_top_k_standard")
+        and "holds a run of" in out
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saes"]
 
 
@@ -155,18 +204,43 @@ def test_two_processes_do_not_share_a_folder(finished, tiny_model, text_file, tm
     assert not (tmp_path / "taken").exists()
 
 
-def test_a_setting_that_an_older_version_did_not_have_has_its_default(finished, tiny_model, text_file, tmp_path):
+def test_a_setting_that_an_older_version_did_not_have_has_its_default(
+    finished, tiny_model, text_file, tmp_path
+):
     folder = tmp_path / "older"
     shutil.copytree(finished, folder)
     facts = json.loads((folder / "run.json").read_text())
     del facts["config"]["report_latents"]
     (folder / "run.json").write_text(json.dumps(facts))
     assert train(folder, tiny_model, text_file, "--save_checkpoints", architectures=architecture_names()) == 0
-    assert train(folder, tiny_model, text_file, "--save_checkpoints", "--report_latents", "5", architectures=architecture_names()) == 2
+    assert (
+        train(
+            folder,
+            tiny_model,
+            text_file,
+            "--save_checkpoints",
+            "--report_latents",
+            "5",
+            architectures=architecture_names(),
+        )
+        == 2
+    )
 
 
 def test_a_saved_configuration_is_taken_back(finished, tmp_path, capsys):
-    assert main(["train", "--config", str(finished / "run.json"), "--save_dir", str(tmp_path / "again"), "--dry_run"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(finished / "run.json"),
+                "--save_dir",
+                str(tmp_path / "again"),
+                "--dry_run",
+            ]
+        )
+        == 0
+    )
     assert "100 steps of 64" in capsys.readouterr().out
     bad = tmp_path / "bad.json"
     bad.write_text('{"save_dir": "x", "no_such_setting": 1}')
@@ -191,7 +265,12 @@ def test_mixtures_sites_and_recipes(tiny_model, text_file, tmp_path):
     chat.write_text(
         "".join(
             json.dumps(
-                {"conversation": [{"role": "user", "content": "the cat was on it"}, {"role": "assistant", "content": f"it was {i} of all"}]}
+                {
+                    "conversation": [
+                        {"role": "user", "content": "the cat was on it"},
+                        {"role": "assistant", "content": f"it was {i} of all"},
+                    ]
+                }
             )
             + "\n"
             for i in range(3000)
@@ -233,7 +312,8 @@ def test_mixtures_sites_and_recipes(tiny_model, text_file, tmp_path):
 
 
 def test_wandb_and_a_dead_hub_cost_nothing(finished, tiny_model, text_file, tmp_path, monkeypatch, caplog):
-    """Offline runs lie in the folder; the upload that failed names the command that repeats it; the weights are bit-equal."""
+    """Offline runs lie in the folder; the upload that failed names the command that repeats it; the weights
+    are bit-equal."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     more = ["--retry_seconds", "0.01", "--use_wandb", "--hf_repo_id", "me/saes", "--layers", "2"]
@@ -241,14 +321,36 @@ def test_wandb_and_a_dead_hub_cost_nothing(finished, tiny_model, text_file, tmp_
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert "monosemy push" in caplog.text and "me/saes" in caplog.text
     i = architecture_names().index("top_k")
-    assert weights(tmp_path / "run").popitem()[1] == weights(finished)[f"resid_post_layer_2/trainer_{i}/sae.safetensors"]
+    assert (
+        weights(tmp_path / "run").popitem()[1]
+        == weights(finished)[f"resid_post_layer_2/trainer_{i}/sae.safetensors"]
+    )
 
 
 def test_a_run_can_begin_from_a_trained_sae(finished, tiny_model, text_file, tmp_path):
     i = architecture_names().index("standard")
-    begun = ["--init_from", str(finished / f"resid_post_layer_2/trainer_{i}"), "--layers", "2", "--num_tokens", "640"]
+    begun = [
+        "--init_from",
+        str(finished / f"resid_post_layer_2/trainer_{i}"),
+        "--layers",
+        "2",
+        "--num_tokens",
+        "640",
+    ]
     assert train(tmp_path / "a", tiny_model, text_file, *begun, architectures=["standard"]) == 0
-    assert train(tmp_path / "b", tiny_model, text_file, "--layers", "2", "--num_tokens", "640", architectures=["standard"]) == 0
+    assert (
+        train(
+            tmp_path / "b",
+            tiny_model,
+            text_file,
+            "--layers",
+            "2",
+            "--num_tokens",
+            "640",
+            architectures=["standard"],
+        )
+        == 0
+    )
     fvu = [json.loads((tmp_path / r / "rows.jsonl").read_text())["fvu"] for r in "ab"]
     assert fvu[0] < fvu[1]
 
@@ -273,7 +375,18 @@ def test_evaluation_and_report_can_be_repeated(finished, tmp_path, capsys):
 
 def test_an_sae_that_does_not_stay_finite_is_told_and_the_others_are_kept(tiny_model, text_file, tmp_path):
     assert (
-        train(tmp_path / "run", tiny_model, text_file, "--layers", "1", "--learning_rates", "1e-3", "1e30", architectures=["standard"]) == 1
+        train(
+            tmp_path / "run",
+            tiny_model,
+            text_file,
+            "--layers",
+            "1",
+            "--learning_rates",
+            "1e-3",
+            "1e30",
+            architectures=["standard"],
+        )
+        == 1
     )
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "failed" and "trainer_1" in status["reason"]

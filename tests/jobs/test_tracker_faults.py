@@ -1,4 +1,5 @@
-"""Weights & Biases when its server, its process or its folder fail: one warning, no call that waits, the run's weights untouched."""
+"""Weights & Biases when its server, its process or its folder fail: one warning, no call that waits, the
+run's weights untouched."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def test_a_server_that_fails(service, tmp_path, caplog):
 
 
 def test_a_process_that_stands_still(tmp_path, monkeypatch, caplog):
-    """Stopped as by a debugger, with more to tell than its pipe holds: nothing waits for it, and it is gone in the end."""
+    """Stopped as by a debugger, with more to tell than its pipe holds: nothing waits for it, and it is gone
+    in the end."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracker = Wandb("project", group="saes", folder=tmp_path, capacity=100)
     tracker.start({}, MEMBERS[:1])
@@ -127,11 +129,18 @@ TRAIN = (
 
 
 def trained(folder: Path, model: Path, text: Path, *more: str, **variables: str) -> tuple[float, dict]:
-    """The whole command in a process of its own; the seconds that it took, and what run.json says of the training."""
+    """The whole command in a process of its own; the seconds that it took, and what run.json says of the
+    training."""
     arguments = ["--save_dir", str(folder), "--model_name", str(model), "--dataset", str(text), *TRAIN, *more]
     began = time.monotonic()
     told = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    subprocess.run([sys.executable, "-m", "monosemy", "train", *arguments], env=told, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "monosemy", "train", *arguments],
+        env=told,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     return time.monotonic() - began, json.loads((folder / "run.json").read_text())["training"]
 
 
@@ -152,7 +161,8 @@ def test_a_run_whose_wandb_hangs_has_the_same_weights_and_ends_in_time(tiny_mode
 
 @pytest.mark.certify
 def test_a_hanging_wandb_slows_no_step(tiny_model, tmp_path, certified):
-    """Tokens per second with a server that never answers and without wandb, medians of five pairs in turn; wants the machine to itself.
+    """Tokens per second with a server that never answers and without wandb, medians of five pairs in turn;
+    wants the machine to itself.
 
     Shorter runs would not show it: the process takes a second of a core to begin, and then nothing.
     """
@@ -164,7 +174,9 @@ def test_a_hanging_wandb_slows_no_step(tiny_model, tmp_path, certified):
         for i in range(share(5)):
             for wandb in (False, True) if i % 2 else (True, False):
                 more = ("--use_wandb",) if wandb else ()
-                _, training = trained(tmp_path / f"{i}{wandb}", tiny_model, text, *steps, *more, **(hanging if wandb else {}))
+                _, training = trained(
+                    tmp_path / f"{i}{wandb}", tiny_model, text, *steps, *more, **(hanging if wandb else {})
+                )
                 rates[wandb].append(training["tokens_per_second"])
     slowdown = statistics.median(rates[False]) / statistics.median(rates[True]) - 1
     certified("wandb hanging: slowdown of a step", 1, f"{slowdown:.1%}")

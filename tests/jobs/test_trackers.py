@@ -20,7 +20,10 @@ import pytest
 from monosemy.jobs.trackers import Wandb
 from monosemy.system.redact import without_secrets
 
-MEMBERS = [{"name": f"resid_post_layer_{layer}/trainer_0", "config": {"k": 32, "layer": layer}} for layer in (3, 9, 12)]
+MEMBERS = [
+    {"name": f"resid_post_layer_{layer}/trainer_0", "config": {"k": 32, "layer": layer}}
+    for layer in (3, 9, 12)
+]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -29,14 +32,25 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings, keys or caches but the test's own."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
-    for name, folder in (("HOME", "home"), ("WANDB_CACHE_DIR", "cache"), ("WANDB_CONFIG_DIR", "config"), ("WANDB_DATA_DIR", "data")):
+    for name, folder in (
+        ("HOME", "home"),
+        ("WANDB_CACHE_DIR", "cache"),
+        ("WANDB_CONFIG_DIR", "config"),
+        ("WANDB_DATA_DIR", "data"),
+    ):
         monkeypatch.setenv(name, str(tmp_path / folder))
 
 
 def records(steps: int = 5) -> Iterator[dict[str, Any]]:
     for step in range(0, steps * 10, 10):
         for place, member in enumerate(MEMBERS):
-            yield {"step": step, "tokens": step * 2048, "sae": member["name"], "loss": step + place / 4, "l0": 32.0}
+            yield {
+                "step": step,
+                "tokens": step * 2048,
+                "sae": member["name"],
+                "loss": step + place / 4,
+                "l0": 32.0,
+            }
         yield {"step": step, "tokens": step * 2048, "run": {"tokens_per_second": 1000.0 + step}}
 
 
@@ -55,7 +69,8 @@ def mirror(folder: Path, *, finish: float = 30.0, steps: int = 5, **settings: An
 
 
 def read_back(path: Path) -> dict[str, Any]:
-    """What wandb wrote: 7 bytes, then protobuf messages in LevelDB's log format (blocks of 32 KiB, pieces with crc, length and kind)."""
+    """What wandb wrote: 7 bytes, then protobuf messages in LevelDB's log format (blocks of 32 KiB, pieces
+    with crc, length and kind)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: dict[str, Any] = {"history": [], "axes": {}, "summary": {}}
@@ -74,21 +89,31 @@ def read_back(path: Path) -> dict[str, Any]:
                 found["name"], found["group"] = record.run.display_name, record.run.run_group
                 found["config"] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif record.HasField("history"):
-                items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+                items = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
                 found["history"].append(items)
             elif record.HasField("metric"):
                 found["axes"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
             elif record.HasField("summary"):
-                found["summary"] |= {item.key: json.loads(item.value_json) for item in record.summary.update if item.key}
+                found["summary"] |= {
+                    item.key: json.loads(item.value_json) for item in record.summary.update if item.key
+                }
     return found
 
 
-def test_offline_files_hold_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_offline_files_hold_every_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracker, _ = mirror(tmp_path)
     assert tracker.unsent == 0
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    runs = sorted((read_back(path) for path in tmp_path.glob("wandb/offline-run-*/*.wandb")), key=lambda run: run["config"]["layer"])
+    runs = sorted(
+        (read_back(path) for path in tmp_path.glob("wandb/offline-run-*/*.wandb")),
+        key=lambda run: run["config"]["layer"],
+    )
     assert [run["name"] for run in runs] == [f"saes/{member['name']}" for member in MEMBERS]
     for place, run in enumerate(runs):
         assert run["group"] == "saes"
@@ -104,7 +129,9 @@ def test_offline_files_hold_every_record(tmp_path: Path, monkeypatch: pytest.Mon
     assert not any(b"canarycanary" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_disabled_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_disabled_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker, _ = mirror(tmp_path / "run")
     assert tracker.unsent == 0 and not caplog.records
@@ -122,7 +149,9 @@ def test_without_a_key_there_is_one_warning(tmp_path: Path, caplog: pytest.LogCa
     assert tracker.unsent == 20
 
 
-def test_a_server_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -172,7 +201,10 @@ def test_the_interpreter_exits_at_once_after_finish(tmp_path: Path) -> None:
         "assert 'wandb' not in sys.modules\n"
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        environment = os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        environment = os.environ | {
+            "WANDB_API_KEY": KEY,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        }
         began = time.monotonic()
         subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=30)
     assert time.monotonic() - began < 15
@@ -192,7 +224,13 @@ def test_secrets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         "text_key": "text",
         "revision": "a" * 40,
         "layers": (3, 9),
-        "nested": [{"password": "x", "url": "https://me:pw@host/a", "command": "run hf_abcdefghijklmnopqrst canary-0123456789"}],
+        "nested": [
+            {
+                "password": "x",
+                "url": "https://me:pw@host/a",
+                "command": "run hf_abcdefghijklmnopqrst canary-0123456789",
+            }
+        ],
     }
     assert without_secrets(config) == {
         "num_tokens": 5,

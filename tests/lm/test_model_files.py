@@ -54,7 +54,9 @@ def test_norm_map_is_the_final_norm_s_though_the_pad_embedding_is_zero(family: s
     model = hf.AutoModelForCausalLM.from_config(NORMS[family])
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = 0
-        norms = [m for n, m in model.named_modules() if n.endswith(("model.norm", "final_layer_norm", "ln_f"))]
+        norms = [
+            m for n, m in model.named_modules() if n.endswith(("model.norm", "final_layer_norm", "ln_f"))
+        ]
         (norm,) = norms
         norm.weight.copy_(torch.randn(24))
     found = norm_map(LanguageModel(model, [SITE]))
@@ -155,7 +157,9 @@ def half_a_pickle(model: Path) -> str:
 def quantized(method: str, **more: object):
     def change(model: Path) -> str:
         config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, **more}}))
+        (model / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {"quant_method": method, **more}})
+        )
         return rf"quantized by {method}.*pip install "
 
     return change
@@ -207,7 +211,9 @@ VISION = {
 }
 TEXT = TINY | {"vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
 SEEING = {
-    "llava": lambda: hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION), image_token_id=59),
+    "llava": lambda: hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION), image_token_id=59
+    ),
     "qwen3_vl": lambda: hf.Qwen3VLConfig(
         text_config=TEXT
         | {
@@ -247,7 +253,9 @@ def test_the_language_model_of_one_that_also_sees_is_read_for_text(family: str, 
     info = describe(str(tmp_path))
     assert (info.num_layers, info.d_model, info.vocab_size) == (3, 24, 60)
     found = LanguageModel.load(str(tmp_path), [SITE], device="cpu")
-    assert len(found.layers) == 2 and torch.allclose(found.activations(ids)[SITE], wanted.hidden_states[2], atol=1e-5)
+    assert len(found.layers) == 2 and torch.allclose(
+        found.activations(ids)[SITE], wanted.hidden_states[2], atol=1e-5
+    )
     lm = LanguageModel.load(str(tmp_path), [SITE], device="cpu", whole=True)
     clean = lm.clean(ids, [SITE])
     assert torch.allclose(lm.logits(clean.hidden_BLD), wanted.logits, atol=1e-5)
@@ -276,7 +284,9 @@ class ModelHub(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b"")
         data = file.read_bytes()
-        etag = f'"{torch.hash_tensor(torch.frombuffer(bytearray(data), dtype=torch.uint8)).item()}-{len(data)}"'
+        etag = (
+            f'"{torch.hash_tensor(torch.frombuffer(bytearray(data), dtype=torch.uint8)).item()}-{len(data)}"'
+        )
         return self.answer(200, {"ETag": etag, "X-Repo-Commit": commit}, data)
 
     def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
@@ -332,7 +342,9 @@ def test_the_commit_is_resolved_once_recorded_and_used_by_everything_after(
     assert train(tmp_path / "run", "good/model", text_file) == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["model"]["revision"] == first
-    assert json.loads(next((tmp_path / "run").glob("*/trainer_0/config.json")).read_text())["revision"] == first
+    assert (
+        json.loads(next((tmp_path / "run").glob("*/trainer_0/config.json")).read_text())["revision"] == first
+    )
     of_main = hub.asked["main"]
     assert of_main <= 3  # config.json alone: looked for, then fetched
     rows = (tmp_path / "run" / "rows.jsonl").read_text()

@@ -1,4 +1,7 @@
-"""The compiled ops against their plain meaning, in float64 where they sum. B tokens, D d_in, F latents, N entries, R bags, S SAEs."""
+"""The compiled ops against their plain meaning, in float64 where they sum.
+
+B tokens, D d_in, F latents, N entries, R bags, S SAEs.
+"""
 
 import ctypes
 import logging
@@ -15,7 +18,9 @@ from monosemy.ops import torch as plain
 from monosemy.ops.entries import Entries
 
 built = pytest.mark.skipif(not compiled.available(), reason="no C compiler here")
-linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process has loaded is known on Linux")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="what a process has loaded is known on Linux"
+)
 
 
 def draw(*shape, seed=0):
@@ -23,7 +28,10 @@ def draw(*shape, seed=0):
 
 
 def equal(got, wanted):
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (got, wanted)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (
+        got,
+        wanted,
+    )
 
 
 def close(got, wanted):
@@ -40,7 +48,7 @@ def as_many_threads():
     torch.set_num_threads(before)
 
 
-# --- selections ----------------------------------------------------------------------------------------------------------------
+# --- selections ---------------------------------------------------------------------------------------------
 
 VALUES = {
     "normal": lambda x: x,
@@ -74,12 +82,20 @@ def test_selections_are_exact(B, F, values, dtype):
 def test_top_k_among_some_latents(among, values, dtype):
     B, F = 9, 1025
     pre_BF = VALUES[values](draw(B, F)).to(dtype)
-    among_F = {"none": torch.zeros(F), "one": torch.arange(F) == 700, "some": draw(F, seed=1) > 0, "all": torch.ones(F)}[among].bool()
+    among_F = {
+        "none": torch.zeros(F),
+        "one": torch.arange(F) == 700,
+        "some": draw(F, seed=1) > 0,
+        "all": torch.ones(F),
+    }[among].bool()
     latents_M = among_F.nonzero().squeeze(1)
     for k in (1, 3, 80, F):
         latents_N, starts_B1, values_N = compiled.top_k(pre_BF, k, among_F)
         columns = plain.top_k(pre_BF[:, latents_M], min(k, len(latents_M)))
-        equal((latents_N, starts_B1, values_N), (latents_M[columns.latents_N].int(), columns.starts_B1, columns.values_N))
+        equal(
+            (latents_N, starts_B1, values_N),
+            (latents_M[columns.latents_N].int(), columns.starts_B1, columns.values_N),
+        )
 
 
 @built
@@ -87,21 +103,31 @@ def test_what_is_not_a_number_is_survived():
     pre_BF = draw(20, 600)
     pre_BF[draw(20, 600, seed=1) > 0.5] = torch.nan
     pre_BF[:4] = -torch.tensor(torch.nan)
-    for picked, n in ((compiled.top_k(pre_BF, 9), 180), (compiled.batch_top_k(pre_BF, 500), 500), (compiled.top_k(pre_BF, 600), 12_000)):
+    for picked, n in (
+        (compiled.top_k(pre_BF, 9), 180),
+        (compiled.batch_top_k(pre_BF, 500), 500),
+        (compiled.top_k(pre_BF, 600), 12_000),
+    ):
         entries = Entries(picked.latents_N, picked.starts_B1, 600)
         assert len(picked.latents_N) == n == picked.starts_B1[-1]
         assert (entries.bags_N * 600 + entries.latents_N).diff().min() > 0 and entries.latents_N.max() < 600
     assert compiled.above(pre_BF, torch.nan).starts_B1.max() == 0
 
 
-# --- estimates ------------------------------------------------------------------------------------------------------------------
+# --- estimates ----------------------------------------------------------------------------------------------
 
 OPERANDS = {
     "normal": lambda x, W: (x, W),
-    "a few large columns, as in a residual stream": lambda x, W: (x * torch.where(torch.arange(x.shape[1]) % 11 == 3, 300.0, 1.0), W),
+    "a few large columns, as in a residual stream": lambda x, W: (
+        x * torch.where(torch.arange(x.shape[1]) % 11 == 3, 300.0, 1.0),
+        W,
+    ),
     "tokens of all sizes": lambda x, W: (x * 10 ** torch.linspace(-30, 12, len(x))[:, None], W),
     "latents of all sizes": lambda x, W: (x, W * 10 ** torch.linspace(-30, 6, len(W))[:, None]),
-    "zeros": lambda x, W: (x * (torch.arange(len(x)) % 2)[:, None], W * (torch.arange(len(W)) % 3 > 0)[:, None]),
+    "zeros": lambda x, W: (
+        x * (torch.arange(len(x)) % 2)[:, None],
+        W * (torch.arange(len(W)) % 3 > 0)[:, None],
+    ),
     "single entries": lambda x, W: (x * (torch.arange(x.shape[1]) == 0), W * (torch.arange(W.shape[1]) == 0)),
     "latents that hardly differ": lambda x, W: (x, W[:1] + 1e-4 * W),
 }
@@ -140,7 +166,8 @@ def test_an_estimate_is_as_near_as_it_says(B, D, F, operands, bf16):
 @every_operand
 @pytest.mark.parametrize(("B", "D", "F"), OPERAND_SHAPES)
 def test_what_is_picked_of_an_estimate_is_exact(B, D, F, operands, bf16):
-    """Values are float32's, and whatever was left is no larger than what was picked, but for what float32 cannot tell apart."""
+    """Values are float32's, and whatever was left is no larger than what was picked, but for what float32
+    cannot tell apart."""
     estimate, exact_BF, lost_B = estimated(B, D, F, operands, bf16)
     among_F = torch.arange(F) % 3 != 1
     middle = exact_BF.median()
@@ -151,7 +178,11 @@ def test_what_is_picked_of_an_estimate_is_exact(B, D, F, operands, bf16):
             "among": (compiled.top_k(estimate, k, among_F), among_F, None),
             "batch": (compiled.batch_top_k(estimate, B * k), torch.ones(F, dtype=torch.bool), None),
             "above": (compiled.above(estimate, float(middle)), torch.ones(F, dtype=torch.bool), middle),
-            "above each": (compiled.above(estimate, thresholds_F.float()), torch.ones(F, dtype=torch.bool), thresholds_F),
+            "above each": (
+                compiled.above(estimate, thresholds_F.float()),
+                torch.ones(F, dtype=torch.bool),
+                thresholds_F,
+            ),
         }
         for case, (picked, allowed_F, threshold) in cases.items():
             e = Entries(picked.latents_N, picked.starts_B1, F)
@@ -162,7 +193,9 @@ def test_what_is_picked_of_an_estimate_is_exact(B, D, F, operands, bf16):
             mask_BF[tokens_N, latents_N] = True
             assert not mask_BF[:, ~allowed_F].any()
             if threshold is not None:
-                assert (mask_BF == (exact_BF > threshold))[(exact_BF - threshold).abs() > 2 * lost_B[:, None]].all(), case
+                assert (mask_BF == (exact_BF > threshold))[
+                    (exact_BF - threshold).abs() > 2 * lost_B[:, None]
+                ].all(), case
                 continue
             assert len(latents_N) == B * min(k, int(allowed_F.sum()))
             # the least that was picked and the most that was left, of each token, or of all
@@ -183,7 +216,7 @@ def test_numbers_that_no_bound_is_known_of_are_not_estimated(where, value, bf16)
     assert estimate is None or (value == 1e30 and estimate.error_B.isfinite().all())
 
 
-# --- sums over entries ---------------------------------------------------------------------------------------------------------
+# --- sums over entries --------------------------------------------------------------------------------------
 
 
 def entries_of(mask_BF, bags=1):
@@ -191,7 +224,9 @@ def entries_of(mask_BF, bags=1):
     B, F = mask_BF.shape
     tokens_N, latents_N = mask_BF.nonzero().unbind(1)
     places_N = tokens_N * bags + latents_N * bags // F
-    return Entries(latents_N.int(), torch.searchsorted(places_N, torch.arange(B * bags + 1), out_int32=True), F)
+    return Entries(
+        latents_N.int(), torch.searchsorted(places_N, torch.arange(B * bags + 1), out_int32=True), F
+    )
 
 
 MASKS = {
@@ -216,7 +251,11 @@ def test_sums_are_the_plain_ones(B, D, F, mask, bags):
 
     close(compiled.sum_by_latent(values_N, e), plain.sum_by_latent(doubles[0], e))
     close(compiled.decode(values_N, W_FD, e), plain.decode(*doubles[:2], e))
-    for got, wanted in zip(compiled.encode_backward(values_N, g_RD, e), plain.encode_backward(doubles[0], doubles[2], e), strict=True):
+    for got, wanted in zip(
+        compiled.encode_backward(values_N, g_RD, e),
+        plain.encode_backward(doubles[0], doubles[2], e),
+        strict=True,
+    ):
         close(got, wanted)
     d_values_N, d_W_FD = plain.decode_backward(doubles[2], *doubles[:2], e, weight=True)
     got, got_W_FD = compiled.decode_backward(g_RD, values_N, W_FD, e, weight=True)
@@ -227,11 +266,12 @@ def test_sums_are_the_plain_ones(B, D, F, mask, bags):
     assert nothing is None
 
 
-# --- the update ----------------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
 
 def adam(ops, dtype, shape, constraint, *, beta1, shadow, steps=3):
-    """Parameters, moments and gradient norms after some steps, of which the second SAE has its second refused."""
+    """Parameters, moments and gradient norms after some steps, of which the second SAE has its second
+    refused."""
     S = shape[0]
     p = draw(*shape).to(dtype)
     if constraint != "free":
@@ -266,7 +306,12 @@ def adam(ops, dtype, shape, constraint, *, beta1, shadow, steps=3):
 @pytest.mark.parametrize(
     ("shape", "constraint"),
     [
-        *(((S, 130, C), constraint) for S in (1, 3) for C in (5, 24) for constraint in ("free", "project", "constrain")),
+        *(
+            ((S, 130, C), constraint)
+            for S in (1, 3)
+            for C in (5, 24)
+            for constraint in ("free", "project", "constrain")
+        ),
         ((1, 1, 1), "free"),
         ((3, 2500), "free"),
         ((1, 3), "free"),
@@ -291,11 +336,13 @@ def test_a_row_that_is_not_finite_stays_one_row():
     assert not compiled.square_norms(p, [g], "free").isfinite()
     numbers = {n: torch.ones(1) for n in ("lr_S", "scale_S", "steps_S")}
     compiled.update(p, [g], None, v, shadow, **numbers, betas=(0.0, 0.999), eps=1e-8, constraint="project")
-    assert p.isfinite().all(2)[0].tolist() == shadow.isfinite().all(2)[0].tolist() == [r != 7 for r in range(40)]
+    assert (
+        p.isfinite().all(2)[0].tolist() == shadow.isfinite().all(2)[0].tolist() == [r != 7 for r in range(40)]
+    )
     assert torch.equal(shadow.isnan(), p.isnan())
 
 
-# --- all of them ----------------------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 @built
@@ -312,10 +359,23 @@ def test_the_number_of_threads_changes_no_bit(as_many_threads):
         after = adam(compiled, torch.float32, (2, 130, 24), "project", beta1=0.9, shadow=False)
         d_W_enc_FD, d_b_F = compiled.encode_backward(d_values_N, decoded_BD, e)
         selected = [*picked, *compiled.top_k(pre_BF, 4), *compiled.above(pre_BF, 1)]
-        for pre in (compiled.estimate(rows_BD, W_FD, b_F, Workspace(), shadow_FD) for shadow_FD in (None, W_FD.bfloat16())):
+        for pre in (
+            compiled.estimate(rows_BD, W_FD, b_F, Workspace(), shadow_FD)
+            for shadow_FD in (None, W_FD.bfloat16())
+        ):
             pre = pre_BF if pre is None else pre
             selected += [*compiled.batch_top_k(pre, B * 9), *compiled.top_k(pre, 4), *compiled.above(pre, 1)]
-        return [*selected, *e.by_latent, decoded_BD, d_values_N, d_W_FD, d_W_enc_FD, d_b_F, after["p"], after["norms"]]
+        return [
+            *selected,
+            *e.by_latent,
+            decoded_BD,
+            d_values_N,
+            d_W_FD,
+            d_W_enc_FD,
+            d_b_F,
+            after["p"],
+            after["norms"],
+        ]
 
     as_many_threads(1)
     wanted = everything()
@@ -340,7 +400,9 @@ def test_arguments_are_named_when_they_do_not_fit():
 def test_torchs_own_threads_are_used(as_many_threads):
     library = compiled._library()
     loaded = {
-        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.match(r"lib(g|i)?omp", line.rsplit("/")[-1])
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if re.match(r"lib(g|i)?omp", line.rsplit("/")[-1])
     }
     assert len(loaded) == 1, loaded
     for n in (1, 2):
@@ -348,7 +410,7 @@ def test_torchs_own_threads_are_used(as_many_threads):
         assert library.omp_get_max_threads() == n
 
 
-# --- building -------------------------------------------------------------------------------------------------------------------
+# --- building -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -375,7 +437,9 @@ def small(afresh, tmp_path, monkeypatch):
 def test_processes_may_build_at_once(small):
     code = "import sys, pathlib; from monosemy.ops import compiled as c; c.SOURCE = pathlib.Path(sys.argv[1]); print(c._library().answer())"
     command = [sys.executable, "-c", code, str(compiled.SOURCE)]
-    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    racing = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for process in racing:
         out, err = process.communicate()
         assert out == "42\n", err
@@ -405,7 +469,10 @@ def test_what_was_made_of_another_source_or_by_another_compiler_is_left(small, m
     assert [ctypes.CDLL(str(path)).answer() for path in paths] == [42, 42, 43]
 
 
-@pytest.mark.parametrize(("compiler", "cause"), [("no-such-compiler", "no-such-compiler"), ("cc -no-such-option", "no-such-option")])
+@pytest.mark.parametrize(
+    ("compiler", "cause"),
+    [("no-such-compiler", "no-such-compiler"), ("cc -no-such-option", "no-such-option")],
+)
 def test_without_a_compiler_slower_ops_run(afresh, monkeypatch, caplog, compiler, cause):
     monkeypatch.setenv("CC", compiler)
     with caplog.at_level(logging.WARNING):

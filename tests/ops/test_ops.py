@@ -12,7 +12,11 @@ from monosemy.codes import Execution, Preactivations
 from monosemy.ops import compiled
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (16, 8, 33), (33, 5, 130), (64, 24, 96)]
-FORMS = ["torch", "aten", pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no compiler"))]
+FORMS = [
+    "torch",
+    "aten",
+    pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no compiler")),
+]
 TOLERANCE = {"torch": 1e-12, "aten": 3e-6, "compiled": 3e-6}
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -29,7 +33,10 @@ def draw(*shape, seed=0):
 
 
 def weights(D, F, dtype=torch.float64):
-    return [w.to(dtype).requires_grad_() for w in (draw(F, D, seed=1), draw(F, seed=2), draw(D, seed=3), draw(F, D, seed=4))]
+    return [
+        w.to(dtype).requires_grad_()
+        for w in (draw(F, D, seed=1), draw(F, seed=2), draw(D, seed=3), draw(F, D, seed=4))
+    ]
 
 
 def close(got, wanted, tolerance=1e-12):
@@ -40,7 +47,9 @@ def close(got, wanted, tolerance=1e-12):
 
 def gradients(loss, named):
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
+    return {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)
+    }
 
 
 def naive(x, W_enc, b_enc, b_dec, W_dec, mask_BF):
@@ -113,13 +122,21 @@ def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
     if selection.startswith(("k", "batch", "among")):
         allowed = some.expand(B, F) if selection.startswith("among") else torch.ones(B, F, dtype=torch.bool)
         rows = (
-            [(pre.flatten(), mask.flatten(), allowed.flatten())] if selection.startswith("batch") else zip(pre, mask, allowed, strict=True)
+            [(pre.flatten(), mask.flatten(), allowed.flatten())]
+            if selection.startswith("batch")
+            else zip(pre, mask, allowed, strict=True)
         )
         assert all(v[m].min() >= v[~m & a].max() for v, m, a in rows if m.any() and (~m & a).any())
     flat = codes.entries.bags_N.long() * F + codes.entries.latents_N
     assert (flat.diff() > 0).all(), "entries are in order of tokens and latents"
 
-    named = dict(zip(("W_enc", "b_enc", "b_dec", "W_dec", "w"), [*params, draw(F, seed=5).to(dtype).requires_grad_()], strict=True))
+    named = dict(
+        zip(
+            ("W_enc", "b_enc", "b_dec", "W_dec", "w"),
+            [*params, draw(F, seed=5).to(dtype).requires_grad_()],
+            strict=True,
+        )
+    )
     exact = {n: p.detach().double().requires_grad_() for n, p in named.items()}
     c_BD, c_F = draw(B, D, seed=6), draw(F, seed=7)
     begins = torch.tensor([0, F // 3] if F >= 3 else [0])
@@ -132,12 +149,18 @@ def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
         return (f * w + f.square()) * c
 
     mapped = codes.map(lambda f, w: f * w, named["w"])
-    got = total(codes.total(of, named["w"], c_F.to(dtype)) + mapped.total(), codes.decode(W_dec), mapped.decode(W_dec, begins))
+    got = total(
+        codes.total(of, named["w"], c_F.to(dtype)) + mapped.total(),
+        codes.decode(W_dec),
+        mapped.decode(W_dec, begins),
+    )
     four = [exact[n] for n in ("W_enc", "b_enc", "b_dec", "W_dec")]
     f, decoded = naive(x.double(), *four, mask)
     ends = [*begins.tolist()[1:], F]
     fw = f * exact["w"]
-    grouped = torch.stack([fw[:, a:b] @ exact["W_dec"][a:b] for a, b in zip(begins.tolist(), ends, strict=True)])
+    grouped = torch.stack(
+        [fw[:, a:b] @ exact["W_dec"][a:b] for a, b in zip(begins.tolist(), ends, strict=True)]
+    )
     wanted = total(of(f, exact["w"], c_F).sum() + fw.sum(), decoded, grouped)
     close({"total": got}, {"total": wanted}, TOLERANCE[form] * 10)
     close(gradients(got, named), gradients(wanted, exact), TOLERANCE[form])
@@ -154,12 +177,22 @@ def test_the_two_layouts_agree(form, dtype, B, D, F):
     results = []
     for sparse in (False, True):
         codes = Preactivations(x, *params[:3], Execution(sparse=sparse)).above(0.1)
-        loss = (codes.by_latent() * draw(F, seed=8).to(dtype)).sum() + codes.total().square() + codes.decode(params[3]).square().sum()
+        loss = (
+            (codes.by_latent() * draw(F, seed=8).to(dtype)).sum()
+            + codes.total().square()
+            + codes.decode(params[3]).square().sum()
+        )
         assert torch.equal(codes.count(), codes.size_by_latent())
         codes = codes.map(torch.mul, params[1])
         begins = torch.tensor([0, F // 2] if F > 1 else [0])
-        loss = loss + codes.decode(params[3]).square().sum() + codes.decode(params[3], begins)[0].square().sum()
-        loss = (loss + codes.by_latent().square().sum() + codes.total(lambda v, w: v.square() * w, params[1]).square()) / (B * F)
+        loss = (
+            loss + codes.decode(params[3]).square().sum() + codes.decode(params[3], begins)[0].square().sum()
+        )
+        loss = (
+            loss
+            + codes.by_latent().square().sum()
+            + codes.total(lambda v, w: v.square() * w, params[1]).square()
+        ) / (B * F)
         counts = {"size": codes.size(), "count": codes.count(), "of": codes.size_by_latent()}
         found = {"loss": loss.detach(), "smallest": codes.smallest(), **counts}
         results.append(found | gradients(loss, named))
@@ -170,11 +203,15 @@ def test_the_two_layouts_agree(form, dtype, B, D, F):
 
 @every_form
 def test_power_at_the_support_s_edge_has_finite_gradients(form, dtype):
-    """d f^p / df is infinite at 0 for p < 1: what is off the support must be selected away, not multiplied by 0."""
+    """d f^p / df is infinite at 0 for p < 1: what is off the support must be selected away, not multiplied by
+    0."""
     x, params = draw(8, 4).to(dtype), weights(4, 9, dtype)
     for sparse in (False, True):
         codes = Preactivations(x, *params[:3], Execution(sparse=sparse)).above(0)
-        loss = codes.total(lambda f: ops.power(f, 0.3)) * 0.0 + codes.map(lambda f: f**0.3).decode(params[3]).sum()
+        loss = (
+            codes.total(lambda f: ops.power(f, 0.3)) * 0.0
+            + codes.map(lambda f: f**0.3).decode(params[3]).sum()
+        )
         assert all(g.isfinite().all() for g in gradients(loss, dict(enumerate(params))).values())
 
 
@@ -183,7 +220,9 @@ def positions(picked, F):
 
 
 @every_form
-@pytest.mark.parametrize("values", [torch.zeros(6, 40), torch.ones(6, 40), torch.arange(240.0).view(6, 40) % 3])
+@pytest.mark.parametrize(
+    "values", [torch.zeros(6, 40), torch.ones(6, 40), torch.arange(240.0).view(6, 40) % 3]
+)
 @pytest.mark.parametrize("n", [1, 7, 120, 240])
 def test_of_equal_values_a_batch_selection_takes_the_earlier(form, dtype, values, n):
     flat = positions(ops.batch_top_k(values.to(dtype), n), 40)
@@ -195,7 +234,9 @@ def test_of_equal_values_a_batch_selection_takes_the_earlier(form, dtype, values
 def test_a_selection_by_tokens_with_ties(form, dtype, k):
     values = (torch.arange(240.0).view(6, 40) % 3).to(dtype)
     picked = ops.top_k(values, k)
-    assert torch.equal(picked.values_N.view(6, k).sort(dim=1, descending=True).values, values.topk(k, dim=1).values)
+    assert torch.equal(
+        picked.values_N.view(6, k).sort(dim=1, descending=True).values, values.topk(k, dim=1).values
+    )
     if form != "aten":  # torch's topk has an order of its own
         earliest = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
         assert torch.equal(picked.latents_N.view(6, k).long(), earliest)
@@ -203,7 +244,8 @@ def test_a_selection_by_tokens_with_ties(form, dtype, k):
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_batch_selection_is_exact_on_large_batches(form, dtype):
-    """Large enough that a sample bounds the search; also where the sample misleads: everything large sits between the sample's places."""
+    """Large enough that a sample bounds the search; also where the sample misleads: everything large sits
+    between the sample's places."""
     honest = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
     hidden = torch.full((512, 2048), -1.0)
     hidden.flatten()[1::16] = torch.rand(65536, generator=torch.Generator().manual_seed(1)) + 1
@@ -232,7 +274,11 @@ def test_bf16_rounds_the_product_s_operands_and_nothing_else():
 def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constraint, clip, beta1):
     """Two SAEs in one group, each like torch's Adam in float64 on it alone."""
     S, F, D = 2, 9, 5
-    start = {"W_enc": draw(S, F, D, seed=1), "b": draw(S, F, seed=2), "W_dec": nn.functional.normalize(draw(S, F, D, seed=3), dim=2)}
+    start = {
+        "W_enc": draw(S, F, D, seed=1),
+        "b": draw(S, F, seed=2),
+        "W_dec": nn.functional.normalize(draw(S, F, D, seed=3), dim=2),
+    }
     optimizer = ops.Optimizer(
         {n: p.to(dtype).clone() for n, p in start.items()},
         decoder="W_dec",
@@ -241,10 +287,15 @@ def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constrain
         betas=(beta1, 0.999),
         shadow="W_enc",
     )
-    gradient = lambda step, s, name: draw(*start[name].shape[1:], seed=100 * step + 10 * s + len(name)) * (step != 2 or name != "b")  # noqa: E731
+
+    def gradient(step, s, name):
+        return draw(*start[name].shape[1:], seed=100 * step + 10 * s + len(name)) * (step != 2 or name != "b")
+
     for s in range(S):
         reference = {n: nn.Parameter(p[s].clone()) for n, p in start.items()}
-        adam = torch.optim.Adam(reference.values(), lr=1.0, betas=(beta1, 0.999), eps=1e-8, foreach=False, fused=False)
+        adam = torch.optim.Adam(
+            reference.values(), lr=1.0, betas=(beta1, 0.999), eps=1e-8, foreach=False, fused=False
+        )
         W = reference["W_dec"]
         for step in range(5):
             for name, p in reference.items():
@@ -274,7 +325,8 @@ def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constrain
 @pytest.mark.parametrize("where", ["loss", "W_enc", "b"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_updates_nothing(form, dtype, clip, where, value):
-    """Of two SAEs in a group one has a loss or gradient that is not finite: it stays as it is, bit by bit; the other goes on."""
+    """Of two SAEs in a group one has a loss or gradient that is not finite: it stays as it is, bit by bit;
+    the other goes on."""
     F, D = 9, 5
     make = lambda: ops.Optimizer(  # noqa: E731
         {"W_enc": draw(2, F, D, seed=1).to(dtype), "b": draw(2, F, seed=2).to(dtype)},
@@ -282,10 +334,17 @@ def test_what_is_not_finite_updates_nothing(form, dtype, clip, where, value):
     )  # fmt: skip
     optimizer, alone = make(), make()
     for step in range(2):
-        grads = {n: [draw(*p.shape[1:], seed=step + i).to(dtype) for i in range(2)] for n, p in optimizer.params.items()}
-        alone.step({n: [g.clone() for g in of] for n, of in grads.items()}, torch.full((2,), 0.1), torch.zeros(2))
+        grads = {
+            n: [draw(*p.shape[1:], seed=step + i).to(dtype) for i in range(2)]
+            for n, p in optimizer.params.items()
+        }
+        alone.step(
+            {n: [g.clone() for g in of] for n, of in grads.items()}, torch.full((2,), 0.1), torch.zeros(2)
+        )
         loss_S = torch.zeros(2)
-        before = [t.clone() for t in (*optimizer.state(1).values(), *(p[1] for p in optimizer.params.values()))]
+        before = [
+            t.clone() for t in (*optimizer.state(1).values(), *(p[1] for p in optimizer.params.values()))
+        ]
         if step == 1:
             if where == "loss":
                 loss_S[1] = value
@@ -303,9 +362,20 @@ def test_what_is_not_finite_updates_nothing(form, dtype, clip, where, value):
 
 
 def test_an_optimizer_goes_on_from_its_state():
-    make = lambda: ops.Optimizer({"W": draw(2, 4, 3)}, decoder="W", constraint="free", clip=1.0, betas=(0.9, 0.999))  # noqa: E731
+    def make():
+        return ops.Optimizer(
+            {"W": draw(2, 4, 3)}, decoder="W", constraint="free", clip=1.0, betas=(0.9, 0.999)
+        )
+
     one, two = make(), make()
-    step = lambda o, seed: o.step({"W": [draw(4, 3, seed=seed), draw(4, 3, seed=seed + 1)]}, torch.tensor([0.1, 0.2]), torch.zeros(2))  # noqa: E731
+
+    def step(o, seed):
+        return o.step(
+            {"W": [draw(4, 3, seed=seed), draw(4, 3, seed=seed + 1)]},
+            torch.tensor([0.1, 0.2]),
+            torch.zeros(2),
+        )
+
     for seed in range(3):
         step(one, seed)
     two.params["W"].copy_(one.params["W"])

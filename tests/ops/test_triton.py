@@ -1,4 +1,5 @@
-"""The Triton form of every op against the plain one: on a GPU where there is one, else in Triton's interpreter (see conftest.py).
+"""The Triton form of every op against the plain one: on a GPU where there is one, else in Triton's
+interpreter (see conftest.py).
 
 B tokens, D d_in, F latents, N entries, S SAEs.
 """
@@ -41,7 +42,7 @@ def close(got, wanted, tolerance=2e-6):
     assert error <= tolerance * max(1.0, float(wanted.abs().max()) if wanted.numel() else 0)
 
 
-# --- selections ---------------------------------------------------------------------------------------------------------------
+# --- selections ---------------------------------------------------------------------------------------------
 
 
 def check_picked(got, wanted, capacity):
@@ -64,7 +65,12 @@ PRE = {
 }
 
 
-SIZES = [("normal", 1, 1, 1, 1), ("normal", 2, 37, 1, 1), ("normal", 2, 37, 37, 74), *((kind, 2, 37, 9, 23) for kind in PRE)]
+SIZES = [
+    ("normal", 1, 1, 1, 1),
+    ("normal", 2, 37, 1, 1),
+    ("normal", 2, 37, 37, 74),
+    *((kind, 2, 37, 9, 23) for kind in PRE),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,7 +90,8 @@ def test_largest_of_long_rows(dtype):
 
 
 def test_lists_that_overflow():
-    """512 shares of a row have all the large values, so that many more than k reach the bound; or one row of a batch has all of them."""
+    """512 shares of a row have all the large values, so that many more than k reach the bound; or one row of
+    a batch has all of them."""
     k, F = 512, 8200
     M, C = fast._sizes(F, k)
     pre = torch.where(torch.arange(F) % M < k, 10, 0) + draw(1, F).sigmoid()
@@ -95,7 +102,12 @@ def test_lists_that_overflow():
 
     k, F = 300, 3000
     assert 4 * k > fast._sizes(F, k)[1]
-    pre = torch.stack([torch.where(torch.arange(F) < 4 * k, 10, 0), torch.zeros(F), torch.zeros(F), torch.zeros(F)]) + draw(4, F).sigmoid()
+    pre = (
+        torch.stack(
+            [torch.where(torch.arange(F) < 4 * k, 10, 0), torch.zeros(F), torch.zeros(F), torch.zeros(F)]
+        )
+        + draw(4, F).sigmoid()
+    )
     pre = pre.bfloat16()
     check_picked(fast.batch_top_k(pre.to(DEVICE), 4 * k - 7), plain.batch_top_k(pre, 4 * k - 7), 4 * k - 7)
 
@@ -107,7 +119,10 @@ def test_nan_is_the_largest():
         (fast.top_k(pre.to(DEVICE), 2), plain.top_k(pre, 2)),
         (fast.batch_top_k(pre.to(DEVICE), 9), plain.batch_top_k(pre, 9)),
     ):
-        assert got.latents_N.tolist() == wanted.latents_N.tolist() and got.starts_B1.tolist() == wanted.starts_B1.tolist()
+        assert (
+            got.latents_N.tolist() == wanted.latents_N.tolist()
+            and got.starts_B1.tolist() == wanted.starts_B1.tolist()
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,7 +167,10 @@ def test_nothing_is_written_behind_a_list(monkeypatch):
     behind = []
 
     def guarded(starts_B1, N):
-        latents, values = starts_B1.new_full((N + 99,), -7), starts_B1.new_full((N + 99,), -7, dtype=torch.float32)
+        latents, values = (
+            starts_B1.new_full((N + 99,), -7),
+            starts_B1.new_full((N + 99,), -7, dtype=torch.float32),
+        )
         latents[:N], values[:N] = 0, 0
         behind.extend((latents[N:], values[N:]))
         return ops.Selection(latents[:N], starts_B1, values[:N])
@@ -167,7 +185,7 @@ def test_nothing_is_written_behind_a_list(monkeypatch):
     assert len(behind) == 14 and all((tail == -7).all() for tail in behind)
 
 
-# --- sums over entries --------------------------------------------------------------------------------------------------------
+# --- sums over entries --------------------------------------------------------------------------------------
 
 
 MASKS = {
@@ -179,31 +197,41 @@ MASKS = {
 
 
 def entries(mask_BF, padding, bags=1):
-    """The entries of a mask with places left behind them, or each token's in several bags; and the same without padding."""
+    """The entries of a mask with places left behind them, or each token's in several bags; and the same
+    without padding."""
     F = mask_BF.shape[1]
     latents_N = mask_BF.nonzero()[:, 1].int()
     numbers = mask_BF.view(-1, F // bags).sum(1)
     starts_R1 = torch.nn.functional.pad(numbers.cumsum(0), (1, 0)).int()
     padded_N = torch.nn.functional.pad(latents_N, (0, padding))
-    return Entries(padded_N.to(DEVICE), starts_R1.to(DEVICE), F, padded=True), Entries(latents_N, starts_R1, F)
+    return Entries(padded_N.to(DEVICE), starts_R1.to(DEVICE), F, padded=True), Entries(
+        latents_N, starts_R1, F
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    ("B", "D", "F", "bags", "padding"), [(1, 1, 1, 1, 9), (5, 3, 8, 1, 0), (5, 3, 8, 4, 9), (2, 1030, 3, 1, 9), (300, 6, 1, 1, 9)]
+    ("B", "D", "F", "bags", "padding"),
+    [(1, 1, 1, 1, 9), (5, 3, 8, 1, 0), (5, 3, 8, 4, 9), (2, 1030, 3, 1, 9), (300, 6, 1, 1, 9)],
 )
 def test_sums(B, D, F, bags, padding, mask):
     e, wanted_e = entries(MASKS[mask](B, F), padding, bags)
     n, R = len(wanted_e.latents_N), B * bags
     values, W, g = draw(n, seed=1), draw(F, D, seed=2), draw(R, D, seed=3)
-    values_N, W_FD, g_RD = torch.nn.functional.pad(values, (0, padding)).float().to(DEVICE), W.float().to(DEVICE), g.float().to(DEVICE)
+    values_N, W_FD, g_RD = (
+        torch.nn.functional.pad(values, (0, padding)).float().to(DEVICE),
+        W.float().to(DEVICE),
+        g.float().to(DEVICE),
+    )
     order_N, starts_F1 = e.by_latent
     with ops.using("torch"):
         wanted_order_N, wanted_starts_F1 = wanted_e.by_latent
         wanted_values, wanted_W = plain.decode_backward(g, values, W, wanted_e, True)
         wanted_rows, wanted_b = plain.encode_backward(values, g, wanted_e)
 
-    assert order_N.dtype == starts_F1.dtype == torch.int32 and sorted(order_N.tolist()) == list(range(n + padding))
+    assert order_N.dtype == starts_F1.dtype == torch.int32 and sorted(order_N.tolist()) == list(
+        range(n + padding)
+    )
     assert order_N[:n].tolist() == wanted_order_N.tolist() and starts_F1.tolist() == wanted_starts_F1.tolist()
     close(fast.sum_by_latent(values_N, e), wanted_b)
     close(fast.decode(values_N, W_FD, e), plain.decode(values, W, wanted_e))
@@ -220,7 +248,10 @@ def test_sums(B, D, F, bags, padding, mask):
 
 def test_wide_latents_are_grouped():
     """More latents than 16 bits have room for."""
-    latents_N, starts = torch.tensor([3, 70_000, 3, 40_000], dtype=torch.int32), torch.tensor([0, 2, 4], dtype=torch.int32)
+    latents_N, starts = (
+        torch.tensor([3, 70_000, 3, 40_000], dtype=torch.int32),
+        torch.tensor([0, 2, 4], dtype=torch.int32),
+    )
     order_N, starts_F1 = fast.group(latents_N.to(DEVICE), starts.to(DEVICE), 70_001)
     assert order_N.tolist() == [0, 2, 3, 1]
     assert starts_F1[[3, 4, 40_000, 40_001, 70_000, 70_001]].tolist() == [0, 2, 2, 3, 3, 4]
@@ -236,11 +267,13 @@ def test_order_of_sums_is_that_of_the_data():
         values_N = torch.nn.functional.pad(draw(n, seed=1), (0, padding)).float().to(DEVICE)
         g_RD, W_FD = draw(150, 7, seed=2).float().to(DEVICE), draw(2, 7, seed=3).float().to(DEVICE)
         d_values_N, d_W_FD = fast.decode_backward(g_RD, values_N, W_FD, e, True)
-        results.append((fast.sum_by_latent(values_N, e), fast.decode(values_N, W_FD, e), d_values_N[:n], d_W_FD))
+        results.append(
+            (fast.sum_by_latent(values_N, e), fast.decode(values_N, W_FD, e), d_values_N[:n], d_W_FD)
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# --- the dense layout -----------------------------------------------------------------------------------------------------------
+# --- the dense layout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -250,12 +283,19 @@ def test_split(B, F, threshold, dtype):
     pre, threshold = draw(B, F).to(dtype), THRESHOLDS[threshold](F)
     pre[0, 0] = 0.3
     values, mask = torch.full((B, F), torch.nan), torch.zeros(B, F, dtype=torch.bool)
-    here = [pre.to(DEVICE), threshold.to(DEVICE) if isinstance(threshold, torch.Tensor) else threshold, values.to(DEVICE), mask.to(DEVICE)]
+    here = [
+        pre.to(DEVICE),
+        threshold.to(DEVICE) if isinstance(threshold, torch.Tensor) else threshold,
+        values.to(DEVICE),
+        mask.to(DEVICE),
+    ]
     sums_F, counts_F = fast.split(*here)
     wanted_sums_F, wanted_counts_F = plain.split(pre, threshold, values, mask)
     assert torch.equal(here[2].cpu(), values) and torch.equal(here[3].cpu(), mask)
     close(sums_F, wanted_sums_F)
-    assert torch.equal(counts_F.cpu(), wanted_counts_F) and torch.equal(fast.count_positive(here[2]).cpu(), (values > 0).sum(0))
+    assert torch.equal(counts_F.cpu(), wanted_counts_F) and torch.equal(
+        fast.count_positive(here[2]).cpu(), (values > 0).sum(0)
+    )
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "one number"])
@@ -275,13 +315,18 @@ def test_select(B, F, layout):
         close(here, wanted_out)
 
 
-# --- the update ---------------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
 
 def stacked(S, *shape):
     """Parameters whose rows are about 1 long, gradients, and moments as they may stand, in float64."""
     p = draw(S, *shape, seed=1)
-    return p / p.norm(dim=-1, keepdim=True), list(draw(S, *shape, seed=2)), draw(S, *shape, seed=3), draw(S, *shape, seed=4).square()
+    return (
+        p / p.norm(dim=-1, keepdim=True),
+        list(draw(S, *shape, seed=2)),
+        draw(S, *shape, seed=3),
+        draw(S, *shape, seed=4).square(),
+    )
 
 
 @pytest.mark.parametrize("constraint", ["project", "constrain", "free"])
@@ -297,7 +342,8 @@ MATRICES = [(1, 1, 1), (3, 5, 7), (1, 3, 2100), (10, 7, 33)]
 
 @pytest.mark.parametrize("moment", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "constraint"), [*((shape, c) for shape in MATRICES for c in ("project", "constrain", "free")), ((3, 2500), "free")]
+    ("shape", "constraint"),
+    [*((shape, c) for shape in MATRICES for c in ("project", "constrain", "free")), ((3, 2500), "free")],
 )
 def test_update(shape, constraint, moment):
     S = shape[0]
@@ -316,26 +362,52 @@ def test_update(shape, constraint, moment):
     per_sae = {"lr_S": lr, "scale_S": scale, "steps_S": steps}
     float_grads = [g.float().to(DEVICE) for g in grads]
     fast.update(
-        here[0], float_grads, here[1] if moment else None, *here[2:], **{n: t.float().to(DEVICE) for n, t in per_sae.items()}, **fixed
+        here[0],
+        float_grads,
+        here[1] if moment else None,
+        *here[2:],
+        **{n: t.float().to(DEVICE) for n, t in per_sae.items()},
+        **fixed,
     )
     plain.update(p, [g.clone() for g in grads], m if moment else None, v, shadow, **per_sae, **fixed)
     for got, wanted in zip(here[:3], (p, m, v), strict=True):
         close(got, wanted)
     updated = scale.isfinite()
-    assert not here[3].cpu()[~updated].any() and torch.equal(here[0].cpu()[~updated], before.float()[~updated])
+    assert not here[3].cpu()[~updated].any() and torch.equal(
+        here[0].cpu()[~updated], before.float()[~updated]
+    )
     # the interpreter cuts off where a GPU rounds to the nearest
     copy, whole = here[3].cpu()[updated].float(), here[0].cpu()[updated]
-    assert torch.equal(copy, whole.bfloat16().float()) if CUDA else ((copy - whole).abs() <= 2**-7 * whole.abs()).all()
+    assert (
+        torch.equal(copy, whole.bfloat16().float())
+        if CUDA
+        else ((copy - whole).abs() <= 2**-7 * whole.abs()).all()
+    )
 
 
 def test_update_without_a_copy():
-    p, grads, m, v = ([t.float().to(DEVICE) for t in x] if isinstance(x, list) else x.float().to(DEVICE) for x in stacked(2, 3, 4))
+    p, grads, m, v = (
+        [t.float().to(DEVICE) for t in x] if isinstance(x, list) else x.float().to(DEVICE)
+        for x in stacked(2, 3, 4)
+    )
     before, one = p.clone(), torch.ones(2, device=DEVICE)
-    fast.update(p, grads, m, v, None, lr_S=one, scale_S=one, steps_S=one, betas=(0.9, 0.999), eps=1e-8, constraint="free")
+    fast.update(
+        p,
+        grads,
+        m,
+        v,
+        None,
+        lr_S=one,
+        scale_S=one,
+        steps_S=one,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        constraint="free",
+    )
     assert (p != before).all()
 
 
-# --- what a graph needs, and compilation ----------------------------------------------------------------------------------------
+# --- what a graph needs, and compilation --------------------------------------------------------------------
 
 
 def everything(pre, among, x_BD, W_FD, b_F):
@@ -350,7 +422,11 @@ def everything(pre, among, x_BD, W_FD, b_F):
         fast.above(pre, 0.5, 9),
     ):
         e = Entries(picked.latents_N, picked.starts_B1, F, padded=True)
-        results += [*picked, fast.decode(picked.values_N, W_FD, e), *fast.encode_backward(picked.values_N, x_BD, e)]
+        results += [
+            *picked,
+            fast.decode(picked.values_N, W_FD, e),
+            *fast.encode_backward(picked.values_N, x_BD, e),
+        ]
         results += fast.decode_backward(x_BD, picked.values_N, W_FD, e, True)
     p, m, v, shadow, one = (
         W_FD[None].clone(),
@@ -361,9 +437,22 @@ def everything(pre, among, x_BD, W_FD, b_F):
     )
     norm_S = fast.square_norms(p, [results[-1]], "project").sqrt()
     fast.update(
-        p, [results[-1]], m, v, shadow, lr_S=one, scale_S=1 / norm_S, steps_S=one, betas=(0.9, 0.999), eps=1e-8, constraint="project"
+        p,
+        [results[-1]],
+        m,
+        v,
+        shadow,
+        lr_S=one,
+        scale_S=1 / norm_S,
+        steps_S=one,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        constraint="project",
     )
-    values_BF, mask_BF = torch.empty(pre.shape, device=DEVICE), torch.empty(pre.shape, dtype=torch.bool, device=DEVICE)
+    values_BF, mask_BF = (
+        torch.empty(pre.shape, device=DEVICE),
+        torch.empty(pre.shape, dtype=torch.bool, device=DEVICE),
+    )
     fast.split(pre, 0.1, values_BF, mask_BF)
     d_b_F = fast.select(mask_BF, values_BF.new_ones(()).expand_as(values_BF), values_BF)
     return [*results, fast.count_above(pre, 0.5), p, m, v, shadow, d_b_F]
@@ -371,7 +460,11 @@ def everything(pre, among, x_BD, W_FD, b_F):
 
 def step_inputs(seed):
     B, D, F = 2, 5, 14
-    tensors = draw(B, F, seed=seed).bfloat16(), draw(F, seed=seed + 1) > 0, *(draw(*s, seed=seed).float() for s in ((B, D), (F, D), (F,)))
+    tensors = (
+        draw(B, F, seed=seed).bfloat16(),
+        draw(F, seed=seed + 1) > 0,
+        *(draw(*s, seed=seed).float() for s in ((B, D), (F, D), (F,))),
+    )
     return [t.to(DEVICE) for t in tensors]
 
 
@@ -427,8 +520,12 @@ for v in variants(D=64, F=1024, k=8):
 
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_every_kernel_compiles(capability, tmp_path):
-    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", COMPILE, capability], env=env, capture_output=True, text=True, check=False)
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, capability], env=env, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = {
         line.removeprefix("def ").partition("(")[0]

@@ -27,7 +27,8 @@ TRAINERS = {
 
 
 def make_run(folder: Path, *, native: bool) -> None:
-    """A run's folder: all eight architectures at two layers; without our own files (`native=False`) as dictionary_learning leaves it."""
+    """A run's folder: all eight architectures at two layers; without our own files (`native=False`) as
+    dictionary_learning leaves it."""
     draw = random.Random(0)
     rows, records = [], []
     for layer in (3, 9):
@@ -35,7 +36,12 @@ def make_run(folder: Path, *, native: bool) -> None:
             sae = folder / f"resid_post_layer_{layer}" / f"trainer_{place}"
             sae.mkdir(parents=True)
             (sae / "ae.pt").touch()
-            config = {"trainer_class": trainer, "dict_size": 4096, "activation_dim": 576, "submodule_name": f"resid_post_layer_{layer}"}
+            config = {
+                "trainer_class": trainer,
+                "dict_size": 4096,
+                "activation_dim": 576,
+                "submodule_name": f"resid_post_layer_{layer}",
+            }
             (sae / "config.json").write_text(json.dumps({"trainer": config, "buffer": {"ctx_len": 128}}))
             recovered, explained = draw.uniform(0.9, 0.99), draw.uniform(0.7, 0.9)
             results = {
@@ -73,7 +79,9 @@ def execute(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The outputs of the notebook's cells, one after the other."""
     monkeypatch.setenv("MONOSEMY_RUN", str(run))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(run)}}).execute()
+    NotebookClient(
+        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(run)}}
+    ).execute()
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 

@@ -1,4 +1,5 @@
-"""The plots: what they show equals the rows to the digit, nothing missing is drawn, and every architecture has a look of its own."""
+"""The plots: what they show equals the rows to the digit, nothing missing is drawn, and every architecture
+has a look of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ NAMES = list(plots.ARCHITECTURES)
 EDGES = [-4 + place / 5 for place in range(21)]
 
 
-def made_rows(sites: tuple[str, ...] = ("resid_post.3", "resid_post.9"), names: list[str] = NAMES, sparsities: int = 1) -> list[plots.Row]:
+def made_rows(
+    sites: tuple[str, ...] = ("resid_post.3", "resid_post.9"), names: list[str] = NAMES, sparsities: int = 1
+) -> list[plots.Row]:
     """Rows as an evaluation writes them, every value of its own."""
     rows = []
     for site in sites:
@@ -57,7 +60,12 @@ def made_records(rows: list[plots.Row], steps: int = 20) -> list[plots.Row]:
 
 def points(figure: Figure) -> set[tuple[float, float]]:
     """The filled markers of a figure that stand alone: its data points."""
-    lines = [line for axis in figure.axes for line in axis.lines if len(line.get_xdata()) == 1 and line.get_markerfacecolor() != "none"]
+    lines = [
+        line
+        for axis in figure.axes
+        for line in axis.lines
+        if len(line.get_xdata()) == 1 and line.get_markerfacecolor() != "none"
+    ]
     return {(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines}
 
 
@@ -70,7 +78,9 @@ def words(figure: Figure) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize(("draw", "key"), [(plots.loss_recovered_against_l0, "loss_recovered_zero"), (plots.fvu_against_l0, "fvu")])
+@pytest.mark.parametrize(
+    ("draw", "key"), [(plots.loss_recovered_against_l0, "loss_recovered_zero"), (plots.fvu_against_l0, "fvu")]
+)
 def test_every_row_is_a_point_at_its_numbers(draw: Any, key: str) -> None:
     rows = made_rows()
     figure = draw(rows)
@@ -85,7 +95,11 @@ def test_intervals_are_drawn_where_the_row_has_them_and_only_there() -> None:
     rows = made_rows(("resid_post.3",))
     rows[0].pop("loss_recovered_zero_low")
     figure = plots.loss_recovered_against_l0(rows)
-    bars = {tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1}
+    bars = {
+        tuple(line.get_ydata())
+        for line in figure.axes[0].lines
+        if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1
+    }
     assert bars == {(row["loss_recovered_zero_low"], row["loss_recovered_zero_high"]) for row in rows[1:]}
 
 
@@ -97,7 +111,10 @@ def test_a_missing_number_is_left_out_and_counted(missing: Any) -> None:
             rows[3].pop(key)
         else:
             rows[3][key] = missing
-    for draw, key in ((plots.loss_recovered_against_l0, "loss_recovered_zero"), (plots.fvu_against_l0, "fvu")):
+    for draw, key in (
+        (plots.loss_recovered_against_l0, "loss_recovered_zero"),
+        (plots.fvu_against_l0, "fvu"),
+    ):
         figure = draw(rows)
         assert points(figure) == {(row["l0"], row[key]) for row in rows if row is not rows[3]}
         assert "1 of 16 SAEs not shown" in words(figure)
@@ -107,7 +124,11 @@ def test_a_missing_number_is_left_out_and_counted(missing: Any) -> None:
 
 def test_sites_are_ordered_by_layer() -> None:
     figure = plots.fvu_against_l0(made_rows(("resid_post.12", "resid_post.9", "mlp_out.3"), ["top_k"]))
-    assert [axis.get_title(loc="left") for axis in figure.axes] == ["mlp_out.3", "resid_post.9", "resid_post.12"]
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "mlp_out.3",
+        "resid_post.9",
+        "resid_post.12",
+    ]
 
 
 def test_one_broken_sae_does_not_squeeze_the_others() -> None:
@@ -123,7 +144,11 @@ def test_exact_top_k_is_hollow_beside_the_threshold() -> None:
     rows = made_rows(("resid_post.3",), ["top_k", "gated"])
     rows[0] |= {"top_k_l0": 32.0, "top_k_fvu": 0.2}
     figure = plots.fvu_against_l0(rows)
-    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none" and line.get_marker() == "P"]
+    hollow = [
+        line
+        for line in figure.axes[0].lines
+        if line.get_markerfacecolor() == "none" and line.get_marker() == "P"
+    ]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in hollow] == [(32.0, 0.2)]
     assert "hollow: exact top-k" in words(figure)
 
@@ -146,7 +171,9 @@ def test_unknown_architectures_are_grey_with_numbers_of_their_own() -> None:
 def test_alive_says_how_many_never_fired() -> None:
     rows = made_rows(("resid_post.3",))
     figure = plots.alive(rows)
-    assert [text.get_text() for text in figure.axes[0].texts] == [f"{10 * (place + 1)} of 1,000" for place in range(8)]
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        f"{10 * (place + 1)} of 1,000" for place in range(8)
+    ]
     assert "8,192 held-out tokens" in words(figure)
     assert sorted(x for x, _ in points(figure)) == sorted(row["frac_alive"] for row in rows)
 
@@ -168,7 +195,10 @@ def test_training_curves_of_a_crowd_get_a_column_for_each_architecture() -> None
 
 def test_training_curves_without_rows_are_counted_and_long_ones_thinned() -> None:
     rows = made_rows(("resid_post.3",), ["top_k"])
-    records = [*made_records(rows, steps=1000), {"step": 1, "tokens": 1, "sae": "resid_post_layer_3/trainer_7", "loss": 1.0}]
+    records = [
+        *made_records(rows, steps=1000),
+        {"step": 1, "tokens": 1, "sae": "resid_post_layer_3/trainer_7", "loss": 1.0},
+    ]
     figure = plots.training_curves(records, rows)
     assert "1 of 2 SAEs not shown" in words(figure)
     assert max(len(line.get_xdata()) for line in figure.axes[0].lines) == 120
@@ -177,10 +207,16 @@ def test_training_curves_without_rows_are_counted_and_long_ones_thinned() -> Non
 def test_training_curves_leave_out_what_was_not_logged() -> None:
     rows = made_rows(("resid_post.3",), ["top_k", "gated"])
     losses = {1: math.nan, 2: 0.5, 3: 0.3}
-    records = [{"step": s, "tokens": s * 10, "sae": row["sae"], "loss": loss, "dead": None} for row in rows for s, loss in losses.items()]
+    records = [
+        {"step": s, "tokens": s * 10, "sae": row["sae"], "loss": loss, "dead": None}
+        for row in rows
+        for s, loss in losses.items()
+    ]
     figure = plots.training_curves(records, rows)
     assert len(figure.axes) == 1
-    assert all(list(line.get_xdata()) == [20.0, 30.0] for line in figure.axes[0].lines if len(line.get_xdata()) > 1)
+    assert all(
+        list(line.get_xdata()) == [20.0, 30.0] for line in figure.axes[0].lines if len(line.get_xdata()) > 1
+    )
 
 
 def test_firing_frequencies_are_the_rows_histograms() -> None:
@@ -195,7 +231,13 @@ def test_firing_frequencies_are_the_rows_histograms() -> None:
 def test_nothing_to_draw_is_no_figure_and_one_sae_is_enough() -> None:
     assert plots.figures([], []) == {}
     rows = made_rows(("resid_post.3",), ["top_k"])
-    assert set(plots.figures(rows, made_records(rows))) == {"loss_recovered", "fvu", "alive", "firing_frequencies", "training_curves"}
+    assert set(plots.figures(rows, made_records(rows))) == {
+        "loss_recovered",
+        "fvu",
+        "alive",
+        "firing_frequencies",
+        "training_curves",
+    }
     for key in ("fvu", "loss_recovered_zero", "frac_alive", "firing_counts"):
         rows[0][key] = None
     assert plots.figures(rows, []) == {}
@@ -206,15 +248,26 @@ def test_write_makes_png_and_svg_and_the_same_rows_give_the_same_files(tmp_path:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made_records(rows)) + '{"step": 21, "tok')
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in made_records(rows)) + '{"step": 21, "tok'
+        )
     paths = plots.write(tmp_path / "a")
     plots.write(tmp_path / "b", rows, made_records(rows))
-    assert sorted(path.stem for path in paths) == ["alive", "firing_frequencies", "fvu", "loss_recovered", "training_curves"]
+    assert sorted(path.stem for path in paths) == [
+        "alive",
+        "firing_frequencies",
+        "fvu",
+        "loss_recovered",
+        "training_curves",
+    ]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 1_000_000
         assert ElementTree.parse(path.with_suffix(".svg")).getroot().tag.endswith("svg")
         for suffix in (".png", ".svg"):
-            assert path.with_suffix(suffix).read_bytes() == (tmp_path / "b/plots" / path.with_suffix(suffix).name).read_bytes()
+            assert (
+                path.with_suffix(suffix).read_bytes()
+                == (tmp_path / "b/plots" / path.with_suffix(suffix).name).read_bytes()
+            )
 
 
 @pytest.mark.parametrize("range_", [(10, 200), (28, 110), (59, 63), (0.1, 1.2), (3, 20_000)])
@@ -238,7 +291,10 @@ def _contrast(one: str, other: str) -> float:
     """WCAG 2 contrast ratio of two colours."""
 
     def luminance(colour: str) -> float:
-        channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
+        channels = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+            for c in matplotlib.colors.to_rgb(colour)
+        ]
         return 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
 
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)

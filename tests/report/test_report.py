@@ -1,4 +1,5 @@
-"""What report.html is made of: the statistics of latents, which of them get pages, and the page as a file. `make peers` opens it in a browser."""
+"""What report.html is made of: the statistics of latents, which of them get pages, and the page as a file.
+`make peers` opens it in a browser."""
 
 import base64
 import gzip
@@ -29,9 +30,12 @@ C, L, F = 60, 16, 40
 
 @pytest.fixture(scope="module")
 def codes():
-    """Codes of counted tokens with many ties, [N, F], over several octaves; a silent latent, one always on; and their places."""
+    """Codes of counted tokens with many ties, [N, F], over several octaves; a silent latent, one always on;
+    and their places."""
     draw = torch.Generator().manual_seed(0)
-    f_NF = torch.relu(torch.randn(C * L, F, generator=draw) - 1.2) * torch.exp(1.5 * torch.randn(C * L, F, generator=draw))
+    f_NF = torch.relu(torch.randn(C * L, F, generator=draw) - 1.2) * torch.exp(
+        1.5 * torch.randn(C * L, F, generator=draw)
+    )
     f_NF = (f_NF * 16).round() / 16
     f_NF[:, 0], f_NF[:, 1] = 0, 1
     f_NF[:, 2:6] *= torch.rand(C * L, 4, generator=draw) < 0.03
@@ -43,14 +47,22 @@ def gathered(codes, parts=C, shuffled=False, seed=0):
     f_NF, at_N = codes
     g = LatentStats(F, L, seed=seed, salt="x")
     groups = list(torch.arange(C).split(parts))
-    for group in [groups[i] for i in torch.randperm(len(groups), generator=torch.Generator().manual_seed(1))] if shuffled else groups:
+    for group in (
+        [groups[i] for i in torch.randperm(len(groups), generator=torch.Generator().manual_seed(1))]
+        if shuffled
+        else groups
+    ):
         mine = torch.isin(at_N // L, group)
         g.add(f_NF[mine], at_N[mine])
     return g
 
 
 def tensors(g):
-    kept = [getattr(k, name) for k in (g.strongest, g.drawn) for name in ("key_SR", "at_SR", "peak_SR", "shade_SRW")]
+    kept = [
+        getattr(k, name)
+        for k in (g.strongest, g.drawn)
+        for name in ("key_SR", "at_SR", "peak_SR", "shade_SRW")
+    ]
     return [g.n_F, g.contexts_F, g.max_F, g.bins_FH, g.octave_S, g.candidates_S, *kept]
 
 
@@ -82,8 +94,12 @@ def test_the_strongest_contexts_and_the_drawn_ones_equal_brute_force(codes):
         assert g.strongest.at_SR[latent].tolist() == expected + [-1] * (STRONGEST - len(expected))
         for slot, (peak, place) in enumerate(ranked[:STRONGEST]):
             near = [place - BEFORE + i for i in range(WINDOW)]
-            values = [f_NF[where[n], latent].item() if n in where and n // L == place // L else 0 for n in near]
-            assert g.strongest.shade_SRW[latent, slot].tolist() == [int(np.ceil(np.float32(255) * np.float32(v) / peak)) for v in values]
+            values = [
+                f_NF[where[n], latent].item() if n in where and n // L == place // L else 0 for n in near
+            ]
+            assert g.strongest.shade_SRW[latent, slot].tolist() == [
+                int(np.ceil(np.float32(255) * np.float32(v) / peak)) for v in values
+            ]
         top = max((int(np.floor(np.log2(value))) for value, _ in ranked), default=0)
         for octave in range(top - OCTAVES + 1, top + 1):
             inside = {place for value, place in ranked if np.floor(np.log2(value)) == octave}
@@ -96,7 +112,10 @@ def test_the_strongest_contexts_and_the_drawn_ones_equal_brute_force(codes):
 
 @pytest.mark.parametrize(("parts", "shuffled"), [(1, False), (7, False), (1, True), (7, True)])
 def test_neither_order_nor_batch_size_shows(codes, parts, shuffled):
-    assert all(a.equal(b) for a, b in zip(tensors(gathered(codes)), tensors(gathered(codes, parts, shuffled)), strict=True))
+    assert all(
+        a.equal(b)
+        for a, b in zip(tensors(gathered(codes)), tensors(gathered(codes, parts, shuffled)), strict=True)
+    )
 
 
 def test_many_entries_are_taken_in_pieces(codes, monkeypatch):
@@ -129,11 +148,16 @@ def test_planted_copies_are_found():
     sae = planted()
     before = latents.geometry(sae).columns()
     sae.W_dec.data[7] = 3 * sae.W_dec.data[30]
-    sae.W_dec.data[9] = sae.W_dec.data[11] + 0.3 * sae.W_dec.data[12] * sae.W_dec.data[11].norm() / sae.W_dec.data[12].norm()
+    sae.W_dec.data[9] = (
+        sae.W_dec.data[11] + 0.3 * sae.W_dec.data[12] * sae.W_dec.data[11].norm() / sae.W_dec.data[12].norm()
+    )
     near_F, cosine_F = latents.nearest(sae.W_dec)
     assert near_F[7] == 30 and near_F[30] == 7 and cosine_F[7] == pytest.approx(1)
     after = latents.geometry(sae).columns()
-    assert (before["copies"], before["near_copies"]) == (0, 0) and (after["copies"], after["near_copies"]) == (2, 4)
+    assert (before["copies"], before["near_copies"]) == (0, 0) and (
+        after["copies"],
+        after["near_copies"],
+    ) == (2, 4)
     ids, cosines = latents.neighbours(sae.W_dec, torch.tensor([7, 0]), 3)
     assert ids[0, 0] == 30 and 0 not in ids[1] and (cosines.diff(dim=1) <= 0).all()
     assert before["encoder_decoder_cosine"] == pytest.approx(1)
@@ -145,7 +169,14 @@ def test_planted_copies_are_found():
 def test_a_decoder_that_writes_one_token_promotes_it(kind):
     import transformers as hf
 
-    size = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "head_dim": 16}
+    size = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "head_dim": 16,
+    }
     made = {
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**size, tie_word_embeddings=False)),
         "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**size, num_key_value_heads=1)),
@@ -177,7 +208,9 @@ def test_pages_are_chosen_fairly(codes):
     g, sae = gathered(codes), planted(8, F)
     like, entropy_F = latents.geometry(sae), torch.zeros(F, dtype=torch.float64)
     chosen, reasons = latents.choose(g, like, 15, entropy_F)
-    assert len(set(chosen.tolist())) == len(chosen) == 15 and 0 not in chosen  # a latent that never fired has no page
+    assert (
+        len(set(chosen.tolist())) == len(chosen) == 15 and 0 not in chosen
+    )  # a latent that never fired has no page
     random = set(chosen[reasons == 0].tolist())
     assert len(random) == 5 and all(g.contexts_F[latent] >= latents.RARE_CONTEXTS for latent in random)
     assert (reasons[:8] == 0).sum() in (2, 3)  # so a report that keeps fewer pages keeps the shares
@@ -204,7 +237,11 @@ def test_tokens_are_bytes():
     assert b"".join(latents.token_bytes(tokenizer, ids)).decode() == text
     pieces = Tokenizer(models.WordLevel({"\u2581the": 0, "<0xE2>": 1, "a": 2, "<unk>": 3}, unk_token="<unk>"))
     pieces.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
-    assert latents.token_bytes(PreTrainedTokenizerFast(tokenizer_object=pieces), [0, 1, 2]) == [b" the", b"\xe2", b"a"]
+    assert latents.token_bytes(PreTrainedTokenizerFast(tokenizer_object=pieces), [0, 1, 2]) == [
+        b" the",
+        b"\xe2",
+        b"a",
+    ]
 
 
 # --- the page as a file
@@ -218,8 +255,12 @@ def made(tmp_path_factory):
 
 
 def unpacked(text, name):
-    layout = json.loads(re.search(r'<script type="application/json" id="layouts">(.*?)</script>', text, re.S)[1])[name]
-    block = re.search(rf'<script type="application/octet-stream" id="block-{name}">(.*?)</script>', text, re.S)[1]
+    layout = json.loads(
+        re.search(r'<script type="application/json" id="layouts">(.*?)</script>', text, re.S)[1]
+    )[name]
+    block = re.search(
+        rf'<script type="application/octet-stream" id="block-{name}">(.*?)</script>', text, re.S
+    )[1]
     raw, columns = gzip.decompress(base64.b64decode(block)), {}
     for column, kind, shape, first in layout:
         size, count = int(kind[1]), int(np.prod(shape))
@@ -231,7 +272,8 @@ def unpacked(text, name):
 def test_the_page_is_whole_by_itself(made):
     text = page.write([made[0]]).read_text()
     assert re.match(
-        r'<!doctype html>\s*<html lang="en">\s*<head>\s*<meta http-equiv="Content-Security-Policy" content="default-src \'none\';', text
+        r'<!doctype html>\s*<html lang="en">\s*<head>\s*<meta http-equiv="Content-Security-Policy" content="default-src \'none\';',
+        text,
     )
     ours = text.split("</head>")[0] + text.split("<body>")[1].split("<script")[0]
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//|@import|url\(", ours)
@@ -243,12 +285,16 @@ def test_our_script_makes_no_markup_of_strings():
     from importlib.resources import files
 
     script = (files("monosemy.report") / "report.js").read_text()
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", script)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", script
+    )
 
 
 def test_hostile_words_stay_text(made):
     folder, rows = made
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row | {"site": "<script>alert(1)</script>{{ 7*7 }}"}) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row | {"site": "<script>alert(1)</script>{{ 7*7 }}"}) + "\n" for row in rows)
+    )
     try:
         text = page.write([folder]).read_text()
     finally:
@@ -290,7 +336,16 @@ def test_blocks_hold_the_arrays(made):
     for number in (0, 15):
         with np.load(folder / rows[number]["sae"] / "latents.npz") as file:
             packed = unpacked(text, f"sae{number}")
-            for name in ("count", "contexts", "near", "peak_token", "page_latent", "page_bins", "page_promotes", "page_candidates"):
+            for name in (
+                "count",
+                "contexts",
+                "near",
+                "peak_token",
+                "page_latent",
+                "page_bins",
+                "page_promotes",
+                "page_candidates",
+            ):
                 assert (packed[name] == file[name]).all(), name
             for name in ("max", "mean", "page_peak", "page_promotes_z"):
                 np.testing.assert_allclose(packed[name], file[name], rtol=2.0**-12)
@@ -330,9 +385,9 @@ def test_runs_side_by_side_are_told_apart(made, tmp_path, capsys):
 
 def test_every_architecture_has_a_look_of_its_own():
     assert set(architecture_names()) == set(page.LOOKS) == set(KINDS)
-    assert len({look[2] for look in page.LOOKS.values()}) == len(page.LOOKS) and {look[2] for look in page.LOOKS.values()} <= set(
-        page.MARKERS
-    )
+    assert len({look[2] for look in page.LOOKS.values()}) == len(page.LOOKS) and {
+        look[2] for look in page.LOOKS.values()
+    } <= set(page.MARKERS)
 
     def contrast(a, b):
         def light(colour):
@@ -345,7 +400,10 @@ def test_every_architecture_has_a_look_of_its_own():
         high, low = sorted((light(a), light(b)), reverse=True)
         return (high + 0.05) / (low + 0.05)
 
-    assert all(contrast(light, "#ffffff") >= 3 and contrast(dark, "#14171a") >= 3 for light, dark, _ in page.LOOKS.values())
+    assert all(
+        contrast(light, "#ffffff") >= 3 and contrast(dark, "#14171a") >= 3
+        for light, dark, _ in page.LOOKS.values()
+    )
 
 
 # --- a whole run
@@ -354,13 +412,18 @@ def test_every_architecture_has_a_look_of_its_own():
 @pytest.fixture(scope="module")
 def run(tiny_model, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "small"
-    flags = (
-        "--layers 1 --architectures batch_top_k standard --dictionary_widths 48 --num_tokens 1280 --sae_batch_size 64 --context_length 32"
-    )
-    flags += (
-        " --target_l0s 4 --standard_penalties 0.01 --held_out_fraction 0.1 --eval_num_inputs 20 --eval_spliced_inputs 4 --report_latents 20"
-    )
-    command = ["train", "--save_dir", str(folder), "--model_name", str(tiny_model), "--dataset", str(text_file), *flags.split()]
+    flags = "--layers 1 --architectures batch_top_k standard --dictionary_widths 48 --num_tokens 1280 --sae_batch_size 64 --context_length 32"
+    flags += " --target_l0s 4 --standard_penalties 0.01 --held_out_fraction 0.1 --eval_num_inputs 20 --eval_spliced_inputs 4 --report_latents 20"
+    command = [
+        "train",
+        "--save_dir",
+        str(folder),
+        "--model_name",
+        str(tiny_model),
+        "--dataset",
+        str(text_file),
+        *flags.split(),
+    ]
     assert main(command) == 0
     return folder
 
@@ -376,10 +439,17 @@ def test_a_run_ends_with_its_report(run, tiny_model):
         assert packed["count"].sum() == pytest.approx(row["l0"] * row["tokens"])
         assert {"near_copies", "copies", "dense", "always_on", "encoder_decoder_cosine"} <= row.keys()
         assert 0 < len(packed["page_latent"]) <= 20
-        at, latent = packed["page_at"][0, 0], packed["page_latent"][0]  # the strongest context's peak is the index's peak token
+        at, latent = (
+            packed["page_at"][0, 0],
+            packed["page_latent"][0],
+        )  # the strongest context's peak is the index's peak token
         place = table["ids"].ravel()[at]
         assert table["token_ids"][place] == packed["peak_token"][latent]
-        spelled = table["token_bytes"].tobytes()[table["token_lengths"][:place].sum() :][: table["token_lengths"][place]].decode()
+        spelled = (
+            table["token_bytes"]
+            .tobytes()[table["token_lengths"][:place].sum() :][: table["token_lengths"][place]]
+            .decode()
+        )
         assert spelled.strip() == tokenizer.convert_ids_to_tokens(int(packed["peak_token"][latent]))
         assert packed["page_promotes"].shape == (len(packed["page_latent"]), 10)
 
@@ -399,4 +469,6 @@ def test_a_report_without_text_holds_none(run, tmp_path):
     facts["config"]["report_latents"] = 0
     (folder / "run.json").write_text(json.dumps(facts))
     assert main(["eval", str(folder)]) == 0
-    assert "block-sae0" not in (folder / "report.html").read_text() and not list(folder.glob("*/*/latents.npz"))
+    assert "block-sae0" not in (folder / "report.html").read_text() and not list(
+        folder.glob("*/*/latents.npz")
+    )

@@ -1,4 +1,5 @@
-"""Names that try to be paths: what users, folders and repositories call things stays where it belongs, or is refused."""
+"""Names that try to be paths: what users, folders and repositories call things stays where it belongs, or is
+refused."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), REFUSED, ids=[f"{field}={value[:24]!r}" for field, value in REFUSED])
+@pytest.mark.parametrize(
+    ("field", "value"), REFUSED, ids=[f"{field}={value[:24]!r}" for field, value in REFUSED]
+)
 def test_a_name_that_cannot_be_is_refused(plan, tmp_path, field, value):
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -83,7 +86,9 @@ def test_a_name_that_cannot_be_is_refused(plan, tmp_path, field, value):
     assert code == 2 and f"{field.rstrip('s')}" in said and "Traceback" not in said, said
 
 
-@pytest.mark.parametrize("name", ["..", "%2e%2e%2fx", "\uff0e\uff0e\uff0fx", "a b;rm -rf", "-rf", "naïve/résumé", "saes/../saes2"])
+@pytest.mark.parametrize(
+    "name", ["..", "%2e%2e%2fx", "\uff0e\uff0e\uff0fx", "a b;rm -rf", "-rf", "naïve/résumé", "saes/../saes2"]
+)
 def test_a_run_goes_to_the_folder_that_was_named_and_to_no_other(plan, name, tmp_path):
     code, said = plan(save_dir=name)
     if name == "..":  # which holds other files
@@ -97,13 +102,24 @@ def test_a_run_goes_to_the_folder_that_was_named_and_to_no_other(plan, name, tmp
 def test_a_run_beside_another_is_beside_it_whatever_the_names(plan, tmp_path, kept):
     """The folder's name is made of this run's model and architectures; the other's names are only told."""
     (tmp_path / "home" / "saes").mkdir()
-    (tmp_path / "home" / "saes" / "run.json").write_text(json.dumps({"config": {"model_name": kept, "architectures": [kept]}}))
+    (tmp_path / "home" / "saes" / "run.json").write_text(
+        json.dumps({"config": {"model_name": kept, "architectures": [kept]}})
+    )
     code, said = plan()
-    folder = Path(next(line for line in said.splitlines() if line.startswith("folder: ")).removeprefix("folder: "))
-    assert code == 0 and folder.parent == Path(".") and folder.name.startswith("saes_") and "/" not in folder.name
+    folder = Path(
+        next(line for line in said.splitlines() if line.startswith("folder: ")).removeprefix("folder: ")
+    )
+    assert (
+        code == 0
+        and folder.parent == Path(".")
+        and folder.name.startswith("saes_")
+        and "/" not in folder.name
+    )
 
 
-@pytest.mark.parametrize("kept", ["null", "[]", '{"config": 5}', '{"config": {"architectures": 5}}', "[" * 9000])
+@pytest.mark.parametrize(
+    "kept", ["null", "[]", '{"config": 5}', '{"config": {"architectures": 5}}', "[" * 9000]
+)
 def test_a_run_json_that_makes_no_sense(plan, tmp_path, kept):
     (tmp_path / "home" / "saes").mkdir()
     (tmp_path / "home" / "saes" / "run.json").write_text(kept)
@@ -120,7 +136,7 @@ def test_sites_are_folders_of_their_own():
             Site.parse(name)
 
 
-# ------------------------------------------------------------------------------------------------------- what repositories hold
+# ------------------------------------------------------------------------------------------------------- what
 
 
 def test_a_model_s_own_code_is_not_run(tiny_model, tmp_path):
@@ -128,14 +144,21 @@ def test_a_model_s_own_code_is_not_run(tiny_model, tmp_path):
     folder, canary = tmp_path / "model", tmp_path / "canary"
     shutil.copytree(tiny_model, folder)
     (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
-    for name, entries in (("config.json", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config.json", ("AutoTokenizer",))):
+    for name, entries in (
+        ("config.json", ("AutoConfig", "AutoModelForCausalLM")),
+        ("tokenizer_config.json", ("AutoTokenizer",)),
+    ):
         config = json.loads((folder / name).read_text())
-        config["auto_map"] = {entry: ["evil.Evil", None] if entry == "AutoTokenizer" else "evil.Evil" for entry in entries}
+        config["auto_map"] = {
+            entry: ["evil.Evil", None] if entry == "AutoTokenizer" else "evil.Evil" for entry in entries
+        }
         (folder / name).write_text(json.dumps(config))
     lm = LanguageModel.load(str(folder), [Site("resid_post", 0)])
     assert type(lm.model).__module__.startswith("transformers.") and not canary.exists()
     config["model_type"] = "evil"
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "evil"}))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "evil"})
+    )
     with pytest.raises(ValueError):
         LanguageModel.load(str(folder), [Site("resid_post", 0)])
     assert not canary.exists()

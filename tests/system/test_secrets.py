@@ -1,4 +1,5 @@
-"""Canary secrets in the environment and in addresses: a run, a failing run, an upload; no byte of them in whatever is written."""
+"""Canary secrets in the environment and in addresses: a run, a failing run, an upload; no byte of them in
+whatever is written."""
 
 from __future__ import annotations
 
@@ -37,7 +38,14 @@ def monosemy(tmp_path):
         def run(*arguments: str, code: str = "", **more: str) -> tuple[int, str]:
             program = ["-c", code, *arguments] if code else ["-m", "monosemy", *arguments]
             environment = kept | told | folders | CANARIES | more
-            done = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True, timeout=200, check=False)
+            done = subprocess.run(
+                [sys.executable, *program],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=200,
+                check=False,
+            )
             return done.returncode, done.stdout + done.stderr
 
         run.server = server
@@ -52,13 +60,30 @@ def test_canaries_are_in_nothing_that_a_run_writes_or_prints(tiny_model, text_fi
     printed = []
 
     # a whole run with both mirrors: wandb's files, the model card and what the hub was sent
-    code, said = monosemy("train", "--save_dir", str(folder), *base, "--use_wandb", "--hf_repo_id", REPO, "--retry_seconds", "0.01")
+    code, said = monosemy(
+        "train",
+        "--save_dir",
+        str(folder),
+        *base,
+        "--use_wandb",
+        "--hf_repo_id",
+        REPO,
+        "--retry_seconds",
+        "0.01",
+    )
     assert code == 0, said
     printed.append(said)
-    assert "Uploaded: " in said and list(folder.glob("wandb/offline-run-*/*.wandb")) and (folder / "README.md").is_file()
+    assert (
+        "Uploaded: " in said
+        and list(folder.glob("wandb/offline-run-*/*.wandb"))
+        and (folder / "README.md").is_file()
+    )
 
     # inputs that are refused, with a secret inside
-    for changed in (["--dataset", f"https://me:{IN_ADDRESSES}@host/a.jsonl"], ["--dataset", f"https://host/a.jsonl?sig={IN_ADDRESSES}"]):
+    for changed in (
+        ["--dataset", f"https://me:{IN_ADDRESSES}@host/a.jsonl"],
+        ["--dataset", f"https://host/a.jsonl?sig={IN_ADDRESSES}"],
+    ):
         code, said = monosemy("train", "--save_dir", str(tmp_path / "no"), *base, *changed)
         assert code == 2 and "dataset is" in said and "***" in said
         printed.append(said)
@@ -74,7 +99,13 @@ def test_canaries_are_in_nothing_that_a_run_writes_or_prints(tiny_model, text_fi
         assert code == 75, said
         printed.append(said)
     code, said = monosemy(
-        "train", "--save_dir", str(tmp_path / "no"), *base, "--dataset", "a/b", HF_ENDPOINT=f"http://me:{IN_ADDRESSES}@127.0.0.1:9"
+        "train",
+        "--save_dir",
+        str(tmp_path / "no"),
+        *base,
+        "--dataset",
+        "a/b",
+        HF_ENDPOINT=f"http://me:{IN_ADDRESSES}@127.0.0.1:9",
     )
     assert code == 2 and "cannot reach" in said
     printed.append(said)
@@ -109,7 +140,12 @@ def test_what_counts_as_a_secret(monkeypatch):
         "num_tokens=5&k=3 me@host.org https://host/a@b": "num_tokens=5&k=3 me@host.org https://host/a@b",
     }.items():
         assert without_secrets(text) == shown
-    data = {"hf_token": "x", "embed_token": 3.5, "nested": [{"private_key": ["x"], "name": "y"}], "none_token": None}
+    data = {
+        "hf_token": "x",
+        "embed_token": 3.5,
+        "nested": [{"private_key": ["x"], "name": "y"}],
+        "none_token": None,
+    }
     assert without_secrets(data) == {"embed_token": 3.5, "nested": [{"name": "y"}], "none_token": None}
 
 
@@ -121,15 +157,29 @@ def test_a_stream_without_secrets_is_a_stream(tmp_path):
     assert (tmp_path / "a").read_text() == "***\n"
 
 
-def test_a_run_started_again_is_the_same_though_its_configuration_held_a_secret(tiny_model, text_file, tmp_path, monkeypatch):
+def test_a_run_started_again_is_the_same_though_its_configuration_held_a_secret(
+    tiny_model, text_file, tmp_path, monkeypatch
+):
     from monosemy.config import TrainConfig
     from monosemy.jobs.plan import Plan
 
     folder = tmp_path / "hf_abcdefghijklmnopqrstuvw"
     folder.mkdir()
     (folder / "a.jsonl").write_text(text_file.read_text())
-    settings = {"layers": (1,), "architectures": ("top_k",), "dictionary_widths": (48,), "target_l0s": (4,), "num_tokens": 6400}
-    config = TrainConfig(str(tmp_path / "run"), model_name=str(tiny_model), dataset=str(folder / "a.jsonl"), sae_batch_size=64, **settings)
+    settings = {
+        "layers": (1,),
+        "architectures": ("top_k",),
+        "dictionary_widths": (48,),
+        "target_l0s": (4,),
+        "num_tokens": 6400,
+    }
+    config = TrainConfig(
+        str(tmp_path / "run"),
+        model_name=str(tiny_model),
+        dataset=str(folder / "a.jsonl"),
+        sae_batch_size=64,
+        **settings,
+    )
     written = without_secrets({"config": Plan.from_config(config).config.as_dict()})
     assert "hf_abc" not in json.dumps(written)
     (tmp_path / "run").mkdir()

@@ -1,4 +1,5 @@
-"""Steps as graphs whose memory all graphs of a process share, modeled on a CPU: what one group leaves to be read, no other writes over."""
+"""Steps as graphs whose memory all graphs of a process share, modeled on a CPU: what one group leaves to be
+read, no other writes over."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ STEPS = 24
 
 
 class Pool(TorchDispatchMode):
-    """The memory of all graphs: whatever is allocated while one is replayed is written over when the next one is."""
+    """The memory of all graphs: whatever is allocated while one is replayed is written over when the next one
+    is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,8 +30,14 @@ class Pool(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        fresh = (t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before)
+        before = {
+            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
+        fresh = (
+            t
+            for t in tree_leaves(result)
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before
+        )
         self.allocated += [t.detach() for t in fresh]
         return result
 
@@ -57,8 +65,12 @@ class Modeled:
 
 
 def records(names: list[str], pool: Pool | None) -> tuple[list[dict], Sweep]:
-    schedule = Schedule.of_run(STEPS, B, warmup_steps=0, sparsity_warmup_steps=10, threshold_start_step=6, anneal_start=4)
-    sweep = Sweep({"": [SAETrainer(name, SAESpec(name, F, settings=SETTINGS[name]), D, schedule) for name in names]})
+    schedule = Schedule.of_run(
+        STEPS, B, warmup_steps=0, sparsity_warmup_steps=10, threshold_start_step=6, anneal_start=4
+    )
+    sweep = Sweep(
+        {"": [SAETrainer(name, SAESpec(name, F, settings=SETTINGS[name]), D, schedule) for name in names]}
+    )
     if pool is not None:
         for group in sweep.groups:
             group.graphs = Modeled(pool)
@@ -67,9 +79,12 @@ def records(names: list[str], pool: Pool | None) -> tuple[list[dict], Sweep]:
     return found, sweep
 
 
-@pytest.mark.parametrize("names", [sorted(SETTINGS), sorted(SETTINGS, reverse=True)], ids=["in order", "reversed"])
+@pytest.mark.parametrize(
+    "names", [sorted(SETTINGS), sorted(SETTINGS, reverse=True)], ids=["in order", "reversed"]
+)
 def test_what_a_sweep_of_stacks_logs_is_what_each_logs_alone(names):
-    """Thresholds begin, p falls and latents die on the way, so that phases change and graphs of several lie in the pool."""
+    """Thresholds begin, p falls and latents die on the way, so that phases change and graphs of several lie
+    in the pool."""
     beside, sweep = records(names, Pool())
     captured = {name: group.graphs for group in sweep.groups for name in group.index}
     assert len(captured["p_anneal"].phases) > 4 and len(captured["batch_top_k"].phases) > 1

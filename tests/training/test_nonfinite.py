@@ -1,4 +1,5 @@
-"""Batches that are broken, constant or huge: what they do to an SAE, and that they do nothing to the others."""
+"""Batches that are broken, constant or huge: what they do to an SAE, and that they do nothing to the
+others."""
 
 import pytest
 import torch
@@ -39,9 +40,15 @@ def broken(x_BD, kind):
 def run(names, kind=None, *, on_nonfinite="stop", sparse=False, steps=STEPS, at=BAD):
     """Members side by side, the first of which meets a broken batch; the sweep, and the members."""
     plan = Schedule.of_run(STEPS, B, dead_feature_threshold=4 * B, threshold_start_step=4)
-    members = [SAETrainer(f"{i}", spec(name), D, plan, on_nonfinite=on_nonfinite) for i, name in enumerate(names)]
+    members = [
+        SAETrainer(f"{i}", spec(name), D, plan, on_nonfinite=on_nonfinite) for i, name in enumerate(names)
+    ]
     members[0].sparse = sparse or members[0].sparse
-    sweep, source, now = Sweep({i: [m] for i, m in enumerate(members)}), iter(Batches(STEPS)), iter(range(STEPS))
+    sweep, source, now = (
+        Sweep({i: [m] for i, m in enumerate(members)}),
+        iter(Batches(STEPS)),
+        iter(range(STEPS)),
+    )
 
     def batches():
         x_BD, bad = next(source), next(now) == at and kind is not None
@@ -63,7 +70,8 @@ def alone():
 @pytest.mark.parametrize("kind", ["NaN", "infinite", "one NaN", "zeros", "constant", "1e30"])
 @pytest.mark.parametrize("name", architecture_names())
 def test_a_broken_batch_harms_nothing(name, kind, alone):
-    """Stopped, an SAE is what it was before that step; passing over it, it has one update less; its neighbour never notices."""
+    """Stopped, an SAE is what it was before that step; passing over it, it has one update less; its neighbour
+    never notices."""
     neighbour = "standard_new" if "top_k" in name else "batch_top_k"
     for on_nonfinite, sparse in (("stop", False), ("skip", True)):
         sweep, (sick, _) = run([name, neighbour], kind, on_nonfinite=on_nonfinite, sparse=sparse)
@@ -75,7 +83,9 @@ def test_a_broken_batch_harms_nothing(name, kind, alone):
         if on_nonfinite == "skip":
             assert not sweep.failed and int(sweep.groups[0].optimizer.steps_S) == STEPS - refused
         elif refused:
-            assert (f"at step {first}" in sweep.failed["0"] and "not finite either" in sweep.failed["0"]) or kind == "1e30"
+            assert (
+                f"at step {first}" in sweep.failed["0"] and "not finite either" in sweep.failed["0"]
+            ) or kind == "1e30"
             apart = ("nonfinite", "clock", "active", "readback")
             assert bits(sweep, "0", *apart) == bits(run([name], steps=BAD)[0], "0", *apart)
 
@@ -93,21 +103,30 @@ def test_fit_passes_over_a_broken_batch_and_counts_it():
     stopped = monosemy.fit(data, [spec("top_k")], normalize=False)
     assert stopped.status == "failed" and f"step {BAD}, with a batch that was not finite" in stopped.failed[0]
     passed = monosemy.fit(data, [spec("top_k")], normalize=False, on_nonfinite="skip")
-    assert passed.status == "complete" and passed.metrics[-1]["skipped"] == 1 and passed.saes[0].W_dec.isfinite().all()
+    assert (
+        passed.status == "complete"
+        and passed.metrics[-1]["skipped"] == 1
+        and passed.saes[0].W_dec.isfinite().all()
+    )
     with pytest.raises(ValueError, match="batches is 'not finite'"):
         monosemy.fit(data, [spec("top_k")])
 
 
 def test_training_ends_where_no_sae_is_left():
     read = []
-    data = (read.append(step) or (x if step < BAD else x * torch.nan) for step, x in enumerate(Batches(STEPS)))
+    data = (
+        read.append(step) or (x if step < BAD else x * torch.nan) for step, x in enumerate(Batches(STEPS))
+    )
     fitted = monosemy.fit(data, [spec("top_k"), spec("standard")], steps=STEPS, normalize=False, log_steps=1)
     assert fitted.status == "failed" and len(fitted.failed) == 2 and read[-1] == BAD
 
 
 @pytest.mark.parametrize("word", ["<bos>", "on"])
 def test_activations_that_are_not_finite(word, tiny_model, text_file):
-    """A word whose embedding is broken spoils the rest of its contexts; they are left out. Where all is spoilt, an error says why."""
+    """A word whose embedding is broken spoils the rest of its contexts; they are left out.
+
+    Where all is spoilt, an error says why.
+    """
     site, tokenizer = Site("resid_post", 1), load_tokenizer(str(tiny_model))
     lm = LanguageModel.load(str(tiny_model), [site])
     lm.model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(word)] = torch.nan

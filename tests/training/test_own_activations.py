@@ -1,4 +1,5 @@
-"""SAEs on activations that no language model made: rows equal a recount, whatever the batches, and a page without text."""
+"""SAEs on activations that no language model made: rows equal a recount, whatever the batches, and a page
+without text."""
 
 import base64
 import gzip
@@ -42,7 +43,9 @@ def saes():
 
 def test_a_row_equals_a_recount(saes, x_ND):
     rows = monosemy.evaluate(saes, x_ND.split(700))
-    assert [row["sae"] for row in rows] == ["a", "b"] and json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert [row["sae"] for row in rows] == ["a", "b"] and json.loads(
+        json.dumps(rows, allow_nan=False)
+    ) == rows
     for row, sae in zip(rows, saes.values(), strict=True):
         f, x = sae.encode(x_ND).double(), x_ND.double()
         hat = sae.decode(sae.encode(x_ND)).double()
@@ -59,21 +62,34 @@ def test_a_row_equals_a_recount(saes, x_ND):
         }
         for key, value in expected.items():
             assert row[key] == pytest.approx(float(value), rel=1e-4), key
-        assert row["unit"] == "rows" and row["site"] == "activations" and sum(row["firing_counts"]) == sae.d_sae - row["never_fired"]
+        assert (
+            row["unit"] == "rows"
+            and row["site"] == "activations"
+            and sum(row["firing_counts"]) == sae.d_sae - row["never_fired"]
+        )
         assert {"near_copies", "copies", "encoder_decoder_cosine", "sparsity"} <= row.keys()
         assert not {"kl", "ce_diff", "loss_recovered_zero"} & row.keys()
-    assert rows[0]["top_k_l0"] == pytest.approx(5, abs=0.01) and "top_k_l0" not in rows[1] and rows[0]["sparsity"] == 5
+    assert (
+        rows[0]["top_k_l0"] == pytest.approx(5, abs=0.01)
+        and "top_k_l0" not in rows[1]
+        and rows[0]["sparsity"] == 5
+    )
 
 
 def test_the_size_of_batches_does_not_show(saes, x_ND):
-    rows = [monosemy.evaluate(saes, batches) for batches in (x_ND.split(64), [x_ND], iter(x_ND.split(999)), (x for x in x_ND.split(2048)))]
+    rows = [
+        monosemy.evaluate(saes, batches)
+        for batches in (x_ND.split(64), [x_ND], iter(x_ND.split(999)), (x for x in x_ND.split(2048)))
+    ]
     assert all(row == rows[0] for row in rows)
 
 
 def test_saes_come_alone_in_a_list_or_by_name(saes, x_ND):
     (alone,) = monosemy.evaluate(saes["b"], [x_ND])
     first, second = monosemy.evaluate(list(saes.values()), [x_ND], site="layer 3 of a ViT")
-    assert (alone["sae"], first["sae"], second["sae"]) == ("sae_0", "sae_0", "sae_1") and second["site"] == "layer 3 of a ViT"
+    assert (alone["sae"], first["sae"], second["sae"]) == ("sae_0", "sae_0", "sae_1") and second[
+        "site"
+    ] == "layer 3 of a ViT"
     assert second | {"sae": "sae_0", "site": "activations"} == alone
 
 
@@ -93,7 +109,8 @@ def test_columns_are_those_of_a_language_model_s_rows_without_losses(tiny_model)
         assert own[key] == (pytest.approx(through[key], rel=1e-4) if close else through[key]), key
     losses = re.compile(r"loss_(original|reconstructed|zero|recovered.*)|frac_recovered|(ce|kl)(_.*)?")
     assert all(
-        losses.fullmatch(key.removeprefix("top_k_")) for key in through.keys() - shared - {"n_inputs", "context_length", "spliced_tokens"}
+        losses.fullmatch(key.removeprefix("top_k_"))
+        for key in through.keys() - shared - {"n_inputs", "context_length", "spliced_tokens"}
     )
 
 
@@ -113,7 +130,11 @@ def test_batches_that_cannot_be(saes, batches, said):
 
 
 def test_saes_that_cannot_be(saes, x_ND):
-    for wrong, said in (([], "at least one"), (["x"], "an SAE"), ([saes["a"], Standard(D + 1, F)], "one d_in")):
+    for wrong, said in (
+        ([], "at least one"),
+        (["x"], "an SAE"),
+        ([saes["a"], Standard(D + 1, F)], "one d_in"),
+    ):
         with pytest.raises(ValueError, match=said):
             monosemy.evaluate(wrong, [x_ND])
 
@@ -130,12 +151,20 @@ def test_variance_survives_a_large_mean():
 
 
 def unpacked(text, name):
-    layout = json.loads(re.search(r'<script type="application/json" id="layouts">(.*?)</script>', text, re.S)[1])[name]
+    layout = json.loads(
+        re.search(r'<script type="application/json" id="layouts">(.*?)</script>', text, re.S)[1]
+    )[name]
     raw = gzip.decompress(base64.b64decode(re.search(rf'id="block-{name}">(.*?)</script>', text, re.S)[1]))
     columns = {}
     for column, kind, shape, first in layout:
         size, count = int(kind[1]), int(np.prod(shape))
-        columns[column] = np.frombuffer(raw, np.uint8, count * size, first).reshape(size, count).T.copy().view(kind).reshape(shape)
+        columns[column] = (
+            np.frombuffer(raw, np.uint8, count * size, first)
+            .reshape(size, count)
+            .T.copy()
+            .view(kind)
+            .reshape(shape)
+        )
     return columns
 
 
@@ -144,21 +173,30 @@ def test_a_report_has_what_latents_do_and_no_text(saes, x_ND, tmp_path):
     text = path.read_text()
     rows = [json.loads(line) for line in (path.parent / "rows.jsonl").read_text().splitlines()]
     assert rows == monosemy.evaluate(saes, [x_ND], site="a simulator")
-    assert "held-out rows" in text and "on activations of your own" in text and "Missing from this page" not in text
+    assert (
+        "held-out rows" in text
+        and "on activations of your own" in text
+        and "Missing from this page" not in text
+    )
     packed, f = unpacked(text, "sae0"), saes["a"].encode(x_ND)
     assert (packed["count"] == (f > 0).sum(0).numpy()).all() and len(packed["page_latent"]) == 10
     np.testing.assert_allclose(packed["max"], f.amax(0), rtol=2.0**-12)
     for p, latent in enumerate(packed["page_latent"]):
         strongest = f[:, latent].sort(descending=True, stable=True).indices[:8]
         assert packed["page_rows"][p].tolist() == [int(i) if f[i, latent] > 0 else -1 for i in strongest]
-    assert not {"page_at", "page_shade", "peak_token", "page_promotes"} & packed.keys() and not unpacked(text, "text0")["token_ids"].size
+    assert (
+        not {"page_at", "page_shade", "peak_token", "page_promotes"} & packed.keys()
+        and not unpacked(text, "text0")["token_ids"].size
+    )
     assert {p.stem for p in (path.parent / "plots").glob("*.png")} == {"fvu", "alive", "firing_frequencies"}
     assert main(["report", str(path.parent)]) == 0 and path.read_text() == text
     assert monosemy.write_report(path.parent, saes["a"], [x_ND]) == path and "sae_0" in path.read_text()
 
 
 def test_what_fit_gives_brings_its_curves(x_ND, tmp_path):
-    fitted = monosemy.fit(x_ND.split(100), [monosemy.SAESpec("top_k", d_sae=24, settings={"k": 3})], log_steps=10)
+    fitted = monosemy.fit(
+        x_ND.split(100), [monosemy.SAESpec("top_k", d_sae=24, settings={"k": 3})], log_steps=10
+    )
     path = monosemy.write_report(tmp_path / "report", fitted, x_ND.split(100))
     assert (tmp_path / "report" / "plots" / "training_curves.png").is_file()
     assert json.loads(unpacked(path.read_text(), "overview")["json"].tobytes())["saes"][0]["curves"]["loss"]

@@ -1,4 +1,5 @@
-"""Runs of `fit` are broken off for real and started again; they end, bit by bit, where one ends that was never stopped."""
+"""Runs of `fit` are broken off for real and started again; they end, bit by bit, where one ends that was
+never stopped."""
 
 import random
 import signal
@@ -32,7 +33,11 @@ def ended(folder):
     """The last checkpoint: its tensors as they are in memory, and its records."""
     kept = newest(folder)
     tensors = {path.name: load_file(path) for path in sorted(kept.folder.glob("*.safetensors"))}
-    return kept.step, {(f, n): t.numpy().tobytes() for f, of in tensors.items() for n, t in of.items()}, kept.state["metrics"]
+    return (
+        kept.step,
+        {(f, n): t.numpy().tobytes() for f, of in tensors.items() for n, t in of.items()},
+        kept.state["metrics"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,8 @@ def kill(faulty, folder, name, step, after=0.0):
 
 @pytest.mark.parametrize("name", architecture_names())
 def test_killed_four_times_a_run_ends_where_it_would_have(name, faulty, never_stopped, tmp_path):
-    """At random moments of random steps; the ReLU kinds once just before the step at which their layout changes and once just after."""
+    """At random moments of random steps; the ReLU kinds once just before the step at which their layout
+    changes and once just after."""
     draw, folder = random.Random(f"kill {name}"), tmp_path / "run"
     points = sorted(draw.sample(range(8, STEPS - 15), 4))
     if name in RELU:
@@ -124,7 +130,10 @@ def test_a_folder_of_other_saes_is_refused(tmp_path):
 
 
 def test_a_folder_that_another_fit_is_in_is_refused(tmp_path):
-    with exclusive_lock(tmp_path, "checkpoints"), pytest.raises(ValueError, match="checkpoints is .*no other process trains in"):
+    with (
+        exclusive_lock(tmp_path, "checkpoints"),
+        pytest.raises(ValueError, match="checkpoints is .*no other process trains in"),
+    ):
         monosemy.fit(Batches(3), [spec("top_k")], checkpoints=tmp_path)
 
 

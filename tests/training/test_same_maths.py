@@ -1,4 +1,5 @@
-"""The fast step is the plain meaning's maths: from each state of real runs, over whole runs, in bfloat16, in company, in both layouts.
+"""The fast step is the plain meaning's maths: from each state of real runs, over whole runs, in bfloat16, in
+company, in both layouts.
 
 B tokens, D d_in, F d_sae.
 """
@@ -45,11 +46,12 @@ def large() -> Data:
 
 
 def check_states(name: str, batches: list[Tensor], d_sae: int, form: str, every: int) -> None:
-    """Losses within 1e-6, gradients within 1e-5 of their largest value, and the same latents but for near-ties.
+    """Losses within 1e-6, gradients within 1e-5 of their largest value, and the same latents but for
+    near-ties.
 
-    Where another latent of a near-tie was taken losses do differ: there the fast form is held to float64, which chooses for itself.
-    Where gradients have all but cancelled, float32 itself loses more than 1e-5: there the fast form may be at most three times as far from
-    float64 as the plain meaning is.
+    Where another latent of a near-tie was taken losses do differ: there the fast form is held to float64,
+    which chooses for itself. Where gradients have all but cancelled, float32 itself loses more than 1e-5:
+    there the fast form may be at most three times as far from float64 as the plain meaning is.
     """
     apart = list(same_maths.from_each_state(name, batches, d_sae, form, every=every))
     assert all((a.loss_error if a.flips else a.loss) <= 1e-6 for a in apart)
@@ -57,12 +59,15 @@ def check_states(name: str, batches: list[Tensor], d_sae: int, form: str, every:
     assert all(a.weights <= 1e-6 for a in apart)
     assert max(a.fast_error for a in apart) <= max(1e-5, 3 * max(a.plain_error for a in apart if not a.flips))
     assert {a.sparse for a in apart} == ({True} if name.endswith("top_k") else {False, True})
-    assert name in ("gated", "batch_top_k") or any(a.dead for a in apart), "AuxK and counters of dead latents are at work"
+    assert name in ("gated", "batch_top_k") or any(a.dead for a in apart), (
+        "AuxK and counters of dead latents are at work"
+    )
 
 
 @pytest.fixture
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A form of the ops; "estimated" is the compiled one where it estimates the encoder's product however many latents are active."""
+    """A form of the ops; "estimated" is the compiled one where it estimates the encoder's product however
+    many latents are active."""
     if request.param == "estimated":
         monkeypatch.setattr(trainer, "ESTIMATE_BELOW", 2.0)
         return "compiled"
@@ -70,7 +75,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 fast_forms = pytest.mark.parametrize("form", [FAST] + ["estimated"] * (FAST == "compiled"), indirect=True)
-all_forms = pytest.mark.parametrize("form", sorted({FAST, "aten"}) + ["estimated"] * (FAST == "compiled"), indirect=True)
+all_forms = pytest.mark.parametrize(
+    "form", sorted({FAST, "aten"}) + ["estimated"] * (FAST == "compiled"), indirect=True
+)
 
 
 @fast_forms
@@ -94,14 +101,19 @@ def test_the_norm_that_clips_is_exact_at_a_real_width(form: str, constraint: ops
     p = torch.nn.functional.normalize(p, dim=2)
     with ops.using(form):
         got = ops.forms.form(p).square_norms(p, list(g), constraint)
-    assert float(got) == pytest.approx(float(plain.square_norms(p.double(), list(g.double()), constraint)), rel=1e-6)
+    assert float(got) == pytest.approx(
+        float(plain.square_norms(p.double(), list(g.double()), constraint)), rel=1e-6
+    )
 
 
 # --- running free
 
 
-def check_drift(name: str, batches: list[Tensor], d_sae: int, form: str, steps: int, seeds: tuple[int, ...]) -> None:
-    """The fast run leaves the plain one by at most three times as much as the plain one leaves itself, once moved by units in the last place."""
+def check_drift(
+    name: str, batches: list[Tensor], d_sae: int, form: str, steps: int, seeds: tuple[int, ...]
+) -> None:
+    """The fast run leaves the plain one by at most three times as much as the plain one leaves itself, once
+    moved by units in the last place."""
     found = same_maths.drift(name, batches, d_sae, form, steps, seeds)
     assert 0 < found.weights <= 3 * found.nudged_weights
     assert found.losses <= 3 * found.nudged_losses
@@ -131,7 +143,8 @@ def test_bf16_is_within_the_seeds_of_float32(small: Data) -> None:
 @pytest.mark.certify
 @pytest.mark.parametrize("name", ["top_k", "batch_top_k", "standard", "gated", "jump_relu"])
 def test_bf16_trains_as_well_as_float32(large: Data, name: str) -> None:
-    """What bfloat16 changes of any of three seeds is no more than the largest minus the smallest of those seeds in float32."""
+    """What bfloat16 changes of any of three seeds is no more than the largest minus the smallest of those
+    seeds in float32."""
     found = same_maths.evaluated(name, large, 256, splice=True)
     for key in ("fvu", "loss_recovered_zero"):
         spread, difference = same_maths.spread(found, key)
@@ -140,7 +153,8 @@ def test_bf16_trains_as_well_as_float32(large: Data, name: str) -> None:
 
 @every
 def test_how_the_product_is_estimated_changes_no_bit(name: str) -> None:
-    """Selections look up what any estimate leaves open, so that after it a run in bfloat16 is that of float32."""
+    """Selections look up what any estimate leaves open, so that after it a run in bfloat16 is that of
+    float32."""
     runs = []
     for bf16 in (False, True):
         m = begun(name, (96, 48, 512), sparse=True, bf16=bf16)
@@ -157,18 +171,33 @@ def test_how_the_product_is_estimated_changes_no_bit(name: str) -> None:
 
 def batches(B: int, D: int, n: int = 8) -> Tensor:
     """Sparse combinations of fixed directions, of mean square norm about 1, [n, B, D]."""
-    directions = torch.nn.functional.normalize(torch.randn(48, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(48, D, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     draw = torch.Generator().manual_seed(1)
     return (torch.rand(n, B, 48, generator=draw) * (torch.rand(n, B, 48, generator=draw) < 0.08)) @ directions
 
 
 def begun(
-    name: str, shape: tuple[int, int, int], *, seed: int = 0, sparse: bool = False, tag: str = "", kind: type = LoneTrainer, **how: object
+    name: str,
+    shape: tuple[int, int, int],
+    *,
+    seed: int = 0,
+    sparse: bool = False,
+    tag: str = "",
+    kind: type = LoneTrainer,
+    **how: object,
 ) -> SAETrainer:
     B, D, F = shape
     settings = SETTINGS[name] | ({"k": 4} if "k" in SETTINGS[name] else {})
     plan = Schedule.of_run(60, B, dead_feature_threshold=4 * B)
-    m = kind(tag or name, SAESpec(name, F, lr=3e-3, seed=seed, settings=settings), D, plan, **({"workspace": ops.Workspace()} | how))
+    m = kind(
+        tag or name,
+        SAESpec(name, F, lr=3e-3, seed=seed, settings=settings),
+        D,
+        plan,
+        **({"workspace": ops.Workspace()} | how),
+    )
     m.sparse |= sparse
     return m
 
@@ -185,7 +214,9 @@ def equal(a: LoneTrainer, b: LoneTrainer) -> bool:
 
 
 def equal_states(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(t.nan_to_num(nan=-7), theirs[n].nan_to_num(nan=-7)) for n, t in ours.items())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(t.nan_to_num(nan=-7), theirs[n].nan_to_num(nan=-7)) for n, t in ours.items()
+    )
 
 
 @pytest.fixture
@@ -201,9 +232,14 @@ def test_two_runs_are_one(name: str) -> None:
 
 
 @pytest.mark.skipif(FAST != "compiled", reason="only the compiled ops promise it")
-@pytest.mark.parametrize(("name", "sparse"), [*((n, True) for n in sorted(SETTINGS)), *((n, False) for n in RELU)])
+@pytest.mark.parametrize(
+    ("name", "sparse"), [*((n, True) for n in sorted(SETTINGS)), *((n, False) for n in RELU)]
+)
 def test_bits_do_not_follow_the_threads(threads: None, name: str, sparse: bool) -> None:
-    """The compiled ops promise it. Of torch's own, the encoder's product and those of the dense layout were found to keep it."""
+    """The compiled ops promise it.
+
+    Of torch's own, the encoder's product and those of the dense layout were found to keep it.
+    """
     ends = []
     for n in (1, 2):
         torch.set_num_threads(n)
@@ -215,12 +251,15 @@ def test_bits_do_not_follow_the_threads(threads: None, name: str, sparse: bool) 
 
 @pytest.mark.parametrize("form", sorted({FAST, "aten"}))
 def test_company_and_logging_change_no_bit(form: str) -> None:
-    """Each SAE alone, never logged, and in a sweep of all architectures, each twice, logged at every step; no size is round."""
+    """Each SAE alone, never logged, and in a sweep of all architectures, each twice, logged at every step; no
+    size is round."""
     shape, scratch, steps = (60, 13, 41), ops.Workspace(), iter(range(60))
     of = batches(*shape[:2])
     with ops.using(form):
         crowd = [
-            begun(name, shape, seed=seed, tag=f"{name} {seed}", kind=SAETrainer, workspace=scratch) for name in SETTINGS for seed in (1, 0)
+            begun(name, shape, seed=seed, tag=f"{name} {seed}", kind=SAETrainer, workspace=scratch)
+            for name in SETTINGS
+            for seed in (1, 0)
         ]
         sweep = Sweep({"": crowd})
         sweep.run(lambda: {"": of[next(steps) % len(of)]}, 60, log_steps=1)
@@ -233,7 +272,10 @@ def test_company_and_logging_change_no_bit(form: str) -> None:
 def test_company_in_one_array_changes_no_bit(name: str) -> None:
     """As a GPU has them: SAEs of one shape as parts of the same arrays."""
     shape = (60, 13, 41)
-    pair, of = [begun(name, shape, seed=seed, tag=f"{name} {seed}", kind=SAETrainer) for seed in (1, 0)], batches(*shape[:2])
+    pair, of = (
+        [begun(name, shape, seed=seed, tag=f"{name} {seed}", kind=SAETrainer) for seed in (1, 0)],
+        batches(*shape[:2]),
+    )
     group = TrainerGroup(pair)
     for step in range(60):
         group.step({m.name: of[step % len(of)] for m in pair}, step)
@@ -257,9 +299,13 @@ def test_bits_of_one_and_two_threads_at_a_real_width(threads: None, large: Data,
 
 
 def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Iterator[tuple[int, LoneTrainer]]:
-    """A run whose L0 is small from one step on until another, by its encoder's biases: (step, member after it)."""
+    """A run whose L0 is small from one step on until another, by its encoder's biases: (step, member after
+    it)."""
     B, D, F = 32, 16, 64
-    m, of = LoneTrainer(name, SAESpec(name, F, lr=lr, settings=SETTINGS[name]), D, Schedule.of_run(1000, B)), batches(B, D)
+    m, of = (
+        LoneTrainer(name, SAESpec(name, F, lr=lr, settings=SETTINGS[name]), D, Schedule.of_run(1000, B)),
+        batches(B, D),
+    )
     usual = m.sae.b_enc.detach().clone()
     for step in range(10**6):
         if step in (falls, rises):
@@ -280,7 +326,9 @@ def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Itera
         (101, 200, []),
     ],
 )
-def test_the_layout_changes_a_hundred_steps_after_the_count(falls: int, rises: int, changes: list[int]) -> None:
+def test_the_layout_changes_a_hundred_steps_after_the_count(
+    falls: int, rises: int, changes: list[int]
+) -> None:
     limit, layouts = SPARSE_BELOW["cpu"] * 64, []
     for step, m in falling("standard", falls, rises):
         assert (float(m.active) < limit) == (falls <= step < rises), "L0 is what the test says"
@@ -291,7 +339,9 @@ def test_the_layout_changes_a_hundred_steps_after_the_count(falls: int, rises: i
     assert all(step % READBACK_EVERY == 0 for step in changes)
 
 
-@pytest.mark.parametrize(("name", "at"), [("standard", 101), ("standard", 199), *((name, 150) for name in RELU)])
+@pytest.mark.parametrize(
+    ("name", "at"), [("standard", 101), ("standard", 199), *((name, 150) for name in RELU)]
+)
 def test_a_restored_run_changes_its_layout_at_the_same_step(name: str, at: int) -> None:
     """Stopped before a step between the count and the change, written out, and gone on with."""
     of, again = batches(32, 16), None
@@ -312,7 +362,8 @@ def test_a_restored_run_changes_its_layout_at_the_same_step(name: str, at: int) 
 
 @relu
 def test_the_change_of_layout_shows_in_no_loss(small: Data, name: str) -> None:
-    """A run on real activations: its layout is what was counted a hundred steps before, and at its change both give the same loss."""
+    """A run on real activations: its layout is what was counted a hundred steps before, and at its change
+    both give the same loss."""
     m = same_maths.member(name, 256, small.batches, same_maths.STEPS)
     counted, changes = {}, []
     for step in range(202):

@@ -34,10 +34,19 @@ def test_memory_and_handles_stay_flat(tmp_path, certified):
     saes = [monosemy.SAESpec("standard", F), monosemy.SAESpec("batch_top_k", F, settings={"k": 4})]
     folder = tmp_path / "checkpoints"
     fitted = monosemy.fit(
-        batches(), saes, steps=steps, checkpoints=folder, checkpoint_every=max(steps // 200, 1), log_steps=max(steps // 100, 1)
+        batches(),
+        saes,
+        steps=steps,
+        checkpoints=folder,
+        checkpoint_every=max(steps // 200, 1),
+        log_steps=max(steps // 100, 1),
     )
     grown = max(rss for rss, _ in looks) - looks[0][0]
-    certified("steps of two SAEs, memory and handles flat", steps, f"grew by {grown / 2**20:.1f} MiB after the first fifth")
+    certified(
+        "steps of two SAEs, memory and handles flat",
+        steps,
+        f"grew by {grown / 2**20:.1f} MiB after the first fifth",
+    )
     assert fitted.status == "complete" and len(list(folder.iterdir())) == 2
     assert grown < GROWTH
     early, late = ([handles for _, handles in half] for half in (looks[:8], looks[8:]))

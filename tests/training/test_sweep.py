@@ -14,9 +14,14 @@ D, F = 12, 40
 
 
 def batches(n=30, B=64, scale=3.0):
-    directions = torch.nn.functional.normalize(torch.randn(30, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(30, D, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     draw = torch.Generator().manual_seed(1)
-    return [scale * ((torch.rand(B, 30, generator=draw) < 0.1) * torch.rand(B, 30, generator=draw)) @ directions for _ in range(n)]
+    return [
+        scale * ((torch.rand(B, 30, generator=draw) < 0.1) * torch.rand(B, 30, generator=draw)) @ directions
+        for _ in range(n)
+    ]
 
 
 SPECS = [
@@ -27,14 +32,18 @@ SPECS = [
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_fit_gives_saes_of_raw_activations():
     data = batches(300)
     fitted = monosemy.fit(data, SPECS)
     assert fitted.status == "complete"
-    assert fitted.norm_factor == pytest.approx(torch.cat(data[:100]).pow(2).sum(1).mean().sqrt().item(), rel=1e-5)
+    assert fitted.norm_factor == pytest.approx(
+        torch.cat(data[:100]).pow(2).sum(1).mean().sqrt().item(), rel=1e-5
+    )
     x = torch.cat(data[-20:])
     fvu = lambda sae: float((x - sae(x)).pow(2).sum() / (x - x.mean(0)).pow(2).sum())  # noqa: E731
     assert [sae.name for sae in fitted.saes] == ["top_k", "standard", "jump_relu"]
@@ -46,18 +55,28 @@ def test_company_and_logging_change_nothing():
     alone = monosemy.fit(batches(), SPECS[:1]).saes[0]
     assert equal(alone, monosemy.fit(batches(), SPECS, log_steps=1).saes[0])
     assert equal(alone, monosemy.fit(batches(), SPECS[::-1], log_steps=7).saes[2])
-    assert not equal(alone, monosemy.fit(batches(), [SAESpec("top_k", F, 3e-3, seed=1, settings={"k": 4})]).saes[0])
+    assert not equal(
+        alone, monosemy.fit(batches(), [SAESpec("top_k", F, 3e-3, seed=1, settings={"k": 4})]).saes[0]
+    )
 
 
 def test_an_iterator_needs_its_number_of_steps_and_may_run_dry():
     with pytest.raises(ValueError, match="steps is None"):
         monosemy.fit(iter(batches()), SPECS)
-    assert equal(monosemy.fit(iter(batches()), SPECS, steps=30).saes[0], monosemy.fit(batches(), SPECS).saes[0])
+    assert equal(
+        monosemy.fit(iter(batches()), SPECS, steps=30).saes[0], monosemy.fit(batches(), SPECS).saes[0]
+    )
     short = monosemy.fit(iter(batches(10)), SPECS, steps=30)
-    assert short.status == "stopped_early" and len(short.saes) == 3 and all(p.isfinite().all() for p in short.saes[0].parameters())
+    assert (
+        short.status == "stopped_early"
+        and len(short.saes) == 3
+        and all(p.isfinite().all() for p in short.saes[0].parameters())
+    )
 
 
-@pytest.mark.parametrize("bad", [[], [torch.zeros(3)], [torch.zeros(0, 4)], [torch.full((4, 4), float("nan"))], ["text"]])
+@pytest.mark.parametrize(
+    "bad", [[], [torch.zeros(3)], [torch.zeros(0, 4)], [torch.full((4, 4), float("nan"))], ["text"]]
+)
 def test_bad_batches_are_refused(bad):
     with pytest.raises(ValueError, match="batches"):
         monosemy.fit(bad, SPECS, steps=1)
@@ -65,14 +84,19 @@ def test_bad_batches_are_refused(bad):
 
 def test_records_hold_every_sae_at_its_steps():
     metrics = monosemy.fit(batches(25), SPECS, log_steps=10).metrics
-    assert [(m["step"], m["sae"]) for m in metrics] == [(s, n) for s in (0, 10, 20, 24) for n in ("0", "1", "2")]
+    assert [(m["step"], m["sae"]) for m in metrics] == [
+        (s, n) for s in (0, 10, 20, 24) for n in ("0", "1", "2")
+    ]
     assert all({"loss", "mse", "l0", "fvu", "dead", "tokens"} <= m.keys() for m in metrics)
     assert all(m["l0"] == pytest.approx(4, abs=0.3) for m in metrics if m["sae"] == "0")
 
 
 def test_an_sae_that_does_not_stay_finite_stops_alone():
     plan = Schedule.of_run(20, 64)
-    good, bad = SAETrainer("good", SPECS[1], D, plan), SAETrainer("bad", SAESpec("standard", F, 1e30), D, plan)
+    good, bad = (
+        SAETrainer("good", SPECS[1], D, plan),
+        SAETrainer("bad", SAESpec("standard", F, 1e30), D, plan),
+    )
     data = iter(batches(20))
     sweep = Sweep({"": [bad, good]})
     sweep.run(lambda: {"": next(data)}, 20, log_steps=1)
@@ -87,24 +111,48 @@ def test_fit_tells_which_sae_failed_and_keeps_the_others():
 
 
 def test_learning_rates_fit_the_run():
-    """The recipe's: larger in short runs, smaller in wide SAEs, dictionary_learning's at its length and under its recipe."""
-    short, middle, wide = (learning_rate(MONOSEMY, 3e-3, width, steps) for width, steps in ((1024, 150), (1024, 5000), (65536, 150)))
+    """The recipe's: larger in short runs, smaller in wide SAEs, dictionary_learning's at its length and under
+    its recipe."""
+    short, middle, wide = (
+        learning_rate(MONOSEMY, 3e-3, width, steps)
+        for width, steps in ((1024, 150), (1024, 5000), (65536, 150))
+    )
     assert short == pytest.approx(3e-3) and 3e-4 < middle < short and 3e-4 < wide < short
     assert learning_rate(MONOSEMY, 3e-3, 1024, 10) == pytest.approx(short)
-    for recipe, steps in ((MONOSEMY, REFERENCE_STEPS), (MONOSEMY, 10 * REFERENCE_STEPS), (DICTIONARY_LEARNING, 150)):
+    for recipe, steps in (
+        (MONOSEMY, REFERENCE_STEPS),
+        (MONOSEMY, 10 * REFERENCE_STEPS),
+        (DICTIONARY_LEARNING, 150),
+    ):
         assert learning_rate(recipe, 3e-3, 16384, steps) == REFERENCE_LR
     plan = Schedule.of_run(150, 64)
     assert SAETrainer("", SAESpec("top_k", F, settings={"k": 4}), D, plan).lr > 1e-3
-    assert SAETrainer("", SAESpec("top_k", F, settings={"k": 4}), D, plan, recipe=DICTIONARY_LEARNING).lr == REFERENCE_LR
+    assert (
+        SAETrainer("", SAESpec("top_k", F, settings={"k": 4}), D, plan, recipe=DICTIONARY_LEARNING).lr
+        == REFERENCE_LR
+    )
     assert SAETrainer("", SAESpec("top_k", F, 0.5, settings={"k": 4}), D, plan).lr == 0.5
 
 
 def test_schedules_scale_with_short_runs_and_are_dictionary_learning_s_at_its_length():
     short = Schedule.of_run(300, 2048)
-    assert (short.warmup_steps, short.sparsity_warmup_steps, short.threshold_start_step, short.anneal_start) == (15, 60, 150, 60)
+    assert (
+        short.warmup_steps,
+        short.sparsity_warmup_steps,
+        short.threshold_start_step,
+        short.anneal_start,
+    ) == (15, 60, 150, 60)
     assert short.dead_tokens == int(0.2 * 300 * 2048) and short.decay_start == 240
-    for long in (Schedule.of_run(REFERENCE_STEPS, 2048), Schedule.of_run(REFERENCE_STEPS, 2048, recipe=DICTIONARY_LEARNING)):
-        assert (long.warmup_steps, long.sparsity_warmup_steps, long.threshold_start_step, long.anneal_start) == (1000, 5000, 1000, 10_000)
+    for long in (
+        Schedule.of_run(REFERENCE_STEPS, 2048),
+        Schedule.of_run(REFERENCE_STEPS, 2048, recipe=DICTIONARY_LEARNING),
+    ):
+        assert (
+            long.warmup_steps,
+            long.sparsity_warmup_steps,
+            long.threshold_start_step,
+            long.anneal_start,
+        ) == (1000, 5000, 1000, 10_000)
         assert (long.dead_tokens, long.decay_start, long.threshold_beta) == (10_000_000, 195_312, 0.999)
     assert [short.lr(s) for s in (0, 15, 239, 240, 270)] == [0.0, 1.0, 1.0, 1.0, 0.5]
     assert [short.sparsity(s) for s in (0, 30, 60, 299)] == [0.0, 0.5, 1.0, 1.0]
@@ -116,7 +164,11 @@ def test_the_threshold_is_always_set(name, steps):
     fitted = monosemy.fit(batches(steps), [SAESpec(name, F, settings={"k": 4})])
     assert float(fitted.saes[0].threshold) > 0
     quirk = monosemy.fit(
-        batches(20), [SAESpec(name, F, settings={"k": 4})], recipe=DICTIONARY_LEARNING, warmup_steps=1, sparsity_warmup_steps=1
+        batches(20),
+        [SAESpec(name, F, settings={"k": 4})],
+        recipe=DICTIONARY_LEARNING,
+        warmup_steps=1,
+        sparsity_warmup_steps=1,
     )
     assert float(quirk.saes[0].threshold) < 0
 

@@ -1,4 +1,7 @@
-"""The server of tests/faults.py. Nothing of the package is patched: Python's own audit events say when a fault is due."""
+"""The server of tests/faults.py.
+
+Nothing of the package is patched: Python's own audit events say when a fault is due.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,12 @@ def arm(event: str, end: str, count: int, **fault: Any) -> None:
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if left and name == event and isinstance(arguments[0], str | os.PathLike) and os.fspath(arguments[0]).endswith(end):
+        if (
+            left
+            and name == event
+            and isinstance(arguments[0], str | os.PathLike)
+            and os.fspath(arguments[0]).endswith(end)
+        ):
             left -= 1
             if not left:
                 happen(**fault)

@@ -1,4 +1,7 @@
-"""A run of `fit` for faults to happen to. Each batch is a function of its number, and raises the audit event "step" with it."""
+"""A run of `fit` for faults to happen to.
+
+Each batch is a function of its number, and raises the audit event "step" with it.
+"""
 
 import sys
 
@@ -20,15 +23,22 @@ class Batches:
         return self.steps
 
     def __iter__(self):
-        directions = torch.nn.functional.normalize(torch.randn(64, D, generator=generator(0, "directions")), dim=1)
+        directions = torch.nn.functional.normalize(
+            torch.randn(64, D, generator=generator(0, "directions")), dim=1
+        )
         for step in range(self.steps):
             sys.audit("step", f" {step}")
             draw = generator(0, "batch", step)
-            yield (torch.rand(B, 64, generator=draw) * (torch.rand(B, 64, generator=draw) < 0.06)) @ directions
+            yield (
+                torch.rand(B, 64, generator=draw) * (torch.rand(B, 64, generator=draw) < 0.06)
+            ) @ directions
 
 
 def spec(architecture):
-    sparsity = {"jump_relu": {"target_l0": 4, "bandwidth": 0.01}, "p_anneal": {"initial_sparsity_penalty": 0.4}}
+    sparsity = {
+        "jump_relu": {"target_l0": 4, "bandwidth": 0.01},
+        "p_anneal": {"initial_sparsity_penalty": 0.4},
+    }
     settings = sparsity.get(architecture, {"k": 6} if "top_k" in architecture else {"l1_penalty": 0.4})
     return monosemy.SAESpec(architecture, F, lr=5e-3, seed=1, settings=settings)
 

@@ -1,4 +1,5 @@
-"""One file for each architecture: its docstring is the equation and the paper, its `loss` the formula. All files here are found by name."""
+"""One file for each architecture: its docstring is the equation and the paper, its `loss` the formula. All
+files here are found by name."""
 
 from importlib import import_module
 from pkgutil import iter_modules

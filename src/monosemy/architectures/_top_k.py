@@ -19,10 +19,12 @@ from monosemy.sae import SAE, StepContext
 
 
 class TopKFamily(SAE):
-    """An SAE that trains on the k largest and, once trained, takes everything above a running threshold (a single JumpReLU).
+    """An SAE that trains on the k largest and, once trained, takes everything above a running threshold (a
+    single JumpReLU).
 
-    The threshold follows the smallest activation that training kept (Bussmann et al., BatchTopK, section 3, arXiv 2412.06410).
-    The decoder begins as unit rows, the encoder as its transpose, b_dec as the geometric median of the first batch.
+    The threshold follows the smallest activation that training kept (Bussmann et al., BatchTopK, section 3,
+    arXiv 2412.06410). The decoder begins as unit rows, the encoder as its transpose, b_dec as the geometric
+    median of the first batch.
     """
 
     sparsity_setting = "k"
@@ -43,7 +45,9 @@ class TopKFamily(SAE):
     def __init__(self, d_in: int, d_sae: int, **settings: Any) -> None:
         super().__init__(d_in, d_sae, **settings)
         if not 1 <= self.settings.k <= d_sae:
-            raise invalid("k", self.settings.k, f"1 to {d_sae}, the number of latents", "lower k or widen the SAE")
+            raise invalid(
+                "k", self.settings.k, f"1 to {d_sae}, the number of latents", "lower k or widen the SAE"
+            )
         self.register_buffer("threshold", torch.tensor(-1.0))
         self.register_buffer("threshold_values", torch.tensor(0.0), persistent=False)
 
@@ -62,7 +66,9 @@ class TopKFamily(SAE):
         self.W_dec.data.copy_(rows_FD)
 
     def init_from_batch(self, x_BD: Tensor) -> None:
-        self.b_dec.data.copy_(geometric_median(x_BD).nan_to_num(0.0))  # of a batch that is not finite there is none
+        self.b_dec.data.copy_(
+            geometric_median(x_BD).nan_to_num(0.0)
+        )  # of a batch that is not finite there is none
 
     def phase(self, ctx: StepContext) -> bool:
         return ctx.step > ctx.schedule.threshold_start_step
@@ -71,7 +77,10 @@ class TopKFamily(SAE):
     def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
         if ctx.step <= ctx.schedule.threshold_start_step:
             return
-        smallest, weight = self.smallest_kept(codes), torch.full_like(self.threshold, 1 - ctx.schedule.threshold_beta)
+        smallest, weight = (
+            self.smallest_kept(codes),
+            torch.full_like(self.threshold, 1 - ctx.schedule.threshold_beta),
+        )
         known = smallest.isfinite()
         self.threshold_values.add_(known)
         if ctx.recipe.threshold_mean:
@@ -84,10 +93,12 @@ class TopKFamily(SAE):
 
 
 def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Tensor:
-    """How badly the k_aux = min(D / 2, dead) strongest dead latents of each token explain what the others left over.
+    """How badly the k_aux = min(D / 2, dead) strongest dead latents of each token explain what the others
+    left over.
 
     mean ||e - e_hat||^2 / mean ||e - mean e||^2, with e the residual, held fixed, and e_hat without b_dec.
-    Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3 and appendix A.2, https://arxiv.org/abs/2406.04093
+    Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3 and appendix A.2,
+    https://arxiv.org/abs/2406.04093
     """
     if ctx.dead_F is None:
         return error_BD.new_zeros(())
@@ -95,20 +106,26 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Ten
     e_BD = error_BD.detach()
     left = (e_BD - aux.map(torch.relu).decode(sae.W_dec)).pow(2).sum(1).mean()
     variance = (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
-    varies = variance > 0  # one token, or equal ones, leave nothing to explain: without this, a gradient of infinity times zero
+    varies = (
+        variance > 0
+    )  # one token, or equal ones, leave nothing to explain: without this, a gradient of infinity times zero
     share = (left / torch.where(varies, variance, 1)).nan_to_num(0.0)
     return torch.where(ctx.dead_F.any() & varies, share, 0)
 
 
 @torch.no_grad()
 def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
-    """The point with the least summed distance to the rows of x, [D], by Weiszfeld's iteration from their mean.
+    """The point with the least summed distance to the rows of x, [D], by Weiszfeld's iteration from their
+    mean.
 
-    A row that the guess falls on would weigh infinitely much and is kept at the largest finite weight of its distance.
+    A row that the guess falls on would weigh infinitely much and is kept at the largest finite weight of its
+    distance.
     """
     guess_D = x_BD.mean(0)
     for _ in range(max_iter):
-        weight_B = 1 / torch.linalg.vector_norm(x_BD - guess_D, dim=1).clamp(min=torch.finfo(x_BD.dtype).tiny ** 0.5)
+        weight_B = 1 / torch.linalg.vector_norm(x_BD - guess_D, dim=1).clamp(
+            min=torch.finfo(x_BD.dtype).tiny ** 0.5
+        )
         before_D, guess_D = guess_D, ((weight_B / weight_B.sum())[:, None] * x_BD).sum(0)
         if torch.linalg.vector_norm(guess_D - before_D) < tol:
             break

@@ -11,7 +11,8 @@ from monosemy.sae import EPS, StepContext, register, uniform, unit
 
 @register
 class BatchTopK(TopKFamily):
-    """Keeps the k B largest activations of a batch of B tokens, so that a token may have more or fewer than k.
+    """Keeps the k B largest activations of a batch of B tokens, so that a token may have more or fewer than
+    k.
 
     f = BatchTopK(ReLU((x - b_dec) W_enc^T + b_enc))
     loss = mean ||x - f W_dec - b_dec||^2 + auxk_alpha AuxK,   ||W_dec,i|| = 1

@@ -14,17 +14,19 @@ from monosemy.sae import SAE, StepContext, register, uniform, unit
 class Gated(SAE):
     """One set of directions decides which latents fire, the same set rescaled says how strongly.
 
-    e = (x - b_dec) W_enc^T,   pi = e + b_gate,   f = 1[pi > 0] ReLU(exp(r_mag) e + b_mag)
-    loss = mean ||x - f W_dec - b_dec||^2 + l1_penalty mean sum_i ReLU(pi_i) + mean ||x - ReLU(pi) W_dec' - b_dec'||^2
+    e = (x - b_dec) W_enc^T,   pi = e + b_gate,   f = 1[pi > 0] ReLU(exp(r_mag) e + b_mag) loss = mean ||x - f
+    W_dec - b_dec||^2 + l1_penalty mean sum_i ReLU(pi_i) + mean ||x - ReLU(pi) W_dec' - b_dec'||^2
 
-    with W_dec', b_dec' held fixed and ||W_dec,i|| = 1. Here b_enc is b_gate.
-    Rajamanoharan et al., Improving Dictionary Learning with Gated Sparse Autoencoders (2024), section 3, https://arxiv.org/abs/2404.16014
+    with W_dec', b_dec' held fixed and ||W_dec,i|| = 1. Here b_enc is b_gate. Rajamanoharan et al., Improving
+    Dictionary Learning with Gated Sparse Autoencoders (2024), section 3, https://arxiv.org/abs/2404.16014
     """
 
     name = "gated"
     sparsity_setting = "l1_penalty"
     sweep_flag = "gated_penalties"
-    memory = ArchitectureMemory(vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2)
+    memory = ArchitectureMemory(
+        vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2
+    )
     constraint = "constrain"
     clip = None
     betas = (0.0, 0.999)
@@ -51,7 +53,12 @@ class Gated(SAE):
         return pre.above(0)
 
     def active(self, codes: Codes) -> Codes:
-        return codes.map(lambda pi, scale, b, b_mag: (scale * (pi - b) + b_mag).relu(), self.r_mag.exp(), self.b_enc, self.b_mag)
+        return codes.map(
+            lambda pi, scale, b, b_mag: (scale * (pi - b) + b_mag).relu(),
+            self.r_mag.exp(),
+            self.b_enc,
+            self.b_mag,
+        )
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()

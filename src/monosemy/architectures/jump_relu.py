@@ -19,7 +19,8 @@ def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
 
 
 class _Jump(Function):
-    """v 1[v > threshold]; the threshold's gradient is estimated by a rectangle kernel (section 3, equation 11)."""
+    """v 1[v > threshold]; the threshold's gradient is estimated by a rectangle kernel (section 3, equation
+    11)."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -36,7 +37,8 @@ class _Jump(Function):
 
 
 class _Step(Function):
-    """1[v > threshold], with the same estimate for the threshold's gradient and none for v's (equation 12)."""
+    """1[v > threshold], with the same estimate for the threshold's gradient and none for v's (equation
+    12)."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -53,23 +55,27 @@ class _Step(Function):
 
 @register
 class JumpReLU(SAE):
-    """Each latent fires above a threshold of its own, learned through straight-through estimates; L0 is driven to a target.
+    """Each latent fires above a threshold of its own, learned through straight-through estimates; L0 is
+    driven to a target.
 
-    pre = x W_enc^T + b_enc,   f = pre 1[pre > threshold]
-    loss = mean ||x - f W_dec - b_dec||^2 + sparsity_penalty (mean L0 / target_l0 - 1)^2,   L0 = sum_i 1[pre_i > threshold_i]
+    pre = x W_enc^T + b_enc,   f = pre 1[pre > threshold] loss = mean ||x - f W_dec - b_dec||^2 +
+    sparsity_penalty (mean L0 / target_l0 - 1)^2,   L0 = sum_i 1[pre_i > threshold_i]
 
-    Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435
-    The relative distance from a target is dictionary_learning's. Gemma Scope 2 minimizes (2 / target_l0) mean (L0 - target_l0)^2 over tokens
-    instead: l0_loss="gemma_scope_2". Where all tokens have an equal L0 that is 2 target_l0 times as strong at an equal sparsity_penalty, so
-    a weight does not carry over; their ramp of 50,000 steps is sparsity_warmup_steps.
-    dictionary_learning takes the step of f instead of pre, so that values just below the threshold give L0 no gradient, and lets
-    thresholds go negative; its recipe keeps both.
+    Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435 The
+    relative distance from a target is dictionary_learning's. Gemma Scope 2 minimizes (2 / target_l0) mean (L0
+    - target_l0)^2 over tokens instead: l0_loss="gemma_scope_2". Where all tokens have an equal L0 that is 2
+    target_l0 times as strong at an equal sparsity_penalty, so a weight does not carry over; their ramp of
+    50,000 steps is sparsity_warmup_steps. dictionary_learning takes the step of f instead of pre, so that
+    values just below the threshold give L0 no gradient, and lets thresholds go negative; its recipe keeps
+    both.
     """
 
     name = "jump_relu"
     sparsity_setting = "target_l0"
     sweep_flag = "target_l0s"
-    memory = ArchitectureMemory(vectors=2, moments=1, dense_arrays=5, cached_arrays=2.5, bf16_copies=1, gpu_arrays=9.5)
+    memory = ArchitectureMemory(
+        vectors=2, moments=1, dense_arrays=5, cached_arrays=2.5, bf16_copies=1, gpu_arrays=9.5
+    )
     betas = (0.0, 0.999)
     pre_bias = False
     scaled = ("b_enc", "threshold", "b_dec")
@@ -87,7 +93,9 @@ class JumpReLU(SAE):
             if not getattr(self.settings, field) > 0:
                 raise invalid(field, getattr(self.settings, field), "a number above 0", "raise it")
         if self.settings.l0_loss not in ("relative", "gemma_scope_2"):
-            raise invalid("l0_loss", self.settings.l0_loss, '"relative" or "gemma_scope_2"', "choose one of them")
+            raise invalid(
+                "l0_loss", self.settings.l0_loss, '"relative" or "gemma_scope_2"', "choose one of them"
+            )
         self.threshold = nn.Parameter(torch.full((d_sae,), 0.001))
 
     def reset(self, generator: torch.Generator) -> None:
@@ -100,16 +108,28 @@ class JumpReLU(SAE):
         return pre.above(self.threshold.detach() - self.settings.bandwidth / 2)
 
     def active(self, codes: Codes) -> Codes:
-        return codes.map(lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold)
+        return codes.map(
+            lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold
+        )
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
-        sparsity = self._off_target(codes) if self.settings.l0_loss == "gemma_scope_2" else self._off_target_relatively(codes, f, ctx)
-        return {"loss": mse + self.settings.sparsity_penalty * ctx.sparsity_scale * sparsity, "mse": mse, "sparsity": sparsity}
+        sparsity = (
+            self._off_target(codes)
+            if self.settings.l0_loss == "gemma_scope_2"
+            else self._off_target_relatively(codes, f, ctx)
+        )
+        return {
+            "loss": mse + self.settings.sparsity_penalty * ctx.sparsity_scale * sparsity,
+            "mse": mse,
+            "sparsity": sparsity,
+        }
 
     def _off_target(self, codes: Codes) -> Tensor:
         """Gemma Scope 2's mean of (2 / target_l0) (L0 - target_l0)^2 over tokens."""
-        stepped = codes.map(lambda v, threshold: _Step.apply(v, threshold, self.settings.bandwidth), self.threshold)
+        stepped = codes.map(
+            lambda v, threshold: _Step.apply(v, threshold, self.settings.bandwidth), self.threshold
+        )
         l0_B1 = stepped.decode(self.W_dec.new_ones(self.d_sae, 1))
         return (2 / self.settings.target_l0) * (l0_B1 - self.settings.target_l0).pow(2).mean()
 
@@ -122,7 +142,10 @@ class JumpReLU(SAE):
             not ctx.recipe.step_of_preactivations
         ):  # off the support f is 0, which lies above a negative threshold and within reach of a small one
             off_F = B - codes.size_by_latent()
-            l0 = l0 + (off_F * _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)).sum() / B
+            l0 = (
+                l0
+                + (off_F * _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)).sum() / B
+            )
         return (l0 / self.settings.target_l0 - 1) ** 2
 
     @torch.no_grad()

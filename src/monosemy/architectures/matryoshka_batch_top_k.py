@@ -16,13 +16,15 @@ from monosemy.sae import EPS, StepContext, register, uniform, unit
 
 @register
 class MatryoshkaBatchTopK(TopKFamily):
-    """A BatchTopK autoencoder in which every prefix of the latents, 1/32 of them and up, must reconstruct by itself.
+    """A BatchTopK autoencoder in which every prefix of the latents, 1/32 of them and up, must reconstruct by
+    itself.
 
     x_hat_g = b_dec + sum of f_i W_dec,i over the latents of groups 1 to g
     loss = mean_g w_g mean ||x - x_hat_g||^2 + auxk_alpha AuxK of the full residual,   ||W_dec,i|| = 1
 
-    Bussmann et al., Learning Multi-Level Features with Matryoshka SAEs (2025), section 3, https://arxiv.org/abs/2503.17547
-    The weights w_g are 1; dictionary_learning gives each 1/G and then takes the mean, so that its reconstruction weighs G times less.
+    Bussmann et al., Learning Multi-Level Features with Matryoshka SAEs (2025), section 3,
+    https://arxiv.org/abs/2503.17547 The weights w_g are 1; dictionary_learning gives each 1/G and then takes
+    the mean, so that its reconstruction weighs G times less.
     """
 
     name = "matryoshka_batch_top_k"
@@ -36,14 +38,21 @@ class MatryoshkaBatchTopK(TopKFamily):
     def __init__(self, d_in: int, d_sae: int, **settings: Any) -> None:
         super().__init__(d_in, d_sae, **settings)
         fractions = self.settings.group_fractions
-        if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6 or min(int(f * d_sae) for f in fractions) < 1:
+        if (
+            not fractions
+            or min(fractions) <= 0
+            or abs(sum(fractions) - 1) > 1e-6
+            or min(int(f * d_sae) for f in fractions) < 1
+        ):
             raise invalid(
                 "group_fractions",
                 fractions,
                 f"positive shares of the {d_sae} latents that sum to 1 and hold one latent each",
                 "correct the shares, use fewer groups, or widen the SAE",
             )
-        self.register_buffer("begins_G", torch.tensor([0, *accumulate(self.group_sizes[:-1])]), persistent=False)
+        self.register_buffer(
+            "begins_G", torch.tensor([0, *accumulate(self.group_sizes[:-1])]), persistent=False
+        )
 
     @property
     def group_sizes(self) -> list[int]:
@@ -64,7 +73,11 @@ class MatryoshkaBatchTopK(TopKFamily):
         mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
         weight = 1.0 if ctx.recipe.single_mean else 1 / len(mse_G)
         auxk = auxk_loss(self, errors[-1], codes, ctx)
-        return {"loss": weight * mse_G.mean() + self.settings.auxk_alpha * auxk, "mse": mse_G[-1], "auxk": auxk}
+        return {
+            "loss": weight * mse_G.mean() + self.settings.auxk_alpha * auxk,
+            "mse": mse_G[-1],
+            "auxk": auxk,
+        }
 
     def smallest_kept(self, codes: Codes) -> Tensor:
         return codes.smallest().amin()

@@ -18,8 +18,9 @@ class PAnneal(SAE):
     f = ReLU((x - b_dec) W_enc^T + b_enc)
     loss = mean ||x - f W_dec - b_dec||^2 + coefficient mean sum_i f_i^p,   ||W_dec,i|| = 1
 
-    At each change of p the coefficient is multiplied by mean(sum f^p_old) / mean(sum f^p_new) of the last batches, so that the penalty
-    keeps its size. Karvonen et al., Measuring Progress in Dictionary Learning (2024), section 3.2, https://arxiv.org/abs/2408.00113
+    At each change of p the coefficient is multiplied by mean(sum f^p_old) / mean(sum f^p_new) of the last
+    batches, so that the penalty keeps its size. Karvonen et al., Measuring Progress in Dictionary Learning
+    (2024), section 3.2, https://arxiv.org/abs/2408.00113
     """
 
     name = "p_anneal"
@@ -95,7 +96,9 @@ class PAnneal(SAE):
         sums = torch.stack([codes.cache["sum of f^p"], codes.total(lambda f: ops.power(f, p_next))])
         self.queue.copy_(torch.cat([self.queue[1:], sums[None]]))
         if ctx.step in self.annealing(ctx)[0]:
-            now, then = self.queue.sum(0)  # slots that are not filled yet hold zeros and do not move the ratio
+            now, then = self.queue.sum(
+                0
+            )  # slots that are not filled yet hold zeros and do not move the ratio
             self.coefficient.mul_(torch.where(then > 0, now / then, 1.0))
 
     def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:

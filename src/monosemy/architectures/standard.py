@@ -16,7 +16,8 @@ class Standard(SAE):
     f = ReLU((x - b_dec) W_enc^T + b_enc)
     loss = mean ||x - f W_dec - b_dec||^2 + l1_penalty mean sum_i f_i,   ||W_dec,i|| = 1
 
-    Bricken et al., Towards Monosemanticity (2023), https://transformer-circuits.pub/2023/monosemantic-features
+    Bricken et al., Towards Monosemanticity (2023),
+    https://transformer-circuits.pub/2023/monosemantic-features
     """
 
     name = "standard"

@@ -16,8 +16,9 @@ class StandardNew(SAE):
     f = ReLU((x - b_dec) W_enc^T + b_enc)
     loss = mean ||x - f W_dec - b_dec||^2 + l1_penalty mean sum_i f_i ||W_dec,i||
 
-    Conerly et al., Update on how we train SAEs (April 2024), https://transformer-circuits.pub/2024/april-update/index.html#training-saes
-    The decoder's norms are folded into the encoder when the SAE is saved, which leaves its function of x as it was.
+    Conerly et al., Update on how we train SAEs (April 2024),
+    https://transformer-circuits.pub/2024/april-update/index.html#training-saes The decoder's norms are folded
+    into the encoder when the SAE is saved, which leaves its function of x as it was.
     """
 
     name = "standard_new"

@@ -15,7 +15,8 @@ class TopK(TopKFamily):
     f = TopK(ReLU((x - b_dec) W_enc^T + b_enc))
     loss = mean ||x - f W_dec - b_dec||^2 + auxk_alpha AuxK,   ||W_dec,i|| = 1
 
-    Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3, https://arxiv.org/abs/2406.04093
+    Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3,
+    https://arxiv.org/abs/2406.04093
     """
 
     name = "top_k"

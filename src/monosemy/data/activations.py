@@ -128,8 +128,12 @@ class ActivationStream:
         What had been read of the next follows with the batches after the first.
         """
         self.contexts.load_state_dict(state["contexts"])
-        self.norm_factor = {s: state["norm_factor"][str(s)] for s in self.sites if str(s) in state["norm_factor"]}
-        self.norm_limit = {s: state["norm_limit"][str(s)] for s in self.sites if str(s) in state["norm_limit"]}
+        self.norm_factor = {
+            s: state["norm_factor"][str(s)] for s in self.sites if str(s) in state["norm_factor"]
+        }
+        self.norm_limit = {
+            s: state["norm_limit"][str(s)] for s in self.sites if str(s) in state["norm_limit"]
+        }
         self._begin(_Block(-1, state["contexts"], 0))
         if state["block"] >= 0:
             self._coming.number = state["block"]
@@ -182,9 +186,13 @@ class ActivationStream:
             if not finite_R.any():
                 allowed = f"a precision in which activations of {site} are finite"
                 raise invalid("dtype", str(self.lm.dtype), allowed, "try float32")
-            limit = self.norm_multiple * float(norm_R[finite_R].median()) if self.norm_multiple else float("inf")
+            limit = (
+                self.norm_multiple * float(norm_R[finite_R].median()) if self.norm_multiple else float("inf")
+            )
             self.norm_limit[site] = limit
-            self.norm_factor[site] = float(norm_R[finite_R & (norm_R <= limit)].double().pow(2).mean().sqrt()) or 1.0
+            self.norm_factor[site] = (
+                float(norm_R[finite_R & (norm_R <= limit)].double().pow(2).mean().sqrt()) or 1.0
+            )
         kept = (finite_R & (norm_R <= self.norm_limit[site])).nonzero().squeeze(1)
         if not len(kept):
             kept = torch.arange(len(norm_R))  # the block is served as it is, for its steps to be skipped

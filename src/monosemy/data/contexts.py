@@ -127,7 +127,9 @@ class ContextStream:
             if source.kind == "chat" and not tokenizer.chat_template:
                 raise _no_template(source, tokenizer)
         packed = _Packed(self._sources, reading, self.bos_id, self.separator_id, context_length)
-        self._packed: _Packed | _Prefetched = _Prefetched(packed, AHEAD // context_length + 1) if prefetch else packed
+        self._packed: _Packed | _Prefetched = (
+            _Prefetched(packed, AHEAD // context_length + 1) if prefetch else packed
+        )
         # Contexts that were cut but not handed out (a source ran dry before there were enough), each with the
         # state before it.
         self._ready: deque[tuple[dict, list[int]]] = deque()
@@ -180,9 +182,15 @@ class ContextStream:
             counts = Counter(state["counts"])
             rows = counts["documents"]
             whys = LEFT_OUT | {"broken_utf8": "with bytes that are not UTF-8, read as replacement characters"}
-            shares = [f"{counts[key] / rows:.1%} {why}" for key, why in whys.items() if counts[key] > WARN_SHARE * rows]
+            shares = [
+                f"{counts[key] / rows:.1%} {why}"
+                for key, why in whys.items()
+                if counts[key] > WARN_SHARE * rows
+            ]
             if shares:
-                sentences.append(f"{source.name}: of {rows:,} rows, {', '.join(shares)} (field {source.key!r})")
+                sentences.append(
+                    f"{source.name}: of {rows:,} rows, {', '.join(shares)} (field {source.key!r})"
+                )
         return sentences
 
     @cached_property
@@ -206,7 +214,9 @@ def _check_settings(
         remedy = "a context is its BOS token and at least one of text"
         raise invalid("context_length", context_length, "2 or more", remedy)
     if not 0 <= held_out_fraction < 1:
-        raise invalid("held_out_fraction", held_out_fraction, "0 to below 1", "leave most of the text to train on")
+        raise invalid(
+            "held_out_fraction", held_out_fraction, "0 to below 1", "leave most of the text to train on"
+        )
     if split == "held_out" and held_out_fraction == 0:
         remedy = "keep some documents for evaluation"
         raise invalid("held_out_fraction", held_out_fraction, "above 0 for held-out text", remedy)
@@ -481,7 +491,9 @@ class _IdStream:
                 character = 0
                 separated = bool(self._separator) and not (row.get(CONTINUES) and last_used == n - 1)
             for part in cut(text[character:], PIECE):
-                yield _Piece({"rows": before, "n": n, "character": character, "separated": separated}, part, passed)
+                yield _Piece(
+                    {"rows": before, "n": n, "character": character, "separated": separated}, part, passed
+                )
                 character += len(part)
                 separated, passed = False, Counter()
             start, last_used = None, n
@@ -505,7 +517,11 @@ def _no_usable_text(source: Source, counts: Counter[str], row: dict | None, read
         except _Refused as refused:
             allowed = "conversations that the model's chat template renders"
             return invalid(field, source.name, allowed, f'{what}. The template says "{refused}"')
-    fields = f"The last row has the fields {', '.join(sorted(row))}" if row else "The last row is not a JSON object"
+    fields = (
+        f"The last row has the fields {', '.join(sorted(row))}"
+        if row
+        else "The last row is not a JSON object"
+    )
     return invalid(field, source.name, "rows with a text", f"{what}. {fields}: name the one with the text")
 
 

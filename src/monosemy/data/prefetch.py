@@ -43,7 +43,9 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._thread.join()
 
 
-def _make(items: Iterable[T], made: Queue[tuple[T | None, BaseException | None]], closed: threading.Event) -> None:
+def _make(
+    items: Iterable[T], made: Queue[tuple[T | None, BaseException | None]], closed: threading.Event
+) -> None:
     try:
         for item in items:
             made.put((item, None))

@@ -205,7 +205,9 @@ def _opened(source: Source) -> IterableDataset:
     check_hub(source.name)
     try:
         with _one_attempt():
-            return load_dataset(source.name, source.subset, revision=source.revision, split="train", streaming=True)
+            return load_dataset(
+                source.name, source.subset, revision=source.revision, split="train", streaming=True
+            )
     except (ValueError, FileNotFoundDatasetsError) as error:  # names the subsets or splits that there are
         allowed = "a data set with a train split, its subset named if it has several"
         raise invalid("dataset", source.name, allowed, str(error).strip().rstrip(".")) from error
@@ -225,7 +227,9 @@ def _pause(source: Source, what: str, seconds: float | None, error: Exception) -
 
 def _give_up(source: Source, what: str, error: Exception) -> NoReturn:
     if isinstance(error, ValueError):
-        raise invalid("dataset", source.name, f"rows that can be read; {what}", "leave this data set out") from error
+        raise invalid(
+            "dataset", source.name, f"rows that can be read; {what}", "leave this data set out"
+        ) from error
     attempts = f"{len(source.retry_seconds)} attempts to go on have failed"
     raise StreamBroken(f"{what}; {attempts}. Check the network; what was read so far is not lost.") from error
 
@@ -243,8 +247,12 @@ def _one_attempt() -> Iterator[None]:
     single = {f"STREAMING_{what}_MAX_RETRIES": 1 for what in ("READ", "OPEN")}
     intervals = ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN")
     single |= {f"STREAMING_{what}_RETRY_INTERVAL": 0 for what in intervals}
-    with _ATTEMPTS:  # attempts of several threads overlap: the first one saves the configuration, the last one restores it
-        _attempts.append(_attempts[0] if _attempts else {name: getattr(datasets_config, name) for name in single})
+    with (
+        _ATTEMPTS
+    ):  # attempts of several threads overlap: the first one saves the configuration, the last one restores it
+        _attempts.append(
+            _attempts[0] if _attempts else {name: getattr(datasets_config, name) for name in single}
+        )
         vars(datasets_config).update(single)
     try:
         yield

@@ -1,10 +1,11 @@
 """What each latent of an SAE responds to and what it writes, gathered while the SAE is evaluated.
 
-F latents, N tokens or active entries, L tokens of a context, S slots, R kept in a slot, M candidates for slots, W tokens of a window,
-P latents with a page, D width of a site, V vocabulary.
+F latents, N tokens or active entries, L tokens of a context, S slots, R kept in a slot, M candidates for
+slots, W tokens of a window, P latents with a page, D width of a site, V vocabulary.
 
-Memory is bounded (`state_bytes`), and neither the order of batches nor their size shows: counts, maxima and total orders only, but for
-one sum in float64. A candidate is the strongest token of one latent in one context, so that a context stands once in a list.
+Memory is bounded (`state_bytes`), and neither the order of batches nor their size shows: counts, maxima and
+total orders only, but for one sum in float64. A candidate is the strongest token of one latent in one
+context, so that a context stands once in a list.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ BEFORE, AFTER = 28, 11  # tokens of a window around its peak
 WINDOW = BEFORE + 1 + AFTER
 STRONGEST = 8  # contexts kept of a latent
 OCTAVES, SAMPLED = 8, 2  # below the largest activation, and contexts drawn from each
-BINS, LOWEST = 160, -20  # a histogram's quarter octaves, from 2**LOWEST on; what lies beyond is in the outermost
+BINS, LOWEST = (
+    160,
+    -20,
+)  # a histogram's quarter octaves, from 2**LOWEST on; what lies beyond is in the outermost
 ENTRIES = 2**20  # sorted at a time, or those of one context
 ELEMENTS = 2**24  # of a product with all decoder rows, or with the vocabulary, at a time
 
@@ -50,12 +54,21 @@ def state_bytes(d_sae: int) -> int:
 
 
 class LatentStats:
-    """Statistics of all latents of one SAE, their strongest contexts, and contexts drawn evenly from each octave below the strongest.
+    """Statistics of all latents of one SAE, their strongest contexts, and contexts drawn evenly from each
+    octave below the strongest.
 
     `salt` names the draw: the same for the same name and seed, whatever else is in the run.
     """
 
-    def __init__(self, d_sae: int, context_length: int, *, seed: int = 0, salt: str = "", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        d_sae: int,
+        context_length: int,
+        *,
+        seed: int = 0,
+        salt: str = "",
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.F, self.L, self.device = d_sae, context_length, torch.device(device)
         self.salt = int(torch.randint(2**62, (), generator=rng.generator(seed, f"report {salt}")))
         self.tokens = self.contexts = 0
@@ -71,7 +84,8 @@ class LatentStats:
         self.candidates_S = torch.zeros(d_sae * OCTAVES, dtype=torch.int32, device=device)
 
     def add(self, f_NF: Tensor, at_N: Tensor) -> None:
-        """Take in the codes of counted tokens of whole contexts; `at_N` are their places, context * L + position, ascending."""
+        """Take in the codes of counted tokens of whole contexts; `at_N` are their places, context * L +
+        position, ascending."""
         began = time.monotonic()
         self.tokens += len(f_NF)
         self.contexts += len(torch.unique_consecutive(at_N // self.L))
@@ -96,7 +110,9 @@ class LatentStats:
         self.sum_F.index_add_(0, latents_N, values_N.double())
         self.max_F.scatter_reduce_(0, latents_N, values_N, "amax")
         bins_N = ((_bits(values_N) >> 21) - ((127 + LOWEST) << 2)).clamp(0, BINS - 1)
-        self.bins_FH.view(-1).scatter_add_(0, latents_N * BINS + bins_N, torch.ones_like(bins_N, dtype=torch.int32))
+        self.bins_FH.view(-1).scatter_add_(
+            0, latents_N * BINS + bins_N, torch.ones_like(bins_N, dtype=torch.int32)
+        )
 
         # the strongest token of each latent in each context
         contexts_N = at_N // self.L
@@ -119,7 +135,9 @@ class LatentStats:
             inside = (offset >= 0) & (offset < WINDOW)
             which, entry, offset = which[inside], entry[inside], offset[inside]
             shade = torch.zeros(len(m), WINDOW, dtype=torch.uint8, device=m.device)
-            shade[which, offset] = (255 * values_N[entry] / peak_M[m][which]).ceil().clamp(max=255).to(torch.uint8)
+            shade[which, offset] = (
+                (255 * values_N[entry] / peak_M[m][which]).ceil().clamp(max=255).to(torch.uint8)
+            )
             return shade
 
         self.strongest.add(latents_M, -_bits(peak_M), at_M, peak_M, windows)
@@ -127,7 +145,9 @@ class LatentStats:
         octave_M = (_bits(peak_M) >> 23) - 127
         slots_M = latents_M * OCTAVES + octave_M.remainder(OCTAVES)
         newest_S = self.octave_S.scatter_reduce(0, slots_M, octave_M.to(torch.int16), "amax")
-        higher = (newest_S > self.octave_S).nonzero()[:, 0]  # what was kept there is out of range: eight octaves below
+        higher = (newest_S > self.octave_S).nonzero()[
+            :, 0
+        ]  # what was kept there is out of range: eight octaves below
         self.drawn.clear(higher)
         self.candidates_S[higher] = 0
         self.octave_S = newest_S
@@ -142,7 +162,10 @@ class LatentStats:
 
 
 class _Kept:
-    """Of the candidates of each slot the R of least (key, place), with their peaks and windows. Empty places have the largest key."""
+    """Of the candidates of each slot the R of least (key, place), with their peaks and windows.
+
+    Empty places have the largest key.
+    """
 
     EMPTY = 2**63 - 1
 
@@ -173,7 +196,9 @@ class _Kept:
         order = at.argsort(stable=True)
         order = order[key[order].argsort(stable=True)]
         order = order[slot[order].argsort(stable=True)]
-        kept = order[_counting(torch.bincount(slot, minlength=T)) < R]  # at least R of each: the old ones and what is new
+        kept = order[
+            _counting(torch.bincount(slot, minlength=T)) < R
+        ]  # at least R of each: the old ones and what is new
         new = kept >= T * R
         shade = self.shade_SRW.new_zeros(T * R, WINDOW)
         shade[~new] = self.shade_SRW[touched].view(T * R, WINDOW)[kept[~new]]
@@ -192,7 +217,9 @@ def _bits(values: Tensor) -> Tensor:
 def _counting(counts: Tensor) -> Tensor:
     """0, 1, .., n - 1 for each of the counts n, one after the other."""
     ends = counts.cumsum(0)
-    return torch.arange(int(ends[-1]) if len(ends) else 0, device=counts.device) - (ends - counts).repeat_interleave(counts)
+    return torch.arange(int(ends[-1]) if len(ends) else 0, device=counts.device) - (
+        ends - counts
+    ).repeat_interleave(counts)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -202,7 +229,7 @@ def _mix(x: Tensor) -> Tensor:
     return (x ^ ((x >> 33) & (2**31 - 1))) & (2**62 - 1)
 
 
-# --- the decoder -----------------------------------------------------------------------------------------------------------------
+# --- the decoder --------------------------------------------------------------------------------------------
 
 
 def unit_rows(W_FD: Tensor) -> Tensor:
@@ -219,7 +246,10 @@ def encoder_decoder(sae: Any) -> Tensor:
 def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor]:
     """The other latent with the most similar decoder row, and the cosine of the two: [F] each."""
     unit_FD = unit_rows(W_dec_FD)
-    found = [_others(unit_FD, rows).max(1) for rows in _pieces(torch.arange(len(unit_FD), device=unit_FD.device), len(unit_FD))]
+    found = [
+        _others(unit_FD, rows).max(1)
+        for rows in _pieces(torch.arange(len(unit_FD), device=unit_FD.device), len(unit_FD))
+    ]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
 
@@ -227,7 +257,9 @@ def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor]:
 def neighbours(W_dec_FD: Tensor, rows_P: Tensor, count: int = 6) -> tuple[Tensor, Tensor]:
     """The `count` other latents nearest to some, and their cosines: [P, count] each."""
     unit_FD = unit_rows(W_dec_FD)
-    found = [_others(unit_FD, rows).topk(min(count, len(unit_FD) - 1)) for rows in _pieces(rows_P, len(unit_FD))]
+    found = [
+        _others(unit_FD, rows).topk(min(count, len(unit_FD) - 1)) for rows in _pieces(rows_P, len(unit_FD))
+    ]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
 
@@ -254,7 +286,10 @@ class Geometry:
             "decoder_max_cosine": float(self.near_cosine_F.double().mean()),
             "encoder_decoder_cosine": float(self.enc_dec_F.double().mean()),
         }
-        counts = {"near_copies": int((self.near_cosine_F > TWIN).sum()), "copies": int((self.near_cosine_F > COPY).sum())}
+        counts = {
+            "near_copies": int((self.near_cosine_F > TWIN).sum()),
+            "copies": int((self.near_cosine_F > COPY).sum()),
+        }
         return counts | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
 
 
@@ -266,12 +301,14 @@ def geometry(sae: Any) -> Geometry:
 def norm_map(lm: LanguageModel) -> Tensor:
     """Return the linear part [D, D] of the model's final norm, up to the number by which it divides.
 
-    That is gain and centering, whatever the norm's kind: the norm's odd part on each unit vector; the identity where a
-    model has no final norm. The norm is the module after the last layer whose output is the final state: one before them
-    is not taken for it, though a zero embedding may give an equal output.
+    That is gain and centering, whatever the norm's kind: the norm's odd part on each unit vector; the
+    identity where a model has no final norm. The norm is the module after the last layer whose output is the
+    final state: one before them is not taken for it, though a zero embedding may give an equal output.
     """
     decoder, layers = lm.decoder, lm.layers
-    parts = [child for child in decoder.children() if child is not layers and any(True for _ in child.parameters())]
+    parts = [
+        child for child in decoder.children() if child is not layers and any(True for _ in child.parameters())
+    ]
     calls = lm.probe([*parts, layers[-1], decoder])
     final = calls[-1].output.last_hidden_state
     unit_DD = torch.eye(final.shape[-1], device=final.device)
@@ -285,11 +322,15 @@ def norm_map(lm: LanguageModel) -> Tensor:
 
 
 @torch.inference_mode()
-def logit_effects(W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What decoder rows add to the logits directly, through the final norm and the unembedding, in standard deviations over the vocabulary.
+def logit_effects(
+    W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What decoder rows add to the logits directly, through the final norm and the unembedding, in standard
+    deviations over the vocabulary.
 
-    (tokens promoted, how much, tokens suppressed, how much), [P, count] each. `masked_V` are tokens that are not told, such as special ones.
-    The norm divides by a number that depends on the token, which no ranking sees and the standard deviation cancels.
+    (tokens promoted, how much, tokens suppressed, how much), [P, count] each. `masked_V` are tokens that are
+    not told, such as special ones. The norm divides by a number that depends on the token, which no ranking
+    sees and the standard deviation cancels.
     """
     W_VD = lm.model.get_output_embeddings().weight.float()
     found: list[tuple[Tensor, ...]] = []
@@ -304,14 +345,16 @@ def logit_effects(W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: 
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
 
 
-# --- which latents have pages -----------------------------------------------------------------------------------------------------
+# --- which latents have pages -------------------------------------------------------------------------------
 
 
 def choose(g: LatentStats, like: Geometry, pages: int, entropy_F: Tensor) -> tuple[Tensor, Tensor]:
-    """At most `pages` latents, each with the number of its reason; any prefix holds the reasons in about the same shares.
+    """At most `pages` latents, each with the number of its reason; any prefix holds the reasons in about the
+    same shares.
 
-    A third are the lowest hashes among those that fire in `RARE_CONTEXTS` contexts: a fair sample. Then the interesting ones (their
-    peaks strong against their mean, and of few kinds of tokens), dense, rare, with a twin, and with a decoder unlike their encoder.
+    A third are the lowest hashes among those that fire in `RARE_CONTEXTS` contexts: a fair sample. Then the
+    interesting ones (their peaks strong against their mean, and of few kinds of tokens), dense, rare, with a
+    twin, and with a decoder unlike their encoder.
     """
     device = g.n_F.device
     all_F = torch.arange(g.F, device=device)
@@ -359,7 +402,9 @@ def _rank(x_F: Tensor, among_F: Tensor) -> Tensor:
     """Where each stands among some, 0 to 1; 0 for all others."""
     rank_F = torch.zeros_like(x_F)
     where = among_F.nonzero()[:, 0]
-    rank_F[where[x_F[where].argsort(stable=True)]] = torch.linspace(0, 1, len(where), dtype=x_F.dtype, device=x_F.device)
+    rank_F[where[x_F[where].argsort(stable=True)]] = torch.linspace(
+        0, 1, len(where), dtype=x_F.dtype, device=x_F.device
+    )
     return rank_F
 
 
@@ -371,10 +416,14 @@ def peak_entropy(tokens_FR: Tensor) -> Tensor:
     return (torch.where(held_FR, (n_F1 / same_FR).log2(), 0.0) / n_F1).sum(1)
 
 
-def statistics(g: LatentStats, sae: Any, like: Geometry, pages: int, contexts_CL: Tensor | None = None) -> dict[str, np.ndarray]:
-    """What is kept of an SAE's latents, by name: columns of all of them [F, ..], then those of the chosen ones, `page_..` [P, ..].
+def statistics(
+    g: LatentStats, sae: Any, like: Geometry, pages: int, contexts_CL: Tensor | None = None
+) -> dict[str, np.ndarray]:
+    """What is kept of an SAE's latents, by name: columns of all of them [F, ..], then those of the chosen
+    ones, `page_..` [P, ..].
 
-    `contexts_CL` are the tokens at the places that were gathered; without them the choice of pages does not look at tokens.
+    `contexts_CL` are the tokens at the places that were gathered; without them the choice of pages does not
+    look at tokens.
     """
     columns: dict[str, np.ndarray] = {}
 
@@ -382,7 +431,11 @@ def statistics(g: LatentStats, sae: Any, like: Geometry, pages: int, contexts_CL
         columns[name] = x.cpu().numpy().astype(dtype)
 
     at_FR = g.strongest.at_SR.long()
-    peaks_FR = torch.where(at_FR >= 0, contexts_CL.to(g.device).flatten()[at_FR.clamp(min=0)] if contexts_CL is not None else 0, -1)
+    peaks_FR = torch.where(
+        at_FR >= 0,
+        contexts_CL.to(g.device).flatten()[at_FR.clamp(min=0)] if contexts_CL is not None else 0,
+        -1,
+    )
     column("count", g.n_F, np.uint32)
     column("contexts", g.contexts_F, np.uint32)
     column("max", g.max_F, np.float32)
@@ -397,14 +450,22 @@ def statistics(g: LatentStats, sae: Any, like: Geometry, pages: int, contexts_CL
     octave_PO = g.octave_S.view(g.F, OCTAVES)[latents_P]
     top_P1 = octave_PO.amax(1, keepdim=True)
     in_range_PO = octave_PO > top_P1 - OCTAVES
-    again_PM = (at_PM[:, STRONGEST:, None] == at_PM[:, None, :STRONGEST]).any(2) | ~in_range_PO.repeat_interleave(SAMPLED, 1)
+    again_PM = (at_PM[:, STRONGEST:, None] == at_PM[:, None, :STRONGEST]).any(
+        2
+    ) | ~in_range_PO.repeat_interleave(SAMPLED, 1)
     at_PM[:, STRONGEST:][again_PM] = -1
     column("page_latent", latents_P, np.uint32)
     column("page_reason", reasons_P, np.uint8)
     column("page_bins", g.bins_FH[latents_P], np.uint32)
     column("page_at", at_PM, np.int32)
-    column("page_peak", torch.cat([g.strongest.peak_SR[latents_P], g.drawn.peak_SR.view(g.F, -1)[latents_P]], 1), np.float32)
-    shade = torch.cat([g.strongest.shade_SRW[latents_P], g.drawn.shade_SRW.view(g.F, -1, WINDOW)[latents_P]], 1)
+    column(
+        "page_peak",
+        torch.cat([g.strongest.peak_SR[latents_P], g.drawn.peak_SR.view(g.F, -1)[latents_P]], 1),
+        np.float32,
+    )
+    shade = torch.cat(
+        [g.strongest.shade_SRW[latents_P], g.drawn.shade_SRW.view(g.F, -1, WINDOW)[latents_P]], 1
+    )
     column("page_shade", shade, np.uint8)
     column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
     column("page_candidates", g.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
@@ -415,9 +476,16 @@ def statistics(g: LatentStats, sae: Any, like: Geometry, pages: int, contexts_CL
     return columns
 
 
-def effects(sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, masked_V: Tensor) -> dict[str, np.ndarray]:
-    """The columns of what some latents promote and suppress, [P, ..]; none for a site that does not write into the residual stream."""
-    if not len(latents_P) or site.kind == "module" or sae.d_in != lm.model.get_output_embeddings().weight.shape[1]:
+def effects(
+    sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, masked_V: Tensor
+) -> dict[str, np.ndarray]:
+    """The columns of what some latents promote and suppress, [P, ..]; none for a site that does not write
+    into the residual stream."""
+    if (
+        not len(latents_P)
+        or site.kind == "module"
+        or sae.d_in != lm.model.get_output_embeddings().weight.shape[1]
+    ):
         return {}
     rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(lm.device)
     found = logit_effects(sae.W_dec[rows_P], lm, masked_V.to(lm.device))
@@ -427,7 +495,8 @@ def effects(sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, mask
 
 
 def strongest_rows(g: LatentStats, latents_P: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns of the rows [P, R] on which some latents are strongest, and how strong: of activations that are no text's."""
+    """The columns of the rows [P, R] on which some latents are strongest, and how strong: of activations that
+    are no text's."""
     rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(g.device)
     at_PR, peak_PR = (kept[rows_P].cpu().numpy() for kept in (g.strongest.at_SR, g.strongest.peak_SR))
     return {"page_rows": at_PR.astype(np.int32), "page_row_values": peak_PR.astype(np.float32)}
@@ -442,10 +511,12 @@ def untold(lm: LanguageModel, tokenizer: Any, special_ids: Sequence[int]) -> Ten
     return masked_V
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, g: LatentStats, columns: Mapping[str, np.ndarray], *, seconds: float = 0.0, text: bool = True) -> None:
+def write(
+    path: Path, g: LatentStats, columns: Mapping[str, np.ndarray], *, seconds: float = 0.0, text: bool = True
+) -> None:
     """Write what `report` shows of an SAE's latents. `seconds` is what making the columns took.
 
     Without `text` neither tokens nor their places are written: statistics and effects on logits alone.
@@ -457,20 +528,31 @@ def write(path: Path, g: LatentStats, columns: Mapping[str, np.ndarray], *, seco
         "pages_seconds": round(seconds, 2),
         "state_bytes": state_bytes(g.F),
     }
-    arrays.save(path, facts, {name: column for name, column in columns.items() if text or name not in arrays.OF_TEXT})
+    arrays.save(
+        path, facts, {name: column for name, column in columns.items() if text or name not in arrays.OF_TEXT}
+    )
 
 
 def write_text(
-    path: Path, latents_files: Sequence[Path], contexts_CL: Tensor, tokenizer: Any, special_ids: Sequence[int], *, text: bool = True
+    path: Path,
+    latents_files: Sequence[Path],
+    contexts_CL: Tensor,
+    tokenizer: Any,
+    special_ids: Sequence[int],
+    *,
+    text: bool = True,
 ) -> None:
-    """Write the held-out text once, with the bytes of its tokens and of those that the SAEs' latents promote and suppress.
+    """Write the held-out text once, with the bytes of its tokens and of those that the SAEs' latents promote
+    and suppress.
 
     Without `text` only the latter. Raises what reading a damaged latents.npz raises.
     """
     ids = [contexts_CL.cpu().numpy().ravel()] if text else []
     for file in latents_files:
         columns, _ = arrays.load(file)
-        ids += [column.ravel() for name, column in columns.items() if name in ("page_promotes", "page_suppresses")]
+        ids += [
+            column.ravel() for name, column in columns.items() if name in ("page_promotes", "page_suppresses")
+        ]
     used = np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64)
     spelled = token_bytes(tokenizer, used.tolist())
     vocabulary = {
@@ -486,7 +568,9 @@ def write_text(
 def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     """The bytes of each token, by the tokenizer's own table: a token may be a part of a character."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = json.dumps(json.loads(backend.to_str()).get("decoder")) if backend is not None else '"ByteFallback"'
+    decoder = (
+        json.dumps(json.loads(backend.to_str()).get("decoder")) if backend is not None else '"ByteFallback"'
+    )
     alphabet = _byte_alphabet()
 
     def spell(string: str) -> bytes:
@@ -501,11 +585,15 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
         return string.replace("\u2581", " ").encode()
 
     added = {i: str(token).encode("utf-8", "replace") for i, token in tokenizer.added_tokens_decoder.items()}
-    return [added[i] if i in added else spell(s or "") for i, s in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)]
+    return [
+        added[i] if i in added else spell(s or "")
+        for i, s in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
+    ]
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes: printable Latin-1 as itself, the others from U+0100 on."""
+    """The characters by which byte-level BPE writes bytes: printable Latin-1 as itself, the others from
+    U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

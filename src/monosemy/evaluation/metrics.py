@@ -1,13 +1,16 @@
-"""One flat row of measurements for each SAE: on activations of any kind, or on held-out tokens through the whole language model.
+"""One flat row of measurements for each SAE: on activations of any kind, or on held-out tokens through the
+whole language model.
 
-C contexts, L tokens of a context, B rows of a batch, D width of a site, F latents, N counted tokens, P positions that predict, V vocabulary.
+C contexts, L tokens of a context, B rows of a batch, D width of a site, F latents, N counted tokens, P
+positions that predict, V vocabulary.
 
-A token is *counted* unless it opens its context, is one of `ignore_ids`, or its norm is over the site's limit. Only counted tokens enter
-metrics, and only they are replaced: by the reconstruction, by zero and by the mean alike; all others keep the model's own activations.
-Cross-entropy and KL are taken where a counted token predicts the next one, whatever that is: everywhere but at a context's end.
+A token is *counted* unless it opens its context, is one of `ignore_ids`, or its norm is over the site's
+limit. Only counted tokens enter metrics, and only they are replaced: by the reconstruction, by zero and by
+the mean alike; all others keep the model's own activations. Cross-entropy and KL are taken where a counted
+token predicts the next one, whatever that is: everywhere but at a context's end.
 
-Sums are float64 and every ratio is one of sums over all tokens, never a mean of ratios: batch sizes cannot show in the figures. Both kinds
-of evaluation add up in `_Sums` and read them in `_reconstruction`.
+Sums are float64 and every ratio is one of sums over all tokens, never a mean of ratios: batch sizes cannot
+show in the figures. Both kinds of evaluation add up in `_Sums` and read them in `_reconstruction`.
 """
 
 from __future__ import annotations
@@ -48,13 +51,15 @@ def evaluate(
     gather: Mapping[str, LatentStats] | None = None,
     missing: Missing | None = None,
 ) -> list[Row]:
-    """A row for each SAE, in order, on activations of any kind [B, D]: of a vision model, of proteins, of a simulator.
+    """A row for each SAE, in order, on activations of any kind [B, D]: of a vision model, of proteins, of a
+    simulator.
 
-    The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry; `tokens` counts rows, as
-    `unit` says. `batches` may be an iterator: it is read once, moved to the SAEs' device and regrouped to 2,048 rows, so that the size
-    of batches cannot show, not even in the exact selection of batch_top_k. A list of SAEs is named sae_0, sae_1, ..; `site` names where
-    the activations are from.
-    `gather` sees the codes of every SAE that it names. With `missing` an SAE that fails has no row; it lists them.
+    The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry;
+    `tokens` counts rows, as `unit` says. `batches` may be an iterator: it is read once, moved to the SAEs'
+    device and regrouped to 2,048 rows, so that the size of batches cannot show, not even in the exact
+    selection of batch_top_k. A list of SAEs is named sae_0, sae_1, ..; `site` names where the activations are
+    from. `gather` sees the codes of every SAE that it names. With `missing` an SAE that fails has no row; it
+    lists them.
     Raises ValueError for batches that are empty, not [B, d_in] or not finite, and for no SAE.
     """
     named = named_saes(saes)
@@ -72,12 +77,23 @@ def evaluate(
                 for mode, of in sums[name].items():
                     of.add(x_ND, sae, mode, at_N)
     if not spread.rows:
-        raise invalid("batches", "empty", "at least one batch [B, D]", "pass activations; an iterator that was read before has none left")
+        raise invalid(
+            "batches",
+            "empty",
+            "at least one batch [B, D]",
+            "pass activations; an iterator that was read before has none left",
+        )
     rows = []
     for name in (name for name in named if not missing.lacks(ROWS, name)):
         sae = named[name]
         columns = {mode: _reconstruction(of, spread.variance) for mode, of in sums[name].items()}
-        about: Row = {"site": site, "layer": None, "unit": "rows", "tokens": spread.rows, "sparsity_setting": sae.sparsity_setting}
+        about: Row = {
+            "site": site,
+            "layer": None,
+            "unit": "rows",
+            "tokens": spread.rows,
+            "sparsity_setting": sae.sparsity_setting,
+        }
         row = _row(name, sae, about | {"sparsity": getattr(sae.settings, sae.sparsity_setting)}, columns)
         with missing.part("decoder geometry", name):
             row |= geometry(sae).columns()
@@ -86,7 +102,10 @@ def evaluate(
 
 
 def named_saes(saes: SAE | Sequence[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
-    """SAEs by their names; those of a list are sae_0, sae_1, .. Raises ValueError for none, and for what is no SAE."""
+    """SAEs by their names; those of a list are sae_0, sae_1, ..
+
+    Raises ValueError for none, and for what is no SAE.
+    """
     if isinstance(saes, Mapping):
         named = dict(saes)
     else:
@@ -94,7 +113,10 @@ def named_saes(saes: SAE | Sequence[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
     for sae in named.values():
         if not hasattr(sae, "d_sae"):
             raise invalid(
-                "saes", type(sae).__name__, "an SAE, a list of SAEs or a dict of name and SAE", "pass `fitted.saes` or what `load` gives"
+                "saes",
+                type(sae).__name__,
+                "an SAE, a list of SAEs or a dict of name and SAE",
+                "pass `fitted.saes` or what `load` gives",
             )
     if not named:
         raise invalid("saes", "none", "at least one", "pass an SAE")
@@ -119,24 +141,33 @@ def evaluate_on_model(
 ) -> list[Row]:
     """A row for each SAE, in order; SAEs take raw activations and are on the model's device, in float32.
 
-    The model runs `batch_size` contexts at a time; what lies before a site runs once for all its SAEs. Splicing costs each SAE (and each of
-    its modes) a run of everything after the site: `splice_contexts` limits it to the first contexts, 0 leaves it out; the row counts the
-    tokens of both. An SAE with a second mode has that mode's columns under its name: `top_k_fvu` beside `fvu`. `norm_limits` are norms of
-    activations, `info` adds columns to a row; `gather` sees the codes of every SAE that it names, in the SAE's first mode.
-    With `sae_bench` zero ablation replaces every token, counted or not, and KL is also taken at a context's end: SAEBench's rules.
-    With `missing` an SAE that fails has no row, and the SAEs of a site that cannot be spliced have rows without losses; it lists them.
-    Raises ValueError for a site that the model was not loaded with, and without `missing` for contexts without a counted token, and a model
-    that lacks its head or cannot be resumed where something is to be spliced.
+    The model runs `batch_size` contexts at a time; what lies before a site runs once for all its SAEs.
+    Splicing costs each SAE (and each of its modes) a run of everything after the site: `splice_contexts`
+    limits it to the first contexts, 0 leaves it out; the row counts the tokens of both. An SAE with a second
+    mode has that mode's columns under its name: `top_k_fvu` beside `fvu`. `norm_limits` are norms of
+    activations, `info` adds columns to a row; `gather` sees the codes of every SAE that it names, in the
+    SAE's first mode. With `sae_bench` zero ablation replaces every token, counted or not, and KL is also
+    taken at a context's end: SAEBench's rules. With `missing` an SAE that fails has no row, and the SAEs of a
+    site that cannot be spliced have rows without losses; it lists them.
+    Raises ValueError for a site that the model was not loaded with, and without `missing` for contexts
+    without a counted token, and a model that lacks its head or cannot be resumed where something is to be
+    spliced.
     """
     C, L = contexts_CL.shape
     spliced = C if splice_contexts is None else min(splice_contexts, C)
     if L < 2 or C < 1:
-        raise invalid("contexts", (C, L), "at least one context of two tokens or more", "give more held-out tokens")
+        raise invalid(
+            "contexts", (C, L), "at least one context of two tokens or more", "give more held-out tokens"
+        )
     if spliced < 0:
-        raise invalid("splice_contexts", splice_contexts, "0 or more", "leave it out to splice into all contexts")
+        raise invalid(
+            "splice_contexts", splice_contexts, "0 or more", "leave it out to splice into all contexts"
+        )
     for name, (site, _) in saes.items():
         if site not in lm.sites:
-            raise invalid("site", str(site), ", ".join(map(str, lm.sites)), f"load the model with the site of {name}")
+            raise invalid(
+                "site", str(site), ", ".join(map(str, lm.sites)), f"load the model with the site of {name}"
+            )
     missing = Missing(strict=True) if missing is None else missing
     contexts_CL, ignore_ids = contexts_CL.to(lm.device), ignore_ids.to(lm.device)
     sites = {site: [name for name, (at, _) in saes.items() if at == site] for site, _ in saes.values()}
@@ -161,15 +192,26 @@ def evaluate_on_model(
     for site in list(sites):
         with missing.part(ROWS, str(site)):
             if not mean[site].tokens:
-                raise invalid("ignore_ids", "what is left out", f"fewer than all tokens at {site}", "give more held-out tokens")
+                raise invalid(
+                    "ignore_ids",
+                    "what is left out",
+                    f"fewer than all tokens at {site}",
+                    "give more held-out tokens",
+                )
         if missing.lacks(ROWS, str(site)):
             del sites[site]
 
     at_site = {site: _SiteSums(mean[site].value, C) for site in sites}
-    sums = {name: _new_sums(saes[name][1], C, lm.device, (gather or {}).get(name)) for names in sites.values() for name in names}
+    sums = {
+        name: _new_sums(saes[name][1], C, lm.device, (gather or {}).get(name))
+        for names in sites.values()
+        for name in names
+    }
     with Progress(total=C, unit="ctx", desc="evaluating") as progress:
         for first, ids_GL in _groups(contexts_CL, spliced):
-            runs = _Runs(lm, ids_GL, list(sites), batch_size, splicing=first < max(splice.values(), default=0))
+            runs = _Runs(
+                lm, ids_GL, list(sites), batch_size, splicing=first < max(splice.values(), default=0)
+            )
             for site, names in sites.items():
                 x_GLD = runs.activations(site)
                 mask_GL = counted(ids_GL, x_GLD, site)
@@ -182,12 +224,18 @@ def evaluate_on_model(
                         continue
                     sae = saes[name][1]
                     with missing.part(ROWS, name):
-                        hats |= {(name, mode): of.add(x_ND, sae, mode, at_N) for mode, of in sums[name].items()}
+                        hats |= {
+                            (name, mode): of.add(x_ND, sae, mode, at_N) for mode, of in sums[name].items()
+                        }
                 if first >= splice[site]:
                     continue
                 with missing.part(LOSSES, str(site)):
-                    for key, where_P, ce_P, kl_P in _spliced(runs, site, hats, x_GLD, mask_GL, ids_GL, first, sae_bench):
-                        of_run = at_site[site].losses[key] if isinstance(key, str) else sums[key[0]][key[1]].losses
+                    for key, where_P, ce_P, kl_P in _spliced(
+                        runs, site, hats, x_GLD, mask_GL, ids_GL, first, sae_bench
+                    ):
+                        of_run = (
+                            at_site[site].losses[key] if isinstance(key, str) else sums[key[0]][key[1]].losses
+                        )
                         of_run.add(where_P, ce_P, kl_P)
                 if missing.lacks(LOSSES, str(site)):
                     splice[site] = 0
@@ -204,18 +252,26 @@ def evaluate_on_model(
             | _loss_columns(of.losses if splice[site] else none["clean"], shared, weights_WC)
             for mode, of in sums[name].items()
         }
-        about: Row = {"site": str(site), "layer": site.layer, "n_inputs": C, "context_length": L, "tokens": mean[site].tokens}
+        about: Row = {
+            "site": str(site),
+            "layer": site.layer,
+            "n_inputs": C,
+            "context_length": L,
+            "tokens": mean[site].tokens,
+        }
         about |= {"spliced_tokens": shared["clean"].tokens} | dict((info or {}).get(name, {}))
         rows.append(_row(name, sae, about, columns))
     return rows
 
 
 def dictionary_learning_results(row: Row) -> dict[str, Any]:
-    """A row as dictionary_learning's `eval_results.json` nests it: its keys under its names, and ours beside them."""
+    """A row as dictionary_learning's `eval_results.json` nests it: its keys under its names, and ours beside
+    them."""
     return {**row, "hyperparameters": {"n_inputs": row["n_inputs"], "context_length": row["context_length"]}}
 
 
-SAE_BENCH = {  # its core evaluation's categories and names -> ours; docs/sae-bench.md says where its formulas differ
+# its core evaluation's categories and names -> ours; docs/sae-bench.md says where its formulas differ
+SAE_BENCH = {
     "model_behavior_preservation": {"kl_div_with_ablation": "kl_zero", "kl_div_with_sae": "kl"},
     "model_performance_preservation": {
         "ce_loss_score": "loss_recovered_zero",
@@ -231,16 +287,24 @@ SAE_BENCH = {  # its core evaluation's categories and names -> ours; docs/sae-be
 
 
 def sae_bench_results(row: Row) -> dict[str, dict[str, Any]]:
-    """A row under SAEBench's names, by its categories. Their values are comparable where the row was made with `sae_bench=True`."""
-    found = {category: {name: row[ours] for name, ours in names.items()} for category, names in SAE_BENCH.items()}
-    found["model_behavior_preservation"]["kl_div_score"] = None if row["kl"] is None else 1 - _ratio(row["kl"], row["kl_zero"])
+    """A row under SAEBench's names, by its categories.
+
+    Their values are comparable where the row was made with `sae_bench=True`.
+    """
+    found = {
+        category: {name: row[ours] for name, ours in names.items()} for category, names in SAE_BENCH.items()
+    }
+    found["model_behavior_preservation"]["kl_div_score"] = (
+        None if row["kl"] is None else 1 - _ratio(row["kl"], row["kl_zero"])
+    )
     found["reconstruction_quality"]["explained_variance"] = None if row["fvu"] is None else 1 - row["fvu"]
     found["misc_metrics"]["freq_over_10_percent"] = row["dense"] / row["d_sae"]
     return found
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned plain text: loss recovered is against zero ablation, with its 95 % interval; * flags a threshold."""
+    """The rows as aligned plain text: loss recovered is against zero ablation, with its 95 % interval; *
+    flags a threshold."""
     columns = ("sae", "architecture", "L0", "FVU", "cosine", "loss recovered", "CE diff", "KL", "alive")
 
     def cells(row: Row) -> tuple[str, ...]:
@@ -248,7 +312,9 @@ def table(rows: Sequence[Row]) -> str:
             return "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
 
         interval = f" [{number('loss_recovered_zero_low', 3)}, {number('loss_recovered_zero_high', 3)}]"
-        recovered = number("loss_recovered_zero", 3) + (interval if row.get("loss_recovered_zero_low") is not None else "")
+        recovered = number("loss_recovered_zero", 3) + (
+            interval if row.get("loss_recovered_zero_low") is not None else ""
+        )
         fvu = number("fvu", 3) + ("*" if row.get("threshold_flag") else "")
         rest = (number("ce_diff", 3), number("kl", 3), number("frac_alive", 3))
         return row["sae"], row["architecture"], number("l0", 1), fvu, number("cossim", 3), recovered, *rest
@@ -256,10 +322,12 @@ def table(rows: Sequence[Row]) -> str:
     lines = [columns, *map(cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     pad = [str.ljust if i < 2 else str.rjust for i in range(len(columns))]
-    return "\n".join("  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines
+    )
 
 
-# --- activations that come in batches --------------------------------------------------------------------------------------------
+# --- activations that come in batches -----------------------------------------------------------------------
 
 
 def _common(saes: Mapping[str, SAE]) -> tuple[int, torch.device]:
@@ -268,7 +336,10 @@ def _common(saes: Mapping[str, SAE]) -> tuple[int, torch.device]:
     if len(found) > 1:
         said = ", ".join(f"{width} on {device}" for width, device in sorted(found, key=str))
         raise invalid(
-            "saes", said, "SAEs of one d_in on one device", "evaluate those of other activations apart, or move them with sae.to(..)"
+            "saes",
+            said,
+            "SAEs of one d_in on one device",
+            "evaluate those of other activations apart, or move them with sae.to(..)",
         )
     return found.pop()
 
@@ -280,11 +351,19 @@ def _regrouped(batches: Iterable[Tensor], D: int, device: torch.device) -> Itera
         shape = tuple(getattr(x_BD, "shape", ()))
         if not isinstance(x_BD, Tensor) or len(shape) != 2 or shape[1] != D:
             raise invalid(
-                f"batches[{i}]", shape or type(x_BD).__name__, f"a tensor [B, {D}], as wide as the SAEs", "flatten leading dimensions first"
+                f"batches[{i}]",
+                shape or type(x_BD).__name__,
+                f"a tensor [B, {D}], as wide as the SAEs",
+                "flatten leading dimensions first",
             )
         x_BD = x_BD.to(device, torch.float32)
         if not x_BD.isfinite().all():
-            raise invalid(f"batches[{i}]", "not finite", "finite activations", "find where infinities come from, or drop those rows")
+            raise invalid(
+                f"batches[{i}]",
+                "not finite",
+                "finite activations",
+                "find where infinities come from, or drop those rows",
+            )
         waiting.append(x_BD)
         while sum(map(len, waiting)) >= SELECTION_TOKENS:
             rows_ND = torch.cat(waiting)
@@ -295,7 +374,8 @@ def _regrouped(batches: Iterable[Tensor], D: int, device: torch.device) -> Itera
 
 
 class _Spread:
-    """The variance of rows about their mean in one pass: float64 sums about the mean of the first ones, so that nothing cancels."""
+    """The variance of rows about their mean in one pass: float64 sums about the mean of the first ones, so
+    that nothing cancels."""
 
     def __init__(self) -> None:
         self.rows, self.about_D = 0, torch.zeros(())
@@ -315,11 +395,12 @@ class _Spread:
         return max(float(self.squares - self.sum_D.square().sum() / self.rows), 0.0)
 
 
-# --- running the model ---------------------------------------------------------------------------------------------------------
+# --- running the model --------------------------------------------------------------------------------------
 
 
 def _groups(contexts_CL: Tensor, spliced: int) -> Iterator[tuple[int, Tensor]]:
-    """The contexts in groups of about SELECTION_TOKENS tokens, which do not depend on the batch size, with each group's first index."""
+    """The contexts in groups of about SELECTION_TOKENS tokens, which do not depend on the batch size, with
+    each group's first index."""
     size = max(1, SELECTION_TOKENS // contexts_CL.shape[1])
     for start, stop in ((0, spliced), (spliced, len(contexts_CL))):
         for first in range(start, stop, size):
@@ -329,11 +410,15 @@ def _groups(contexts_CL: Tensor, spliced: int) -> Iterator[tuple[int, Tensor]]:
 class _Runs:
     """The model's runs over one group of contexts, some contexts at a time."""
 
-    def __init__(self, lm: LanguageModel, ids_GL: Tensor, sites: Sequence[Site], batch_size: int, *, splicing: bool) -> None:
+    def __init__(
+        self, lm: LanguageModel, ids_GL: Tensor, sites: Sequence[Site], batch_size: int, *, splicing: bool
+    ) -> None:
         self.lm, self.batch_size = lm, batch_size
         batches = ids_GL.split(batch_size)
         self.cleans: list[CleanRun] = [lm.clean(ids_BL, sites) for ids_BL in batches] if splicing else []
-        self.found = [clean.activations for clean in self.cleans] or [lm.activations(ids_BL) for ids_BL in batches]
+        self.found = [clean.activations for clean in self.cleans] or [
+            lm.activations(ids_BL) for ids_BL in batches
+        ]
 
     def activations(self, site: Site) -> Tensor:
         return torch.cat([found[site] for found in self.found])
@@ -347,10 +432,12 @@ class _Runs:
 
 
 def _check_splicing(lm: LanguageModel, ids_1L: Tensor, site: Site, contexts: int) -> None:
-    """Raises ValueError for a model without its head, and for one whose layers pass more than the hidden state on: what comes after a site
-    cannot be run alone then."""
+    """Raises ValueError for a model without its head, and for one whose layers pass more than the hidden
+    state on: what comes after a site cannot be run alone then."""
     if lm.model.get_output_embeddings() is None:
-        raise invalid("splice_contexts", contexts, "0 for a model without its head", "load the model with whole=True")
+        raise invalid(
+            "splice_contexts", contexts, "0 for a model without its head", "load the model with whole=True"
+        )
     clean = lm.clean(ids_1L, [site])
     again_1LD = lm.run_from(clean, site, clean.activations[site])
     if (again_1LD - clean.hidden_BLD).abs().max() > 1e-3 * clean.hidden_BLD.abs().max():
@@ -368,7 +455,8 @@ def _spliced(
     first: int,
     sae_bench: bool,
 ) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
-    """What `_losses` yields of one group, whose counted tokens (`mask_GL`) are replaced by each of the reconstructions [N, D] in turn."""
+    """What `_losses` yields of one group, whose counted tokens (`mask_GL`) are replaced by each of the
+    reconstructions [N, D] in turn."""
     compared_GL = mask_GL.clone()
     compared_GL[:, -1] &= sae_bench
     hidden: dict[Any, Tensor] = {}
@@ -386,11 +474,14 @@ def _spliced(
 def _losses(
     lm: LanguageModel, clean_PD: Tensor, spliced_PD: Mapping[Any, Tensor], where_P: Tensor, next_P: Tensor
 ) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
-    """(which run, contexts, cross-entropies, KL(clean || run)) in pieces, of the clean run ("clean") and of every spliced one.
+    """(which run, contexts, cross-entropies, KL(clean || run)) in pieces, of the clean run ("clean") and of
+    every spliced one.
 
     The context is -1 where nothing is predicted and the cross-entropy means nothing.
     """
-    for piece in torch.arange(len(next_P), device=next_P.device).split(max(1, HEAD_ELEMENTS // lm.config.vocab_size)):
+    for piece in torch.arange(len(next_P), device=next_P.device).split(
+        max(1, HEAD_ELEMENTS // lm.config.vocab_size)
+    ):
         target_P1, rows_P = next_P[piece, None], where_P[piece]
         log_p_PV = lm.logits(clean_PD[piece]).float().log_softmax(-1)
         p_PV = log_p_PV.exp()
@@ -400,7 +491,7 @@ def _losses(
             yield key, rows_P, -log_q_PV.gather(1, target_P1)[:, 0], (log_p_PV - log_q_PV).mul_(p_PV).sum(-1)
 
 
-# --- sums ----------------------------------------------------------------------------------------------------------------------
+# --- sums ---------------------------------------------------------------------------------------------------
 
 
 class _Mean:
@@ -438,7 +529,8 @@ class _Losses:
 
 
 class _SiteSums:
-    """Per-site accumulators: the variance about the mean, and the baseline runs (clean, zero- and mean-ablated)."""
+    """Per-site accumulators: the variance about the mean, and the baseline runs (clean, zero- and
+    mean-ablated)."""
 
     def __init__(self, mean_D: Tensor, C: int) -> None:
         self.mean_D = mean_D
@@ -496,11 +588,12 @@ def _new_sums(sae: SAE, C: int, device: torch.device, seen: LatentStats | None) 
     return {mode: _Sums(sae, C, device, seen if mode == sae.modes[0] else None) for mode in sae.modes}
 
 
-# --- from sums to a row --------------------------------------------------------------------------------------------------------
+# --- from sums to a row -------------------------------------------------------------------------------------
 
 
 def _row(name: str, sae: SAE, about: Row, columns: Mapping[str, Row]) -> Row:
-    """A row from its columns in each mode: those of the first under their own names, those of another after the mode's."""
+    """A row from its columns in each mode: those of the first under their own names, those of another after
+    the mode's."""
     row: Row = {"sae": name, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae} | about
     for mode in sae.modes:
         prefix = "" if mode == sae.modes[0] else f"{mode}_"
@@ -515,9 +608,13 @@ def _finite(value: Any) -> Any:
 
 
 def _reconstruction(sums: _Sums, variance: float) -> Row:
-    """The columns that need no language model, of one SAE in one mode. First dictionary_learning's, under its names, then ours."""
+    """The columns that need no language model, of one SAE in one mode.
+
+    First dictionary_learning's, under its names, then ours.
+    """
     n, of = sums.tokens, {key: float(value) for key, value in sums.of.items()}
-    # dictionary_learning's variance is about the residual's own mean, so that a constant error is free; FVU's is not.
+    # dictionary_learning's variance is about the residual's own mean, so that a constant error is free; FVU's
+    # is not.
     residual_variance = of["squared_error"] - float(sums.residual_D.square().sum()) / n
     frequency_F = sums.fired_F.double() / n
     fires_F = frequency_F > 0
@@ -543,9 +640,15 @@ def _reconstruction(sums: _Sums, variance: float) -> Row:
 
 
 def _loss_columns(spliced: _Losses, shared: Mapping[str, _Losses], weights_WC: Tensor) -> Row:
-    """The columns of the language model's losses, of one SAE in one mode. First dictionary_learning's, under its names, then ours."""
+    """The columns of the language model's losses, of one SAE in one mode.
+
+    First dictionary_learning's, under its names, then ours.
+    """
     clean, zero, mean = (shared[key] for key in ("clean", "zero", "mean"))
-    recovered = {against: _ratio(base.ce - spliced.ce, base.ce - clean.ce) for against, base in (("zero", zero), ("mean", mean))}
+    recovered = {
+        against: _ratio(base.ce - spliced.ce, base.ce - clean.ce)
+        for against, base in (("zero", zero), ("mean", mean))
+    }
     columns = {
         "loss_original": clean.ce,
         "loss_reconstructed": spliced.ce,
@@ -575,11 +678,14 @@ def _ratio(above: float, below: float) -> float:
 def _bootstrap(C: int, seed: int) -> Tensor:
     """How often each context is drawn, [W, C], in DRAWS draws of C contexts with replacement."""
     drawn_WC = torch.randint(max(C, 1), (DRAWS, C), generator=rng.generator(seed, "bootstrap"))
-    return torch.zeros(DRAWS, C, dtype=torch.float64).scatter_add_(1, drawn_WC, torch.ones(DRAWS, C, dtype=torch.float64))
+    return torch.zeros(DRAWS, C, dtype=torch.float64).scatter_add_(
+        1, drawn_WC, torch.ones(DRAWS, C, dtype=torch.float64)
+    )
 
 
 def _interval(above_C: Tensor, below_C: Tensor, weights_WC: Tensor) -> tuple[float, float]:
-    """The central 95 % of a ratio of sums over contexts, by the percentile bootstrap (Efron and Tibshirani 1993, chapter 13)."""
+    """The central 95 % of a ratio of sums over contexts, by the percentile bootstrap (Efron and Tibshirani
+    1993, chapter 13)."""
     C = weights_WC.shape[1]
     if not C:
         return math.nan, math.nan

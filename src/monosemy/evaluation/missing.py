@@ -29,9 +29,11 @@ class Part:
 
 
 class Missing:
-    """Collects the parts that fail. This is the one place where errors that nobody foresaw are caught after training.
+    """Collects the parts that fail. This is the one place where errors that nobody foresaw are caught after
+    training.
 
-    The traceback of each goes to `folder`/errors.log. With `strict` nothing is caught: a caller of the library wants the error itself.
+    The traceback of each goes to `folder`/errors.log. With `strict` nothing is caught: a caller of the
+    library wants the error itself.
     """
 
     def __init__(self, folder: str | Path | None = None, *, strict: bool = False) -> None:
@@ -42,8 +44,9 @@ class Missing:
     def part(self, what: str, of: str = "", *, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         """Run a part of the job; if it fails, list it and go on after the block.
 
-        Raises what waiting or more room mends (TryAgain, with it DiskFull), errors of the types in `passing`, and running out of memory
-        where the part is not one SAE's or one site's own: all others would meet the same.
+        Raises what waiting or more room mends (TryAgain, with it DiskFull), errors of the types in `passing`,
+        and running out of memory where the part is not one SAE's or one site's own: all others would meet the
+        same.
         """
         raises: tuple[type[Exception], ...] = (TryAgain, *passing)
         try:
@@ -88,9 +91,18 @@ def _listed(names: list[str]) -> str:
     """' of a, b and 3 others'; nothing for a part of the whole."""
     named = [name for name in names if name]
     rest = len(named) - NAMED
-    return (f" of {', '.join(named[:NAMED])}" if named else "") + (f" and {rest} other{'s' * (rest > 1)}" if rest > 0 else "")
+    return (f" of {', '.join(named[:NAMED])}" if named else "") + (
+        f" and {rest} other{'s' * (rest > 1)}" if rest > 0 else ""
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether it says so: Python's, torch's on a GPU, or that of torch's allocator on a CPU. Read by name: a report needs no torch."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    """Whether it says so: Python's, torch's on a GPU, or that of torch's allocator on a CPU.
+
+    Read by name: a report needs no torch.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )

@@ -1,9 +1,12 @@
-"""Sparse probing: how well a few latents tell two classes of texts apart, on the 113 pairs of classes that come with sae-probes.
+"""Sparse probing: how well a few latents tell two classes of texts apart, on the 113 pairs of classes that
+come with sae-probes.
 
-Kantamneni et al., Are Sparse Autoencoders Useful? A Case Study in Sparse Probing (2025), https://arxiv.org/abs/2502.16681
+Kantamneni et al., Are Sparse Autoencoders Useful? A Case Study in Sparse Probing (2025),
+https://arxiv.org/abs/2502.16681
 
-The package sae-probes (`pip install 'monosemy[probing]'`) has texts, splits, the choice of latents and the probes; activations and latents
-are ours, of each text's last token. A text begins with the token that begins every context in training, and is cut at its front.
+The package sae-probes (`pip install 'monosemy[probing]'`) has texts, splits, the choice of latents and the
+probes; activations and latents are ours, of each text's last token. A text begins with the token that begins
+every context in training, and is cut at its front.
 
 T texts, L tokens of the longest in a batch, D width of a site.
 """
@@ -40,11 +43,17 @@ MODEL = "model"  # what its files call the model, whose activations they hold
 
 
 def probe(
-    lm: LanguageModel, saes: Mapping[str, tuple[Site, SAE]], tokenizer: Any, datasets: Sequence[str] = (), *, batch_size: int = 8
+    lm: LanguageModel,
+    saes: Mapping[str, tuple[Site, SAE]],
+    tokenizer: Any,
+    datasets: Sequence[str] = (),
+    *,
+    batch_size: int = 8,
 ) -> dict[str, Row]:
     """For each SAE its columns: accuracy, AUC and F1 of test texts, as means over the pairs of classes.
 
-    `probing_auc_top_5` is of a probe on the 5 latents whose means differ most, `probing_auc_llm` of one on the activations themselves.
+    `probing_auc_top_5` is of a probe on the 5 latents whose means differ most, `probing_auc_llm` of one on
+    the activations themselves.
     """
     package = sae_probes()
     datasets = chosen_datasets(package, datasets)
@@ -57,7 +66,12 @@ def probe(
             texts = package.utils_data.read_numbered_dataset_df(dataset)["prompt"].tolist()[:TEXTS]
             for site, x_TD in _last_tokens(lm, sites, tokenizer, texts, batch_size).items():
                 torch.save(x_TD, cache / f"{dataset}_{site}.pt")
-        common: dict[str, Any] = {"model_name": MODEL, "setting": "normal", "datasets": list(datasets), "model_cache_path": scratch}
+        common: dict[str, Any] = {
+            "model_name": MODEL,
+            "setting": "normal",
+            "datasets": list(datasets),
+            "model_cache_path": scratch,
+        }
         for site in sites:
             results = Path(scratch) / f"llm_{site}"
             package.run_baseline_evals(hook_name=str(site), results_path=results, device="cpu", **common)
@@ -67,13 +81,26 @@ def probe(
         for i, (name, (site, sae)) in enumerate(saes.items()):
             results, ks = Path(scratch) / f"sae_{i}", list(LATENTS)
             device = str(lm.device)
-            package.run_sae_evals(sae=sae, hook_name=str(site), reg_type="l1", ks=ks, results_path=results, device=device, **common)
+            package.run_sae_evals(
+                sae=sae,
+                hook_name=str(site),
+                reg_type="l1",
+                ks=ks,
+                results_path=results,
+                device=device,
+                **common,
+            )
             columns[name] |= _means(results, {k: f"top_{k}" for k in ks})
     return columns
 
 
-def _last_tokens(lm: LanguageModel, sites: Sequence[Site], tokenizer: Any, texts: Sequence[str], batch_size: int) -> dict[Site, Tensor]:
-    """The activations [T, D] of each text's last token, float32 on the CPU. Causal attention: what is after it in a batch is not seen."""
+def _last_tokens(
+    lm: LanguageModel, sites: Sequence[Site], tokenizer: Any, texts: Sequence[str], batch_size: int
+) -> dict[Site, Tensor]:
+    """The activations [T, D] of each text's last token, float32 on the CPU.
+
+    Causal attention: what is after it in a batch is not seen.
+    """
     bos = bos_id(tokenizer)
     kept = min(LENGTH, getattr(lm.config, "max_position_embeddings", LENGTH)) - 1
     ids = [[bos, *tokenizer(text, add_special_tokens=False)["input_ids"][-kept:]] for text in texts]
@@ -91,11 +118,18 @@ def _last_tokens(lm: LanguageModel, sites: Sequence[Site], tokenizer: Any, texts
 
 def _means(results: Path, ks: Mapping[int | None, str]) -> Row:
     """The means over data sets of what sae-probes wrote for each of the probes in `ks`."""
-    entries = [entry for path in sorted(results.rglob("*.json")) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    entries = [
+        entry
+        for path in sorted(results.rglob("*.json"))
+        for entry in json.loads(path.read_text(encoding="utf-8"))
+    ]
     means: Row = {}
     for k, suffix in ks.items():
         of_k = [entry for entry in entries if entry.get("k") == k]
-        means |= {f"probing_{ours}_{suffix}": sum(entry[theirs] for entry in of_k) / len(of_k) for ours, theirs in METRICS.items()}
+        means |= {
+            f"probing_{ours}_{suffix}": sum(entry[theirs] for entry in of_k) / len(of_k)
+            for ours, theirs in METRICS.items()
+        }
     return means
 
 
@@ -105,7 +139,10 @@ def sae_probes() -> ModuleType:
         import sae_probes.utils_data
     except ImportError as error:
         raise invalid(
-            "sparse_probing", True, f"the package sae-probes ({error})", "install it with pip install 'monosemy[probing]'"
+            "sparse_probing",
+            True,
+            f"the package sae-probes ({error})",
+            "install it with pip install 'monosemy[probing]'",
         ) from error
     return sae_probes
 
@@ -113,5 +150,7 @@ def sae_probes() -> ModuleType:
 def chosen_datasets(package: ModuleType, datasets: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in datasets if name not in package.DATASETS]
     if unknown:
-        raise invalid("probing_datasets", unknown[0], ", ".join(package.DATASETS), "name some of these, or none for all")
+        raise invalid(
+            "probing_datasets", unknown[0], ", ".join(package.DATASETS), "name some of these, or none for all"
+        )
     return tuple(datasets or package.DATASETS)

@@ -1,8 +1,10 @@
-"""The folder of an SAE: ours, which is written and read, and those of other tools, which are read and written in their own layout.
+"""The folder of an SAE: ours, which is written and read, and those of other tools, which are read and written
+in their own layout.
 
-sae.safetensors  config.json      ours; config.json also has the "trainer" and "buffer" entries of dictionary_learning
-ae.pt                             beside it in a run, the same SAE as dictionary_learning's state dict
-monosemy.json                     in a folder converted to another tool's layout: all that the layout has no place for
+sae.safetensors  config.json      ours; config.json also has the "trainer" and "buffer" entries of
+dictionary_learning ae.pt                             beside it in a run, the same SAE as
+dictionary_learning's state dict monosemy.json                     in a folder converted to another tool's
+layout: all that the layout has no place for
 """
 
 from __future__ import annotations
@@ -47,11 +49,23 @@ _OTHERS = _WRITTEN | {
 FORMATS = ("native", *_OTHERS)
 TARGETS = ("native", *_WRITTEN)
 
-_ABOUT_THE_SAE = ("format", "version", "architecture", "d_in", "d_sae", "settings", "pre_bias", "files", "from", "tensors")
+_ABOUT_THE_SAE = (
+    "format",
+    "version",
+    "architecture",
+    "d_in",
+    "d_sae",
+    "settings",
+    "pre_bias",
+    "files",
+    "from",
+    "tensors",
+)
 
 
 def save(sae: SAE, folder: str | Path, config: dict[str, Any]) -> None:
-    """Write a finished SAE with its configuration; each file is written beside and renamed, config.json last. Raises DiskFull."""
+    """Write a finished SAE with its configuration; each file is written beside and renamed, config.json last.
+    Raises DiskFull."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(sae, folder)
@@ -61,24 +75,30 @@ def save(sae: SAE, folder: str | Path, config: dict[str, Any]) -> None:
     write_json(folder / "config.json", _about(sae) | config)
 
 
-def load(path: str | Path, format: str | None = None, *, unfinished: bool = False, source: str | None = None) -> SAE:
+def load(
+    path: str | Path, format: str | None = None, *, unfinished: bool = False, source: str | None = None
+) -> SAE:
     """Open an SAE of any layout, for raw activations [.., d_in], in evaluation mode on the CPU.
 
-    `path` is a folder, or the file in layouts of one file for each SAE. Layouts are told apart by their files,
-    none of which is unpickled; those that are pickles (dictionary_learning, qwen_scope, goodfire) open only
-    where `format` names them, restricted to tensors. `source`, "OWNER/REPO/path/in/repo", is where a copy comes
-    from: some layouts say model, layer or k in names alone.
-    Raises ValueError for a folder that holds no SAE or a damaged one, for one that is computed otherwise here,
-    and for one of a run that did not complete unless `unfinished`.
+    `path` is a folder, or the file in layouts of one file for each SAE. Layouts are told apart by their
+    files, none of which is unpickled; those that are pickles (dictionary_learning, qwen_scope, goodfire) open
+    only where `format` names them, restricted to tensors. `source`, "OWNER/REPO/path/in/repo", is where a
+    copy comes from: some layouts say model, layer or k in names alone.
+    Raises ValueError for a folder that holds no SAE or a damaged one, for one that is computed otherwise
+    here, and for one of a run that did not complete unless `unfinished`.
     """
     return read(path, format, unfinished=unfinished, source=source)[0]
 
 
-def read(path: str | Path, format: str | None = None, *, unfinished: bool = False, source: str | None = None) -> tuple[SAE, dict[str, Any]]:
+def read(
+    path: str | Path, format: str | None = None, *, unfinished: bool = False, source: str | None = None
+) -> tuple[SAE, dict[str, Any]]:
     """`load`, and what the folder says of the SAE: its site, model, status, ... where known."""
     parts = _parts(Path(path), format, unfinished, source)
     sae = parts.build()
-    if sae.constraint == "free" and not torch.allclose(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(()), atol=1e-5):
+    if sae.constraint == "free" and not torch.allclose(
+        torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(()), atol=1e-5
+    ):
         sae.fold_decoder_norm_()
     sae.metadata = parts.config
     return sae, parts.config
@@ -113,8 +133,10 @@ def convert(
 ) -> None:
     """Write an SAE, given as `read` takes it, to a new folder in another tool's layout.
 
-    What the layout has no place for goes to monosemy.json beside it, with which the SAE is read again as it was, to the bit.
-    Raises ValueError where that tool would compute something else, for what `load` refuses, and for a target that is not empty.
+    What the layout has no place for goes to monosemy.json beside it, with which the SAE is read again as it
+    was, to the bit.
+    Raises ValueError where that tool would compute something else, for what `load` refuses, and for a target
+    that is not empty.
     """
     path, target = Path(path), Path(os.path.abspath(target))
     if to not in TARGETS:
@@ -124,7 +146,12 @@ def convert(
     parts = _parts(path, format, unfinished, source)
     sae = parts.build()
     if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
-        raise invalid("path", str(path), "weights that are finite", "there is nothing to convert in an SAE that diverged")
+        raise invalid(
+            "path",
+            str(path),
+            "weights that are finite",
+            "there is nothing to convert in an SAE that diverged",
+        )
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -137,12 +164,17 @@ def convert(
             _keep(sae, parts.config, part, to)
         part.replace(target)
     except OSError as error:
-        raise invalid("target", str(target), "a folder that can be written", f"check permissions and space ({error.strerror})") from error
+        raise invalid(
+            "target",
+            str(target),
+            "a folder that can be written",
+            f"check permissions and space ({error.strerror})",
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def _parts(path: Path, format: str | None, unfinished: bool, source: str | None = None) -> Parts:
@@ -157,13 +189,20 @@ def _parts(path: Path, format: str | None, unfinished: bool, source: str | None 
         raise _closed(path, entry)
     if format in layouts.ONE_FILE and path.is_dir():
         raise _nothing(path, found)
-    parts = _native(path) if format == "native" else _OTHERS[format].read(path, source or path.absolute().as_posix())
+    parts = (
+        _native(path)
+        if format == "native"
+        else _OTHERS[format].read(path, source or path.absolute().as_posix())
+    )
     if format in _WRITTEN and (path / KEPT).exists():
         parts = _restored(parts, path, format)
     status = _status(path, parts.config)
     if status != "complete" and not unfinished:
         raise invalid(
-            "folder", str(path), "an SAE whose training is complete", f"this one is {status}; pass unfinished=True to take it as it is"
+            "folder",
+            str(path),
+            "an SAE whose training is complete",
+            f"this one is {status}; pass unfinished=True to take it as it is",
         )
     return parts
 
@@ -203,19 +242,30 @@ def _described(about: dict[str, Any], tensors: dict[str, Tensor], where: str) ->
     """Tensors with the description that `_about` made."""
     for key in ("architecture", "d_in", "d_sae", "settings"):
         if key not in about:
-            raise invalid(where, f"no {key}", "the configuration that was saved with these weights", "copy both again")
+            raise invalid(
+                where, f"no {key}", "the configuration that was saved with these weights", "copy both again"
+            )
     pre_bias = about.get("pre_bias")
     if pre_bias is not None and not isinstance(pre_bias, bool):
         raise invalid(f"{where}: pre_bias", str(pre_bias)[:80], "true or false", "copy the folder again")
     config = {key: value for key, value in about.items() if key not in _ABOUT_THE_SAE}
     if not _is_origin(config.get("origin", {})):
-        raise invalid(f"{where}: origin", str(config["origin"])[:80], "a format and its configuration", "copy the folder again")
+        raise invalid(
+            f"{where}: origin",
+            str(config["origin"])[:80],
+            "a format and its configuration",
+            "copy the folder again",
+        )
     shape = (about["architecture"], about["d_in"], about["d_sae"], about["settings"])
     return Parts(*shape, tensors, where, pre_bias, config)
 
 
 def _is_origin(origin: Any) -> bool:
-    return origin == {} or (isinstance(origin, dict) and origin.get("format") in _OTHERS and isinstance(origin.get("config"), dict))
+    return origin == {} or (
+        isinstance(origin, dict)
+        and origin.get("format") in _OTHERS
+        and isinstance(origin.get("config"), dict)
+    )
 
 
 def _restored(parts: Parts, folder: Path, format: str) -> Parts:
@@ -223,13 +273,20 @@ def _restored(parts: Parts, folder: Path, format: str) -> Parts:
     kept = untrusted.json_object(folder / KEPT)
     if kept.get("files") != {name: untrusted.sha256(folder / name) for name in _WRITTEN[format].FILES}:
         remedy = f"take {KEPT} away to read the folder as it is, without what its layout has no place for"
-        raise invalid(f"{KEPT}: files", "of other files", "the digests of the files beside it, which have changed since", remedy)
+        raise invalid(
+            f"{KEPT}: files",
+            "of other files",
+            "the digests of the files beside it, which have changed since",
+            remedy,
+        )
     tensors = kept.get("tensors")
     if not isinstance(tensors, dict) or not isinstance(kept.get("from"), list):
         raise invalid(KEPT, "no tensors", "what `monosemy convert` wrote", "convert again")
     tensors = current_names({name: _decoded(value) for name, value in tensors.items()})
     as_filed = current_names(dict.fromkeys(map(str, kept["from"])))
-    return _described(kept, {name: tensor for name, tensor in parts.tensors.items() if name in as_filed} | tensors, KEPT)
+    return _described(
+        kept, {name: tensor for name, tensor in parts.tensors.items() if name in as_filed} | tensors, KEPT
+    )
 
 
 def _status(folder: Path, config: dict[str, Any]) -> str:
@@ -241,16 +298,27 @@ def _status(folder: Path, config: dict[str, Any]) -> str:
     if not (run / "status.json").is_file():
         return "complete"
     saes = untrusted.json_object(run / "status.json").get("saes")
-    state = saes.get(f"{folder.absolute().parent.name}/{folder.absolute().name}") if isinstance(saes, dict) else None
+    state = (
+        saes.get(f"{folder.absolute().parent.name}/{folder.absolute().name}")
+        if isinstance(saes, dict)
+        else None
+    )
     return text(state) or "complete"
 
 
-# --- writing -------------------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def _about(sae: SAE) -> dict[str, Any]:
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in sae.known_settings.items()}
-    about = {"format": "monosemy", "version": 2, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "settings": settings}
+    about = {
+        "format": "monosemy",
+        "version": 2,
+        "architecture": sae.name,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "settings": settings,
+    }
     return about if sae.pre_bias == type(sae).pre_bias else about | {"pre_bias": sae.pre_bias}
 
 
@@ -264,10 +332,15 @@ def _bytes(sae: SAE) -> int:
 
 
 def _keep(sae: SAE, config: dict[str, Any], folder: Path, to: str) -> None:
-    """Write monosemy.json: the configuration, and every tensor that does not come back from the folder as it went in."""
+    """Write monosemy.json: the configuration, and every tensor that does not come back from the folder as it
+    went in."""
     back = _WRITTEN[to].read(folder, folder.name).tensors
     state = sae.state_dict()
-    same = [name for name, tensor in state.items() if name in back and torch.equal(back[name].to(tensor.dtype), tensor)]
+    same = [
+        name
+        for name, tensor in state.items()
+        if name in back and torch.equal(back[name].to(tensor.dtype), tensor)
+    ]
     tensors = {name: _encoded(tensor) for name, tensor in state.items() if name not in same}
     assert not tensors.keys() & {"W_enc", "W_dec"}, "the layout lost weights"
     digests = {name: untrusted.sha256(folder / name) for name in _WRITTEN[to].FILES}
@@ -275,7 +348,10 @@ def _keep(sae: SAE, config: dict[str, Any], folder: Path, to: str) -> None:
 
 
 def _encoded(tensor: Tensor) -> dict[str, Any]:
-    return {"shape": list(tensor.shape), "float32": base64.b64encode(tensor.float().numpy().tobytes()).decode()}
+    return {
+        "shape": list(tensor.shape),
+        "float32": base64.b64encode(tensor.float().numpy().tobytes()).decode(),
+    }
 
 
 def _decoded(value: Any) -> Tensor:
@@ -283,4 +359,6 @@ def _decoded(value: Any) -> Tensor:
         numbers = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4").copy()
         return torch.from_numpy(numbers).reshape([int(n) for n in value["shape"]])
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise invalid(f"{KEPT}: tensors", str(value)[:80], "a shape and its numbers", "convert again") from error
+        raise invalid(
+            f"{KEPT}: tensors", str(value)[:80], "a shape and its numbers", "convert again"
+        ) from error

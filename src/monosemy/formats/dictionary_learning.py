@@ -1,7 +1,8 @@
-"""dictionary_learning's folders: `ae.pt`, a state dict of one of its classes, and `config.json` with a "trainer" entry.
+"""dictionary_learning's folders: `ae.pt`, a state dict of one of its classes, and `config.json` with a
+"trainer" entry.
 
-Weights there are [out, in] as nn.Linear keeps them: encoder.weight [F, D], decoder.weight [D, F]; JumpReLU and Matryoshka keep
-W_enc [D, F] and W_dec [F, D]. D d_in, F d_sae.
+Weights there are [out, in] as nn.Linear keeps them: encoder.weight [F, D], decoder.weight [D, F]; JumpReLU
+and Matryoshka keep W_enc [D, F] and W_dec [F, D]. D d_in, F d_sae.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ FILES = ("ae.pt", "config.json")
 
 @dataclass(frozen=True)
 class _Layout:
-    """How one architecture is written: the names of its classes, and of its tensors ("'" marks a transposed one)."""
+    """How one architecture is written: the names of its classes, and of its tensors ("'" marks a transposed
+    one)."""
 
     trainer_class: str
     dict_class: str
@@ -38,14 +40,24 @@ class _Layout:
 _LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight'"}
 _RELU = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"}
 _TOPK = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec", "threshold": "threshold"}
-_UNCENTRED = _RELU | {"b_dec": "decoder.bias"}  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
+_UNCENTRED = _RELU | {
+    "b_dec": "decoder.bias"
+}  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
 _PLAIN = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _GATED = _LINEAR | {"b_enc": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag", "b_dec": "decoder_bias"}
 _K = {"k": "k", "auxk_alpha": "auxk_alpha"}
 
 LAYOUTS = {
-    "standard": _Layout("StandardTrainer", "AutoEncoder", _RELU, "StandardTrainer", {"l1_penalty": "l1_penalty"}),
-    "standard_new": _Layout("StandardTrainerAprilUpdate", "AutoEncoder", _RELU, "StandardTrainerAprilUpdate", {"l1_penalty": "l1_penalty"}),
+    "standard": _Layout(
+        "StandardTrainer", "AutoEncoder", _RELU, "StandardTrainer", {"l1_penalty": "l1_penalty"}
+    ),
+    "standard_new": _Layout(
+        "StandardTrainerAprilUpdate",
+        "AutoEncoder",
+        _RELU,
+        "StandardTrainerAprilUpdate",
+        {"l1_penalty": "l1_penalty"},
+    ),
     "p_anneal": _Layout(
         "PAnnealTrainer",
         "AutoEncoder",
@@ -54,7 +66,9 @@ LAYOUTS = {
         {"initial_sparsity_penalty": "sparsity_penalty"}
         | {n: n for n in ("p_start", "p_end", "sparsity_queue_length", "n_sparsity_updates")},
     ),
-    "gated": _Layout("GatedSAETrainer", "GatedAutoEncoder", _GATED, "GatedSAETrainer", {"l1_penalty": "l1_penalty"}),
+    "gated": _Layout(
+        "GatedSAETrainer", "GatedAutoEncoder", _GATED, "GatedSAETrainer", {"l1_penalty": "l1_penalty"}
+    ),
     "top_k": _Layout("TopKTrainer", "AutoEncoderTopK", _TOPK, "AutoEncoderTopK", _K),
     "batch_top_k": _Layout("BatchTopKTrainer", "BatchTopKSAE", _TOPK, "BatchTopKSAE", _K),
     "matryoshka_batch_top_k": _Layout(
@@ -75,7 +89,8 @@ LAYOUTS = {
 
 
 def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
-    """The SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow type where nothing is lost."""
+    """The SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow type
+    where nothing is lost."""
     layout = LAYOUTS[sae.name]
     state = written(sae, layout.tensors if _as_layout(sae) else _UNCENTRED, dtype)
     if "k" in layout.settings:
@@ -93,8 +108,17 @@ def read(folder: Path, source: str) -> Parts:
     state = untrusted.state_dict(folder / "ae.pt")
     settings = {ours: trainer[theirs] for ours, theirs in layout.settings.items() if theirs in trainer}
     if "k" in state and state["k"].flatten().tolist() != [settings.get("k")]:
-        raise invalid("config.json: k", str(settings.get("k"))[:80], "the k that is in ae.pt", "check that config.json belongs to it")
-    names = _UNCENTRED if trainer.get("dict_class") == "AutoEncoderNew" and layout.tensors is _RELU else layout.tensors
+        raise invalid(
+            "config.json: k",
+            str(settings.get("k"))[:80],
+            "the k that is in ae.pt",
+            "check that config.json belongs to it",
+        )
+    names = (
+        _UNCENTRED
+        if trainer.get("dict_class") == "AutoEncoderNew" and layout.tensors is _RELU
+        else layout.tensors
+    )
     if name == "top_k" and "threshold" not in state:  # as before it had one: the k largest and no more
         names = {ours: theirs for ours, theirs in names.items() if ours != "threshold"}
     only(state, [*names.values(), *(("k", "group_sizes") if "k" in settings else ())], "ae.pt")
@@ -116,9 +140,17 @@ def read(folder: Path, source: str) -> Parts:
 
 
 def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
-    """Write an SAE as trainSAE would. Raises ValueError for one that dictionary_learning would compute differently."""
+    """Write an SAE as trainSAE would.
+
+    Raises ValueError for one that dictionary_learning would compute differently.
+    """
     if sae.name not in LAYOUTS:
-        raise invalid("architecture", sae.name, f"for dictionary_learning: {', '.join(LAYOUTS)}", "it has no class that computes it")
+        raise invalid(
+            "architecture",
+            sae.name,
+            f"for dictionary_learning: {', '.join(LAYOUTS)}",
+            "it has no class that computes it",
+        )
     layout = LAYOUTS[sae.name]
     if layout.tensors is not _RELU and not _as_layout(sae):
         sae = copy.deepcopy(sae)
@@ -132,7 +164,11 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
         theirs = origin["config"]
     else:
         theirs = {key: config[key] for key in ("trainer", "buffer") if isinstance(config.get(key), dict)}
-        about = {"lm_name": config.get("model"), "layer": _layer(config.get("site")), "submodule_name": _folder(config.get("site"))}
+        about = {
+            "lm_name": config.get("model"),
+            "layer": _layer(config.get("site")),
+            "submodule_name": _folder(config.get("site")),
+        }
         theirs["trainer"] = entry(sae) | about | theirs.get("trainer", {})
     (folder / "config.json").write_text(json.dumps(theirs, indent=2), encoding="utf-8")
 
@@ -143,7 +179,9 @@ def entry(sae: SAE) -> dict[str, Any]:
     settings = {theirs: getattr(sae.settings, ours) for ours, theirs in layout.settings.items()}
     return {
         "trainer_class": layout.trainer_class,
-        "dict_class": layout.dict_class if layout.tensors is not _RELU or _as_layout(sae) else "AutoEncoderNew",
+        "dict_class": layout.dict_class
+        if layout.tensors is not _RELU or _as_layout(sae)
+        else "AutoEncoderNew",
         "activation_dim": sae.d_in,
         "dict_size": sae.d_sae,
         "wandb_name": layout.wandb_name,
@@ -163,7 +201,8 @@ def trainer_config(
     submodule_name: str,
     device: str,
 ) -> dict[str, Any]:
-    """The "trainer" entry of config.json, with the keys that the architecture's trainer writes and those that it forgets."""
+    """The "trainer" entry of config.json, with the keys that the architecture's trainer writes and those that
+    it forgets."""
     config = entry(sae) | {
         "lr": lr,
         "seed": seed,
@@ -176,7 +215,10 @@ def trainer_config(
         "decay_start": schedule["decay_start"],
     }
     if "k" in LAYOUTS[sae.name].settings:
-        config |= {"threshold_beta": schedule["threshold_beta"], "threshold_start_step": schedule["threshold_start_step"]}
+        config |= {
+            "threshold_beta": schedule["threshold_beta"],
+            "threshold_start_step": schedule["threshold_start_step"],
+        }
         config |= {"top_k_aux": sae.d_in // 2} if sae.name != "top_k" else {}
     else:
         config["sparsity_warmup_steps"] = schedule["sparsity_warmup_steps"]
@@ -203,15 +245,23 @@ def _layout(trainer: dict[str, Any]) -> tuple[str, _Layout]:
     name = by_class.get(str(trainer.get("trainer_class"))) or by_dict.get(str(trainer.get("dict_class")))
     if name is None:
         found = str(trainer.get("trainer_class"))[:80]
-        raise invalid("config.json: trainer_class", found, ", ".join(by_class), "check that this is an SAE's folder")
+        raise invalid(
+            "config.json: trainer_class", found, ", ".join(by_class), "check that this is an SAE's folder"
+        )
     return name, LAYOUTS[name]
 
 
 def _site(trainer: dict[str, Any]) -> str | None:
-    if match := re.fullmatch(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d{1,4})", str(trainer.get("submodule_name"))[:100]):
+    if match := re.fullmatch(
+        r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d{1,4})", str(trainer.get("submodule_name"))[:100]
+    ):
         return f"{match[1]}.{match[2]}"
     layer = trainer.get("layer")
-    return f"resid_post.{layer}" if type(layer) is int and 0 <= layer < 10_000 and text(trainer.get("submodule_name")) is None else None
+    return (
+        f"resid_post.{layer}"
+        if type(layer) is int and 0 <= layer < 10_000 and text(trainer.get("submodule_name")) is None
+        else None
+    )
 
 
 def _layer(site: str | None) -> int | None:

@@ -1,4 +1,5 @@
-"""Gemma Scope's `params.npz`: JumpReLU SAEs with arrays W_enc [D, F], W_dec [F, D], b_enc, b_dec, threshold, whose encoder sees x itself.
+"""Gemma Scope's `params.npz`: JumpReLU SAEs with arrays W_enc [D, F], W_dec [F, D], b_enc, b_dec, threshold,
+whose encoder sees x itself.
 
 Some files call the weights w_enc and w_dec. Layer, place and model stand in the path alone:
 `google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`.
@@ -19,7 +20,10 @@ PLACES = {"res": "resid_post.{}", "mlp": "mlp_out.{}", "att": "blocks.{}.attn.ho
 
 
 def read(folder: Path, source: str) -> Parts:
-    """Read the SAE in a params.npz. Raises ValueError for a compressed or damaged one, and for other arrays."""
+    """Read the SAE in a params.npz.
+
+    Raises ValueError for a compressed or damaged one, and for other arrays.
+    """
     spellings = [[name.rstrip("'") for name in names.values()] for names in (NAMES, LOWER)]
     tensors = untrusted.npz(folder / "params.npz", *spellings)
     names = LOWER if "w_enc" in tensors else NAMES

@@ -18,7 +18,11 @@ WEIGHTS = "params.safetensors"
 NAMES = {"W_enc": "w_enc'", "W_dec": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 # the last place is read nowhere here
 PLACES = {"resid_post": "resid_post.{}", "mlp_out": "mlp_out.{}", "attn_out": "blocks.{}.attn.hook_z"}
-HOOKS = {"output": "resid_post", "post_feedforward_layernorm.output": "mlp_out", "self_attn.o_proj.input": "attn_out"}
+HOOKS = {
+    "output": "resid_post",
+    "post_feedforward_layernorm.output": "mlp_out",
+    "self_attn.o_proj.input": "attn_out",
+}
 
 
 def read(folder: Path, source: str) -> Parts:

@@ -26,7 +26,9 @@ def site(place: str) -> str | None:
         return gemma_scope.PLACES[match[1]].format(match[2])
     if match := re.search(r"/(resid_post|mlp_out|attn_out)(?:_all)?/layer_(\d{1,3})_[^/]*$", place):
         return gemma_scope_2.PLACES[match[1]].format(match[2])
-    if match := re.search(r"/(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d{1,4})(?:_checkpoints)?/[^/]*$", place):
+    if match := re.search(
+        r"/(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d{1,4})(?:_checkpoints)?/[^/]*$", place
+    ):
         return f"{match[1]}.{match[2]}"
     if match := re.search(r"(?:/|-)L(\d{1,3})([RMA])(?:-\d+x)?$", place):
         return _LLAMA[match[2]].format(match[1])

@@ -39,11 +39,19 @@ class Parts:
     names: Mapping[str, str] = field(default_factory=dict)  # what the layout calls its tensors, for errors
 
     def build(self) -> SAE:
-        """The SAE, in evaluation mode on the CPU. Raises ValueError where the parts do not fit each other, before they are copied."""
+        """The SAE, in evaluation mode on the CPU.
+
+        Raises ValueError where the parts do not fit each other, before they are copied.
+        """
         kind = _kind(self.architecture)
         for name in ("d_in", "d_sae"):
             if type(getattr(self, name)) is not int:
-                raise invalid(f"{self.where}: {name}", _short(getattr(self, name)), "a whole number", "copy the folder again")
+                raise invalid(
+                    f"{self.where}: {name}",
+                    _short(getattr(self, name)),
+                    "a whole number",
+                    "copy the folder again",
+                )
         settings = _settings(kind, self.settings, self.where)
         try:
             with torch.device("meta"):  # shapes alone, which take no memory
@@ -55,9 +63,14 @@ class Parts:
         missing = wanted.keys() - self.tensors.keys()
         for name in missing:
             if name not in self.optional or wanted[name].numel() > SMALL:
-                raise self._unfit(f"{self._called(name)} missing", f"a tensor of shape {tuple(wanted[name].shape)}")
+                raise self._unfit(
+                    f"{self._called(name)} missing", f"a tensor of shape {tuple(wanted[name].shape)}"
+                )
         for name, tensor in self.tensors.items():
-            if tensor.shape != wanted[name].shape or tensor.is_floating_point() != wanted[name].is_floating_point():
+            if (
+                tensor.shape != wanted[name].shape
+                or tensor.is_floating_point() != wanted[name].is_floating_point()
+            ):
                 found = f"{self._called(name)} {tuple(tensor.shape)}, {tensor.dtype}"
                 raise self._unfit(found, f"a tensor of shape {tuple(wanted[name].shape)}")
         sae = kind(self.d_in, self.d_sae, **settings)
@@ -68,18 +81,26 @@ class Parts:
         if self.pre_bias is not None:
             sae.pre_bias = self.pre_bias
         if sae.name == "top_k" and float(state["threshold"]) < 0:
-            sae.modes = ("top_k",)  # a running threshold it has none, and everything positive is not what it was trained for
+            sae.modes = (
+                "top_k",
+            )  # a running threshold it has none, and everything positive is not what it was trained for
         return sae.requires_grad_(False).eval()
 
     def _called(self, name: str) -> str:
         return self.names.get(name, name).rstrip("'")
 
     def _unfit(self, found: str, allowed: str) -> ValueError:
-        return invalid(self.where, found, allowed, "check that configuration and weights (config.json, cfg.json) belong together")
+        return invalid(
+            self.where,
+            found,
+            allowed,
+            "check that configuration and weights (config.json, cfg.json) belong together",
+        )
 
 
 def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: str) -> dict[str, Tensor]:
-    """Tensors under our names, given the layout's name of each; "'" marks one that the layout keeps transposed.
+    """Tensors under our names, given the layout's name of each; "'" marks one that the layout keeps
+    transposed.
 
     Raises ValueError for one that is missing.
     """
@@ -89,7 +110,10 @@ def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: str)
         if tensor is None or (theirs.endswith("'") and tensor.dim() != 2):
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
             raise invalid(
-                f"{where}: {theirs.rstrip(chr(39))}", found, f"a tensor for {name}", "check that config.json belongs to this file"
+                f"{where}: {theirs.rstrip(chr(39))}",
+                found,
+                f"a tensor for {name}",
+                "check that config.json belongs to this file",
             )
         ours[name] = tensor.T if theirs.endswith("'") else tensor
     return ours
@@ -101,7 +125,9 @@ def only(tensors: Collection[str], names: Iterable[str], where: str) -> None:
     unknown = sorted(set(tensors) - known)
     if unknown:
         allowed = f"the tensors {', '.join(sorted(known))}"
-        raise invalid(where, ", ".join(unknown)[:80], allowed, "what others would do to an SAE is not computed here")
+        raise invalid(
+            where, ", ".join(unknown)[:80], allowed, "what others would do to an SAE is not computed here"
+        )
 
 
 def neutral(config: Mapping[str, Any], where: str, reason: str, **plain: Any) -> None:
@@ -119,7 +145,8 @@ def matrix_shape(tensor: Tensor, where: str) -> tuple[int, int]:
 
 
 def written(sae: SAE, names: Mapping[str, str], dtype: str | None = None) -> dict[str, Tensor]:
-    """The SAE's tensors under a layout's names, contiguous copies; narrow ones where they came so and nothing is lost."""
+    """The SAE's tensors under a layout's names, contiguous copies; narrow ones where they came so and nothing
+    is lost."""
     state = sae.state_dict()
     ours = {theirs: state[name].T if theirs.endswith("'") else state[name] for name, theirs in names.items()}
     if dtype in NARROW and all(torch.equal(t, t.to(NARROW[dtype]).to(t.dtype)) for t in ours.values()):
@@ -148,7 +175,11 @@ def text(value: Any) -> str | None:
 
 def hook_name(site: str | None) -> str | None:
     """A site under TransformerLens' name, a module under its own."""
-    return re.sub(r"^(resid_pre|resid_post|mlp_out|attn_out)\.(\d+)$", r"blocks.\2.hook_\1", site) if site else None
+    return (
+        re.sub(r"^(resid_pre|resid_post|mlp_out|attn_out)\.(\d+)$", r"blocks.\2.hook_\1", site)
+        if site
+        else None
+    )
 
 
 def site_of(name: Any) -> str | None:

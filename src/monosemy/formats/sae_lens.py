@@ -1,7 +1,7 @@
 """SAELens' folders: `sae_weights.safetensors` and `cfg.json`, as its `load_from_disk` opens them.
 
-W_enc is [D, F] and W_dec [F, D] there. BatchTopK kinds are JumpReLU SAEs with the running threshold for every latent, TopK keeps its k
-largest and has no threshold.
+W_enc is [D, F] and W_dec [F, D] there. BatchTopK kinds are JumpReLU SAEs with the running threshold for every
+latent, TopK keeps its k largest and has no threshold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from torch import Tensor
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, hook_name, neutral, only, renamed, site_of, text, whole, written
+from monosemy.formats.parts import (
+    Parts,
+    dtype_of,
+    hook_name,
+    neutral,
+    only,
+    renamed,
+    site_of,
+    text,
+    whole,
+    written,
+)
 from monosemy.sae import SAE
 
 FILES = ("sae_weights.safetensors", "cfg.json")
@@ -24,15 +35,27 @@ VERSION = "6.54.12"  # whose layout this is
 
 _BIASED = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _GATED = _BIASED | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
-NAMES = {"standard": _BIASED, "gated": _GATED, "jumprelu": _BIASED | {"threshold": "threshold"}, "topk": _BIASED}
+NAMES = {
+    "standard": _BIASED,
+    "gated": _GATED,
+    "jumprelu": _BIASED | {"threshold": "threshold"},
+    "topk": _BIASED,
+}
 TO_OURS = {"standard": "standard", "gated": "gated", "jumprelu": "jump_relu", "topk": "top_k"}
-TO_THEIRS = {"standard": "standard", "standard_new": "standard", "p_anneal": "standard", "gated": "gated", "top_k": "topk"} | dict.fromkeys(
-    ("jump_relu", "batch_top_k", "matryoshka_batch_top_k"), "jumprelu"
-)
+TO_THEIRS = {
+    "standard": "standard",
+    "standard_new": "standard",
+    "p_anneal": "standard",
+    "gated": "gated",
+    "top_k": "topk",
+} | dict.fromkeys(("jump_relu", "batch_top_k", "matryoshka_batch_top_k"), "jumprelu")
 
 
 def read(folder: Path, source: str) -> Parts:
-    """The SAE in one of SAELens' folders, of version 6 or before. Raises ValueError for what is computed otherwise here."""
+    """The SAE in one of SAELens' folders, of version 6 or before.
+
+    Raises ValueError for what is computed otherwise here.
+    """
     cfg = untrusted.json_object(folder / "cfg.json")
     about = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     theirs, k = _architecture(cfg, about)
@@ -40,14 +63,21 @@ def read(folder: Path, source: str) -> Parts:
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         scale = tensors.pop(name, None)
         if scale is not None and not bool((scale == 1).all()):
-            raise invalid("sae_weights.safetensors", f"a {name}", "an SAE without one", "SAELens 6 has no use for it either: fold it in")
+            raise invalid(
+                "sae_weights.safetensors",
+                f"a {name}",
+                "an SAE without one",
+                "SAELens 6 has no use for it either: fold it in",
+            )
     only(tensors, NAMES[theirs].values(), "sae_weights.safetensors")
     ours = renamed(tensors, NAMES[theirs], "sae_weights.safetensors")
     if cfg.get("rescale_acts_by_decoder_norm") and theirs == "topk":
         ours, cfg = _fold_norms(ours), cfg | {"rescale_acts_by_decoder_norm": False}
     pre_bias = cfg.get("apply_b_dec_to_input", True)
     if not isinstance(pre_bias, bool):
-        raise invalid("cfg.json: apply_b_dec_to_input", str(pre_bias)[:80], "true or false", "copy the folder again")
+        raise invalid(
+            "cfg.json: apply_b_dec_to_input", str(pre_bias)[:80], "true or false", "copy the folder again"
+        )
     return Parts(
         TO_OURS[theirs],
         whole(cfg, "d_in", "cfg.json"),
@@ -70,7 +100,12 @@ def read(folder: Path, source: str) -> Parts:
 def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     """Write an SAE as SAELens would. Raises ValueError for an architecture that it does not compute."""
     if sae.name not in TO_THEIRS:
-        raise invalid("architecture", sae.name, f"for sae_lens: {', '.join(TO_THEIRS)}", "SAELens has no SAE that computes it")
+        raise invalid(
+            "architecture",
+            sae.name,
+            f"for sae_lens: {', '.join(TO_THEIRS)}",
+            "SAELens has no SAE that computes it",
+        )
     theirs = TO_THEIRS[sae.name]
     spread = theirs == "jumprelu" and sae.name != "jump_relu"
     names = {ours: name for ours, name in NAMES[theirs].items() if not (spread and ours == "threshold")}
@@ -78,15 +113,26 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     if spread:
         tensors["threshold"] = sae.get_buffer("threshold").expand(sae.d_sae).contiguous()
     save_file(tensors, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps(_cfg(sae, config, theirs, tensors), indent=2), encoding="utf-8")
+    (folder / "cfg.json").write_text(
+        json.dumps(_cfg(sae, config, theirs, tensors), indent=2), encoding="utf-8"
+    )
 
 
 def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     origin = config.get("origin", {})
     if origin.get("format") == "sae_lens":
         return dict(origin["config"])
-    metadata = {"sae_lens_version": VERSION, "sae_lens_training_version": None, "training_architecture": sae.name, "prepend_bos": True}
-    known = {"model_name": config.get("model"), "hook_name": hook_name(config.get("site")), "dataset_path": config.get("dataset")}
+    metadata = {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": None,
+        "training_architecture": sae.name,
+        "prepend_bos": True,
+    }
+    known = {
+        "model_name": config.get("model"),
+        "hook_name": hook_name(config.get("site")),
+        "dataset_path": config.get("dataset"),
+    }
     buffer = config.get("buffer")
     known["context_size"] = buffer.get("ctx_len") if isinstance(buffer, dict) else None
     return {
@@ -108,7 +154,12 @@ def _architecture(cfg: dict[str, Any], about: dict[str, Any]) -> tuple[str, int 
     theirs, k = _selection(cfg)
     if not isinstance(theirs, str) or theirs not in NAMES:
         allowed = f"{', '.join(NAMES)} (others are no SAE, or compute what none here does)"
-        raise invalid("cfg.json: architecture", str(theirs)[:80], allowed, "a training checkpoint is to be saved with save_inference_model")
+        raise invalid(
+            "cfg.json: architecture",
+            str(theirs)[:80],
+            allowed,
+            "a training checkpoint is to be saved with save_inference_model",
+        )
     normalized = cfg.get("normalize_activations")
     if normalized not in (None, False, "none"):
         remedy = "what is measured for each token anew cannot be folded in"
@@ -145,10 +196,20 @@ def _selection(cfg: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _fold_norms(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same TopK SAE with its decoder's norms in the encoder, by which SAELens selects where it rescales."""
+    """The same TopK SAE with its decoder's norms in the encoder, by which SAELens selects where it
+    rescales."""
     norm_F = torch.linalg.vector_norm(ours["W_dec"].float(), dim=-1)
-    if norm_F.shape != ours["b_enc"].shape or ours["W_enc"].shape != ours["W_dec"].shape or not bool((norm_F > 0).all()):
-        raise invalid("sae_weights.safetensors: W_dec", tuple(norm_F.shape), "rows of a length above 0", "copy the folder again")
+    if (
+        norm_F.shape != ours["b_enc"].shape
+        or ours["W_enc"].shape != ours["W_dec"].shape
+        or not bool((norm_F > 0).all())
+    ):
+        raise invalid(
+            "sae_weights.safetensors: W_dec",
+            tuple(norm_F.shape),
+            "rows of a length above 0",
+            "copy the folder again",
+        )
     return ours | {
         "W_enc": ours["W_enc"].float() * norm_F[:, None],
         "b_enc": ours["b_enc"].float() * norm_F,

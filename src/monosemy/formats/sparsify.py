@@ -1,6 +1,7 @@
 """sparsify's folders: `sae.safetensors` and `cfg.json`, as its `SparseCoder.load_from_disk` opens them.
 
-It keeps the k largest of each token and nothing else; with k of all latents that is a ReLU. Both weights are [F, D] there.
+It keeps the k largest of each token and nothing else; with k of all latents that is a ReLU. Both weights are
+[F, D] there.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ RELU = ("standard", "standard_new", "p_anneal")
 
 
 def read(folder: Path, source: str) -> Parts:
-    """The SAE in one of sparsify's folders. Raises ValueError for a transcoder, and for selections that are not computed here."""
+    """The SAE in one of sparsify's folders.
+
+    Raises ValueError for a transcoder, and for selections that are not computed here.
+    """
     cfg = untrusted.json_object(folder / "cfg.json")
     reason = "an SAE here keeps the k largest and reconstructs its input"
     neutral(cfg, "cfg.json", reason, activation="topk", transcode=False, skip_connection=False, signed=False)
     d_in = whole(cfg, "d_in", "cfg.json")
-    d_sae = whole(cfg, "num_latents", "cfg.json") if cfg.get("num_latents") else d_in * whole(cfg, "expansion_factor", "cfg.json")
+    d_sae = (
+        whole(cfg, "num_latents", "cfg.json")
+        if cfg.get("num_latents")
+        else d_in * whole(cfg, "expansion_factor", "cfg.json")
+    )
     tensors = untrusted.safetensors(folder / "sae.safetensors")
     only(tensors, NAMES.values(), "sae.safetensors")
     return Parts(
@@ -56,7 +64,12 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     relu = sae.name in RELU or (bool(thresholds) and all(bool((t <= 0).all()) for t in thresholds))
     if sae.name != "top_k" and not relu:
         reason = "sparsify keeps the k largest of each token: it has no thresholds, gates or selections over a batch"
-        raise invalid("architecture", sae.name, f"for sparsify: top_k, {', '.join(RELU)}, or thresholds of at most 0", reason)
+        raise invalid(
+            "architecture",
+            sae.name,
+            f"for sparsify: top_k, {', '.join(RELU)}, or thresholds of at most 0",
+            reason,
+        )
     if not sae.pre_bias:
         sae = copy.deepcopy(sae)
         sae.set_pre_bias_(True)

@@ -1,7 +1,8 @@
 """Files that strangers wrote, read without harm.
 
-Nothing in them is executed, no name in them is used as a path, and what is allocated is bounded by the file itself: compressed or
-overlapping members of an archive, views larger than their storage and configurations of endless lists are refused before they are opened.
+Nothing in them is executed, no name in them is used as a path, and what is allocated is bounded by the file
+itself: compressed or overlapping members of an archive, views larger than their storage and configurations of
+endless lists are refused before they are opened.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError where it holds anything else, or more than a configuration does."""
+    """The object in a JSON file.
+
+    Raises ValueError where it holds anything else, or more than a configuration does.
+    """
     try:
         with _regular(path) as file:
             data = file.read(CONFIG_BYTES + 1)
@@ -39,7 +43,9 @@ def json_object(path: Path) -> dict[str, Any]:
             raise ValueError("larger than any configuration")
         value = json.loads(data.decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise invalid(path.name, str(path), f"a {path.name} with a JSON object", f"name an SAE's own folder ({error})") from error
+        raise invalid(
+            path.name, str(path), f"a {path.name} with a JSON object", f"name an SAE's own folder ({error})"
+        ) from error
     if not isinstance(value, dict):
         raise invalid(path.name, str(path), "a JSON object", "copy it again")
     return value
@@ -52,7 +58,10 @@ def sha256(path: Path) -> str:
 
 
 def safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped rather than read. Raises ValueError for a damaged or strange one."""
+    """The tensors of a safetensors file, mapped rather than read.
+
+    Raises ValueError for a damaged or strange one.
+    """
     try:
         with _regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
@@ -71,7 +80,8 @@ def safetensors(path: Path) -> dict[str, Tensor]:
 def npz(path: Path, *spellings: Collection[str]) -> dict[str, Tensor]:
     """Read the arrays of numbers of an uncompressed .npz, as float32.
 
-    Their names must be those of one of the `spellings`. Raises ValueError where there are fewer, more or others.
+    Their names must be those of one of the `spellings`. Raises ValueError where there are fewer, more or
+    others.
     """
     try:
         with _regular(path) as file, _plain_archive(file) as archive:
@@ -82,24 +92,36 @@ def npz(path: Path, *spellings: Collection[str]) -> dict[str, Tensor]:
     except _DAMAGE as error:
         names = " or ".join(map(", ".join, spellings))
         allowed = f"an uncompressed .npz with the arrays {names}, and no others"
-        raise invalid(path.name, str(path), allowed, f"copy it again ({type(error).__name__}: {str(error)[:200]})") from error
+        raise invalid(
+            path.name, str(path), allowed, f"copy it again ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
 
 
 def state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors in what torch.save wrote, mapped rather than read. Raises ValueError for an archive with anything else in it."""
+    """The tensors in what torch.save wrote, mapped rather than read.
+
+    Raises ValueError for an archive with anything else in it.
+    """
     refusal = (path.name, str(path), "a state dict of tensors and nothing else", "check where it comes from")
     try:
         with _regular(path) as file, _plain_archive(file):
             pass
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a damaged or hostile pickle makes of the unpickler, which has no one error for it
+    except (
+        Exception
+    ) as error:  # whatever a damaged or hostile pickle makes of the unpickler, which has no one error for it
         raise invalid(*refusal) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise invalid(*refusal)
     for name, tensor in state.items():
         if not _is_whole(tensor):
             found = type(tensor).__name__
-            raise invalid(f"{path.name}: {name[:80]!r}", found, "a whole tensor, and nothing else beside tensors", refusal[-1])
+            raise invalid(
+                f"{path.name}: {name[:80]!r}",
+                found,
+                "a whole tensor, and nothing else beside tensors",
+                refusal[-1],
+            )
     return state
 
 
@@ -111,7 +133,18 @@ def _is_whole(value: Any) -> bool:
     return bool(value.untyped_storage().nbytes() >= value.numel() * value.element_size())
 
 
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, RuntimeError, MemoryError, zipfile.BadZipFile, struct.error)
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    SyntaxError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    struct.error,
+)
 
 
 def _regular(path: Path) -> BufferedReader:
@@ -122,10 +155,13 @@ def _regular(path: Path) -> BufferedReader:
 
 
 def _plain_archive(file: BufferedReader) -> zipfile.ZipFile:
-    """A zip whose members are stored as they are and lie apart, so that what is read from it is no larger than the file."""
+    """A zip whose members are stored as they are and lie apart, so that what is read from it is no larger
+    than the file."""
     size = file.seek(0, 2)
     file.seek(max(size - 98, 0))
-    tail = file.read()  # the end record of 22 bytes, before it the locator of 20 and the long end record of 56 where there are any
+    # the end record of 22 bytes, before it the locator of 20 and the long end record of 56 where there are
+    # any
+    tail = file.read()
     if tail[-22:-18] != b"PK\5\6" or tail[-2:] != b"\0\0":
         raise ValueError("no end of a zip where one must be")
     directory = int.from_bytes(tail[-10:-6], "little")
@@ -137,7 +173,10 @@ def _plain_archive(file: BufferedReader) -> zipfile.ZipFile:
         raise ValueError("more members than tensors")
     archive = zipfile.ZipFile(file)
     members = archive.infolist()
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size or m.flag_bits & 1 for m in members):
+    if any(
+        m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size or m.flag_bits & 1
+        for m in members
+    ):
         raise ValueError("compressed members")
     if any(m.filename.endswith(".pkl") and m.file_size > HEADER_BYTES for m in members):
         raise ValueError("a pickle larger than names of tensors make it")
@@ -163,8 +202,11 @@ def _npy(data: bytes) -> Tensor:
 
 
 def _npy_header(text: str) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
-    """Type, order and shape that an .npy header names: a literal of Python, of which only this much is ever written."""
-    found = re.fullmatch(r"\{'descr': '<f([248])', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), ?\}\s*", text)
+    """Type, order and shape that an .npy header names: a literal of Python, of which only this much is ever
+    written."""
+    found = re.fullmatch(
+        r"\{'descr': '<f([248])', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), ?\}\s*", text
+    )
     if found is None:
         raise ValueError("not an array of floating-point numbers")
     shape = tuple(int(n) for n in found[3].replace(" ", "").split(",") if n)

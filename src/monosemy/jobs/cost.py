@@ -1,7 +1,8 @@
 """How much arithmetic training and evaluation take, told before a run starts. Nothing here imports torch.
 
-Floating-point operations, those in float32 counted `FLOAT32` times: a run's default number of held-out contexts comes from them, so that it
-depends on the configuration alone and not on how fast or busy a machine is.
+Floating-point operations, those in float32 counted `FLOAT32` times: a run's default number of held-out
+contexts comes from them, so that it depends on the configuration alone and not on how fast or busy a machine
+is.
 
 D d_in, F d_sae.
 """
@@ -14,19 +15,27 @@ from monosemy.config import TrainConfig
 from monosemy.jobs.memory import GridRow
 from monosemy.lm.info import ModelInfo, Site
 
-# Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and 80 are 0.06 apart; with 200, +-0.003.
+# Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and
+# 80 are 0.06 apart; with 200, +-0.003.
 FEWEST, MOST = 20, 200
-SHARE = 0.75  # of training's arithmetic that evaluation may take: it reaches less of a machine's speed, and loads the model once more
+# of training's arithmetic that evaluation may take: it reaches less of a machine's speed, and loads the model
+# once more
+SHARE = 0.75
 FLOAT32 = 2  # times the arithmetic of bfloat16
-SPARSE_STEP = (
-    7  # products of [F, D] with a token that a TopK kind's training step costs, measured; its forward is 2, the rest AuxK and updates
-)
+# products of [F, D] with a token that a TopK kind's training step costs, measured; its forward is 2, the rest
+# AuxK and updates
+SPARSE_STEP = 7
 DENSE_STEP = 12  # encoder and decoder, forward and backward
 
 
-def contexts_of_evaluation(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], context_length: int) -> int:
-    """As many held-out contexts as take, with the latents' pages, about as long as training, FEWEST to MOST."""
-    spliced, read = (context_length * evaluation(c, model, sites, grid, spliced=spliced) for spliced in (True, False))
+def contexts_of_evaluation(
+    c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], context_length: int
+) -> int:
+    """As many held-out contexts as take, with the latents' pages, about as long as training, FEWEST to
+    MOST."""
+    spliced, read = (
+        context_length * evaluation(c, model, sites, grid, spliced=spliced) for spliced in (True, False)
+    )
     budget = SHARE * training(c, model, sites, grid) - pages(c, model, sites, grid)
     n = budget / spliced
     if c.eval_spliced_inputs is not None and n > c.eval_spliced_inputs:  # the others are only encoded
@@ -42,24 +51,34 @@ def training(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequ
     return c.num_tokens * (read + len(sites) * steps)
 
 
-def evaluation(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], *, spliced: bool = True) -> float:
+def evaluation(
+    c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], *, spliced: bool = True
+) -> float:
     """Count one token's evaluation.
 
-    Spliced, every SAE in each of its modes, zero and mean run through what comes after its site, and the head.
+    Spliced, every SAE in each of its modes, zero and mean run through what comes after its site, and the
+    head.
     """
     modes = [(row.width, row.per_site * row.memory.modes) for row in grid]
     codes = len(sites) * sum(FLOAT32 * 4 * model.d_model * F * n for F, n in modes)
     deepest = max(_depth(site, model) for site in sites)
     if not spliced:
-        return _width(c.dtype) * 2 * model.layer_parameters * 2 * deepest + codes  # once for the mean, once for the codes
+        return (
+            _width(c.dtype) * 2 * model.layer_parameters * 2 * deepest + codes
+        )  # once for the mean, once for the codes
     runs = 2 + sum(n for _, n in modes)
-    layers = deepest + model.num_layers + sum(runs * (model.num_layers - _depth(site, model)) for site in sites)
+    layers = (
+        deepest + model.num_layers + sum(runs * (model.num_layers - _depth(site, model)) for site in sites)
+    )
     heads = len(sites) * (1 + runs)
-    return _width(c.dtype) * 2 * (model.layer_parameters * layers + model.embedding_parameters * heads) + codes
+    return (
+        _width(c.dtype) * 2 * (model.layer_parameters * layers + model.embedding_parameters * heads) + codes
+    )
 
 
 def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow]) -> float:
-    """Count what does not depend on text: all pairs of decoder rows, and the effects on logits of latents with a page."""
+    """Count what does not depend on text: all pairs of decoder rows, and the effects on logits of latents
+    with a page."""
     embedded = min(c.report_latents, max(c.dictionary_widths)) * model.embedding_parameters
     of_grid = sum(r.per_site * FLOAT32 * 2 * (r.width * r.width * model.d_model + embedded) for r in grid)
     return len(sites) * of_grid

@@ -1,4 +1,5 @@
-"""Evaluate SAEs: those of a run by themselves, or SAEs of any tool on the same held-out tokens of one model, in one table."""
+"""Evaluate SAEs: those of a run by themselves, or SAEs of any tool on the same held-out tokens of one model,
+in one table."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 def evaluate_saes(config: EvalConfig) -> tuple[list[Row], Missing]:
     """Do what `monosemy eval` does: print the table, return its rows and what is missing.
 
-    One run's folder is evaluated by itself; its rows, plots and page are written anew. Everything else is compared in one
-    table, and no file is changed. Raises ValueError for settings that do not fit the paths.
+    One run's folder is evaluated by itself; its rows, plots and page are written anew. Everything else is
+    compared in one table, and no file is changed. Raises ValueError for settings that do not fit the paths.
     """
     of_run = len(config.paths) == 1 and (Path(config.paths[0]) / "run.json").is_file()
     if config.sparse_probing and not of_run:
@@ -54,10 +55,12 @@ def evaluate_saes(config: EvalConfig) -> tuple[list[Row], Missing]:
 
 
 def evaluate_run(config: EvalConfig) -> tuple[list[Row], Missing]:
-    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text; write its rows, plots and page anew.
+    """Evaluate the SAEs in a run's folder again, on held-out contexts of its own text; write its rows, plots
+    and page anew.
 
-    Where parts of an earlier evaluation with the same settings are missing, only they are made. Returns the rows, and what
-    is missing. Raises ValueError for a folder that holds no run, and for another model, site or text than the run's.
+    Where parts of an earlier evaluation with the same settings are missing, only they are made. Returns the
+    rows, and what is missing. Raises ValueError for a folder that holds no run, and for another model, site
+    or text than the run's.
     """
     folder = Path(config.paths[0])
     config.check_for_run(str(folder))
@@ -79,21 +82,27 @@ def evaluate_run(config: EvalConfig) -> tuple[list[Row], Missing]:
 
 
 def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str = "auto") -> list[Row]:
-    """Add what `probe` finds to the rows of an evaluated run: to rows.jsonl, every eval_results.json, and the report. Returns the rows.
+    """Add what `probe` finds to the rows of an evaluated run: to rows.jsonl, every eval_results.json, and the
+    report. Returns the rows.
 
     `datasets` are names of pairs, such as 155_athlete_sport_basketball; all where none is given.
     Raises ValueError for a run without rows, an unknown name, and where sae-probes is not installed.
     """
     folder = Path(folder)
     if not (folder / "rows.jsonl").is_file():
-        raise invalid("run", str(folder), "an evaluated run, which has a rows.jsonl", "run `monosemy eval` on it first")
+        raise invalid(
+            "run", str(folder), "an evaluated run, which has a rows.jsonl", "run `monosemy eval` on it first"
+        )
     chosen = chosen_datasets(sae_probes(), datasets)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     sites = {row["sae"]: Site.parse(row["site"]) for row in rows}
     plan = Plan.from_run(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
     c = plan.config
     lm = LanguageModel.load(plan.model, tuple(dict.fromkeys(sites.values())), dtype=c.dtype, device=device)
-    saes = {name: (site, formats.load(folder / name, unfinished=True).to(lm.device)) for name, site in sites.items()}
+    saes = {
+        name: (site, formats.load(folder / name, unfinished=True).to(lm.device))
+        for name, site in sites.items()
+    }
     found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
     for row in rows:
         row |= found[row["sae"]]
@@ -109,16 +118,18 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
 def evaluate_folders(config: EvalConfig) -> list[Row]:
     """Evaluate SAEs, by folder or hub name, and all SAEs of runs, through the same model on the same tokens.
 
-    Prints the table and returns the rows. Model and site are each folder's own; the configuration says them for folders
-    that do not. Text, context length and the limit on norms are the configuration's, else the first run's that a folder is
-    or belongs to, else the defaults of training.
-    Raises ValueError for a folder whose model or site nobody says, for another model than the others', and for what
-    `formats.load` refuses.
+    Prints the table and returns the rows. Model and site are each folder's own; the configuration says them
+    for folders that do not. Text, context length and the limit on norms are the configuration's, else the
+    first run's that a folder is or belongs to, else the defaults of training.
+    Raises ValueError for a folder whose model or site nobody says, for another model than the others', and
+    for what `formats.load` refuses.
     """
     found = {name: sae for path in config.paths for name, sae in _resolved(path, config.format).items()}
     if not found:
         remedy = "name one"
-        raise invalid("paths", config.paths, "the folder or hub name of an SAE, the folder of a run, or several", remedy)
+        raise invalid(
+            "paths", config.paths, "the folder or hub name of an SAE, the folder of a run, or several", remedy
+        )
     read = {name: formats.read(sae.path, sae.format, source=sae.source) for name, sae in found.items()}
     sites = {name: _site(name, metadata, config.layer, config.site) for name, (_, metadata) in read.items()}
     runs = [run for sae in found.values() if not sae.origin and (run := _run(sae.path)) is not None]
@@ -132,7 +143,9 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     for name, (sae, _) in read.items():
         if sae.d_in != lm.d_in(sites[name]):
             allowed = f"{lm.d_in(sites[name])}, the width of {sites[name]} of {c.model_name}"
-            raise invalid(f"{name}: d_in", sae.d_in, allowed, "name the model and the site that it was trained on")
+            raise invalid(
+                f"{name}: d_in", sae.d_in, allowed, "name the model and the site that it was trained on"
+            )
     rows = results.measure(
         c,
         lm,
@@ -140,7 +153,10 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
         contexts_CL,
         stream.special_ids,
         norm_limits=_norm_limits(runs, lm, contexts_CL[: c.llm_batch_size], c.max_activation_norm_multiple),
-        info={name: results.row_info(sae, metadata) | found[name].origin for name, (sae, metadata) in read.items()},
+        info={
+            name: results.row_info(sae, metadata) | found[name].origin
+            for name, (sae, metadata) in read.items()
+        },
     )
     if config.rows is not None:
         write_text(Path(config.rows), "".join(json.dumps(row) + "\n" for row in rows))
@@ -154,7 +170,8 @@ def _plan(
     sites: Mapping[str, Site],
     runs: Sequence[Path],
 ) -> Plan:
-    """Plan an evaluation by what the configuration says, else the first run, else the defaults of training."""
+    """Plan an evaluation by what the configuration says, else the first run, else the defaults of
+    training."""
     base = TrainConfig.read(runs[0] / "run.json") if runs else TrainConfig(save_dir=".")
     asked = dataclasses.replace(
         base,
@@ -170,7 +187,8 @@ def _plan(
 
 
 def _resolved(path: str | Path, format: str | None) -> dict[str, Resolved]:
-    """The SAEs of a path, by what a row calls them: a folder's own, a run's, or one from the hub by its name."""
+    """The SAEs of a path, by what a row calls them: a folder's own, a run's, or one from the hub by its
+    name."""
     if not Path(path).exists():
         return {str(path): resolve(path, trusted=format)}
     return {str(folder): Resolved(folder, format=_format(folder, format)) for folder in _saes(Path(path))}
@@ -180,7 +198,10 @@ def _saes(path: Path) -> list[Path]:
     """The folder itself, or those of a run's SAEs."""
     if not (path / "run.json").is_file():
         return [path]
-    return sorted((p.parent for p in path.glob("*/trainer_*/config.json")), key=lambda p: (p.parent.name, len(p.name), p.name))
+    return sorted(
+        (p.parent for p in path.glob("*/trainer_*/config.json")),
+        key=lambda p: (p.parent.name, len(p.name), p.name),
+    )
 
 
 def _run(folder: Path) -> Path | None:
@@ -209,40 +230,62 @@ def _site(name: str, about: dict[str, Any], layer: int | None, site: str | None)
         allowed = "a place that its folder or you name"
         raise invalid(f"{name}: site", own, allowed, "say where it reads with --layer 3 or --site mlp_out.3")
     if known is not None and asked != known:
-        raise invalid("site", told, f"{known}, which {name} says itself", "leave --layer and --site out, or evaluate it apart")
+        raise invalid(
+            "site",
+            told,
+            f"{known}, which {name} says itself",
+            "leave --layer and --site out, or evaluate it apart",
+        )
     return asked
 
 
 def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], told: str | None) -> str:
-    """The one model of all folders. What is told goes before what they say, which may be another name of it."""
+    """The one model of all folders.
+
+    What is told goes before what they say, which may be another name of it.
+    """
     if told is not None:
         return told
     own = {name: about.get("model") for name, (_, about) in read.items()}
     models = {model for model in own.values() if isinstance(model, str)}
     if len(models) != 1:
         found = ", ".join(f"{name}: {model}" for name, model in own.items())
-        raise invalid("model_name", found, "one model that the folders or you name", "say which with --model_name")
+        raise invalid(
+            "model_name", found, "one model that the folders or you name", "say which with --model_name"
+        )
     return models.pop()
 
 
 def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
-    """The commit of the model that the SAEs were trained on, where their folders say it; where they say several, the first, with a warning."""
-    said = {name: about.get("revision") for name, (_, about) in read.items() if about.get("model") == model_name}
+    """The commit of the model that the SAEs were trained on, where their folders say it; where they say
+    several, the first, with a warning."""
+    said = {
+        name: about.get("revision") for name, (_, about) in read.items() if about.get("model") == model_name
+    }
     commits = {name: commit for name, commit in said.items() if isinstance(commit, str)}
     if len(set(commits.values())) > 1:
         first = next(iter(commits.values()))
         log.warning(
-            "SAEs of several commits of %s (%s): all are evaluated on %s", model_name, ", ".join(map(": ".join, commits.items())), first
+            "SAEs of several commits of %s (%s): all are evaluated on %s",
+            model_name,
+            ", ".join(map(": ".join, commits.items())),
+            first,
         )
     return next(iter(commits.values()), None)
 
 
-def _norm_limits(runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float) -> dict[Site, float | None]:
-    """The runs' limits; for other sites the same multiple of the median norm in some contexts, their BOS tokens left out."""
+def _norm_limits(
+    runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float
+) -> dict[Site, float | None]:
+    """The runs' limits; for other sites the same multiple of the median norm in some contexts, their BOS
+    tokens left out."""
     limits: dict[Site, float | None] = {}
     if multiple:
         found = lm.activations(contexts_CL.to(lm.device))
-        limits = {site: multiple * float(x_BLD[:, 1:].float().norm(dim=-1).median()) for site, x_BLD in found.items()}
+        limits = {
+            site: multiple * float(x_BLD[:, 1:].float().norm(dim=-1).median())
+            for site, x_BLD in found.items()
+        }
     for run in reversed(runs):
         kept = json.loads((run / "run.json").read_text(encoding="utf-8")).get("norm_limit", {})
         limits |= {site: kept[str(site)] for site in lm.sites if str(site) in kept}

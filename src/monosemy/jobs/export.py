@@ -21,7 +21,8 @@ from monosemy.training.trainer import SAETrainer
 
 
 def snapshot(path: Path, sae: SAE) -> Callable[[], None]:
-    """Return a job that writes an SAE in dictionary_learning's layout, .pt, or where that has none for it in ours, .safetensors."""
+    """Return a job that writes an SAE in dictionary_learning's layout, .pt, or where that has none for it in
+    ours, .safetensors."""
     theirs = sae.name in dictionary_learning.LAYOUTS
     state = dictionary_learning.state_dict(sae) if theirs else sae.state_dict()
 
@@ -34,7 +35,8 @@ def snapshot(path: Path, sae: SAE) -> Callable[[], None]:
 
 
 def save_sae(plan: Plan, trainer: SAETrainer, site: Site, folder: Path, status: str, steps: int) -> None:
-    """Write an SAE's folder after `steps` steps, with dictionary_learning's `trainer` and `buffer` entries in its config."""
+    """Write an SAE's folder after `steps` steps, with dictionary_learning's `trainer` and `buffer` entries in
+    its config."""
     c, sae = plan.config, trainer.finished()
     entries: dict[str, Any] = {}
     if sae.name in dictionary_learning.LAYOUTS:

@@ -35,7 +35,10 @@ LAST_WORDS = 10.0  # seconds that a tracker has where a run is cut off
 
 
 class Run:
-    """A run's folder and what is known of it. Every file is written whole or not at all, but for metrics.jsonl, which grows."""
+    """A run's folder and what is known of it.
+
+    Every file is written whole or not at all, but for metrics.jsonl, which grows.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, self.folder = plan, plan.config, plan.folder
@@ -44,8 +47,11 @@ class Run:
         self.trackers: list[Tracker] = []
         self.uploader: Uploader | None = None
 
-    def open(self, trainers: Mapping[Any, Sequence[SAETrainer]], facts: dict[str, Any], kept: Checkpoint | None) -> None:
-        """Write down what will be done, before the first step; of a run that goes on, what was recorded after its checkpoint is cut off."""
+    def open(
+        self, trainers: Mapping[Any, Sequence[SAETrainer]], facts: dict[str, Any], kept: Checkpoint | None
+    ) -> None:
+        """Write down what will be done, before the first step; of a run that goes on, what was recorded after
+        its checkpoint is cut off."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         was = json.loads((self.folder / "run.json").read_text(encoding="utf-8")) if kept else {}
@@ -62,11 +68,25 @@ class Run:
         with open(self.folder / "metrics.jsonl", "ab") as file:
             there, wanted = file.tell(), kept.state["metrics_bytes"] if kept else 0
             if there < wanted:
-                log.warning("%s had %d bytes at the checkpoint and has %d: records are missing", file.name, wanted, there)
+                log.warning(
+                    "%s had %d bytes at the checkpoint and has %d: records are missing",
+                    file.name,
+                    wanted,
+                    there,
+                )
             file.truncate(min(there, wanted))
-        self.write_status("running", saes={trainer.name: "running" for of_site in trainers.values() for trainer in of_site})
+        self.write_status(
+            "running", saes={trainer.name: "running" for of_site in trainers.values() for trainer in of_site}
+        )
         if c.use_wandb:
-            self.trackers.append(Wandb(c.wandb_project, entity=c.wandb_entity, group=self.folder.absolute().name, folder=self.folder))
+            self.trackers.append(
+                Wandb(
+                    c.wandb_project,
+                    entity=c.wandb_entity,
+                    group=self.folder.absolute().name,
+                    folder=self.folder,
+                )
+            )
         if c.hf_repo_id:
             self.uploader = Uploader(self.folder, c.hf_repo_id, waits=c.retry_seconds)
         for tracker in self.trackers:
@@ -111,9 +131,16 @@ class Run:
         return status
 
     def write_memory(self, of: str, predicted: int, **more: Any) -> None:
-        """Note the bytes that were predicted for a part of the run, and the most that were taken until now."""
+        """Note the bytes that were predicted for a part of the run, and the most that were taken until
+        now."""
         measured = peak_memory(self.plan)
-        self.write_facts({"memory": self.facts.get("memory", {}) | more | {of: {"predicted": predicted, "measured": measured}}})
+        self.write_facts(
+            {
+                "memory": self.facts.get("memory", {})
+                | more
+                | {of: {"predicted": predicted, "measured": measured}}
+            }
+        )
         log.info("memory of the %s: %s at most, %s predicted", of, size(measured), size(predicted))
 
     def record(self, record: Record) -> None:
@@ -124,7 +151,10 @@ class Run:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Where what is done here breaks off, say so. Before the folder was opened there is nothing to tell."""
+        """Where what is done here breaks off, say so.
+
+        Before the folder was opened there is nothing to tell.
+        """
         try:
             yield
         except BaseException as error:
@@ -139,7 +169,8 @@ class Run:
             raise
 
     def close(self, status: str) -> None:
-        """Let trackers and the upload end; a run that was cut off does not wait for the hub, and not long for trackers."""
+        """Let trackers and the upload end; a run that was cut off does not wait for the hub, and not long for
+        trackers."""
         for tracker in self.trackers:
             tracker.finish(status, *[LAST_WORDS] * (status == "interrupted"))
         if self.uploader is not None and status != "interrupted":

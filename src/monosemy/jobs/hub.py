@@ -1,7 +1,8 @@
 """A run on the Hugging Face hub: upload with retries, and the model card.
 
-A failed upload never costs a run: the folder on disk is whole, and the error names the command that repeats the upload. The token is
-the hub library's own (HF_TOKEN or `hf auth login`); it is no argument here, so it can be in no log.
+A failed upload never costs a run: the folder on disk is whole, and the error names the command that repeats
+the upload. The token is the hub library's own (HF_TOKEN or `hf auth login`); it is no argument here, so it
+can be in no log.
 """
 
 from __future__ import annotations
@@ -26,13 +27,31 @@ from monosemy.system.redact import without_secrets
 log = logging.getLogger(__name__)
 
 SAE_FILES = ("sae.safetensors", "config.json", "ae.pt", "eval_results.json")
-RUN_FILES = ("README.md", "run.json", "status.json", "metrics.jsonl", "rows.jsonl", "report.html", "plots/*.png", "plots/*.svg")
+RUN_FILES = (
+    "README.md",
+    "run.json",
+    "status.json",
+    "metrics.jsonl",
+    "rows.jsonl",
+    "report.html",
+    "plots/*.png",
+    "plots/*.svg",
+)
 UPLOADED = (*RUN_FILES, *SAE_FILES, *(f"*/{name}" for name in SAE_FILES))
 NOT_UPLOADED = ("checkpoints/*", "*/checkpoints/*", "wandb/*")
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, each drawn from half to one and a half times that
+WAITS = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+)  # seconds before each further try, each drawn from half to one and a half times that
 SILENCE = 60.0  # seconds without a byte after which a request has failed
 LONGEST_WAIT = 120.0  # whatever the hub's Retry-After asks for
-HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # models that come from a package, under their names on the hub
+HUB_NAMES = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"
+}  # models that come from a package, under their names on the hub
 PLOTS = {
     "loss_recovered": "Loss recovered against L0",
     "fvu": "Fraction of variance unexplained against L0",
@@ -49,7 +68,8 @@ REFUSALS = {
 
 
 class UploadFailed(RuntimeError):
-    """An upload that was refused, or failed as often as it was tried. The message ends with the command that repeats it.
+    """An upload that was refused, or failed as often as it was tried. The message ends with the command that
+    repeats it.
 
     `may_pass`: whether the same upload may work in a while.
     """
@@ -60,7 +80,8 @@ class UploadFailed(RuntimeError):
 
 
 def push(run_folder: str | Path, repo_id: str, *, waits: Sequence[float] = WAITS) -> str:
-    """Write the run's model card to its README.md and upload the whole run. Returns the address of the commit.
+    """Write the run's model card to its README.md and upload the whole run. Returns the address of the
+    commit.
 
     Raises `UploadFailed`.
     """
@@ -70,11 +91,14 @@ def push(run_folder: str | Path, repo_id: str, *, waits: Sequence[float] = WAITS
     return upload(run_folder, repo_id, waits=waits)
 
 
-def upload(folder: str | Path, repo_id: str, *, run_folder: str | Path | None = None, waits: Sequence[float] = WAITS) -> str:
+def upload(
+    folder: str | Path, repo_id: str, *, run_folder: str | Path | None = None, waits: Sequence[float] = WAITS
+) -> str:
     """Upload the artefact's files of `folder`, as one commit; the repository is made if there is none.
 
-    Checkpoints, trackers' files and anything else that is no part of the artefact stay at home. What may pass (5xx, 408, 429, a broken
-    connection) is tried again after each of `waits`; what will not (401, 403, 404, 413, ...) fails at once.
+    Checkpoints, trackers' files and anything else that is no part of the artefact stay at home. What may pass
+    (5xx, 408, 429, a broken connection) is tried again after each of `waits`; what will not (401, 403, 404,
+    413, ...) fails at once.
 
     Args:
         folder: a run's folder, or that of one of its SAEs.
@@ -109,10 +133,20 @@ def upload(folder: str | Path, repo_id: str, *, run_folder: str | Path | None = 
     return _tried(once, repo_id, lambda reason: str(_failure(root, repo_id, reason)), waits)
 
 
-def upload_saved(folder: Path, repo_id: str, card: str, message: str, *, private: bool = False, waits: Sequence[float] = WAITS) -> str:
-    """Upload a folder of saved SAEs as one commit, with `card` for a README.md where the repository has none. Returns its address.
+def upload_saved(
+    folder: Path,
+    repo_id: str,
+    card: str,
+    message: str,
+    *,
+    private: bool = False,
+    waits: Sequence[float] = WAITS,
+) -> str:
+    """Upload a folder of saved SAEs as one commit, with `card` for a README.md where the repository has none.
+    Returns its address.
 
-    The repository is made if there is none. What may pass is tried again after each of `waits`. Raises `UploadFailed`.
+    The repository is made if there is none. What may pass is tried again after each of `waits`. Raises
+    `UploadFailed`.
     """
 
     def once() -> str:
@@ -121,14 +155,19 @@ def upload_saved(folder: Path, repo_id: str, card: str, message: str, *, private
         if not api.file_exists(repo_id, "README.md"):
             (folder / "README.md").write_text(card, encoding="utf-8")
         allowed = ["README.md", *(name for file in SAE_FILES for name in (file, f"*/{file}"))]
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=allowed, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=allowed, commit_message=message
+        )
         return str(commit.commit_url)
 
     return _tried(once, repo_id, lambda reason: f"Upload to {repo_id} failed: {reason}.", waits)
 
 
 def _tried(once: Callable[[], str], repo_id: str, said: Callable[[str], str], waits: Sequence[float]) -> str:
-    """Do something with the hub, again after each of `waits` where what failed may pass. Raises `UploadFailed` with what is said of it."""
+    """Do something with the hub, again after each of `waits` where what failed may pass.
+
+    Raises `UploadFailed` with what is said of it.
+    """
     jitter = random.Random()  # its own, because the global generator belongs to the caller
 
     def attempt() -> str:
@@ -149,14 +188,23 @@ def _refuse_links(folder: Path, root: Path, repo_id: str) -> None:
     """Raises `UploadFailed` if a file that would be uploaded, or written, lies elsewhere."""
     from huggingface_hub.utils import filter_repo_objects  # which imports all of the hub's library
 
-    links = (path for path in folder.rglob("*") if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()))
+    links = (
+        path
+        for path in folder.rglob("*")
+        if path.is_symlink() and not path.resolve().is_relative_to(root.resolve())
+    )
     names = (path.relative_to(folder).as_posix() for path in links)
     for name in filter_repo_objects(names, allow_patterns=list(UPLOADED), ignore_patterns=list(NOT_UPLOADED)):
-        raise _failure(root, repo_id, f"{name} is a link out of the run's folder, to {(folder / name).resolve()}: put a copy in its place")
+        raise _failure(
+            root,
+            repo_id,
+            f"{name} is a link out of the run's folder, to {(folder / name).resolve()}: put a copy in its place",
+        )
 
 
 class Uploader:
-    """Uploads a run while it goes on, from a thread of its own: each SAE when it is saved, the rest at the end.
+    """Uploads a run while it goes on, from a thread of its own: each SAE when it is saved, the rest at the
+    end.
 
     After a failure the thread waits for the end, where everything that is missing is tried once more.
     """
@@ -169,15 +217,21 @@ class Uploader:
         self._thread.start()
 
     def submit(self, sae: str) -> None:
-        """Upload one SAE's folder, such as "resid_post_layer_3/trainer_0": when it is saved, and again when it is evaluated."""
+        """Upload one SAE's folder, such as "resid_post_layer_3/trainer_0": when it is saved, and again when
+        it is evaluated."""
         self._queue.put(sae)
 
     def finish(self, timeout: float = 3600.0) -> bool:
-        """Upload what is missing, with the model card, and wait for it. False, and a warning with the command, if that failed."""
+        """Upload what is missing, with the model card, and wait for it.
+
+        False, and a warning with the command, if that failed.
+        """
         self._queue.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
-            self._problem = str(_failure(self._run_folder, self._repo_id, f"the hub was not done after {timeout:g} seconds"))
+            self._problem = str(
+                _failure(self._run_folder, self._repo_id, f"the hub was not done after {timeout:g} seconds")
+            )
         if self._problem:
             log.warning("%s", self._problem)
         return self._problem is None
@@ -187,15 +241,23 @@ class Uploader:
         while (sae := self._queue.get()) is not None:
             if working:
                 try:
-                    upload(self._run_folder / sae, self._repo_id, run_folder=self._run_folder, waits=self._waits)
+                    upload(
+                        self._run_folder / sae, self._repo_id, run_folder=self._run_folder, waits=self._waits
+                    )
                 except UploadFailed as error:
                     working = False
                     log.warning("%s\nThe run goes on; the upload is tried again at its end.", error)
         try:
             log.info("Uploaded: %s", push(self._run_folder, self._repo_id, waits=self._waits))
             self._problem = None
-        except Exception as error:  # a card that cannot be written (a full disk) must not take the run with it either
-            self._problem = str(error if isinstance(error, UploadFailed) else _failure(self._run_folder, self._repo_id, str(error)))
+        except (
+            Exception
+        ) as error:  # a card that cannot be written (a full disk) must not take the run with it either
+            self._problem = str(
+                error
+                if isinstance(error, UploadFailed)
+                else _failure(self._run_folder, self._repo_id, str(error))
+            )
 
 
 def _failure(run_folder: Path, repo_id: str, reason: str, may_pass: bool = False) -> UploadFailed:
@@ -212,7 +274,10 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, ValueError | FileNotFoundError | PermissionError):  # a wrong name, a file of ours
         return False
     clients = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
-    return any(isinstance(cause, OSError | RuntimeError) or type(cause).__module__.split(".")[0] in clients for cause in causes(error))
+    return any(
+        isinstance(cause, OSError | RuntimeError) or type(cause).__module__.split(".")[0] in clients
+        for cause in causes(error)
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -226,23 +291,37 @@ def _reason(error: Exception) -> str:
 
 
 def model_card(run_folder: str | Path, repo_id: str = "USER/NAME") -> str:
-    """The README.md of a run: what it is, every SAE with its numbers, the plots, how to load one, where it comes from, what it is not.
+    """The README.md of a run: what it is, every SAE with its numbers, the plots, how to load one, where it
+    comes from, what it is not.
 
-    Everything is read from the run's folder, whatever part of it exists. Text from names and settings is escaped.
+    Everything is read from the run's folder, whatever part of it exists. Text from names and settings is
+    escaped.
     """
     folder = Path(run_folder)
     run = without_secrets(_read(folder / "run.json"))
     config = run.get("config", {})
-    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "rows.jsonl").exists() else []
+    lines = (
+        (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+        if (folder / "rows.jsonl").exists()
+        else []
+    )
     by_sae = {row["sae"]: row for row in map(json.loads, lines)}
-    for path in sorted(folder.glob("*/trainer_*/config.json")):  # saved and not evaluated: in the table with nothing but its name
-        by_sae.setdefault(path.parent.relative_to(folder).as_posix(), {"sae": path.parent.relative_to(folder).as_posix()})
+    for path in sorted(
+        folder.glob("*/trainer_*/config.json")
+    ):  # saved and not evaluated: in the table with nothing but its name
+        by_sae.setdefault(
+            path.parent.relative_to(folder).as_posix(), {"sae": path.parent.relative_to(folder).as_posix()}
+        )
     rows = list(by_sae.values())
     sections = [
         _front_matter(config, rows),
         _summary(run, rows, _read(folder / "status.json")),
         "## Results\n\n" + _table(rows) if rows else "",
-        "\n\n".join(f"![{title}](plots/{name}.png)" for name, title in PLOTS.items() if (folder / "plots" / f"{name}.png").exists()),
+        "\n\n".join(
+            f"![{title}](plots/{name}.png)"
+            for name, title in PLOTS.items()
+            if (folder / "plots" / f"{name}.png").exists()
+        ),
         _loading(repo_id, next(iter(rows), {}), config, _read(folder / "status.json")),
         _limits(config, rows),
         _provenance(run),
@@ -261,7 +340,9 @@ def _front_matter(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
     lines = ["library_name: monosemy", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
     model = config.get("model_name", "")
     for key, name in (("base_model", HUB_NAMES.get(model, model)), ("datasets", config.get("dataset"))):
-        if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():  # a folder is not on the hub
+        if (
+            name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+        ):  # a folder is not on the hub
             lines += [f"{key}:", f"- {json.dumps(name)}"]
     return "\n".join(["---", *lines, "---"])
 
@@ -280,12 +361,20 @@ def _summary(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], status: 
         + ". Each was trained"
         + (f" on {tokens:,} tokens" if isinstance(tokens, int) else "")
         + (f" of {_code(config['dataset'])}" if config.get("dataset") else "")
-        + (f" mixed with {_code(config['chat_dataset'])}" if config.get("mixed_dataset") and config.get("chat_dataset") else "")
+        + (
+            f" mixed with {_code(config['chat_dataset'])}"
+            if config.get("mixed_dataset") and config.get("chat_dataset")
+            else ""
+        )
         + " with monosemy."
     )
     state = status.get("status")
     if isinstance(state, str) and state != "complete":
-        why = "parts of its evaluation are missing" if state == "incomplete" else "it did not reach its planned end"
+        why = (
+            "parts of its evaluation are missing"
+            if state == "incomplete"
+            else "it did not reach its planned end"
+        )
         text += f"\n\n**The run's status is {_code(state)}: {why}.**"
     return text
 
@@ -296,7 +385,10 @@ COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("architecture", lambda row: _code(row["architecture"])),
     ("latents", lambda row: f"{row['d_sae']:,}"),
     ("L0", lambda row: f"{row['l0']:.1f}"),
-    ("loss recovered (zero ablation) [95 %]", lambda row: f"{row['loss_recovered_zero']:.4f}{_interval(row)}"),
+    (
+        "loss recovered (zero ablation) [95 %]",
+        lambda row: f"{row['loss_recovered_zero']:.4f}{_interval(row)}",
+    ),
     ("KL", lambda row: f"{row['kl']:.4f}"),
     ("FVU", lambda row: f"{row['fvu']:.4f}" + (" †" if row.get("threshold_flag") else "")),
     ("alive", lambda row: f"{100 * row['frac_alive']:.1f} %"),
@@ -317,7 +409,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         except (KeyError, TypeError):  # absent, or null
             return "-"
 
-    table = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS), *([cell(write, row) for _, write in COLUMNS] for row in rows)]
+    table = [
+        [title for title, _ in COLUMNS],
+        ["---"] * len(COLUMNS),
+        *([cell(write, row) for _, write in COLUMNS] for row in rows),
+    ]
     tokens = {row["tokens"] for row in rows if isinstance(row.get("tokens"), int)}
     measured = f" Measured on {max(tokens):,} held-out tokens." if tokens else ""
     flagged = any(row.get("threshold_flag") for row in rows)
@@ -331,7 +427,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _loading(repo_id: str, row: Mapping[str, Any], config: Mapping[str, Any], status: Mapping[str, Any]) -> str:
+def _loading(
+    repo_id: str, row: Mapping[str, Any], config: Mapping[str, Any], status: Mapping[str, Any]
+) -> str:
     sae = row.get("sae", "SITE/trainer_0")
     unfinished = ", unfinished=True" if status.get("saes", {}).get(sae, "complete") != "complete" else ""
     where = f"{config.get('model_name', 'the model')} at {row.get('site', 'the site')}".replace("\n", " ")
@@ -365,9 +463,13 @@ def _limits(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
         "A latent that never fired on the held-out tokens may still fire on more of them.",
     ]
     if not config.get("keep_special_tokens", False):
-        points.append("Special tokens and the first position of a context were left out of training and evaluation.")
+        points.append(
+            "Special tokens and the first position of a context were left out of training and evaluation."
+        )
     if any("top_k_fvu" in row for row in rows):
-        points.append("TopK kinds are measured under their fixed threshold, which is how `encode` works unless told otherwise.")
+        points.append(
+            "TopK kinds are measured under their fixed threshold, which is how `encode` works unless told otherwise."
+        )
     return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
 
 
@@ -380,7 +482,10 @@ def _provenance(run: Mapping[str, Any]) -> str:
         if key == "config":
             continue
         if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {json.dumps(item) if isinstance(item, list | dict) else item}" for name, item in value.items())
+            value = ", ".join(
+                f"{name} {json.dumps(item) if isinstance(item, list | dict) else item}"
+                for name, item in value.items()
+            )
         elif isinstance(value, list):
             value = shlex.join(map(str, value)) if key in ("command", "argv") else json.dumps(value)
         points.append(f"- {_text(key.replace('_', ' '))}: {_code(value)}")
@@ -398,4 +503,6 @@ def _code(value: Any) -> str:
     """A value as a code span, also in a table: the fence is longer than any run of backticks inside."""
     text = " ".join(str(value).split()).replace("|", r"\|")
     fence = "`" * (max((len(ticks) for ticks in re.findall(r"`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}" if text.startswith("`") or text.endswith("`") else f"{fence}{text}{fence}"
+    return (
+        f"{fence} {text} {fence}" if text.startswith("`") or text.endswith("`") else f"{fence}{text}{fence}"
+    )

@@ -1,8 +1,9 @@
 """How much memory a run takes, told before it starts. Nothing here imports torch.
 
-Peak memory is resident allocations plus the largest transient of a phase. On a CPU that is the process's resident
-memory, on a GPU what torch has allocated there. How many arrays live at once was counted in torch's own record of its allocations on a
-CPU; `tests/jobs/test_memory.py` holds the whole to what runs really take. No GPU has been measured.
+Peak memory is resident allocations plus the largest transient of a phase. On a CPU that is the process's
+resident memory, on a GPU what torch has allocated there. How many arrays live at once was counted in torch's
+own record of its allocations on a CPU; `tests/jobs/test_memory.py` holds the whole to what runs really take.
+No GPU has been measured.
 
 B tokens of a batch, D d_in, F d_sae, M contexts of a forward, L context, N tokens of a group in evaluation.
 """
@@ -26,7 +27,10 @@ from monosemy.limits import (
 from monosemy.lm.info import ModelInfo, Site
 
 MIB = 2**20
-LIBRARIES = {"cpu": 610 * MIB, "cuda": 64 * MIB}  # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
+LIBRARIES = {
+    "cpu": 610 * MIB,
+    "cuda": 64 * MIB,
+}  # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
 IN_CACHE = 2**18  # elements, as in ops/entries.py
 GATHERED = 2060  # bytes of a latent, as in latents.py
 COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
@@ -46,7 +50,8 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by use: what is held all along, and transient allocations on top of it, of which only one is held at a time."""
+    """Bytes by use: what is held all along, and transient allocations on top of it, of which only one is held
+    at a time."""
 
     held: dict[str, int]
     transient: dict[str, int]
@@ -110,7 +115,9 @@ def estimate(
     layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
     cut, whole = (of_lm * model.parameters(n) for n in (layers, None))
     stored = BYTES.get(model.dtype or c.dtype, 4)
-    mapped = stored / of_lm if stored != of_lm and not gpu else 0  # the checkpoint's pages, while they are converted
+    mapped = (
+        stored / of_lm if stored != of_lm and not gpu else 0
+    )  # the checkpoint's pages, while they are converted
     slots = (-(-contexts_per_block // M) + 1) * M * L
     batches = len(sites) * B * D * (4 + of_lm)
     libraries = LIBRARIES["cuda" if gpu else "cpu"]
@@ -120,13 +127,16 @@ def estimate(
             "model": cut,
             "block": len(sites) * slots * (D * of_lm + (12 if gpu else 20)) + batches,
             "SAEs": all_saes,
-            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16) for r in grid),
+            "arrays": 0
+            if gpu
+            else max(workspace_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16) for r in grid),
             "checkpoint": all_saes if steps > c.checkpoint_every and not gpu else 0,
         },
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + len(sites)) * D),
             "step": max(
-                step_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, on_gpu=n if gpu else 0) for r, n in number.items()
+                step_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, on_gpu=n if gpu else 0)
+                for r, n in number.items()
             ),
             "last checkpoint": 0 if gpu or steps > c.checkpoint_every else all_saes,
             "saving": 0 if gpu else max(2 * weights[r] + 4 * r.width * D for r in grid),
@@ -140,7 +150,9 @@ def estimate(
     spliced = L * min(group, contexts if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
     rows = max(1, min(HEAD_ELEMENTS // (model.vocab_size or HEAD_ELEMENTS), spliced))
     modes = sum(r.memory.modes * r.per_site for r in grid)
-    kept = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D  # reconstructions, and where they lead to
+    kept = (
+        4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D
+    )  # reconstructions, and where they lead to
     evaluation = Phase(
         {
             "libraries": libraries,
@@ -151,7 +163,9 @@ def estimate(
         {
             "opening": 0 if gpu else max(weights.values()),
             "splicing": kept + of_lm * min(M * L, N) * (_widths(model) + 2 * D),
-            "encoding": kept + 4 * modes * N * D + max(int(4 * N * r.width * (2.25 + r.memory.products)) for r in grid),
+            "encoding": kept
+            + 4 * modes * N * D
+            + max(int(4 * N * r.width * (2.25 + r.memory.products)) for r in grid),
             "head": kept + rows * (model.vocab_size or 0) * (20 if of_lm == 4 else 22),
         },
         loading=libraries + whole + int(mapped * whole),
@@ -160,29 +174,45 @@ def estimate(
 
 
 def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, bf16: bool = False) -> int:
-    """Count one SAE in training: parameters and moments in float32, W_enc's bfloat16 copy, dead-latent counters."""
+    """Count one SAE in training: parameters and moments in float32, W_enc's bfloat16 copy, dead-latent
+    counters."""
     return 4 * _parameters(memory, D, F) * (1 + memory.moments) + 2 * F * D * bf16 + 8 * F + COUNTERS
 
 
-def workspace_bytes(memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int = 0, bf16: bool = False) -> int:
+def workspace_bytes(
+    memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int = 0, bf16: bool = False
+) -> int:
     """Count the arrays that SAEs on a CPU use one after the other.
 
-    Pre-activations [B, F], and in the dense layout values, a mask and gradients; x and W_enc in 16-bit integers, by which
-    pre-activations are estimated where few latents are active, as in the ReLU kinds sooner or later.
+    Pre-activations [B, F], and in the dense layout values, a mask and gradients; x and W_enc in 16-bit
+    integers, by which pre-activations are estimated where few latents are active, as in the ReLU kinds sooner
+    or later.
     """
     dense = memory.dense_arrays > 0
-    of_products = (2 if bf16 else 4) * (1 + memory.products * dense)  # the encoder's, and gradients through the decoder
+    of_products = (2 if bf16 else 4) * (
+        1 + memory.products * dense
+    )  # the encoder's, and gradients through the decoder
     integers = 2 * (B + F) * D * (not bf16 and (dense or k < ESTIMATE_BELOW * F))
     return B * F * (of_products + 4 * memory.dense_arrays + dense) + integers
 
 
-def step_bytes(memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0) -> int:
-    """Count a step's gradients and transients: on a CPU of one SAE; on a GPU of the group that `on_gpu` SAEs are in."""
-    array, matrix, gradients, of_pre = 4 * B * F, 4 * F * D, 4 * _parameters(memory, D, F), (2 if bf16 else 4) * B * F
+def step_bytes(
+    memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0
+) -> int:
+    """Count a step's gradients and transients: on a CPU of one SAE; on a GPU of the group that `on_gpu` SAEs
+    are in."""
+    array, matrix, gradients, of_pre = (
+        4 * B * F,
+        4 * F * D,
+        4 * _parameters(memory, D, F),
+        (2 if bf16 else 4) * B * F,
+    )
     dense = memory.dense_arrays > 0
     kept = of_pre + 5 * B * F if dense else of_pre + 16 * B * k  # on a GPU, until the group's update
     if not dense:
-        work = matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)  # AuxK's entries, too, and its gradient of W_dec
+        work = (
+            matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
+        )  # AuxK's entries, too, and its gradient of W_dec
     elif on_gpu:
         work = int(memory.gpu_arrays * array)
     else:
@@ -199,20 +229,24 @@ def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:
 def _widths(model: ModelInfo) -> int:
     """The outputs of all matrices of a layer, of one token: about what its forward holds at once.
 
-    Too much for a mixture of experts; attention scores of a model that makes them whole, such as Gemma 2, are not in it.
+    Too much for a mixture of experts; attention scores of a model that makes them whole, such as Gemma 2, are
+    not in it.
     """
     return model.layer_parameters // model.d_model
 
 
-# --- what was really taken ----------------------------------------------------------------------------------------------------
+# --- what was really taken ----------------------------------------------------------------------------------
 
 
 def high_water(cuda: Any = None) -> int:
-    """The most bytes that this process has held: resident, or what torch has allocated where its module `cuda` is given."""
+    """The most bytes that this process has held: resident, or what torch has allocated where its module
+    `cuda` is given."""
     if cuda is not None:
         return cuda.max_memory_allocated()
     try:  # what getrusage says is never less than what the process that started this one held
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+        )
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):  # not Linux
         import resource
@@ -221,7 +255,8 @@ def high_water(cuda: Any = None) -> int:
 
 
 def tensor_bytes(holder: Any, *, apart: Iterable[Any] = ()) -> int:
-    """What all tensors take that an object holds, however deep, each storage once; not those of objects that are kept apart."""
+    """What all tensors take that an object holds, however deep, each storage once; not those of objects that
+    are kept apart."""
     storages: dict[int, int] = {}
     seen, ahead = {id(x) for x in apart}, [holder]
     while ahead:

@@ -1,6 +1,8 @@
-"""The plan of a run or an evaluation: a configuration with its blanks filled in, checked as far as that needs no weights.
+"""The plan of a run or an evaluation: a configuration with its blanks filled in, checked as far as that needs
+no weights.
 
-torch is imported only once the settings themselves are right, with the classes of the architectures that they name.
+torch is imported only once the settings themselves are right, with the classes of the architectures that they
+name.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ class Plan:
     def from_config(cls, config: TrainConfig) -> Plan:
         """Check a configuration and fill its blanks in. Writes nothing.
 
-        Raises ValueError for what the configuration has wrong and ConnectionError for a hub that cannot be reached.
+        Raises ValueError for what the configuration has wrong and ConnectionError for a hub that cannot be
+        reached.
         """
         _check_together(config)
         classes = _architectures(config)
@@ -86,7 +89,13 @@ class Plan:
         check_weights(model)
         recorded = _recorded(folder) or {}
         contexts = config.eval_num_inputs or recorded.get("eval_num_inputs")  # as the run began
-        plan = cls(_resolve(dataclasses.replace(config, eval_num_inputs=contexts), model, sites), model, sites, folder, note)
+        plan = cls(
+            _resolve(dataclasses.replace(config, eval_num_inputs=contexts), model, sites),
+            model,
+            sites,
+            folder,
+            note,
+        )
         if plan.steps < 1:
             c = plan.config
             remedy = "train on more tokens or lower --sae_batch_size"
@@ -98,7 +107,8 @@ class Plan:
 
     @classmethod
     def from_run(cls, config: TrainConfig) -> Plan:
-        """Plan anew for a run that exists, from its own configuration; its model at the commit that it was trained on."""
+        """Plan anew for a run that exists, from its own configuration; its model at the commit that it was
+        trained on."""
         folder = Path(config.save_dir)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
         check_weights(model)
@@ -145,7 +155,8 @@ class Plan:
 
     @cached_property
     def contexts_per_block(self) -> int:
-        """Contexts of a block: equal blocks that just cover the run, of about `buffer_tokens`, four at least."""
+        """Contexts of a block: equal blocks that just cover the run, of about `buffer_tokens`, four at
+        least."""
         c = self.config
         blocks = max(-(-self.steps * c.sae_batch_size // c.buffer_tokens), 4)
         return -(-(-(-self.steps // blocks) * c.sae_batch_size) // int(0.96 * (c.context_length - 1)))
@@ -179,7 +190,9 @@ class Plan:
         depths = [site.depth for site in self.sites]
         layers = self.model.num_layers if None in depths else max(d for d in depths if d is not None)
         sweeps = {name: kind.sweep_of(c) for name, kind in _architectures(c).items()}
-        grid = "\n".join(f"  {name:24} {', '.join(f'{v:g}' for v in values)}" for name, values in sweeps.items())
+        grid = "\n".join(
+            f"  {name:24} {', '.join(f'{v:g}' for v in values)}" for name, values in sweeps.items()
+        )
         rates = ", ".join(f"{v:g}" for v in c.learning_rates) or "of the recipe"
         widths, seeds = (", ".join(map(str, values)) for values in (c.dictionary_widths, c.random_seeds))
         chat = f" and {c.chat_dataset}" if c.mixed_dataset else ""
@@ -197,9 +210,13 @@ class Plan:
 
 
 def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
-    """The model's commit that a run in this folder was begun with; None where there is no run, or one of another model or revision."""
+    """The model's commit that a run in this folder was begun with; None where there is no run, or one of
+    another model or revision."""
     recorded = _recorded(folder)
-    if recorded is None or (recorded.get("model_name"), recorded.get("revision")) != (config.model_name, config.revision):
+    if recorded is None or (recorded.get("model_name"), recorded.get("revision")) != (
+        config.model_name,
+        config.revision,
+    ):
         return None
     model = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("model")
     commit = model.get("revision") if isinstance(model, dict) else None
@@ -207,7 +224,11 @@ def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
 
 
 def _sites(c: TrainConfig) -> tuple[Site, ...]:
-    return tuple(dict.fromkeys([Site("resid_post", layer) for layer in c.layers] + [Site.parse(name) for name in c.sites]))
+    return tuple(
+        dict.fromkeys(
+            [Site("resid_post", layer) for layer in c.layers] + [Site.parse(name) for name in c.sites]
+        )
+    )
 
 
 def _architectures(c: TrainConfig) -> dict[str, type[SAE]]:
@@ -251,7 +272,9 @@ def _check_together(c: TrainConfig) -> None:
     if not c.architectures:
         raise invalid("architectures", c.architectures, "at least one", "name one")
     if c.held_out_fraction == 0:
-        raise invalid("held_out_fraction", 0, "above 0: evaluation needs text that was not trained on", "try 0.02")
+        raise invalid(
+            "held_out_fraction", 0, "above 0: evaluation needs text that was not trained on", "try 0.02"
+        )
     if c.eval_spliced_inputs == 0:
         raise invalid("eval_spliced_inputs", 0, "1 or more", "raise it")
     if c.mixed_dataset and not 0 < c.pretrain_frac < 1:
@@ -273,12 +296,15 @@ def _check_together(c: TrainConfig) -> None:
 def _grid(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> tuple[GridRow, ...]:
     each = len(c.random_seeds) * max(len(c.learning_rates), 1)
     return tuple(
-        GridRow(name, width, each * len(kind.sweep_of(c)), kind.memory) for width in c.dictionary_widths for name, kind in classes.items()
+        GridRow(name, width, each * len(kind.sweep_of(c)), kind.memory)
+        for width in c.dictionary_widths
+        for name, kind in classes.items()
     )
 
 
 def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> ResolvedConfig:
-    """Fill blanks from the model's preset or its size; the contexts of evaluation from what all of that costs."""
+    """Fill blanks from the model's preset or its size; the contexts of evaluation from what all of that
+    costs."""
     batch, length, gpu_dtype = PRESETS.get(c.model_name, (None, min(1024, model.max_length or 1024), None))
     length = c.context_length or length
     if model.max_length is not None and length > model.max_length:
@@ -322,30 +348,48 @@ def cpu_has_bf16() -> bool:
     return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))
 
 
-# --- where the run goes -------------------------------------------------------------------------------------------------------
+# --- where the run goes -------------------------------------------------------------------------------------
 
 
 def _folder(c: TrainConfig) -> tuple[Path, str]:
-    """The run's folder: `save_dir`, or one beside it where that one holds another model's or other architectures' run."""
+    """The run's folder: `save_dir`, or one beside it where that one holds another model's or other
+    architectures' run."""
     asked = path_of("save_dir", c.save_dir)
     recorded = _recorded(asked)
     folder, note = asked, ""
-    if recorded is not None and (recorded.get("model_name"), recorded.get("architectures")) != (c.model_name, list(c.architectures)):
+    if recorded is not None and (recorded.get("model_name"), recorded.get("architectures")) != (
+        c.model_name,
+        list(c.architectures),
+    ):
         named = asked if asked.name not in ("", "..") else Path(os.path.abspath(asked))
         name = re.sub(r"[^\w.-]+", "_", f"{named.name}_{c.model_name}_{'_'.join(c.architectures)}")
         folder = path_of("save_dir", str(named.with_name(name)))
         note = f"{asked} holds a run of {recorded.get('model_name')} with {recorded.get('architectures')}; this run goes to {folder}"
     if os.path.lexists(folder) and not folder.is_dir():
-        raise invalid("save_dir", str(folder), "a folder", "this is a file, or a link to nothing; name another path")
-    if _recorded(folder) is None and folder.is_dir() and any(path.name not in (".run.json.part", LOCK) for path in folder.iterdir()):
-        raise invalid("save_dir", str(folder), "a new or empty folder, or one that holds a run", "it holds other files; name another path")
+        raise invalid(
+            "save_dir", str(folder), "a folder", "this is a file, or a link to nothing; name another path"
+        )
+    if (
+        _recorded(folder) is None
+        and folder.is_dir()
+        and any(path.name not in (".run.json.part", LOCK) for path in folder.iterdir())
+    ):
+        raise invalid(
+            "save_dir",
+            str(folder),
+            "a new or empty folder, or one that holds a run",
+            "it holds other files; name another path",
+        )
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         raise invalid(
-            "save_dir", str(folder), "a folder that can be written", f"check permissions and space ({os.strerror(error.errno or 0)})"
+            "save_dir",
+            str(folder),
+            "a folder that can be written",
+            f"check permissions and space ({os.strerror(error.errno or 0)})",
         ) from error
     return folder, note
 
@@ -358,7 +402,12 @@ def _recorded(folder: Path) -> dict | None:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise invalid("save_dir", str(folder), "a folder whose run.json can be read", f"name another, or repair it ({error})") from error
+        raise invalid(
+            "save_dir",
+            str(folder),
+            "a folder whose run.json can be read",
+            f"name another, or repair it ({error})",
+        ) from error
 
 
 def _check_same_run(plan: Plan) -> None:
@@ -366,7 +415,9 @@ def _check_same_run(plan: Plan) -> None:
     if recorded is None:
         return
     now = without_secrets(plan.config.as_dict())  # as it was written
-    recorded = TrainConfig(save_dir=".").as_dict() | recorded  # an older version's run.json lacks newer settings
+    recorded = (
+        TrainConfig(save_dir=".").as_dict() | recorded
+    )  # an older version's run.json lacks newer settings
     changed = sorted(k for k in now.keys() - IGNORED_ON_RESUME if now[k] != recorded[k])
     if changed:
         was = ", ".join(f"{k}={recorded.get(k)!r}, now {now[k]!r}" for k in changed[:4])

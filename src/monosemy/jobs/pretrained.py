@@ -1,7 +1,8 @@
 """SAEs by their names on the Hugging Face hub: found, fetched at one commit, listed and pushed.
 
-A name is a path that exists, OWNER/REPO, OWNER/REPO/SAE_ID, or a release as the field calls it (`releases.py`). A branch is resolved to
-its commit once; the files are then those of that commit, and no others than the SAE's own are fetched.
+A name is a path that exists, OWNER/REPO, OWNER/REPO/SAE_ID, or a release as the field calls it
+(`releases.py`). A branch is resolved to its commit once; the files are then those of that commit, and no
+others than the SAE's own are fetched.
 """
 
 from __future__ import annotations
@@ -93,16 +94,18 @@ def load(
     """Open an SAE by name or path, for raw activations [.., d_in], in evaluation mode.
 
     Args:
-        name_or_path: a folder or file, OWNER/REPO or OWNER/REPO/SAE_ID on the hub, or a release such as gemma-scope-2b-pt-res.
+        name_or_path: a folder or file, OWNER/REPO or OWNER/REPO/SAE_ID on the hub, or a release such as
+        gemma-scope-2b-pt-res.
         sae_id: which SAE of a repository, as `list_saes` names it; not needed where there is one.
         revision: a branch, tag or commit of the repository.
-        format: the layout. Needed for those that are pickles (dictionary_learning, qwen_scope, goodfire), which then open restricted to
+        format: the layout. Needed for those that are pickles (dictionary_learning, qwen_scope, goodfire),
+        which then open restricted to
             tensors; all others are told apart by their files.
         unfinished: also an SAE whose training did not complete.
         device, dtype: where and in which precision the weights are put.
 
-    Raises ValueError for what is not there, cannot be read or would be computed otherwise here, and ConnectionError for a hub that cannot
-    be reached, where the cache does not have the files.
+    Raises ValueError for what is not there, cannot be read or would be computed otherwise here, and
+    ConnectionError for a hub that cannot be reached, where the cache does not have the files.
     """
     precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if precision not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -115,38 +118,61 @@ def load(
 
 
 def list_saes(repo: str, revision: str | None = None) -> list[SAERecord]:
-    """List the SAEs of a repository, a release or a local folder, in the order of their ids. Fetches no weights.
+    """List the SAEs of a repository, a release or a local folder, in the order of their ids. Fetches no
+    weights.
 
     Raises as `load`.
     """
     folder = path_of("repo", repo)
     if folder.is_dir():
-        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         entries = layouts.find(files, repo)
-        return [_record(folder.absolute().as_posix(), sae_id, entry, files) for sae_id, entry in entries.items()]
+        return [
+            _record(folder.absolute().as_posix(), sae_id, entry, files) for sae_id, entry in entries.items()
+        ]
     repo_id, inside = _parsed(repo)
     held = _repository(repo_id, revision, sizes=True)
     if held.silence:
-        log.warning("the hub cannot be reached (%s): these SAEs of %s are in the cache", held.silence, repo_id)
+        log.warning(
+            "the hub cannot be reached (%s): these SAEs of %s are in the cache", held.silence, repo_id
+        )
     entries = layouts.find(held.files, repo_id)
     within = {sae_id: entry for sae_id, entry in entries.items() if _is_within(sae_id, inside)}
     return [_record(repo_id, sae_id, entry, held.files) for sae_id, entry in within.items()]
 
 
 def save(sae: SAE, folder: str | Path, config: dict[str, Any] | None = None) -> None:
-    """Write an SAE's folder in our layout, with what its own folder said of it and `config` over that. Raises DiskFull."""
+    """Write an SAE's folder in our layout, with what its own folder said of it and `config` over that.
+
+    Raises DiskFull.
+    """
     formats.save(sae, folder, {"status": "complete"} | sae.metadata | (config or {}))
 
 
-def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = False, commit_message: str | None = None) -> str:
-    """Upload an SAE to the hub in our layout, and a model card where the repository has none. Returns the address of the commit.
+def push(
+    sae: SAE,
+    repo_id: str,
+    path_in_repo: str = ".",
+    *,
+    private: bool = False,
+    commit_message: str | None = None,
+) -> str:
+    """Upload an SAE to the hub in our layout, and a model card where the repository has none. Returns the
+    address of the commit.
 
-    The repository is created if it does not exist. Raises ValueError for a name that is none, and `UploadFailed`.
+    The repository is created if it does not exist. Raises ValueError for a name that is none, and
+    `UploadFailed`.
     """
     _parsed(repo_id)
     place = PurePosixPath(path_in_repo)
     if place.is_absolute() or ".." in place.parts:
-        raise invalid("path_in_repo", path_in_repo, "a folder in the repository", "such as resid_post_layer_3/my_sae")
+        raise invalid(
+            "path_in_repo", path_in_repo, "a folder in the repository", "such as resid_post_layer_3/my_sae"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / place
         save(sae, folder)
@@ -154,7 +180,7 @@ def push(sae: SAE, repo_id: str, path_in_repo: str = ".", *, private: bool = Fal
         return upload_saved(Path(scratch), repo_id, _card(sae, repo_id, str(place)), message, private=private)
 
 
-# --- names --------------------------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 def resolve(
@@ -167,18 +193,23 @@ def resolve(
 ) -> Resolved:
     """Find an SAE by name or path, and fetch its files where they are not here.
 
-    `trusted` is the format of pickles that may be opened; unlike `format` it says nothing of other SAEs. Raises as `load`.
+    `trusted` is the format of pickles that may be opened; unlike `format` it says nothing of other SAEs.
+    Raises as `load`.
     """
     path = path_of("name_or_path", str(name_or_path))
     if path.exists():
         if revision is not None:
-            raise invalid("revision", revision, "left out for a path on this machine", "a folder has no revisions")
+            raise invalid(
+                "revision", revision, "left out for a path on this machine", "a folder has no revisions"
+            )
         return Resolved(path / sae_id if sae_id else path, format=format)
     repo_id, inside = _parsed(str(name_or_path))
     held = _repository(repo_id, revision)
     chosen, entry = _chosen(held, inside, sae_id)
     if held.silence:
-        log.warning("the hub cannot be reached (%s): using the cached files of %s, %s", held.silence, repo_id, chosen)
+        log.warning(
+            "the hub cannot be reached (%s): using the cached files of %s, %s", held.silence, repo_id, chosen
+        )
     if entry.note and not (format and entry.named):
         raise invalid("sae_id", chosen, f"an SAE of {repo_id} that can be opened", entry.note)
     if entry.named and format is None and trusted == entry.format:
@@ -188,11 +219,19 @@ def resolve(
         raise invalid("format", None, f'"{entry.format}" for {entry.files[0]}, which is a pickle', remedy)
     local = held.fetch(_files(entry, chosen, format, held))
     origin = {"repo_id": repo_id, "commit": held.commit, "sae_id": chosen}
-    return Resolved(local / entry.path, f"{repo_id}/{entry.path}" if entry.path != "." else repo_id, format or entry.format, origin)
+    return Resolved(
+        local / entry.path,
+        f"{repo_id}/{entry.path}" if entry.path != "." else repo_id,
+        format or entry.format,
+        origin,
+    )
 
 
 def _parsed(name: str) -> tuple[str, str]:
-    """OWNER/REPO and what follows in it, of a name on the hub or a release. Raises ValueError for what is neither."""
+    """OWNER/REPO and what follows in it, of a name on the hub or a release.
+
+    Raises ValueError for what is neither.
+    """
     name = repository(name) or name
     part = r"[A-Za-z0-9_][\w.-]*"
     match = re.fullmatch(rf"({part}/{part})(?:/(.+?))?/?", name, re.ASCII)
@@ -203,11 +242,19 @@ def _parsed(name: str) -> tuple[str, str]:
 
 
 def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, Entry]:
-    """The SAE that is meant, by its whole id. Raises ValueError with the ids that come nearest, and HubUnreachable."""
+    """The SAE that is meant, by its whole id.
+
+    Raises ValueError with the ids that come nearest, and HubUnreachable.
+    """
     entries = layouts.find(held.files, held.repo_id)
     if not entries and not held.silence:
         allowed = "a repository with SAEs in a layout that is read here (docs/formats.md has them)"
-        raise invalid("name_or_path", held.repo_id, allowed, f"look at https://huggingface.co/{held.repo_id}/tree/{held.commit}")
+        raise invalid(
+            "name_or_path",
+            held.repo_id,
+            allowed,
+            f"look at https://huggingface.co/{held.repo_id}/tree/{held.commit}",
+        )
     asked = "/".join(part.strip("/") for part in (inside, sae_id or "") if part.strip("/"))
     for whole in (asked, (sae_id or "").strip("/")):
         if whole in entries:
@@ -240,7 +287,8 @@ def _some(names: list[str]) -> str:
 
 
 def _files(entry: Entry, sae_id: str, format: str | None, held: _Repository) -> tuple[str, ...]:
-    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked for, those.
+    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked
+    for, those.
 
     With them comes what an SAE's run says of all of its SAEs: whether their training is complete.
     """
@@ -260,7 +308,15 @@ def _record(repo: str, sae_id: str, entry: Entry, sizes: Mapping[str, int | None
     known = [size for name in entry.files if (size := sizes.get(name)) is not None]
     note = entry.note or (f'a pickle: opens with format="{entry.format}"' if entry.named else "")
     architecture = names.ARCHITECTURES.get(entry.format)
-    return SAERecord(sae_id, entry.format, architecture, names.site(place), names.width(place), sum(known) if known else None, note)
+    return SAERecord(
+        sae_id,
+        entry.format,
+        architecture,
+        names.site(place),
+        names.width(place),
+        sum(known) if known else None,
+        note,
+    )
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -273,7 +329,7 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------------------------
+# --- the hub ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -287,9 +343,11 @@ class _Repository:
     silence: str = ""  # why the hub was not heard: the files are then those that the cache has
 
     def fetch(self, files: tuple[str, ...]) -> Path:
-        """Have files of this commit on this machine, and return the folder that they lie in as in the repository.
+        """Have files of this commit on this machine, and return the folder that they lie in as in the
+        repository.
 
-        What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it differs, and DiskFull.
+        What is fetched anew is held to the size and the digest that the hub names. Raises ValueError where it
+        differs, and DiskFull.
         """
         known = {name: try_to_load_from_cache(self.repo_id, name, revision=self.commit) for name in files}
         wanted = [name for name, path in known.items() if not isinstance(path, str)]
@@ -297,7 +355,10 @@ class _Repository:
             with _answers(self.repo_id, self.commit):
                 _, told = _described(self.repo_id, self.commit, sizes=True)
             for name in wanted:
-                with _cached_at(_home(self.repo_id) / name, told[name].size or 0), _answers(self.repo_id, self.commit):
+                with (
+                    _cached_at(_home(self.repo_id) / name, told[name].size or 0),
+                    _answers(self.repo_id, self.commit),
+                ):
                     path = Path(hf_hub_download(self.repo_id, name, revision=self.commit))
                     _check(path, name, self.repo_id, told[name])
             self._remember()
@@ -305,7 +366,8 @@ class _Repository:
             return Path(snapshot_download(self.repo_id, revision=self.commit, local_files_only=True))
 
     def _remember(self) -> None:
-        """Note in the cache what the revision was, as the hub's library does: offline it is looked up there."""
+        """Note in the cache what the revision was, as the hub's library does: offline it is looked up
+        there."""
         ref = _home(self.repo_id) / "refs" / self.revision
         if self.revision != self.commit:
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +380,8 @@ def _home(repo_id: str) -> Path:
 
 
 def _repository(repo_id: str, revision: str | None, *, sizes: bool = False) -> _Repository:
-    """The repository at the commit that a revision means now; from the cache where the hub is out of reach."""
+    """The repository at the commit that a revision means now; from the cache where the hub is out of
+    reach."""
     if revision is not None and not re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", revision, re.ASCII):
         raise invalid("revision", revision, "a branch, tag or commit", "correct it")
     try:
@@ -328,7 +391,9 @@ def _repository(repo_id: str, revision: str | None, *, sizes: bool = False) -> _
         if (cached := _cached(repo_id, revision, _reason(error.__cause__ or error))) is None:
             raise
         return cached
-    return _Repository(repo_id, revision or "main", commit, {name: file.size for name, file in described.items()})
+    return _Repository(
+        repo_id, revision or "main", commit, {name: file.size for name, file in described.items()}
+    )
 
 
 def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | None:
@@ -339,11 +404,15 @@ def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | N
     snapshot = home / "snapshots" / str(commit)
     if commit is None or not snapshot.is_dir():
         return None
-    files: dict[str, int | None] = {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
+    files: dict[str, int | None] = {
+        p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()
+    }
     return _Repository(repo_id, revision or "main", commit, files, silence)
 
 
-def _described(repo_id: str, revision: str | None, sizes: bool) -> tuple[str, dict[str, RepoSibling | RepoFile]]:
+def _described(
+    repo_id: str, revision: str | None, sizes: bool
+) -> tuple[str, dict[str, RepoSibling | RepoFile]]:
     """A revision's commit and its files, with their sizes and digests where those are asked for."""
     info = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS, files_metadata=sizes)
     files: dict[str, RepoSibling | RepoFile] = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -371,7 +440,9 @@ def _check(path: Path, name: str, repo_id: str, told: RepoSibling | RepoFile) ->
 def _differs(path: Path, kind: str, before: bytes, wanted: str) -> str:
     """How the digest of `before` and a file differs from the one that is wanted, "" where it does not."""
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, before, usedforsecurity=False)).hexdigest()
+        digest = hashlib.file_digest(
+            file, lambda: hashlib.new(kind, before, usedforsecurity=False)
+        ).hexdigest()
     return f"{kind} {digest[:12]}.. instead of {wanted[:12]}.." if digest != wanted else ""
 
 
@@ -383,12 +454,18 @@ def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         remedy = f"ask for access on {page}, then run `hf auth login`"
-        raise invalid("name_or_path", repo_id, "a repository that you have access to (this one is gated)", remedy) from error
+        raise invalid(
+            "name_or_path", repo_id, "a repository that you have access to (this one is gated)", remedy
+        ) from error
     except RevisionNotFoundError as error:
-        raise invalid("revision", revision, f"a branch, tag or commit of {page}", "correct it, or leave it out") from error
+        raise invalid(
+            "revision", revision, f"a branch, tag or commit of {page}", "correct it, or leave it out"
+        ) from error
     except RepositoryNotFoundError as error:
         allowed = f"a repository on the hub (looked for {page})"
-        raise invalid("name_or_path", repo_id, allowed, "correct the name, or run `hf auth login` if it is private") from error
+        raise invalid(
+            "name_or_path", repo_id, allowed, "correct the name, or run `hf auth login` if it is private"
+        ) from error
     except LocalEntryNotFoundError as error:  # what was to be fetched, and why it was not, in its cause
         raise _failed(repo_id, page, error) from error
     except EntryNotFoundError as error:
@@ -402,7 +479,10 @@ def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
 
 @contextmanager
 def _cached_at(path: Path, needed: int) -> Iterator[None]:
-    """Write `needed` bytes below the cache. Raises DiskFull, and ValueError for a cache that cannot be written."""
+    """Write `needed` bytes below the cache.
+
+    Raises DiskFull, and ValueError for a cache that cannot be written.
+    """
     try:
         with room_for(path, needed):
             yield
@@ -410,12 +490,16 @@ def _cached_at(path: Path, needed: int) -> Iterator[None]:
         if not _of_disk(error):
             raise
         remedy = f"make it so, or set HF_HUB_CACHE to another ({error.strerror})"
-        raise invalid("HF_HUB_CACHE", constants.HF_HUB_CACHE, "a folder that can be written", remedy) from error
+        raise invalid(
+            "HF_HUB_CACHE", constants.HF_HUB_CACHE, "a folder that can be written", remedy
+        ) from error
 
 
 def _of_disk(error: BaseException) -> bool:
     """Whether an error is that of a file here, and not of a connection."""
-    return isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT))
+    return isinstance(error, OSError) and (
+        error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    )
 
 
 def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
@@ -427,12 +511,19 @@ def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
     by_hub = status is not None and str(answer_to(error).url).startswith(constants.ENDPOINT)
     if by_hub and status in (401, 403):
         allowed = f"a repository that you may read (to {page} the hub answers HTTP {status})"
-        return invalid("name_or_path", repo_id, allowed, "run `hf auth login`, or unset HF_TOKEN if its token is no longer valid")
+        return invalid(
+            "name_or_path",
+            repo_id,
+            allowed,
+            "run `hf auth login`, or unset HF_TOKEN if its token is no longer valid",
+        )
     if by_hub and status == 404:
         allowed = f"a repository on the hub (looked for {page}), and its revision"
         return invalid("name_or_path", repo_id, allowed, "correct the name")
     remedy = "Connect to the hub and try again" if status is None else "Try again in a while"
-    reason = f"{repo_id} could not be had from the hub ({_reason(error)}), and its files are not all in the cache"
+    reason = (
+        f"{repo_id} could not be had from the hub ({_reason(error)}), and its files are not all in the cache"
+    )
     return HubUnreachable(f"{reason}. {remedy}, or give a local folder.")
 
 
@@ -447,7 +538,11 @@ def _reason(error: BaseException) -> str:
 
 def _card(sae: SAE, repo_id: str, place: str) -> str:
     """A model card: what the SAE is, and how it is loaded."""
-    where = f"`{sae.metadata['model']}` at `{sae.metadata['site']}`" if {"model", "site"} <= sae.metadata.keys() else "activations"
+    where = (
+        f"`{sae.metadata['model']}` at `{sae.metadata['site']}`"
+        if {"model", "site"} <= sae.metadata.keys()
+        else "activations"
+    )
     sae_id = f', sae_id="{place}"' if place != "." else ""
     return f"""---
 library_name: monosemy

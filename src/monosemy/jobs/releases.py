@@ -57,7 +57,8 @@ RELEASES = {
     "saebench_gemma-2-2b_width-2pow14_date-0107": "canrager/saebench_gemma-2-2b_width-2pow14_date-0107/gemma-2-2b_matryoshka_batch_top_k_width-2pow14_date-0107",
     "saebench_gemma-2-2b_width-2pow16_date-0107": "canrager/saebench_gemma-2-2b_width-2pow16_date-0107/gemma-2-2b_matryoshka_batch_top_k_width-2pow16_date-0107",
 }
-_FAMILIES = {  # releases of one author that are named alike: the repository, and the folder in it that the release means
+# releases of one author that are named alike: the repository, and the folder in it that the release means
+_FAMILIES = {
     r"(gemma-scope-(?:2|9|27)b-(?:pt|it)-(?:res|mlp|att))(?:-canonical)?": r"google/\1",
     r"(gemma-scope-2-(?:270m|1b|4b|12b|27b)-(?:pt|it))-res": r"google/\1/resid_post",
     r"(gemma-scope-2-(?:270m|1b|4b|12b|27b)-(?:pt|it))-res-all": r"google/\1/resid_post_all",
@@ -98,7 +99,8 @@ _CANONICAL = 100  # of Gemma Scope's SAEs of a layer and width the one whose L0 
 
 
 def repository(release: str) -> str | None:
-    """Return the repository of a release, "OWNER/REPO" or with a folder in it, "OWNER/REPO/FOLDER"; None for a name that is not known."""
+    """Return the repository of a release, "OWNER/REPO" or with a folder in it, "OWNER/REPO/FOLDER"; None for
+    a name that is not known."""
     if release in RELEASES:
         return RELEASES[release]
     found = ((re.fullmatch(pattern, release), place) for pattern, place in _FAMILIES.items())
@@ -106,7 +108,8 @@ def repository(release: str) -> str | None:
 
 
 def sae_of(repo_id: str, asked: str, ids: Collection[str]) -> str | None:
-    """Return which of a repository's ids one of SAELens's means; None where it means none, or might mean two."""
+    """Return which of a repository's ids one of SAELens's means; None where it means none, or might mean
+    two."""
     if asked.endswith("/canonical"):
         return _canonical(asked.removesuffix("canonical"), ids)
     matches = ((re.fullmatch(pattern, f"{repo_id}/{asked}"), path) for pattern, path in _IDS.items())
@@ -116,7 +119,11 @@ def sae_of(repo_id: str, asked: str, ids: Collection[str]) -> str | None:
 
 
 def _canonical(folder: str, ids: Collection[str]) -> str | None:
-    named = ((re.fullmatch(r"average_l0_(\d+)", id_.removeprefix(folder)), id_) for id_ in ids if id_.startswith(folder))
+    named = (
+        (re.fullmatch(r"average_l0_(\d+)", id_.removeprefix(folder)), id_)
+        for id_ in ids
+        if id_.startswith(folder)
+    )
     distances = sorted((abs(int(match[1]) - _CANONICAL), id_) for match, id_ in named if match)
     tied = len(distances) > 1 and distances[0][0] == distances[1][0]
     return distances[0][1] if distances and not tied else None

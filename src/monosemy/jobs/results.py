@@ -1,10 +1,11 @@
 """What is made of a run's trained SAEs: rows, what `report` shows of latents, plots and the page.
 
-RUN/rows.jsonl, evaluation.json, eval_text.npz, errors.log, plots/, report.html, SITE/trainer_N/{eval_results.json, latents.npz}
+RUN/rows.jsonl, evaluation.json, eval_text.npz, errors.log, plots/, report.html,
+SITE/trainer_N/{eval_results.json, latents.npz}
 
-Every part is made by itself (`missing.Missing`): an SAE that cannot be read, a site that cannot be spliced or a plot that cannot be drawn
-costs nothing else. evaluation.json holds the settings and the digest of each SAE whose part is whole, so that what is missing can be made
-without the rest being made again.
+Every part is made by itself (`missing.Missing`): an SAE that cannot be read, a site that cannot be spliced or
+a plot that cannot be drawn costs nothing else. evaluation.json holds the settings and the digest of each SAE
+whose part is whole, so that what is missing can be made without the rest being made again.
 """
 
 from __future__ import annotations
@@ -41,17 +42,25 @@ from monosemy.system.progress import Progress
 
 log = logging.getLogger(__name__)
 
-GEOMETRY, LATENTS, EFFECTS, TEXT = "decoder geometry", "latents", "effects on logits", "text of the report"  # parts that may be missing
+GEOMETRY, LATENTS, EFFECTS, TEXT = (
+    "decoder geometry",
+    "latents",
+    "effects on logits",
+    "text of the report",
+)  # parts that may be missing
 EVALUATION = "evaluation"
 ENDED = ("complete", "stopped_early", "failed", "incomplete")  # of a run whose SAEs are all saved
 
 
 def make(run: Run, status: tuple[str, str]) -> tuple[list[Row], Missing]:
-    """Evaluate the SAEs in a run's folder, draw the plots and write the page. Returns the rows of all SAEs, and what is missing.
+    """Evaluate the SAEs in a run's folder, draw the plots and write the page. Returns the rows of all SAEs,
+    and what is missing.
 
-    Where parts of an earlier evaluation with the same settings are missing, only they are made; else everything is made anew.
-    `status` and its reason are what the page says of the run, beside what is missing.
-    Raises ValueError where no text is held out, ConnectionError where the model cannot be reached, and TryAgain (a full disk).
+    Where parts of an earlier evaluation with the same settings are missing, only they are made; else
+    everything is made anew. `status` and its reason are what the page says of the run, beside what is
+    missing.
+    Raises ValueError where no text is held out, ConnectionError where the model cannot be reached, and
+    TryAgain (a full disk).
     """
     (run.folder / ERRORS).unlink(missing_ok=True)
     missing = Missing(run.folder)
@@ -68,12 +77,16 @@ def status_with(status: tuple[str, str], missing: Missing) -> tuple[str, str]:
     state, reason = status
     if not missing:
         return status
-    return ("failed" if state == "failed" else "incomplete"), "; ".join(said for said in (reason, f"missing: {missing}") if said)
+    return ("failed" if state == "failed" else "incomplete"), "; ".join(
+        said for said in (reason, f"missing: {missing}") if said
+    )
 
 
 def remedy(folder: Path, config: EvalConfig | None = None) -> str:
     """Return the command that makes what is missing of a run's evaluation."""
-    changes = {name: value for name, value in (config.changes() if config else {}).items() if name != "device"}
+    changes = {
+        name: value for name, value in (config.changes() if config else {}).items() if name != "device"
+    }
     flags = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in changes.items())
     return f"the SAEs are saved, and `monosemy eval {shlex.quote(str(folder))}{flags}` makes only what is missing"
 
@@ -96,13 +109,21 @@ def context_stream(plan: Plan, tokenizer: Any, split: Any, prefetch: bool = Fals
 
 
 def held_out_contexts(c: ResolvedConfig, held_out: ContextStream) -> Tensor:
-    """As many contexts as a configuration evaluates on, or all there are. Raises ValueError where there is none."""
+    """As many contexts as a configuration evaluates on, or all there are.
+
+    Raises ValueError where there is none.
+    """
     wanted = c.eval_num_inputs
     try:
         return held_out.next(wanted)
     except StreamEnded as ended:
         if not ended.contexts:
-            raise invalid("held_out_fraction", c.held_out_fraction, f"enough to keep a context of {c.dataset!r}", "raise it") from ended
+            raise invalid(
+                "held_out_fraction",
+                c.held_out_fraction,
+                f"enough to keep a context of {c.dataset!r}",
+                "raise it",
+            ) from ended
         log.warning("held-out text ran out: evaluating on %d contexts instead of %d", ended.contexts, wanted)
         return held_out.next(ended.contexts)
 
@@ -147,7 +168,7 @@ def row_info(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return before | {"sparsity_setting": sae.sparsity_setting, "sparsity": sparsity} | after
 
 
-# --- the evaluation ------------------------------------------------------------------------------------------------------------
+# --- the evaluation -----------------------------------------------------------------------------------------
 
 
 def _evaluate(run: Run, missing: Missing) -> None:
@@ -161,14 +182,20 @@ def _evaluate(run: Run, missing: Missing) -> None:
         tokenizer = load_tokenizer(run.plan.model)
         held_out = context_stream(run.plan, tokenizer, "held_out")
         contexts_CL = held_out_contexts(c, held_out)
-        for stale in (run.folder / "evaluation.json", text, *(run.folder / name / "latents.npz" for name in todo)):
+        for stale in (
+            run.folder / "evaluation.json",
+            text,
+            *(run.folder / name / "latents.npz" for name in todo),
+        ):
             stale.unlink(missing_ok=True)
         new = _measured(run, todo, contexts_CL, held_out.special_ids, tokenizer, missing) if todo else {}
         rows = {name: (rows | new)[name] for name in names if name in rows or name in new}
         if c.report_latents:
             with missing.part(TEXT):
                 files = [path for name in rows if (path := run.folder / name / "latents.npz").is_file()]
-                latents.write_text(text, files, contexts_CL, tokenizer, held_out.special_ids.tolist(), text=c.report_text)
+                latents.write_text(
+                    text, files, contexts_CL, tokenizer, held_out.special_ids.tolist(), text=c.report_text
+                )
     write_text(run.folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows.values()))
     for name in (name for name in todo if name in rows):
         with missing.part("eval_results.json", name):
@@ -180,7 +207,12 @@ def _evaluate(run: Run, missing: Missing) -> None:
 
 
 def _measured(
-    run: Run, todo: Mapping[str, Site], contexts_CL: Tensor, special_ids: Tensor, tokenizer: Any, missing: Missing
+    run: Run,
+    todo: Mapping[str, Site],
+    contexts_CL: Tensor,
+    special_ids: Tensor,
+    tokenizer: Any,
+    missing: Missing,
 ) -> dict[str, Row]:
     """New rows, on the same contexts through the whole model; writes the SAEs' latents.npz."""
     c, plan = run.config, run.plan
@@ -189,18 +221,43 @@ def _measured(
     if not saes:
         return {}
     gathered = {
-        name: latents.LatentStats(sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
+        name: latents.LatentStats(
+            sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device
+        )
         for name, (site, sae) in saes.items()
         if c.report_latents
     }
     norm_limits = {site: run.facts["norm_limit"][str(site)] for site in plan.sites}
-    rows = measure(c, lm, saes, contexts_CL, special_ids, norm_limits=norm_limits, info=info, gather=gathered, missing=missing)
+    rows = measure(
+        c,
+        lm,
+        saes,
+        contexts_CL,
+        special_ids,
+        norm_limits=norm_limits,
+        info=info,
+        gather=gathered,
+        missing=missing,
+    )
     before = _rows_by_sae(run)
     with Progress(total=len(rows), unit="SAEs", desc="pages of latents") as progress:
         for row in rows:
             site, sae = saes[row["sae"]]
-            row |= {key: value for key, value in before.get(row["sae"], {}).items() if key.startswith("probing_")}  # of the same SAE
-            _add_latents(run, row, sae, site, gathered.get(row["sae"]), lm, contexts_CL, special_ids, tokenizer, missing)
+            row |= {
+                key: value for key, value in before.get(row["sae"], {}).items() if key.startswith("probing_")
+            }  # of the same SAE
+            _add_latents(
+                run,
+                row,
+                sae,
+                site,
+                gathered.get(row["sae"]),
+                lm,
+                contexts_CL,
+                special_ids,
+                tokenizer,
+                missing,
+            )
             progress.update(1)
     return {row["sae"]: row for row in rows}
 
@@ -217,7 +274,8 @@ def _add_latents(
     tokenizer: Any,
     missing: Missing,
 ) -> None:
-    """Add the columns of the decoder's geometry to a row, and write the SAE's latents.npz where latents were gathered."""
+    """Add the columns of the decoder's geometry to a row, and write the SAE's latents.npz where latents were
+    gathered."""
     c, name, began = run.config, row["sae"], time.monotonic()
     with missing.part(GEOMETRY, name):
         like = latents.geometry(sae)
@@ -233,7 +291,9 @@ def _add_latents(
         latents.write(path, gathered, columns, seconds=time.monotonic() - began, text=c.report_text)
 
 
-def _opened(run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Missing) -> tuple[dict[str, tuple[Site, SAE]], dict[str, Row]]:
+def _opened(
+    run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Missing
+) -> tuple[dict[str, tuple[Site, SAE]], dict[str, Row]]:
     """The SAEs that can be read, on the model's device, and what their rows say beside measurements."""
     saes, info = {}, {}
     for name, site in names.items():
@@ -244,7 +304,7 @@ def _opened(run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Mis
     return saes, info
 
 
-# --- what there is of an earlier evaluation ----------------------------------------------------------------------------------------
+# --- what there is of an earlier evaluation -----------------------------------------------------------------
 
 
 def _names(run: Run) -> dict[str, Site]:
@@ -252,14 +312,17 @@ def _names(run: Run) -> dict[str, Site]:
     found = {}
     for site in run.plan.sites:
         folders = {path.name for path in (run.folder / site.folder).glob("trainer_*")}
-        folders |= {name.rpartition("/")[2] for name in run.status["saes"] if name.rpartition("/")[0] == site.folder}
+        folders |= {
+            name.rpartition("/")[2] for name in run.status["saes"] if name.rpartition("/")[0] == site.folder
+        }
         for folder in sorted(folders, key=lambda name: int(name.removeprefix("trainer_"))):
             found[f"{site.folder}/{folder}"] = site
     return found
 
 
 def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
-    """The rows of an earlier evaluation that need not be made again: none where nothing was missing, or with other settings."""
+    """The rows of an earlier evaluation that need not be made again: none where nothing was missing, or with
+    other settings."""
     record = _read_record(run)
     if record.get("settings") != _settings(run):
         return {}
@@ -311,15 +374,21 @@ def _write_record(run: Run, missing: Missing) -> None:
     """Note which SAEs have all of their parts, so that `_kept` finds them."""
     failed = {part.of for part in missing.parts}
     rows = {} if missing.lacks(EVALUATION) else _rows_by_sae(run)
-    saes = {name: _digest(run.folder / name) for name, row in rows.items() if not failed & {name, row["site"]}}
-    write_json(run.folder / "evaluation.json", {"settings": _settings(run), "saes": saes, "missing": str(missing)})
+    saes = {
+        name: _digest(run.folder / name) for name, row in rows.items() if not failed & {name, row["site"]}
+    }
+    write_json(
+        run.folder / "evaluation.json", {"settings": _settings(run), "saes": saes, "missing": str(missing)}
+    )
 
 
 def _digest(folder: Path) -> str:
     """Of all that an SAE computes with: its tensors, and its settings."""
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        told = json.dumps([about.get(key) for key in ("architecture", "d_in", "d_sae", "settings", "pre_bias", "status")])
+        told = json.dumps(
+            [about.get(key) for key in ("architecture", "d_in", "d_sae", "settings", "pre_bias", "status")]
+        )
         return hashlib.sha256((sha256(folder / "sae.safetensors") + told).encode()).hexdigest()
     except (OSError, ValueError, AttributeError):  # `formats.read` will say what is wrong with it
         return ""

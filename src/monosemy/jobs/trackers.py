@@ -1,11 +1,11 @@
 """Mirrors of the local record: what `metrics.jsonl` holds, sent to a service. Never in the way of a run.
 
-A tracker's methods return at once and raise nothing into training. `metrics.jsonl` is the record of truth; whatever becomes of a
-tracker is told in one warning, and at the end how many records it did not get.
+A tracker's methods return at once and raise nothing into training. `metrics.jsonl` is the record of truth;
+whatever becomes of a tracker is told in one warning, and at the end how many records it did not get.
 
-Weights & Biases is driven in a process of its own (this file, run as a script), because inside the trainer it can ask for a key at
-the terminal, wait for a server while it is imported, started or finished, and again when the interpreter exits. A process can be
-ended. One thread feeds it JSON lines from a bounded queue.
+Weights & Biases is driven in a process of its own (this file, run as a script), because inside the trainer it
+can ask for a key at the terminal, wait for a server while it is imported, started or finished, and again when
+the interpreter exits. A process can be ended. One thread feeds it JSON lines from a bounded queue.
 """
 
 from __future__ import annotations
@@ -32,39 +32,58 @@ class Tracker(Protocol):
     """What a run tells its trackers. No method may block for long or raise."""
 
     def start(self, run: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> None:
-        """The run's configuration, and {"name": "resid_post_layer_3/trainer_0", "config": {...}} for each SAE."""
+        """The run's configuration, and {"name": "resid_post_layer_3/trainer_0", "config": {...}} for each
+        SAE."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One record of `metrics.jsonl`: of an SAE (with "sae") or of the whole run (with "run"); steps never decrease."""
+        """One record of `metrics.jsonl`: of an SAE (with "sae") or of the whole run (with "run"); steps never
+        decrease."""
 
     def summarise(self, row: Mapping[str, Any]) -> None:
         """One SAE's evaluation row."""
 
     def finish(self, status: str, timeout: float = 25.0) -> None:
-        """The run has ended as `status` says ("complete", "stopped_early", ...). Returns within `timeout` seconds."""
+        """The run has ended as `status` says ("complete", "stopped_early", ...).
+
+        Returns within `timeout` seconds.
+        """
 
 
 class Wandb:
     """Mirrors a run to Weights & Biases: one wandb run per SAE, together in one group.
 
-    The x axis is the training step; `tokens` is a metric that any chart can take instead. WANDB_MODE (online, offline, disabled),
-    WANDB_BASE_URL and the key are read from the environment by wandb itself.
+    The x axis is the training step; `tokens` is a metric that any chart can take instead. WANDB_MODE (online,
+    offline, disabled), WANDB_BASE_URL and the key are read from the environment by wandb itself.
 
     Args:
         project, entity: where the runs go; the account's default entity if empty.
         group: the name of the group, that of the run's folder.
-        folder: wandb keeps its local copy in `folder`/wandb, from which `wandb sync` can send what a failure left behind.
+        folder: wandb keeps its local copy in `folder`/wandb, from which `wandb sync` can send what a failure
+        left behind.
         capacity: records that may wait in the queue; more are dropped and counted.
         patience: seconds that wandb may wait for its server, to open a run and to close it.
 
-    `unsent` is the number of records that are not known to have arrived, final after `finish`: all of them, if that failed.
+    `unsent` is the number of records that are not known to have arrived, final after `finish`: all of them,
+    if that failed.
     """
 
     def __init__(
-        self, project: str, *, entity: str = "", group: str, folder: str | Path, capacity: int = 20_000, patience: int = 20
+        self,
+        project: str,
+        *,
+        entity: str = "",
+        group: str,
+        folder: str | Path,
+        capacity: int = 20_000,
+        patience: int = 20,
     ) -> None:
         place = {"group": group, "folder": str(Path(folder).resolve())}
-        self._settings: dict[str, Any] = {"project": project, "entity": entity or None, "patience": patience, **place}
+        self._settings: dict[str, Any] = {
+            "project": project,
+            "entity": entity or None,
+            "patience": patience,
+            **place,
+        }
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._process: subprocess.Popen[str] | None = None
@@ -104,7 +123,9 @@ class Wandb:
         self._kill()
         if self.unsent:
             self._warn("did not keep up")
-            log.info("Weights & Biases: %d of %d records are not confirmed as sent.", self.unsent, self._given)
+            log.info(
+                "Weights & Biases: %d of %d records are not confirmed as sent.", self.unsent, self._given
+            )
 
     def _serve(self) -> None:
         """The thread: hand the queue to the process, line by line, until the end or a failure."""
@@ -112,13 +133,15 @@ class Wandb:
         process = None
         try:
             self._process = process = subprocess.Popen(
-                # -P: this file's folder must not come before the standard library and wandb in the search for modules
+                # -P: this file's folder must not come before the standard library and wandb in the search for
+                # modules
                 [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                start_new_session=True,  # an interrupt at the terminal is for the trainer; it says how the run ended
+                # an interrupt at the terminal is for the trainer; it says how the run ended
+                start_new_session=True,
             )
             assert process.stdin and process.stdout
             command: dict[str, Any] = {}
@@ -150,7 +173,9 @@ class Wandb:
         """The one warning."""
         if not self._warned:
             self._warned = True
-            log.warning("Weights & Biases %s. The run goes on without it; metrics.jsonl has every record.", reason)
+            log.warning(
+                "Weights & Biases %s. The run goes on without it; metrics.jsonl has every record.", reason
+            )
 
     def _kill(self) -> None:
         """End wandb's processes, which share a session of their own."""
@@ -161,7 +186,8 @@ class Wandb:
 
 
 def _run_wandb() -> None:
-    """The process: JSON commands from standard input, answers to `start` and `finish` (or the reason of a failure) on standard output."""
+    """The process: JSON commands from standard input, answers to `start` and `finish` (or the reason of a
+    failure) on standard output."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever wandb prints must not pass for an answer
     runs: dict[str, Any] = {}
@@ -172,13 +198,17 @@ def _run_wandb() -> None:
             match command["do"]:
                 case "start":
                     runs = _open_runs(command)
-                    answers.write(json.dumps({"url": next((run.url for run in runs.values()), None), "sent": 0}) + "\n")
+                    answers.write(
+                        json.dumps({"url": next((run.url for run in runs.values()), None), "sent": 0}) + "\n"
+                    )
                 case "log":
                     _log(runs, command["record"])
                     sent += 1
                 case "summarise":
                     row = command["row"]
-                    runs[row["sae"]].summary.update({key: value for key, value in row.items() if isinstance(value, int | float | str)})
+                    runs[row["sae"]].summary.update(
+                        {key: value for key, value in row.items() if isinstance(value, int | float | str)}
+                    )
                 case "finish":
                     _close_runs(runs, command["status"])
                     answers.write(json.dumps({"sent": sent}) + "\n")
@@ -228,9 +258,14 @@ def _open_runs(command: Mapping[str, Any]) -> dict[str, Any]:
 def _log(runs: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """An SAE's record to its run; the whole run's figures to every run, under `run/`."""
     if "sae" in record:
-        runs[record["sae"]].log({key: value for key, value in record.items() if isinstance(value, int | float)}, step=record["step"])
+        runs[record["sae"]].log(
+            {key: value for key, value in record.items() if isinstance(value, int | float)},
+            step=record["step"],
+        )
     for run in runs.values() if "run" in record else ():
-        figures = {f"run/{key}": value for key, value in record["run"].items() if isinstance(value, int | float)}
+        figures = {
+            f"run/{key}": value for key, value in record["run"].items() if isinstance(value, int | float)
+        }
         run.log({**figures, "step": record["step"], "tokens": record["tokens"]}, step=record["step"])
 
 

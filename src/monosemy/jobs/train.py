@@ -1,6 +1,8 @@
-"""The whole job: the language model's activations, the sweep over them, what is saved, its evaluation, plots and upload.
+"""The whole job: the language model's activations, the sweep over them, what is saved, its evaluation, plots
+and upload.
 
-RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sae.safetensors, config.json, ae.pt, eval_results.json}
+RUN/run.json, status.json, metrics.jsonl, rows.jsonl, plots/, SITE/trainer_N/{sae.safetensors, config.json,
+ae.pt, eval_results.json}
 """
 
 from __future__ import annotations
@@ -42,17 +44,21 @@ from monosemy.training.trainer import SAETrainer
 log = logging.getLogger(__name__)
 
 DRAWN = 2 << 20  # bytes that an evaluation, its plots and report take at least
-SNAPSHOT_SHARES = (0.0, *(10 ** (-3 + i / 2) for i in range(6)))  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
+SNAPSHOT_SHARES = (
+    0.0,
+    *(10 ** (-3 + i / 2) for i in range(6)),
+)  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
 
 
 def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     """Train, evaluate, plot and upload as a configuration says. Returns the run's folder and its status.
 
-    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never stopped; where only parts of its
-    evaluation are missing, they are made.
-    Status is "complete", "stopped_early" (the text ran out; what was trained is saved), "failed" (an SAE did not stay finite), or "incomplete"
-    (all SAEs are saved, and parts of their evaluation could not be made).
-    Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError for a hub that is out of reach.
+    A run started again on its own folder goes on from its newest whole checkpoint, as if it had never
+    stopped; where only parts of its evaluation are missing, they are made. Status is "complete",
+    "stopped_early" (the text ran out; what was trained is saved), "failed" (an SAE did not stay finite), or
+    "incomplete" (all SAEs are saved, and parts of their evaluation could not be made).
+    Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError
+    for a hub that is out of reach.
     """
     plan = config if isinstance(config, Plan) else Plan.from_config(config)
     c, run = plan.config, Run(plan)
@@ -69,7 +75,9 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     print(table(rows))
     log.info("%s", _where(run.folder))
     if status[0] != "complete":
-        log.warning("%s: %s%s", *status, f"; {results.remedy(run.folder)}" if "missing: " in status[1] else "")
+        log.warning(
+            "%s: %s%s", *status, f"; {results.remedy(run.folder)}" if "missing: " in status[1] else ""
+        )
     return run.folder, status[0]
 
 
@@ -85,8 +93,13 @@ def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str
         return run.finish(results.status_with(ended, missing)), rows
 
 
-def train_saes(run: Run, store: Checkpoints, interrupts: Interrupts, init_from: SAE | None) -> tuple[str, str]:
-    """Train all SAEs of a run, from its newest checkpoint where there is one, and save them. Returns status and reason."""
+def train_saes(
+    run: Run, store: Checkpoints, interrupts: Interrupts, init_from: SAE | None
+) -> tuple[str, str]:
+    """Train all SAEs of a run, from its newest checkpoint where there is one, and save them.
+
+    Returns status and reason.
+    """
     c, plan = run.config, run.plan
     # on a CPU every core is busy anyway
     text = context_stream(plan, load_tokenizer(plan.model), "train", prefetch=plan.gpu)
@@ -137,7 +150,9 @@ class _Training:
         self.seconds_before = checkpoint.state["seconds"] if checkpoint else 0.0
         self.trainers = {t.name: (site, t) for site, of_site in sweep.trainers.items() for t in of_site}
         steps = run.plan.steps
-        self.snapshots = {int(share * steps) for share in SNAPSHOT_SHARES} if run.config.save_checkpoints else set()
+        self.snapshots = (
+            {int(share * steps) for share in SNAPSHOT_SHARES} if run.config.save_checkpoints else set()
+        )
 
     @property
     def seconds(self) -> float:
@@ -152,7 +167,11 @@ class _Training:
         """Return what a checkpoint holds beside the sweep."""
         metrics = self.run.folder / "metrics.jsonl"
         sync(metrics)
-        return {"stream": self.stream.state_dict(), "metrics_bytes": metrics.stat().st_size, "seconds": self.seconds}
+        return {
+            "stream": self.stream.state_dict(),
+            "metrics_bytes": metrics.stat().st_size,
+            "seconds": self.seconds,
+        }
 
     def before_step(self, step: int) -> None:
         self.progress.step(step)
@@ -189,9 +208,17 @@ class _Training:
         for site in sweep.trainers:
             rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
             share = 100 * outliers / max(rows, 1)
-            log.info("%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, share)
+            log.info(
+                "%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, share
+            )
         for name, (site, trainer) in self.trainers.items():
-            state = "failed" if name in sweep.failed else "stopped_early" if status == "stopped_early" else "complete"
+            state = (
+                "failed"
+                if name in sweep.failed
+                else "stopped_early"
+                if status == "stopped_early"
+                else "complete"
+            )
             export.save_sae(run.plan, trainer, site, run.folder / name, state, sweep.done)
             run.write_status("running", saes={name: state})
             if run.uploader is not None:
@@ -200,7 +227,8 @@ class _Training:
 
 
 def _ended(plan: Plan) -> tuple[str, str] | None:
-    """How the training ended of a run that has all its SAEs and no checkpoint to go on from: only its evaluation can lack something."""
+    """How the training ended of a run that has all its SAEs and no checkpoint to go on from: only its
+    evaluation can lack something."""
     names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site)]
     path = plan.folder / "run.json"
     if not path.is_file() or any((plan.folder / "checkpoints").glob("step_*")):
@@ -211,7 +239,10 @@ def _ended(plan: Plan) -> tuple[str, str] | None:
 
 
 def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[str, Any]]]:
-    """What an evaluation left out, or all of it, of a run that is trained. Returns status and reason, and the rows."""
+    """What an evaluation left out, or all of it, of a run that is trained.
+
+    Returns status and reason, and the rows.
+    """
     run.read()
     with room_for(run.folder / "report.html", DRAWN):
         rows, missing = results.make(run, ended)
@@ -269,11 +300,15 @@ def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> di
 
 
 def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
-    return {name: {str(site): v for site, v in getattr(stream, name).items()} for name in ("norm_factor", "norm_limit")}
+    return {
+        name: {str(site): v for site, v in getattr(stream, name).items()}
+        for name in ("norm_factor", "norm_limit")
+    }
 
 
 class TrainingProgress(Progress):
-    """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every record."""
+    """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every
+    record."""
 
     def __init__(self, plan: Plan) -> None:
         self.batch, self.verbose = plan.config.sae_batch_size, plan.config.verbose
@@ -310,9 +345,14 @@ def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
     measured = {}
     for group in sweep.groups:
         first = group.trainers[0]
-        bytes_ = tensor_bytes(group, apart=[trainer.workspace for trainer in group.trainers]) // len(group.trainers)
+        bytes_ = tensor_bytes(group, apart=[trainer.workspace for trainer in group.trainers]) // len(
+            group.trainers
+        )
         measured[first.sae.name, first.sae.d_sae] = bytes_
-    return {f"{name}, {width}": {"predicted": n, "measured": measured[name, width]} for (name, width), n in plan.memory.saes.items()}
+    return {
+        f"{name}, {width}": {"predicted": n, "measured": measured[name, width]}
+        for (name, width), n in plan.memory.saes.items()
+    }
 
 
 def _where(folder: Path) -> str:

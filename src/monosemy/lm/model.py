@@ -127,7 +127,9 @@ class LanguageModel:
             for path in paths:
                 _module(skeleton, path)
         with _quiet(), _readable(info):
-            loaded, report = auto.from_pretrained(**source, config=config, dtype=dtype_, output_loading_info=True)
+            loaded, report = auto.from_pretrained(
+                **source, config=config, dtype=dtype_, output_loading_info=True
+            )
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             names = f"{', '.join(missing[:3])}{' ...' if missing[3:] else ''}"
@@ -172,7 +174,9 @@ class LanguageModel:
         with torch.no_grad(), ExitStack() as stack:
             found = self._reading(stack, self._taps, ids_BL.shape)
             for layer in self.layers[depth:]:
-                stack.enter_context(_forward(layer, lambda *args, **kwargs: self._returns(_hidden(args, kwargs))))
+                stack.enter_context(
+                    _forward(layer, lambda *args, **kwargs: self._returns(_hidden(args, kwargs)))
+                )
             self._run(ids_BL)
         return found
 
@@ -211,7 +215,9 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's own head, its biases, scales and soft caps included: [.., D] -> [.., V]."""
         if self.model.get_output_embeddings() is None:
-            raise invalid("whole", False, "True where logits are wanted", "load the model with its head: whole=True")
+            raise invalid(
+                "whole", False, "True where logits are wanted", "load the model with its head: whole=True"
+            )
         hidden_1ND = hidden.reshape(1, -1, hidden.shape[-1])
         ids_1N = hidden.new_zeros(hidden_1ND.shape[:2], dtype=self._probe_ids.dtype)
         with _forward(self.decoder, lambda *args, **kwargs: self._result(last_hidden_state=hidden_1ND)):
@@ -253,7 +259,9 @@ class LanguageModel:
         sublayer, stream = next(call for call in calls if call.module is last), calls[-1].tensor
         if sum(getattr(x, "shape", None) == stream.shape for x in sublayer.inputs) > 1:
             name = type(last).__name__
-            allowed = f"a sublayer that leaves the residual stream to its layer; {name} takes and adds it itself"
+            allowed = (
+                f"a sublayer that leaves the residual stream to its layer; {name} takes and adds it itself"
+            )
             raise invalid("site", str(site), allowed, "choose resid_post, or a module inside it")
         produced = sublayer.tensor
         for call in calls:
@@ -297,7 +305,9 @@ class LanguageModel:
                     lambda _, args, kwargs, key=key: keep(key, _hidden(args, kwargs)), with_kwargs=True
                 )
             else:
-                hook = tap.module.register_forward_hook(lambda _, args, output, key=key: keep(key, _first_tensor(output)))
+                hook = tap.module.register_forward_hook(
+                    lambda _, args, output, key=key: keep(key, _first_tensor(output))
+                )
             stack.enter_context(hook)
         return found
 
@@ -411,7 +421,9 @@ def _writing(tap: _Tap, x_BLD: Tensor) -> Any:
             return ((x_BLD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x_BLD})
 
         return tap.module.register_forward_pre_hook(write, with_kwargs=True)
-    return tap.module.register_forward_hook(lambda _, args, output: _like(output)(x_BLD.reshape(_first_tensor(output).shape)))
+    return tap.module.register_forward_hook(
+        lambda _, args, output: _like(output)(x_BLD.reshape(_first_tensor(output).shape))
+    )
 
 
 @contextmanager
@@ -434,7 +446,11 @@ def _described(model: str | ModelInfo, revision: str | None) -> ModelInfo:
 def _with_head(config: PretrainedConfig) -> Any:
     """Return the auto class of the model with its head; one that also sees or hears has another class."""
     text = transformers.AutoModelForCausalLM._model_mapping
-    return transformers.AutoModelForCausalLM if type(config) in text else transformers.AutoModelForImageTextToText
+    return (
+        transformers.AutoModelForCausalLM
+        if type(config) in text
+        else transformers.AutoModelForImageTextToText
+    )
 
 
 @contextmanager
@@ -477,7 +493,9 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name not in ("auto", *names):
         raise invalid("dtype", name, f"auto, {', '.join(names)}", "choose one of them")
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise invalid("dtype", name, "float32 or float16 on this GPU, which has no bfloat16", "use --dtype float32")
+        raise invalid(
+            "dtype", name, "float32 or float16 on this GPU, which has no bfloat16", "use --dtype float32"
+        )
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, name)

@@ -1,7 +1,8 @@
 """The kernel seam: one signature for each op, and no caller asks where it runs.
 
-`torch.py` is the plain meaning of every op. `compiled.py` (C, through ctypes), `aten.py` (torch's own CPU kernels) and `triton.py` (a
-GPU) are its fast forms, which `forms.py` chooses from. `functions.py` gives the ops their gradients, `update.py` is what comes after.
+`torch.py` is the plain meaning of every op. `compiled.py` (C, through ctypes), `aten.py` (torch's own CPU
+kernels) and `triton.py` (a GPU) are its fast forms, which `forms.py` chooses from. `functions.py` gives the
+ops their gradients, `update.py` is what comes after.
 """
 
 from monosemy.ops.entries import Entries, Estimate, Selection

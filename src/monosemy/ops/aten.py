@@ -1,7 +1,8 @@
-"""The ops on a CPU without a compiler, from torch's own kernels: embedding bags by token and by latent, a sampled bound for selections.
+"""The ops on a CPU without a compiler, from torch's own kernels: embedding bags by token and by latent, a
+sampled bound for selections.
 
-Nothing but the encoder's product costs as much as there are latents. `torch.py` says what each function means. Ties of `top_k` are
-taken as torch's topk takes them.
+Nothing but the encoder's product costs as much as there are latents. `torch.py` says what each function
+means. Ties of `top_k` are taken as torch's topk takes them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,17 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     values_BK = columns_BM.gather(1, latents_BK.long())
     if among is not None:
         latents_BK = among[latents_BK].int()
-    starts_B1 = torch.arange(0, (len(pre_BF) + 1) * k, k, dtype=torch.int32) if k else torch.zeros(len(pre_BF) + 1, dtype=torch.int32)
+    starts_B1 = (
+        torch.arange(0, (len(pre_BF) + 1) * k, k, dtype=torch.int32)
+        if k
+        else torch.zeros(len(pre_BF) + 1, dtype=torch.int32)
+    )
     return Selection(latents_BK.flatten(), starts_B1, values_BK.flatten().float())
 
 
 def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
-    """The k-th largest of a strided sample bounds the search from below, so that the exact selection looks at few candidates."""
+    """The k-th largest of a strided sample bounds the search from below, so that the exact selection looks at
+    few candidates."""
     flat = pre_BF.flatten()
     stride = max(len(flat) // 65_536, 1) | 1  # odd, to look at different latents
     sample = flat[::stride]
@@ -70,13 +76,20 @@ def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
 
 
 def _by_latent(values_N: Tensor, rows_RD: Tensor, e: Entries) -> Tensor:
-    """The sum over each latent's entries of value times the row of the entry's bag, [F, D]: an embedding bag whose bags are latents."""
+    """The sum over each latent's entries of value times the row of the entry's bag, [F, D]: an embedding bag
+    whose bags are latents."""
     order_N, starts_F1 = e.by_latent
-    return nnf.embedding_bag(e.bags_N[order_N], rows_RD, starts_F1[:-1], mode="sum", per_sample_weights=values_N[order_N])
+    return nnf.embedding_bag(
+        e.bags_N[order_N], rows_RD, starts_F1[:-1], mode="sum", per_sample_weights=values_N[order_N]
+    )
 
 
-def decode_backward(g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool) -> tuple[Tensor, Tensor | None]:
-    d_values_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(g_RD, W_FD, e.latents_N, e.starts_R1[:-1], e.bags_N, 0)
+def decode_backward(
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    d_values_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        g_RD, W_FD, e.latents_N, e.starts_R1[:-1], e.bags_N, 0
+    )
     return d_values_N, _by_latent(values_N, g_RD, e) if weight else None
 
 
@@ -84,7 +97,9 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tens
     return _by_latent(g_N, x_BD, e), sum_by_latent(g_N, e)
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
+def split(
+    pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
+) -> tuple[Tensor, Tensor]:
     """A few rows at a time, which stay in the cache."""
     parts = [plain.split(pre_BF[rows], threshold, values_BF[rows], mask_BF[rows]) for rows in by_rows(pre_BF)]
     sums, counts = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
@@ -92,7 +107,9 @@ def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF:
 
 
 def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
-    return torch.stack([plain.select(mask_BF[rows], x_BF[rows], out_BF[rows], add_F) for rows in by_rows(x_BF)]).sum(0)
+    return torch.stack(
+        [plain.select(mask_BF[rows], x_BF[rows], out_BF[rows], add_F) for rows in by_rows(x_BF)]
+    ).sum(0)
 
 
 def count_positive(x_BF: Tensor) -> Tensor:
@@ -110,7 +127,9 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 
 
 def _square_norm(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
-    square = torch.linalg.vecdot(g_RC, g_RC).sum()  # vector_norm would add the squares of all of it up one by one
+    square = torch.linalg.vecdot(
+        g_RC, g_RC
+    ).sum()  # vector_norm would add the squares of all of it up one by one
     if constraint == "free":
         return square
     radial_R, along_R = _radial(p_RC, g_RC, constraint), torch.linalg.vecdot(g_RC, p_RC)

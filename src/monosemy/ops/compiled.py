@@ -1,7 +1,9 @@
-"""The ops on a CPU, compiled: `kernels.c` is built by the system's compiler when first asked for, and kept in the user's cache.
+"""The ops on a CPU, compiled: `kernels.c` is built by the system's compiler when first asked for, and kept in
+the user's cache.
 
-`torch.py` says what each function means. float32 weights and values; pre-activations of float32 or bfloat16. Results do not depend on
-the number of threads, which is torch's. `MONOSEMY_COMPILED=0` turns this form off; `CC` names another compiler than `cc`.
+`torch.py` says what each function means. float32 weights and values; pre-activations of float32 or bfloat16.
+Results do not depend on the number of threads, which is torch's. `MONOSEMY_COMPILED=0` turns this form off;
+`CC` names another compiler than `cc`.
 """
 
 from __future__ import annotations
@@ -29,22 +31,30 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # not -ffast-math, under which infinities and NaN may mean anything
-FLAGS = "-std=c11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
+FLAGS = (
+    "-std=c11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
+)
 FLAT = 1024  # elements of a row, where a parameter has no rows that matter
 CHUNK = 256  # entries; a latent that has more is summed in so large parts
 
-# --- building -----------------------------------------------------------------------------------------------------------------
+# --- building -----------------------------------------------------------------------------------------------
 
 
 @cache
 def available() -> bool:
-    """Whether this form runs here. The first call may build it, which takes seconds; why it cannot be had is warned of once."""
+    """Whether this form runs here.
+
+    The first call may build it, which takes seconds; why it cannot be had is warned of once.
+    """
     if os.environ.get("MONOSEMY_COMPILED") == "0":
         return False
     try:
         _library()
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("the compiled ops cannot be had, slower ones run instead: %s", getattr(error, "stderr", None) or error)
+        log.warning(
+            "the compiled ops cannot be had, slower ones run instead: %s",
+            getattr(error, "stderr", None) or error,
+        )
         return False
     return True
 
@@ -55,11 +65,16 @@ def _library() -> ctypes.CDLL:
 
 
 def _built() -> Path:
-    """The library in the cache. Its name carries what it was made from and the hash of its content: a damaged one is never loaded."""
+    """The library in the cache.
+
+    Its name carries what it was made from and the hash of its content: a damaged one is never loaded.
+    """
     compiler = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split()]
     arguments = [str(SOURCE), "-Wl,--as-needed", *_openmp(), "-lm"]
     # the macros that a compiler defines tell its version and what it knows of this processor
-    macros = subprocess.run([*compiler, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True).stdout
+    macros = subprocess.run(
+        [*compiler, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
     key = _digest("\0".join([SOURCE.read_text(), *compiler, *arguments, macros]).encode())
     folder = cache_folder()
     for path in folder.glob(f"kernels-{key}-*.so"):
@@ -70,7 +85,9 @@ def _built() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "kernels.so"
         subprocess.run([*compiler, *arguments, "-o", str(made)], capture_output=True, text=True, check=True)
-        return made.replace(folder / f"kernels-{key}-{_digest(made.read_bytes())}.so")  # whole at once, whoever else builds it
+        return made.replace(
+            folder / f"kernels-{key}-{_digest(made.read_bytes())}.so"
+        )  # whole at once, whoever else builds it
 
 
 def _digest(data: bytes) -> str:
@@ -80,10 +97,14 @@ def _digest(data: bytes) -> str:
 def _openmp() -> list[str]:
     """The OpenMP runtime that torch has loaded: a second one would keep threads of its own."""
     maps = Path("/proc/self/maps")
-    return sorted({line.split()[-1] for line in maps.read_text().splitlines() if "/libgomp" in line}) if maps.exists() else []
+    return (
+        sorted({line.split()[-1] for line in maps.read_text().splitlines() if "/libgomp" in line})
+        if maps.exists()
+        else []
+    )
 
 
-# --- calling: tensors go as their addresses (NULL where they are empty), all else as 64 bits ----------------------------------
+# --- calling: tensors go as their addresses (NULL where they are empty), all else as 64 bits ----------------
 
 
 def _call(kernel: str, *arguments: Any) -> int:
@@ -104,25 +125,29 @@ def _check(dtype: torch.dtype, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None:
             found = f"{t.dtype} on {t.device}{'' if t.is_contiguous() else ', not contiguous'}"
-            assert t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous(), f"{name} is {found}; wanted is {dtype} on cpu"
+            assert t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous(), (
+                f"{name} is {found}; wanted is {dtype} on cpu"
+            )
 
 
 def _int32(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int32)
 
 
-# --- the encoder's product, estimated -----------------------------------------------------------------------------------------
+# --- the encoder's product, estimated -----------------------------------------------------------------------
 
 BF16_UNIT = 2.0**-8  # what rounding to bfloat16 takes of a number, at most
 TINY = 1e-18  # numbers below it have squares that float32 takes for zero, and so no norm
 
 
-def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None) -> Estimate | None:
+def estimate(
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None
+) -> Estimate | None:
     """By a product of 16-bit integers; of bfloat16 numbers where W's copy in that precision is given.
 
-    A sum over d of x_d w_d is off by no more than the norms of what rounding took of one factor, times the norm of the other. Both are
-    taken of x_d / c_d and w_d c_d with c_d the root of x_d's size, so that the few large entries of a residual stream do not make every
-    sum's bound large.
+    A sum over d of x_d w_d is off by no more than the norms of what rounding took of one factor, times the
+    norm of the other. Both are taken of x_d / c_d and w_d c_d with c_d the root of x_d's size, so that the
+    few large entries of a residual stream do not make every sum's bound large.
     """
     B, D, F, eps = *x_BD.shape, len(W_FD), torch.finfo(torch.float32).eps
     interleaved = _call("panel")
@@ -144,7 +169,9 @@ def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor
         _quantise(x_BD, 1 / columns_D, 1, None, of_x)
         _quantise(W_FD, columns_D, 1, None, of_W)
         of_x[2], of_W[2] = BF16_UNIT * of_x[1], BF16_UNIT * of_W[1]
-        pre_BF = torch.addmm(b_F.bfloat16(), x_BD.bfloat16(), shadow_FD.T, out=lend("pre", x_BD, B, F, dtype=torch.bfloat16))
+        pre_BF = torch.addmm(
+            b_F.bfloat16(), x_BD.bfloat16(), shadow_FD.T, out=lend("pre", x_BD, B, F, dtype=torch.bfloat16)
+        )
         relative, of_b = 2.02 * BF16_UNIT, BF16_UNIT  # the product and its sum with b are rounded to it
     (_, norm_B, off_B), (_, norm, off), b = of_x, of_W.amax(1), b_F.abs().max()
     sums = (D + 16) * eps * (norm_B * norm + b)  # of float32 numbers, in any order
@@ -153,7 +180,9 @@ def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor
     return Estimate(pre_BF, error_B, relative, x_BD, W_FD, b_F) if error_B.isfinite().all() else None
 
 
-def _quantise(rows_RD: Tensor, columns_D: Tensor, interleaved: int, out: Tensor | None, facts_3R: Tensor) -> None:
+def _quantise(
+    rows_RD: Tensor, columns_D: Tensor, interleaved: int, out: Tensor | None, facts_3R: Tensor
+) -> None:
     _check(torch.float32, rows_RD=rows_RD, columns_D=columns_D)
     _call("quantise", rows_RD, columns_D, *rows_RD.shape, interleaved, out, *facts_3R)
 
@@ -175,7 +204,7 @@ def _exactly(pre: Tensor | Estimate) -> tuple[Tensor, Any]:
     return pre_BF, ctypes.byref(_Exactly(error_B.data_ptr(), relative, *addresses, pre.x_BD.shape[1]))
 
 
-# --- selections ---------------------------------------------------------------------------------------------------------------
+# --- selections ---------------------------------------------------------------------------------------------
 
 
 def _kind(pre_BF: Tensor) -> bool:
@@ -224,7 +253,9 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     threshold = torch.as_tensor(threshold).detach()
     if threshold.ndim == 0:
-        threshold = threshold.to(pre_BF.dtype if isinstance(pre, Tensor) else torch.float32)  # as tensors are compared with a number
+        threshold = threshold.to(
+            pre_BF.dtype if isinstance(pre, Tensor) else torch.float32
+        )  # as tensors are compared with a number
     threshold_F = threshold.float().expand(F).contiguous()
     least_F = threshold_F - pre.relative * threshold_F.abs() if isinstance(pre, Estimate) else threshold_F
     mask, starts_B1 = torch.empty(B, -(-F // 64), dtype=torch.int64), _int32(B + 1)
@@ -238,7 +269,7 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
     return Selection(latents_N[kept_N], places_N1[starts_B1], values_N[kept_N])
 
 
-# --- sums over entries --------------------------------------------------------------------------------------------------------
+# --- sums over entries --------------------------------------------------------------------------------------
 
 
 def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
@@ -266,8 +297,11 @@ def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
     return out_RD
 
 
-def _by_latent(rows_RD: Tensor, e: Entries, values_N: Tensor | None, W_FD: Tensor | None) -> tuple[Tensor, Tensor]:
-    """For each latent the sum of value times the bag's row over its entries, [F, D], and each entry's dot product of that row with W's, [N].
+def _by_latent(
+    rows_RD: Tensor, e: Entries, values_N: Tensor | None, W_FD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For each latent the sum of value times the bag's row over its entries, [F, D], and each entry's dot
+    product of that row with W's, [N].
 
     Without values there are no sums, without W no dot products.
     """
@@ -276,11 +310,28 @@ def _by_latent(rows_RD: Tensor, e: Entries, values_N: Tensor | None, W_FD: Tenso
     sums_FD, dots_N = torch.empty(0 if values_N is None else e.F, D), torch.empty(0 if W_FD is None else N)
     parts = 2 * N // CHUNK  # at most
     partial, places = torch.empty(parts, D), _int32(parts, 2)
-    _call("by_latent", order_N, starts_F1, e.bags_N, e.F, D, values_N, rows_RD, W_FD, sums_FD, dots_N, CHUNK, partial, places)
+    _call(
+        "by_latent",
+        order_N,
+        starts_F1,
+        e.bags_N,
+        e.F,
+        D,
+        values_N,
+        rows_RD,
+        W_FD,
+        sums_FD,
+        dots_N,
+        CHUNK,
+        partial,
+        places,
+    )
     return sums_FD, dots_N
 
 
-def decode_backward(g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool) -> tuple[Tensor, Tensor | None]:
+def decode_backward(
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+) -> tuple[Tensor, Tensor | None]:
     d_W_FD, d_values_N = _by_latent(g_RD, e, values_N if weight else None, W_FD)
     return d_values_N, d_W_FD if weight else None
 
@@ -290,15 +341,19 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tens
     return d_W_FD, sum_by_latent(g_N, e)
 
 
-# --- the dense layout -----------------------------------------------------------------------------------------------------------
+# --- the dense layout ---------------------------------------------------------------------------------------
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
+def split(
+    pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
+) -> tuple[Tensor, Tensor]:
     bf16 = _kind(pre_BF)
     _check(torch.float32, values_BF=values_BF)
     _check(torch.bool, mask_BF=mask_BF)
     each = isinstance(threshold, Tensor) and threshold.ndim == 1
-    limits = threshold.float().contiguous() if isinstance(threshold, Tensor) else torch.tensor(float(threshold))
+    limits = (
+        threshold.float().contiguous() if isinstance(threshold, Tensor) else torch.tensor(float(threshold))
+    )
     sums_F, counts_F = torch.empty(2, pre_BF.shape[1])
     _call("split", pre_BF, bf16, limits, each, values_BF, mask_BF, sums_F, counts_F, *pre_BF.shape)
     return sums_F, counts_F
@@ -320,7 +375,7 @@ def count_positive(x_BF: Tensor) -> Tensor:
     return counts_F
 
 
-# --- the update ---------------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
 CONSTRAINTS = {"free": 0, "project": 1, "constrain": 2}  # as in kernels.c
 
@@ -331,7 +386,9 @@ def _sizes(p: Tensor, constraint: Constraint) -> tuple[int, int, int]:
 
 
 def _addresses(grads: Sequence[Tensor], p: Tensor) -> Tensor:
-    assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), "grads: one of p's shape for each SAE"
+    assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), (
+        "grads: one of p's shape for each SAE"
+    )
     for g in grads:
         _check(torch.float32, grads=g)
     return torch.tensor([g.data_ptr() for g in grads])
@@ -364,4 +421,16 @@ def update(
     _check(torch.bfloat16, shadow=shadow)
     grads = [g.contiguous() for g in grads]
     numbers = [t.double().contiguous() for t in (lr_S, scale_S, steps_S)]
-    _call("update", p, _addresses(grads, p), m, v, shadow, *_sizes(p, constraint), *numbers, *betas, eps, CONSTRAINTS[constraint])
+    _call(
+        "update",
+        p,
+        _addresses(grads, p),
+        m,
+        v,
+        shadow,
+        *_sizes(p, constraint),
+        *numbers,
+        *betas,
+        eps,
+        CONSTRAINTS[constraint],
+    )

@@ -1,7 +1,7 @@
 """Where the active entries of a batch are: what selections make and what the sparse ops sum over.
 
-An entry is a token and a latent. N entries are listed by token, and within a token by latent, both ascending. A *bag* is what one
-decoded row sums: a token, or a group of a token's latents. B tokens, F latents, R bags.
+An entry is a token and a latent. N entries are listed by token, and within a token by latent, both ascending.
+A *bag* is what one decoded row sums: a token, or a group of a token's latents. B tokens, F latents, R bags.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ def by_rows(values_BF: Tensor) -> Iterator[slice]:
 
 
 class Selection(NamedTuple):
-    """What a selection gives: the latent of each entry, where each token's entries begin, and the pre-activations there.
+    """What a selection gives: the latent of each entry, where each token's entries begin, and the
+    pre-activations there.
 
-    `starts_B1` has one place more than there are tokens, so that its last says how many entries there are. On a GPU the lists have
-    a fixed length, N is their capacity, and what lies behind the last entry is padding: latent 0, value 0.
+    `starts_B1` has one place more than there are tokens, so that its last says how many entries there are. On
+    a GPU the lists have a fixed length, N is their capacity, and what lies behind the last entry is padding:
+    latent 0, value 0.
     """
 
     latents_N: Tensor  # int32
@@ -44,8 +46,9 @@ class Selection(NamedTuple):
 class Estimate(NamedTuple):
     """Pre-activations x W^T + b that a product of low precision gave, and what tells the exact ones.
 
-    Of token b each is off by at most `error_B[b]` and `relative` of its own size. Selections look up in the operands whatever that leaves
-    open, so that the latents and values that they pick are those of float32, and nothing in them tells how the estimate was made.
+    Of token b each is off by at most `error_B[b]` and `relative` of its own size. Selections look up in the
+    operands whatever that leaves open, so that the latents and values that they pick are those of float32,
+    and nothing in them tells how the estimate was made.
     """
 
     pre_BF: Tensor  # float32 or bfloat16
@@ -57,7 +60,10 @@ class Estimate(NamedTuple):
 
 
 class Entries:
-    """The latents of the entries and the bags that they are summed into. What groups them by latent is made once, when first asked for."""
+    """The latents of the entries and the bags that they are summed into.
+
+    What groups them by latent is made once, when first asked for.
+    """
 
     def __init__(self, latents_N: Tensor, starts_R1: Tensor, F: int, *, padded: bool = False) -> None:
         self.latents_N, self.starts_R1, self.F, self.padded = latents_N, starts_R1, F, padded
@@ -69,7 +75,11 @@ class Entries:
     @cached_property
     def valid_N(self) -> Tensor | None:
         """Which places hold entries; None where all do."""
-        return torch.arange(len(self.latents_N), device=self.latents_N.device) < self.starts_R1[-1] if self.padded else None
+        return (
+            torch.arange(len(self.latents_N), device=self.latents_N.device) < self.starts_R1[-1]
+            if self.padded
+            else None
+        )
 
     @cached_property
     def bags_N(self) -> Tensor:
@@ -82,7 +92,8 @@ class Entries:
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F + 1]."""
+        """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F +
+        1]."""
         from monosemy.ops.forms import form
 
         return form(self.latents_N).group(self.latents_N, self.starts_R1, self.F)

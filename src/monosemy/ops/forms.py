@@ -16,7 +16,8 @@ _forced: list[str] = []
 
 
 def form(tensor: Tensor | Estimate) -> ModuleType:
-    """The module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the plain meaning elsewhere.
+    """The module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the plain
+    meaning elsewhere.
 
     An estimate is read by the form that makes them.
     """

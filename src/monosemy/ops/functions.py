@@ -1,5 +1,5 @@
-"""The ops with their gradients. After the encoder's product everything costs as much as there are active entries, and no tensor of
-[B, F] appears in a backward pass of the sparse layout.
+"""The ops with their gradients. After the encoder's product everything costs as much as there are active
+entries, and no tensor of [B, F] appears in a backward pass of the sparse layout.
 
 B tokens, D d_in, F latents, N entries, R bags.
 """
@@ -20,7 +20,8 @@ from monosemy.ops.forms import form
 class Workspace:
     """Large arrays that SAEs in training use one after the other, so that none is allocated in a step.
 
-    A fresh array of [B, F] on a CPU costs as much as several passes over it: the system hands out its pages one by one.
+    A fresh array of [B, F] on a CPU costs as much as several passes over it: the system hands out its pages
+    one by one.
     """
 
     def __init__(self) -> None:
@@ -36,16 +37,24 @@ class Workspace:
         return kept[:numel].view(shape)
 
 
-# --- the encoder's product and selections of it --------------------------------------------------------------------------------
+# --- the encoder's product and selections of it -------------------------------------------------------------
 
 
 @torch.no_grad()
 def preactivations(
-    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, *, bf16: bool | Tensor = False, few: bool = False, lend: Workspace | None = None
+    x_BD: Tensor,
+    W_FD: Tensor,
+    b_F: Tensor,
+    *,
+    bf16: bool | Tensor = False,
+    few: bool = False,
+    lend: Workspace | None = None,
 ) -> Tensor | Estimate:
-    """x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is of bfloat16 operands, and rounded to it.
+    """x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is of
+    bfloat16 operands, and rounded to it.
 
-    Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from the product of float32.
+    Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from
+    the product of float32.
     """
     lend = lend or Workspace()
     shadow_FD = None if bf16 is False else W_FD.bfloat16() if bf16 is True else bf16
@@ -57,7 +66,8 @@ def preactivations(
 
 
 def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Selection:
-    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k."""
+    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
+    to k."""
     return form(pre).top_k(pre, k, among_F)
 
 
@@ -67,11 +77,14 @@ def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
 
 
 def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
-    """Everything above a threshold: a number, or one for each latent [F]. On a GPU the lists hold `capacity` entries."""
+    """Everything above a threshold: a number, or one for each latent [F].
+
+    On a GPU the lists hold `capacity` entries.
+    """
     return form(pre).above(pre, threshold, capacity)
 
 
-# --- the sparse layout ----------------------------------------------------------------------------------------------------------
+# --- the sparse layout --------------------------------------------------------------------------------------
 
 
 class _Take(Function):
@@ -109,7 +122,15 @@ def sum_by_latent(values_N: Tensor, entries: Entries) -> Tensor:
 
 class _EncodeSparse(Function):
     @staticmethod
-    def forward(ctx: Any, W_FD: Tensor, b_F: Tensor, b_dec_D: Tensor | None, x_BD: Tensor, values_N: Tensor, entries: Entries) -> Tensor:
+    def forward(
+        ctx: Any,
+        W_FD: Tensor,
+        b_F: Tensor,
+        b_dec_D: Tensor | None,
+        x_BD: Tensor,
+        values_N: Tensor,
+        entries: Entries,
+    ) -> Tensor:
         ctx.save_for_backward(W_FD, x_BD)
         ctx.entries = entries
         return values_N.view_as(values_N)
@@ -123,10 +144,14 @@ class _EncodeSparse(Function):
         return d_W_FD, d_b_F, -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None, None, None, None
 
 
-def encode_sparse(W_FD: Tensor, b_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, values_N: Tensor, entries: Entries) -> Tensor:
-    """The pre-activations of the entries, [N], differentiable in W_enc, b_enc and b_dec (where x was centred by it).
+def encode_sparse(
+    W_FD: Tensor, b_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, values_N: Tensor, entries: Entries
+) -> Tensor:
+    """The pre-activations of the entries, [N], differentiable in W_enc, b_enc and b_dec (where x was centred
+    by it).
 
-    x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of [B, F] with it.
+    x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of
+    [B, F] with it.
     """
     return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centred_BD, values_N, entries)
 
@@ -141,7 +166,9 @@ class _Decode(Function):
     @staticmethod
     def backward(ctx: Any, g_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values_N, W_FD = ctx.saved_tensors
-        d_values_N, d_W_FD = form(W_FD).decode_backward(g_RD.contiguous(), values_N, W_FD, ctx.entries, ctx.needs_input_grad[1])
+        d_values_N, d_W_FD = form(W_FD).decode_backward(
+            g_RD.contiguous(), values_N, W_FD, ctx.entries, ctx.needs_input_grad[1]
+        )
         return d_values_N, d_W_FD, None
 
 
@@ -150,9 +177,10 @@ def decode(values_N: Tensor, W_FD: Tensor, entries: Entries) -> Tensor:
     return _Decode.apply(values_N.contiguous(), W_FD, entries)
 
 
-# --- the dense layout -----------------------------------------------------------------------------------------------------------
+# --- the dense layout ---------------------------------------------------------------------------------------
 #
-# On a CPU a pass over [B, F] costs what memory costs, and a fresh array as much again. So elementwise work goes by a few rows at a time,
+# On a CPU a pass over [B, F] costs what memory costs, and a fresh array as much again. So elementwise work
+# goes by a few rows at a time,
 # which stay in the cache through all of its operations, and arrays of [B, F] are those that `Buffer` lends.
 
 Buffer = Callable[..., Tensor]  # (like, dtype) -> an array of [B, F]
@@ -189,7 +217,9 @@ class _EncodeDense(Function):
         first_BF, second_BF, _, g_F, _ = grads
         d_BF = ctx.buffer(W_FD)
         if first_BF is None or second_BF is None:
-            g_BF = next((g for g in (first_BF, second_BF) if g is not None), W_FD.new_zeros(()).expand(mask_BF.shape))
+            g_BF = next(
+                (g for g in (first_BF, second_BF) if g is not None), W_FD.new_zeros(()).expand(mask_BF.shape)
+            )
         else:
             g_BF = torch.add(first_BF, second_BF, out=d_BF)
         # what is infinite off the support (p < 1) does not count
@@ -212,16 +242,23 @@ def encode_dense(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The pre-activations above a threshold and zero elsewhere, [B, F]: `encode_sparse` in the dense layout.
 
-    They come twice, for two uses, whose gradients are then added in an array that is lent. With them comes where they are above, [B, F],
-    and of each latent the sum of its values, which costs its gradient no pass of its own, and on how many tokens it is above, [F].
+    They come twice, for two uses, whose gradients are then added in an array that is lent. With them comes
+    where they are above, [B, F], and of each latent the sum of its values, which costs its gradient no pass
+    of its own, and on how many tokens it is above, [F].
     """
     return _EncodeDense.apply(W_FD, b_F, b_dec_D, centred_BD, pre_BF, threshold, buffer, bf16)
 
 
 def _gradients(
-    function: Callable[..., Tensor], g_BF: Tensor | None, values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, w_F: Sequence[Tensor]
+    function: Callable[..., Tensor],
+    g_BF: Tensor | None,
+    values_BF: Tensor,
+    mask_BF: Tensor,
+    buffer: Buffer,
+    w_F: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """What a function's gradient g becomes for the values and for numbers of each latent, by autograd; without g, the sum's, and the sum."""
+    """What a function's gradient g becomes for the values and for numbers of each latent, by autograd;
+    without g, the sum's, and the sum."""
     d_BF, d_w_F, total = buffer(values_BF), [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
     one = values_BF.new_ones(())
     d_values = None
@@ -261,7 +298,14 @@ def power(x: Tensor, p: float) -> Tensor:
 
 class _MapDense(Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        function: Callable[..., Tensor],
+        values_BF: Tensor,
+        mask_BF: Tensor,
+        buffer: Buffer,
+        *w_F: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(values_BF, mask_BF, *w_F)
         ctx.function, ctx.buffer = function, buffer
         out_BF = buffer(values_BF)
@@ -278,7 +322,14 @@ class _MapDense(Function):
 
 class _TotalDense(Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        function: Callable[..., Tensor],
+        values_BF: Tensor,
+        mask_BF: Tensor,
+        buffer: Buffer,
+        *w_F: Tensor,
+    ) -> Tensor:
         """With the gradient at once, which is the same but for a factor whatever comes after."""
         if not any(ctx.needs_input_grad):
             total, out_BF = values_BF.new_zeros(()), buffer(values_BF)
@@ -298,12 +349,17 @@ class _TotalDense(Function):
         return None, d_values_BF, None, None, *(d_F * g for d_F in d_w_F)
 
 
-def map_dense(function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
-    """An elementwise function of the values and of numbers of each latent, where the mask is set and zero elsewhere, [B, F]."""
+def map_dense(
+    function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor
+) -> Tensor:
+    """An elementwise function of the values and of numbers of each latent, where the mask is set and zero
+    elsewhere, [B, F]."""
     return _MapDense.apply(function, values_BF, mask_BF, buffer, *w_F)
 
 
-def total_dense(function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor) -> Tensor:
+def total_dense(
+    function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor
+) -> Tensor:
     """The sum of such a function, []."""
     return _TotalDense.apply(function, values_BF, mask_BF, buffer, *w_F)
 
@@ -331,5 +387,8 @@ class _DecodeDense(Function):
 
 
 def decode_dense(values_BF: Tensor, W_FD: Tensor, buffer: Buffer, *, bf16: bool = False) -> Tensor:
-    """values W, [B, D]: `decode` in the dense layout. With `bf16` its products, of the backward pass too, are of bfloat16 operands."""
+    """values W, [B, D]: `decode` in the dense layout.
+
+    With `bf16` its products, of the backward pass too, are of bfloat16 operands.
+    """
     return _DecodeDense.apply(values_BF, W_FD, buffer, bf16)

@@ -1,7 +1,8 @@
-"""What each op means, in plain torch: the reference that the fast forms are held to, and the form of any other device or precision.
+"""What each op means, in plain torch: the reference that the fast forms are held to, and the form of any
+other device or precision.
 
-Each function has a twin of the same name and signature in the fast forms. B tokens, D d_in, F latents, N entries, R bags, S SAEs of
-one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
+Each function has a twin of the same name and signature in the fast forms. B tokens, D d_in, F latents, N
+entries, R bags, S SAEs of one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
 """
 
 from __future__ import annotations
@@ -17,48 +18,65 @@ from monosemy.ops.entries import Entries, Estimate, Selection
 Constraint = Literal["project", "constrain", "free"]
 
 
-def estimate(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None) -> Estimate | None:
-    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays; `lend` gives arrays to use.
+def estimate(
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None
+) -> Estimate | None:
+    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays; `lend`
+    gives arrays to use.
 
     None as well where no bound of its error is known, which is so of numbers that are not finite.
     """
     return None
 
 
-# --- selections: of equal values the earlier position is taken ----------------------------------------------------------------
+# --- selections: of equal values the earlier position is taken ----------------------------------------------
 
 
 def _picked(pre_BF: Tensor, chosen_BF: Tensor) -> Selection:
     starts_B1 = torch.nn.functional.pad(chosen_BF.sum(1).cumsum(0), (1, 0)).int()
-    return Selection(chosen_BF.nonzero()[:, 1].int(), starts_B1, pre_BF[chosen_BF].to(torch.promote_types(pre_BF.dtype, torch.float32)))
+    return Selection(
+        chosen_BF.nonzero()[:, 1].int(),
+        starts_B1,
+        pre_BF[chosen_BF].to(torch.promote_types(pre_BF.dtype, torch.float32)),
+    )
 
 
 def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
-    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k."""
+    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
+    to k."""
     allowed_BF = torch.ones_like(pre_BF, dtype=torch.bool) if among_F is None else among_F.expand_as(pre_BF)
     k = min(k, int(allowed_BF[0].sum()))
-    order_BK = torch.where(allowed_BF, pre_BF, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order_BK = (
+        torch.where(allowed_BF, pre_BF, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    )
     return _picked(pre_BF, torch.zeros_like(allowed_BF).scatter_(1, order_BK, True))
 
 
 def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
     """The n largest of the whole batch."""
     order = pre_BF.flatten().sort(descending=True, stable=True).indices[:n]
-    return _picked(pre_BF, torch.zeros_like(pre_BF, dtype=torch.bool).flatten().index_fill_(0, order, True).view_as(pre_BF))
+    return _picked(
+        pre_BF,
+        torch.zeros_like(pre_BF, dtype=torch.bool).flatten().index_fill_(0, order, True).view_as(pre_BF),
+    )
 
 
 def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
-    """Everything above a threshold: a number, or one for each latent [F]. On a GPU the lists hold `capacity` entries."""
+    """Everything above a threshold: a number, or one for each latent [F].
+
+    On a GPU the lists hold `capacity` entries.
+    """
     return _picked(pre_BF, pre_BF > threshold)
 
 
 def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F + 1]."""
+    """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F +
+    1]."""
     order_N = latents_N.sort(stable=True).indices.int()
     return order_N, torch.nn.functional.pad(torch.bincount(latents_N, minlength=F).cumsum(0), (1, 0)).int()
 
 
-# --- sums over entries --------------------------------------------------------------------------------------------------------
+# --- sums over entries --------------------------------------------------------------------------------------
 
 
 def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
@@ -71,24 +89,32 @@ def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
     return W_FD.new_zeros(e.R, W_FD.shape[1]).index_add_(0, e.bags_N, values_N[:, None] * W_FD[e.latents_N])
 
 
-def decode_backward(g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool) -> tuple[Tensor, Tensor | None]:
+def decode_backward(
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D]."""
     g_ND = g_RD[e.bags_N]
     d_values_N = (g_ND * W_FD[e.latents_N]).sum(1)
-    return d_values_N, torch.zeros_like(W_FD).index_add_(0, e.latents_N, values_N[:, None] * g_ND) if weight else None
+    return d_values_N, torch.zeros_like(W_FD).index_add_(
+        0, e.latents_N, values_N[:, None] * g_ND
+    ) if weight else None
 
 
 def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
-    """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and b_enc, [F]. Bags are tokens."""
+    """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and
+    b_enc, [F]. Bags are tokens."""
     d_W_FD = x_BD.new_zeros(e.F, x_BD.shape[1]).index_add_(0, e.latents_N, g_N[:, None] * x_BD[e.bags_N])
     return d_W_FD, sum_by_latent(g_N, e)
 
 
-# --- the dense layout -----------------------------------------------------------------------------------------------------------
+# --- the dense layout ---------------------------------------------------------------------------------------
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
-    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F].
+def split(
+    pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B,
+    F].
 
     Returns the sum of each latent's values, and on how many tokens it is above, float32, both [F].
     """
@@ -97,7 +123,8 @@ def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF:
 
 
 def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
-    """Write x, plus a number of each latent, where the mask is set and zero elsewhere, whatever x is there; returns the sums, [F]."""
+    """Write x, plus a number of each latent, where the mask is set and zero elsewhere, whatever x is there;
+    returns the sums, [F]."""
     return out_BF.copy_(torch.where(mask_BF, x_BF if add_F is None else x_BF + add_F, 0)).sum(0)
 
 
@@ -106,11 +133,12 @@ def count_positive(x_BF: Tensor) -> Tensor:
     return (x_BF > 0).sum(0).float()
 
 
-# --- the update ---------------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
 
 def _projected(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
-    """The gradient without its part along p's rows; "project" (OpenAI's code) divides by the norm plus 1e-6, "constrain" by the norm."""
+    """The gradient without its part along p's rows; "project" (OpenAI's code) divides by the norm plus 1e-6,
+    "constrain" by the norm."""
     if constraint == "free":
         return g_RC
     norm_R1 = torch.linalg.vector_norm(p_RC, dim=1, keepdim=True) + (1e-6 if constraint == "project" else 0)
@@ -118,7 +146,10 @@ def _projected(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
 
 
 def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
-    """Each SAE's squared norm of the gradient that `update` will use, [S]. `p` is [S, ..], gradients one of each SAE."""
+    """Each SAE's squared norm of the gradient that `update` will use, [S].
+
+    `p` is [S, ..], gradients one of each SAE.
+    """
     return torch.stack([_projected(p_s, g, constraint).pow(2).sum() for p_s, g in zip(p, grads, strict=True)])
 
 
@@ -136,10 +167,11 @@ def update(
     eps: float,
     constraint: Constraint,
 ) -> None:
-    """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one shape, in place.
+    """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one
+    shape, in place.
 
-    `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0) the first moment is the
-    gradient itself. Gradients may be overwritten.
+    `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0)
+    the first moment is the gradient itself. Gradients may be overwritten.
     """
     for s, g in enumerate(grads):
         if not scale_S[s].isfinite():
@@ -149,7 +181,9 @@ def update(
         v[s].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
         t = steps_S[s].double()
         first, second = 1 - betas[0] ** t, 1 - betas[1] ** t
-        p[s].sub_(lr_S[s].to(p.dtype) / first.to(p.dtype) * m_s / (v[s].sqrt() / second.sqrt().to(p.dtype) + eps))
+        p[s].sub_(
+            lr_S[s].to(p.dtype) / first.to(p.dtype) * m_s / (v[s].sqrt() / second.sqrt().to(p.dtype) + eps)
+        )
         if constraint != "free":
             norm = torch.linalg.vector_norm(p[s], dim=1, keepdim=True)
             p[s].div_(norm + torch.finfo(p.dtype).eps if constraint == "project" else norm)

@@ -1,9 +1,11 @@
-"""The kernels: every op of `torch.py` in Triton, for float32 weights on a GPU and pre-activations of float32 or bfloat16.
+"""The kernels: every op of `torch.py` in Triton, for float32 weights on a GPU and pre-activations of float32
+or bfloat16.
 
-No function waits for the device and all shapes are known beforehand, so that a whole step can be captured as a CUDA graph: lists have a
-fixed capacity, how much of it is used stands on the device, and what lies behind is padding (latent 0, value 0). Sums have an order that
-the data alone decides; nothing but whole numbers is added atomically. B tokens, D d_in, F latents, N entries (capacity), R bags, S SAEs
-of one shape, M shares of a row, C places in a row's list, P digits of a key.
+No function waits for the device and all shapes are known beforehand, so that a whole step can be captured as
+a CUDA graph: lists have a fixed capacity, how much of it is used stands on the device, and what lies behind
+is padding (latent 0, value 0). Sums have an order that the data alone decides; nothing but whole numbers is
+added atomically. B tokens, D d_in, F latents, N entries (capacity), R bags, S SAEs of one shape, M shares of
+a row, C places in a row's list, P digits of a key.
 """
 
 from __future__ import annotations
@@ -20,19 +22,25 @@ from triton import cdiv, next_power_of_2
 from monosemy.ops.entries import Entries, Selection
 from monosemy.ops.torch import Constraint, estimate  # noqa: F401
 
-# --- selections: the kernels --------------------------------------------------------------------------------------------------
+# --- selections: the kernels --------------------------------------------------------------------------------
 #
-# To choose the k largest of a row, its latents are dealt out to M shares: latent f belongs to share f % M. The k-th largest of the
-# shares' maxima is a bound that at least k values reach and, as M is several times k, few more; and it is reached in few shares. Those
-# are noted, what reaches the bound in them is listed, and the exact choice looks at the list alone. So a row is read once, and then a
-# small part of it again. If its list overflows, the row itself is searched: the bound decides about speed, never about the result.
-# The n largest of a batch are found alike, with one bound for all rows, by histograms; and what is above a threshold by shares, too.
+# To choose the k largest of a row, its latents are dealt out to M shares: latent f belongs to share f % M.
+# The k-th largest of the
+# shares' maxima is a bound that at least k values reach and, as M is several times k, few more; and it is
+# reached in few shares. Those
+# are noted, what reaches the bound in them is listed, and the exact choice looks at the list alone. So a row
+# is read once, and then a
+# small part of it again. If its list overflows, the row itself is searched: the bound decides about speed,
+# never about the result.
+# The n largest of a batch are found alike, with one bound for all rows, by histograms; and what is above a
+# threshold by shares, too.
 # Shares and lists of a row are stored as how many there are, then which, ascending.
 
 
 @triton.jit
 def _keys(x, BITS: tl.constexpr):
-    """The first BITS bits of whole numbers that are ordered as the values are. -0 is 0, and a NaN is the largest, as in torch."""
+    """The first BITS bits of whole numbers that are ordered as the values are. -0 is 0, and a NaN is the
+    largest, as in torch."""
     x = x.to(tl.float32)
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     keys = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
@@ -104,7 +112,8 @@ def _note(reached_M, row, shares_BM, M: tl.constexpr):
 
 @triton.jit
 def _in_shares(pre_BF, among_F, row, noted_M, number, first, at, F: tl.constexpr):
-    """The columns that some of the noted shares have from `first` on, their values, and which may be chosen."""
+    """The columns that some of the noted shares have from `first` on, their values, and which may be
+    chosen."""
     cols = first + tl.load(noted_M + 1 + at, mask=at < number, other=F)
     x, allowed = _in_row(pre_BF, among_F, row, cols, F)
     return cols, x, allowed
@@ -126,7 +135,9 @@ def _digits(counts_P256, n, PASSES: tl.constexpr):
 
 
 @triton.jit
-def _bound_rows_kernel(pre_BF, among_F, starts_B1, bounds_B, shares_BM, F: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr):
+def _bound_rows_kernel(
+    pre_BF, among_F, starts_B1, bounds_B, shares_BM, F: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr
+):
     """A bound for the k largest of a token, and the shares that reach it."""
     row = tl.program_id(0)
     k = tl.load(starts_B1 + row + 1) - tl.load(starts_B1 + row)
@@ -160,7 +171,17 @@ def _bound_batch_kernel(maxima_BM, counts_P256, n, bounds_B, shares_BM, M: tl.co
 
 
 @triton.jit
-def _list_kernel(pre_BF, among_F, bounds_B, shares_BM, lists_BC, F: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+def _list_kernel(
+    pre_BF,
+    among_F,
+    bounds_B,
+    shares_BM,
+    lists_BC,
+    F: tl.constexpr,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """List what reaches a row's bound. If there is more than the list can hold, the number alone is right."""
     row = tl.program_id(0)
     noted_M = shares_BM + tl.cast(row, tl.int64) * (M + 1)
@@ -170,7 +191,9 @@ def _list_kernel(pre_BF, among_F, bounds_B, shares_BM, lists_BC, F: tl.constexpr
     listed = 0
     for first in range(0, F, M):
         for s in range(0, number, BLOCK):
-            cols, x, allowed = _in_shares(pre_BF, among_F, row, noted_M, number, first, s + tl.arange(0, BLOCK), F)
+            cols, x, allowed = _in_shares(
+                pre_BF, among_F, row, noted_M, number, first, s + tl.arange(0, BLOCK), F
+            )
             reached = allowed & ~(x < bound)
             places = listed + tl.cumsum(reached.to(tl.int32), 0)
             tl.store(list_C + places, cols, mask=reached & (places <= C))
@@ -180,7 +203,8 @@ def _list_kernel(pre_BF, among_F, bounds_B, shares_BM, lists_BC, F: tl.constexpr
 
 @triton.jit
 def _length(lists_BC, row, F: tl.constexpr, C: tl.constexpr):
-    """The length of a row's list and whether it is used; without a list, or with one that overflowed, the row is its own."""
+    """The length of a row's list and whether it is used; without a list, or with one that overflowed, the row
+    is its own."""
     length = F
     if lists_BC is not None:
         length = tl.load(lists_BC + tl.cast(row, tl.int64) * (C + 1))
@@ -194,13 +218,25 @@ def _in_list(pre_BF, among_F, lists_BC, row, at, F: tl.constexpr, C: tl.constexp
     if lists_BC is not None:
         length, used = _length(lists_BC, row, F, C)
         listed = at < tl.where(used, length, 0)
-        latents = tl.where(used, tl.load(lists_BC + tl.cast(row, tl.int64) * (C + 1) + 1 + at, mask=listed, other=F), at)
+        latents = tl.where(
+            used, tl.load(lists_BC + tl.cast(row, tl.int64) * (C + 1) + 1 + at, mask=listed, other=F), at
+        )
     x, there = _in_row(pre_BF, among_F, row, latents, F)
     return latents, x, there
 
 
 @triton.jit
-def _numbers(pre_BF, among_F, lists_BC, row, key, F: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _numbers(
+    pre_BF,
+    among_F,
+    lists_BC,
+    row,
+    key,
+    F: tl.constexpr,
+    C: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """How many of a row's list are greater than the key, and how many equal it."""
     length, _used = _length(lists_BC, row, F, C)
     n_greater, n_equal = 0, 0
@@ -254,14 +290,17 @@ def _count_kernel(
 ):
     """Count what of a token is greater than the batch's n-th largest, and what equals it."""
     row = tl.program_id(0)
-    n_greater, n_equal = _numbers(pre_BF, None, lists_BC, row, _digits(counts_P256, n, BITS // 8), F, C, BITS, BLOCK)
+    n_greater, n_equal = _numbers(
+        pre_BF, None, lists_BC, row, _digits(counts_P256, n, BITS // 8), F, C, BITS, BLOCK
+    )
     tl.store(greater_B + row, n_greater)
     tl.store(equal_B + row, n_equal)
 
 
 @triton.jit
 def _starts_kernel(greater_B, equal_B, starts_B1, B, limit, BLOCK: tl.constexpr):
-    """Where each token's entries begin, of all that is greater and, if counted, of the first that are equal, up to the limit."""
+    """Where each token's entries begin, of all that is greater and, if counted, of the first that are equal,
+    up to the limit."""
     left = 0
     if equal_B is not None:
         for first in range(0, B, BLOCK):
@@ -332,7 +371,9 @@ def _over(x, allowed, cols, threshold, EACH: tl.constexpr):
 
 
 @triton.jit
-def _count_above_kernel(pre_BF, threshold, numbers_B, shares_BM, F: tl.constexpr, M: tl.constexpr, EACH: tl.constexpr):
+def _count_above_kernel(
+    pre_BF, threshold, numbers_B, shares_BM, F: tl.constexpr, M: tl.constexpr, EACH: tl.constexpr
+):
     """Count what of a token is above the threshold, and note the shares that it is in."""
     row = tl.program_id(0)
     numbers_M = tl.zeros([M], tl.int32)
@@ -346,7 +387,16 @@ def _count_above_kernel(pre_BF, threshold, numbers_B, shares_BM, F: tl.constexpr
 
 @triton.jit
 def _above_kernel(
-    pre_BF, threshold, shares_BM, starts_B1, latents_N, values_N, F: tl.constexpr, M: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
+    pre_BF,
+    threshold,
+    shares_BM,
+    starts_B1,
+    latents_N,
+    values_N,
+    F: tl.constexpr,
+    M: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Write what of a token is above the threshold, as much as there is room for."""
     row = tl.program_id(0)
@@ -356,7 +406,9 @@ def _above_kernel(
     number = tl.where(place < end, tl.load(noted_M), 0)
     for first in range(0, F, M):
         for s in range(0, number, BLOCK):
-            cols, x, allowed = _in_shares(pre_BF, None, row, noted_M, number, first, s + tl.arange(0, BLOCK), F)
+            cols, x, allowed = _in_shares(
+                pre_BF, None, row, noted_M, number, first, s + tl.arange(0, BLOCK), F
+            )
             over = _over(x, allowed, cols, threshold, EACH)
             places = place + tl.cumsum(over.to(tl.int32), 0) - 1
             tl.store(latents_N + places, cols, mask=over & (places < end))
@@ -364,7 +416,7 @@ def _above_kernel(
             place += tl.sum(over.to(tl.int32), 0)
 
 
-# --- selections: the functions ------------------------------------------------------------------------------------------------
+# --- selections: the functions ------------------------------------------------------------------------------
 
 
 def _block(wanted: int, least: int, most: int, F: int) -> int:
@@ -408,17 +460,37 @@ def _padding(starts_B1: Tensor, N: int) -> Selection:
 
 
 def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
-    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up to k. Capacity B k."""
+    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
+    to k. Capacity B k."""
     (B, F), k, bits = pre_BF.shape, min(k, pre_BF.shape[1]), _bits(pre_BF)
     kept = k if among_F is None else among_F.sum(dtype=torch.int32).clamp(max=k)
-    latents_N, starts_B1, values_N = picked = _padding(torch.arange(B + 1, dtype=torch.int32, device=pre_BF.device) * kept, B * k)
+    latents_N, starts_B1, values_N = picked = _padding(
+        torch.arange(B + 1, dtype=torch.int32, device=pre_BF.device) * kept, B * k
+    )
     among = None if among_F is None else among_F.view(torch.uint8)
     M, C = _sizes(F, k)
     shares_BM, lists_BC = _room(pre_BF, M, C)
     bounds_B = torch.empty(B, device=pre_BF.device)
-    _bound_rows_kernel[(B,)](pre_BF, among, starts_B1, bounds_B, shares_BM, F=F, M=M, BITS=bits, num_warps=_warps(M))
-    _list_kernel[(B,)](pre_BF, among, bounds_B, shares_BM, lists_BC, F=F, C=C, M=M, BLOCK=min(M, 256), num_warps=2)
-    _pick_kernel[(B,)](pre_BF, among, lists_BC, None, 0, starts_B1, latents_N, values_N, F=F, C=C, BITS=bits, num_warps=_warps(C))
+    _bound_rows_kernel[(B,)](
+        pre_BF, among, starts_B1, bounds_B, shares_BM, F=F, M=M, BITS=bits, num_warps=_warps(M)
+    )
+    _list_kernel[(B,)](
+        pre_BF, among, bounds_B, shares_BM, lists_BC, F=F, C=C, M=M, BLOCK=min(M, 256), num_warps=2
+    )
+    _pick_kernel[(B,)](
+        pre_BF,
+        among,
+        lists_BC,
+        None,
+        0,
+        starts_B1,
+        latents_N,
+        values_N,
+        F=F,
+        C=C,
+        BITS=bits,
+        num_warps=_warps(C),
+    )
     return picked
 
 
@@ -434,27 +506,50 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
 
     _maxima_kernel[(B,)](pre_BF, maxima_BM, coarse_BM, F=F, M=M, COARSE=coarse, num_warps=_warps(M))
     for p in range(2):
-        _histogram_kernel[(programs,)](coarse_BM, None, counts_P256, n, B, F=coarse, C=0, BITS=16, PASS=p, BLOCK=min(coarse, 1024))
+        _histogram_kernel[(programs,)](
+            coarse_BM, None, counts_P256, n, B, F=coarse, C=0, BITS=16, PASS=p, BLOCK=min(coarse, 1024)
+        )
     _bound_batch_kernel[(B,)](maxima_BM, counts_P256, n, bounds_B, shares_BM, M=M, num_warps=_warps(M))
-    _list_kernel[(B,)](pre_BF, None, bounds_B, shares_BM, lists_BC, F=F, C=C, M=M, BLOCK=min(M, 256), num_warps=2)
+    _list_kernel[(B,)](
+        pre_BF, None, bounds_B, shares_BM, lists_BC, F=F, C=C, M=M, BLOCK=min(M, 256), num_warps=2
+    )
     for p in range(bits // 8):
-        _histogram_kernel[(programs,)](pre_BF, lists_BC, exact_P256, n, B, F=F, C=C, BITS=bits, PASS=p, BLOCK=min(C, 1024))
+        _histogram_kernel[(programs,)](
+            pre_BF, lists_BC, exact_P256, n, B, F=F, C=C, BITS=bits, PASS=p, BLOCK=min(C, 1024)
+        )
     greater_B, equal_B = counts_P256.new_empty(2, B)
-    _count_kernel[(B,)](pre_BF, lists_BC, exact_P256, n, greater_B, equal_B, F=F, C=C, BITS=bits, BLOCK=min(C, 1024))
+    _count_kernel[(B,)](
+        pre_BF, lists_BC, exact_P256, n, greater_B, equal_B, F=F, C=C, BITS=bits, BLOCK=min(C, 1024)
+    )
     latents_N, starts_B1, values_N = picked = _padding(_starts(greater_B, equal_B, n), n)
-    _pick_kernel[(B,)](pre_BF, None, lists_BC, exact_P256, n, starts_B1, latents_N, values_N, F=F, C=C, BITS=bits, num_warps=_warps(C))
+    _pick_kernel[(B,)](
+        pre_BF,
+        None,
+        lists_BC,
+        exact_P256,
+        n,
+        starts_B1,
+        latents_N,
+        values_N,
+        F=F,
+        C=C,
+        BITS=bits,
+        num_warps=_warps(C),
+    )
     return picked
 
 
 def _there(threshold: Tensor | float, pre_BF: Tensor) -> Tensor:
-    """The threshold on the device; a single number as torch compares with it, rounded to the precision of what is compared."""
+    """The threshold on the device; a single number as torch compares with it, rounded to the precision of
+    what is compared."""
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, device=pre_BF.device)
     return threshold.contiguous() if threshold.ndim else threshold.to(pre_BF.dtype)
 
 
 def _count_above(pre_BF: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor, Tensor, dict[str, int]]:
-    """How many of each token are above, and for `_above_kernel` the threshold on the device, the shares, and the constants."""
+    """How many of each token are above, and for `_above_kernel` the threshold on the device, the shares, and
+    the constants."""
     _bits(pre_BF)
     (B, F), threshold = pre_BF.shape, _there(threshold, pre_BF)
     sizes = {"F": F, "M": _sizes(F, 1)[0], "EACH": threshold.ndim}
@@ -470,7 +565,8 @@ def count_above(pre_BF: Tensor, threshold: Tensor | float) -> Tensor:
 
 
 def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
-    """Everything above a threshold: a number, or one for each latent [F]. What exceeds the capacity (else B F) is left out.
+    """Everything above a threshold: a number, or one for each latent [F]. What exceeds the capacity (else B
+    F) is left out.
 
     So if `starts_B1[-1]` is the capacity, something may be missing; `count_above` knows.
     """
@@ -483,14 +579,17 @@ def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None
 
 
 def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """The places of the entries in order of latents, int32 [N], padding last, and where each latent's begin, int32 [F + 1]."""
+    """The places of the entries in order of latents, int32 [N], padding last, and where each latent's begin,
+    int32 [F + 1]."""
     narrow = torch.int16 if F < 2**15 else torch.int32  # half the digits to sort by
     padding_N = torch.arange(len(latents_N), device=latents_N.device) >= starts_R1[-1]
     sorted_N, order_N = latents_N.masked_fill(padding_N, F).to(narrow).sort(stable=True)
-    return order_N.int(), torch.searchsorted(sorted_N, torch.arange(F + 1, dtype=narrow, device=latents_N.device), out_int32=True)
+    return order_N.int(), torch.searchsorted(
+        sorted_N, torch.arange(F + 1, dtype=narrow, device=latents_N.device), out_int32=True
+    )
 
 
-# --- sums over entries --------------------------------------------------------------------------------------------------------
+# --- sums over entries --------------------------------------------------------------------------------------
 
 CHUNK = 128  # entries of a latent that one program takes
 
@@ -511,7 +610,16 @@ def _sum_kernel(values_N, order_N, starts_F1, sums_F, F, BLOCK_F: tl.constexpr, 
 
 
 @triton.jit
-def _decode_kernel(values_N, W_FD, latents_N, starts_R1, out_RD, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _decode_kernel(
+    values_N,
+    W_FD,
+    latents_N,
+    starts_R1,
+    out_RD,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Sum value times row of W over a bag, for a block of D."""
     bag = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -521,19 +629,25 @@ def _decode_kernel(values_N, W_FD, latents_N, starts_R1, out_RD, D: tl.constexpr
         at = first + tl.arange(0, BLOCK_N)
         values = tl.load(values_N + at, mask=at < end, other=0)
         latents = tl.load(latents_N + at, mask=at < end, other=0).to(tl.int64)
-        W = tl.load(W_FD + latents[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0)
+        W = tl.load(
+            W_FD + latents[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
+        )
         total_D += tl.sum(values[:, None] * W, 0)
     tl.store(out_RD + bag * D + d, total_D, mask=d < D)
 
 
-# The entries in order of latents are cut at each latent's beginning and at each multiple of CHUNK. So a latent that is active
-# everywhere holds up no program, and what a program does, and in which order, depends on the data alone. Piece f < F is the first of
-# latent f; piece F + q begins at place q CHUNK, if a latent lies across it. A second kernel adds a latent's pieces to its first.
+# The entries in order of latents are cut at each latent's beginning and at each multiple of CHUNK. So a
+# latent that is active
+# everywhere holds up no program, and what a program does, and in which order, depends on the data alone.
+# Piece f < F is the first of
+# latent f; piece F + q begins at place q CHUNK, if a latent lies across it. A second kernel adds a latent's
+# pieces to its first.
 
 
 @triton.jit
 def _piece(piece, latents_N, order_N, starts_F1, F, CHUNK: tl.constexpr):
-    """The latent of a piece and the places in the order where it begins and ends; these are equal where there is nothing."""
+    """The latent of a piece and the places in the order where it begins and ends; these are equal where there
+    is nothing."""
     cut = tl.maximum(piece - F, 0) * CHUNK
     inside = (piece >= F) & (cut < tl.load(starts_F1 + F))
     across = tl.load(latents_N + tl.load(order_N + cut, mask=inside, other=0), mask=inside, other=0)
@@ -563,7 +677,8 @@ def _by_latent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For the entries of a piece: the products of their bags' rows with the latent's row of W, and the sum of value times row."""
+    """For the entries of a piece: the products of their bags' rows with the latent's row of W, and the sum of
+    value times row."""
     piece = tl.program_id(0)
     latent, begin, end = _piece(piece, latents_N, order_N, starts_F1, F, CHUNK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -574,17 +689,25 @@ def _by_latent_kernel(
         at = first + tl.arange(0, BLOCK_N)
         place = tl.load(order_N + at, mask=at < end, other=0)
         bags = tl.load(bags_N + place, mask=at < end, other=0).to(tl.int64)
-        rows = tl.load(rows_RD + bags[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0)
+        rows = tl.load(
+            rows_RD + bags[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
+        )
         if W_FD is not None:
             tl.store(d_values_N + place, tl.sum(rows * W_D[None, :], 1), mask=at < end)
         if pieces_D is not None:
             total_D += tl.sum(tl.load(values_N + place, mask=at < end, other=0)[:, None] * rows, 0)
     if pieces_D is not None:
-        tl.store(pieces_D + piece.to(tl.int64) * D + d, total_D, mask=d < tl.where((piece < F) | (begin < end), D, 0))
+        tl.store(
+            pieces_D + piece.to(tl.int64) * D + d,
+            total_D,
+            mask=d < tl.where((piece < F) | (begin < end), D, 0),
+        )
 
 
 @triton.jit
-def _join_kernel(latents_N, order_N, starts_F1, pieces_D, F, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _join_kernel(
+    latents_N, order_N, starts_F1, pieces_D, F, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Add a latent's later pieces to its first; the program of the second does so."""
     piece = F + tl.program_id(0)
     latent, begin, end = _piece(piece, latents_N, order_N, starts_F1, F, CHUNK)
@@ -604,7 +727,11 @@ def _floats(**tensors: Tensor) -> None:
 def _tile(D: int, most: int) -> dict[str, int]:
     """Blocks of entries by blocks of D, 4096 elements together where D has no more."""
     block = min(next_power_of_2(D), most)
-    return {"BLOCK_D": block, "BLOCK_N": min(max(4096 // block, 1), 32), "num_warps": 4 if block <= 2048 else 8}
+    return {
+        "BLOCK_D": block,
+        "BLOCK_N": min(max(4096 // block, 1), 32),
+        "num_warps": 4 if block <= 2048 else 8,
+    }
 
 
 def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
@@ -620,26 +747,37 @@ def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
     _floats(values_N=values_N, W_FD=W_FD)
     D = W_FD.shape[1]
     out_RD, tile = W_FD.new_empty(e.R, D), _tile(D, 1024)
-    _decode_kernel[(e.R, cdiv(D, tile["BLOCK_D"]))](values_N, W_FD, e.latents_N, e.starts_R1, out_RD, D=D, **tile)
+    _decode_kernel[(e.R, cdiv(D, tile["BLOCK_D"]))](
+        values_N, W_FD, e.latents_N, e.starts_R1, out_RD, D=D, **tile
+    )
     return out_RD
 
 
-def _by_latent(rows_RD: Tensor, values_N: Tensor, W_FD: Tensor | None, e: Entries, weight: bool) -> tuple[Tensor | None, Tensor | None]:
-    """By latent: the products of its bags' rows with its row of W, [N], and the sum of value times row, [F, D]; each if wanted."""
+def _by_latent(
+    rows_RD: Tensor, values_N: Tensor, W_FD: Tensor | None, e: Entries, weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """By latent: the products of its bags' rows with its row of W, [N], and the sum of value times row, [F,
+    D]; each if wanted."""
     (order_N, starts_F1), N, D = e.by_latent, len(values_N), rows_RD.shape[1]
     tile = _tile(D, 1024 if W_FD is None else next_power_of_2(D))
     cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
     d_values_N = None if W_FD is None else torch.zeros_like(values_N)
     pieces_D = rows_RD.new_empty(e.F + cuts, D) if weight else None
     where = (e.latents_N, e.bags_N, order_N, starts_F1)
-    _by_latent_kernel[(e.F + cuts, blocks)](rows_RD, values_N, W_FD, *where, d_values_N, pieces_D, e.F, D=D, CHUNK=CHUNK, **tile)
+    _by_latent_kernel[(e.F + cuts, blocks)](
+        rows_RD, values_N, W_FD, *where, d_values_N, pieces_D, e.F, D=D, CHUNK=CHUNK, **tile
+    )
     if pieces_D is None:
         return d_values_N, None
-    _join_kernel[(cuts, blocks)](e.latents_N, order_N, starts_F1, pieces_D, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"])
+    _join_kernel[(cuts, blocks)](
+        e.latents_N, order_N, starts_F1, pieces_D, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"]
+    )
     return d_values_N, pieces_D[: e.F]
 
 
-def decode_backward(g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool) -> tuple[Tensor, Tensor | None]:
+def decode_backward(
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D]."""
     _floats(g_RD=g_RD, values_N=values_N, W_FD=W_FD)
     d_values_N, d_W_FD = _by_latent(g_RD, values_N, W_FD, e, weight)
@@ -648,18 +786,21 @@ def decode_backward(g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, we
 
 
 def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
-    """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and b_enc, [F]. Bags are tokens."""
+    """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and
+    b_enc, [F]. Bags are tokens."""
     _floats(g_N=g_N, x_BD=x_BD)
     d_W_FD = _by_latent(x_BD, g_N, None, e, True)[1]
     assert d_W_FD is not None
     return d_W_FD, sum_by_latent(g_N, e)
 
 
-# --- the dense layout ---------------------------------------------------------------------------------------------------------
+# --- the dense layout ---------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _split_kernel(pre_BF, threshold, values_BF, mask_BF, F: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
+def _split_kernel(
+    pre_BF, threshold, values_BF, mask_BF, F: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
+):
     """Write a block of a row where it is above the threshold, and where that is."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -671,9 +812,20 @@ def _split_kernel(pre_BF, threshold, values_BF, mask_BF, F: tl.constexpr, EACH: 
 
 @triton.jit
 def _select_kernel(
-    mask_BF, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    mask_BF,
+    x_BF,
+    add_F,
+    out_BF,
+    parts_PF,
+    B,
+    stride_B,
+    STRIDE_F: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Write a block of some rows, plus a number of each column, where the mask is set, and sum over the rows."""
+    """Write a block of some rows, plus a number of each column, where the mask is set, and sum over the
+    rows."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(1) * ROWS
     total = tl.zeros([BLOCK], tl.float32)
@@ -687,25 +839,35 @@ def _select_kernel(
     tl.store(parts_PF + tl.program_id(1) * F + cols, total, mask=cols < F)
 
 
-def split(pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor) -> tuple[Tensor, Tensor]:
-    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B, F]; their sums and counts."""
+def split(
+    pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B,
+    F]; their sums and counts."""
     _bits(pre_BF)
     _floats(values_BF=values_BF)
     (B, F), threshold, block = pre_BF.shape, _there(threshold, pre_BF), _block(2048, 1, 2048, pre_BF.shape[1])
     mask = mask_BF.view(torch.uint8)
-    _split_kernel[(B, cdiv(F, block))](pre_BF, threshold, values_BF, mask, F=F, EACH=threshold.ndim, BLOCK=block)
+    _split_kernel[(B, cdiv(F, block))](
+        pre_BF, threshold, values_BF, mask, F=F, EACH=threshold.ndim, BLOCK=block
+    )
     return values_BF.sum(0), mask_BF.sum(0, dtype=torch.float32)
 
 
 def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
-    """Write x, plus a number of each latent, where the mask is set and zero elsewhere; returns the sums, [F]. x may have any strides."""
+    """Write x, plus a number of each latent, where the mask is set and zero elsewhere; returns the sums, [F].
+    x may have any strides."""
     _floats(out_BF=out_BF)
-    assert mask_BF.is_contiguous() and x_BF.dtype == torch.float32, "mask_BF: not contiguous, or x_BF: not float32"
+    assert mask_BF.is_contiguous() and x_BF.dtype == torch.float32, (
+        "mask_BF: not contiguous, or x_BF: not float32"
+    )
     (B, F), block = out_BF.shape, _block(512, 1, 512, out_BF.shape[1])
     parts_PF = out_BF.new_empty(cdiv(B, 32), F)
     grid, (stride_B, stride_F) = (cdiv(F, block), len(parts_PF)), x_BF.stride()
     mask = mask_BF.view(torch.uint8)
-    _select_kernel[grid](mask, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=32, BLOCK=block)
+    _select_kernel[grid](
+        mask, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=32, BLOCK=block
+    )
     return parts_PF.sum(0)
 
 
@@ -714,14 +876,18 @@ def count_positive(x_BF: Tensor) -> Tensor:
     return (x_BF > 0).sum(0, dtype=torch.float32)
 
 
-# --- the update ---------------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 #
-# One launch for all SAEs: their parameters stand one behind the other, their gradients where autograd left them. R rows of C numbers.
+# One launch for all SAEs: their parameters stand one behind the other, their gradients where autograd left
+# them. R rows of C numbers.
 
 
 @triton.jit
 def _addresses_kernel(table, g0, g1, g2, g3, g4, g5, g6, g7):
-    """Note where tensors stand. A launch is part of a captured graph; a copy from the host would be read again at each replay."""
+    """Note where tensors stand.
+
+    A launch is part of a captured graph; a copy from the host would be read again at each replay.
+    """
     tl.store(table + 0, g0.to(tl.int64))
     tl.store(table + 1, g1.to(tl.int64))
     tl.store(table + 2, g2.to(tl.int64))
@@ -836,17 +1002,29 @@ def _addresses(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _shape(n: int, C: int, constraint: Constraint) -> dict[str, Any]:
-    """How programs share n elements: whole rows of C to each, or any pieces where there is no constraint on rows."""
+    """How programs share n elements: whole rows of C to each, or any pieces where there is no constraint on
+    rows."""
     C = min(next_power_of_2(n), 2048) if constraint == "free" else C
     block = next_power_of_2(C)
     rows = min(max(2048 // block, 1), next_power_of_2(cdiv(n, C)))
-    return {"n": n, "C": C, "CONSTRAINT": constraint, "ROWS": rows, "BLOCK_C": block, "num_warps": _warps(rows * block)}
+    return {
+        "n": n,
+        "C": C,
+        "CONSTRAINT": constraint,
+        "ROWS": rows,
+        "BLOCK_C": block,
+        "num_warps": _warps(rows * block),
+    }
 
 
-def _rows(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
+def _rows(
+    p: Tensor, grads: Sequence[Tensor], constraint: Constraint
+) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
     """The gradients' addresses, the grid, and what else both kernels are told."""
     _floats(p=p, **{f"grads[{s}]": g for s, g in enumerate(grads)})
-    assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), "grads: not one of each SAE, of its shape"
+    assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), (
+        "grads: not one of each SAE, of its shape"
+    )
     n = p[0].numel()
     shape = _shape(n, p.shape[-1], constraint)
     aligned = 16 if all(g.data_ptr() % 16 == 0 for g in grads) else 4
@@ -854,7 +1032,10 @@ def _rows(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> tuple[T
 
 
 def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
-    """Each SAE's squared norm of the gradient that `update` will use, [S]. `p` is [S, ..], gradients one of each SAE."""
+    """Each SAE's squared norm of the gradient that `update` will use, [S].
+
+    `p` is [S, ..], gradients one of each SAE.
+    """
     table, grid, meta = _rows(p, grads, constraint)
     parts_SP = p.new_empty(grid[::-1])
     _square_norms_kernel[grid](p, table, parts_SP, **meta)
@@ -875,19 +1056,22 @@ def update(
     eps: float,
     constraint: Constraint,
 ) -> None:
-    """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one shape, in place.
+    """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one
+    shape, in place.
 
-    `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0) the first moment is the
-    gradient itself. Gradients are only read.
+    `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0)
+    the first moment is the gradient itself. Gradients are only read.
     """
     _floats(v=v, lr_S=lr_S, scale_S=scale_S, **({} if m is None else {"m": m}))
-    assert shadow is None or (shadow.is_contiguous() and shadow.dtype == torch.bfloat16), "shadow: not contiguous or not bfloat16"
+    assert shadow is None or (shadow.is_contiguous() and shadow.dtype == torch.bfloat16), (
+        "shadow: not contiguous or not bfloat16"
+    )
     table, grid, meta = _rows(p, grads, constraint)
     per_sae = (lr_S, scale_S, steps_S)
     _update_kernel[grid](p, table, m, v, shadow, *per_sae, BETA1=betas[0], BETA2=betas[1], EPS=eps, **meta)
 
 
-# --- ahead of time ------------------------------------------------------------------------------------------------------------
+# --- ahead of time ------------------------------------------------------------------------------------------
 
 _TYPES = {
     "*u8": "among_F mask_BF",
@@ -901,7 +1085,8 @@ _TYPES = {
 
 
 class Variant(NamedTuple):
-    """A kernel with what it is compiled for: the type of each argument and the constants, `num_warps` beside them."""
+    """A kernel with what it is compiled for: the type of each argument and the constants, `num_warps` beside
+    them."""
 
     kernel: Any
     signature: dict[str, str]
@@ -915,7 +1100,11 @@ def variants(D: int = 512, F: int = 16384, k: int = 80) -> list[Variant]:
     found = []
 
     def add(kernel: Any, pre: str = "*bf16", num_warps: int = 4, **constexprs: Any) -> None:
-        of = types | dict.fromkeys(("pre_BF", "maxima_BM", "coarse_BM", "threshold"), pre) | dict.fromkeys(constexprs, "constexpr")
+        of = (
+            types
+            | dict.fromkeys(("pre_BF", "maxima_BM", "coarse_BM", "threshold"), pre)
+            | dict.fromkeys(constexprs, "constexpr")
+        )
         found.append(Variant(kernel, {name: of[name] for name in kernel.arg_names}, constexprs, num_warps))
 
     M, C = _sizes(F, k)

@@ -1,7 +1,8 @@
 """The update after the gradients: project, clip, Adam, renormalise, for S SAEs of one shape at once.
 
-The decoder's rows are unit vectors in most architectures, kept so in one of two ways that the papers' codes differ in: "project"
-(OpenAI's, of the TopK family and JumpReLU) and "constrain" (Towards Monosemanticity's Adam).
+The decoder's rows are unit vectors in most architectures, kept so in one of two ways that the papers' codes
+differ in: "project" (OpenAI's, of the TopK family and JumpReLU) and "constrain" (Towards Monosemanticity's
+Adam).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from monosemy.ops.torch import Constraint
 
 
 class Optimizer:
-    """Adam over stacked parameters {name: [S, ..]}, with the decoder's constraint and the clipping of the architecture.
+    """Adam over stacked parameters {name: [S, ..]}, with the decoder's constraint and the clipping of the
+    architecture.
 
-    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `shadow` names a parameter of which a bfloat16 copy
-    is kept up to date, for products in that precision. An SAE whose loss or gradient is not finite is left as it is.
+    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `shadow` names a parameter of
+    which a bfloat16 copy is kept up to date, for products in that precision. An SAE whose loss or gradient is
+    not finite is left as it is.
     """
 
     def __init__(
@@ -33,7 +36,14 @@ class Optimizer:
         eps: float = 1e-8,
         shadow: str | None = None,
     ) -> None:
-        self.params, self.decoder, self.constraint, self.clip, self.betas, self.eps = dict(params), decoder, constraint, clip, betas, eps
+        self.params, self.decoder, self.constraint, self.clip, self.betas, self.eps = (
+            dict(params),
+            decoder,
+            constraint,
+            clip,
+            betas,
+            eps,
+        )
         self.m = {name: torch.zeros_like(p) for name, p in params.items()} if betas[0] else {}
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
         W = self.params[decoder]
@@ -44,17 +54,28 @@ class Optimizer:
         return self.constraint if name == self.decoder else "free"
 
     @torch.no_grad()
-    def step(self, grads: Mapping[str, Sequence[Tensor]], lr_S: Tensor, loss_S: Tensor, which: slice = slice(None)) -> Tensor:
+    def step(
+        self, grads: Mapping[str, Sequence[Tensor]], lr_S: Tensor, loss_S: Tensor, which: slice = slice(None)
+    ) -> Tensor:
         """One update of the SAEs `which` from a gradient of each, in their order; gradients are consumed.
 
         Returns which of them were updated, bool [S]: those whose loss and gradient are finite.
         """
         ops = form(self.params[self.decoder])
-        # without clipping the gradients of vectors suffice: what is not finite in a matrix's is not finite in a sum over its rows
-        looked_at = self.params if self.clip is not None else {n: p for n, p in self.params.items() if p.ndim == 2}
-        norm_S = sum(ops.square_norms(p[which], grads[name], self.constraint_of(name)) for name, p in looked_at.items()).sqrt()
+        # without clipping the gradients of vectors suffice: what is not finite in a matrix's is not finite in
+        # a sum over its rows
+        looked_at = (
+            self.params if self.clip is not None else {n: p for n, p in self.params.items() if p.ndim == 2}
+        )
+        norm_S = sum(
+            ops.square_norms(p[which], grads[name], self.constraint_of(name)) for name, p in looked_at.items()
+        ).sqrt()
         updated_S = (norm_S + loss_S).isfinite()
-        scale_S = torch.clamp(self.clip / (norm_S + 1e-6), max=1.0) if self.clip is not None else torch.ones_like(norm_S)
+        scale_S = (
+            torch.clamp(self.clip / (norm_S + 1e-6), max=1.0)
+            if self.clip is not None
+            else torch.ones_like(norm_S)
+        )
         scale_S = torch.where(updated_S, scale_S, torch.nan)
         self.steps_S[which] += updated_S
         for name, p in self.params.items():
@@ -75,7 +96,9 @@ class Optimizer:
 
     def state(self, s: int) -> dict[str, Tensor]:
         """Everything but the parameters that the next step of one SAE depends on."""
-        return {"steps": self.steps_S[s]} | {f"{k}.{n}": t[s] for k, of in (("m", self.m), ("v", self.v)) for n, t in of.items()}
+        return {"steps": self.steps_S[s]} | {
+            f"{k}.{n}": t[s] for k, of in (("m", self.m), ("v", self.v)) for n, t in of.items()
+        }
 
     def restore(self, s: int, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave, and the parameters as they are now."""

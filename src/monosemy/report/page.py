@@ -1,7 +1,9 @@
-"""One self-contained page of one run or several: `write` gives report.html, which opens from disk and asks the network for nothing.
+"""One self-contained page of one run or several: `write` gives report.html, which opens from disk and asks
+the network for nothing.
 
-The skeleton and the table are in the HTML; everything else lies in blocks, typed columns that are compressed and in base64, and is drawn
-by report.js when it is opened. Numbers of `rows.jsonl` are made into text here and nowhere else.
+The skeleton and the table are in the HTML; everything else lies in blocks, typed columns that are compressed
+and in base64, and is drawn by report.js when it is opened. Numbers of `rows.jsonl` are made into text here
+and nowhere else.
 
 P latents with a page, F latents of an SAE.
 """
@@ -76,7 +78,11 @@ class Column:
             return "-"
         low, high = _finite(row, self.low), _finite(row, self.high)
         star = "*" if row.get(self.mark) else ""
-        return self._one(value) + star + (f" [{self._one(low)}, {self._one(high)}]" if low is not None and high is not None else "")
+        return (
+            self._one(value)
+            + star
+            + (f" [{self._one(low)}, {self._one(high)}]" if low is not None and high is not None else "")
+        )
 
     def _one(self, value: float) -> str:
         return f"{value:,.0f}" if self.digits is None else f"{value:,.{self.digits}f}"
@@ -94,8 +100,20 @@ COLUMNS = (
         "loss_recovered_zero_high",
         "linear",
     ),
-    Column("ce_diff", "CE diff", "How much worse the model's next-token prediction gets, in nats per token.", 4, plotted="log"),
-    Column("kl", "KL", "How far the model's next-token probabilities move, in nats per token; 0 is not at all.", 4, plotted="log"),
+    Column(
+        "ce_diff",
+        "CE diff",
+        "How much worse the model's next-token prediction gets, in nats per token.",
+        4,
+        plotted="log",
+    ),
+    Column(
+        "kl",
+        "KL",
+        "How far the model's next-token probabilities move, in nats per token; 0 is not at all.",
+        4,
+        plotted="log",
+    ),
     Column(
         "fvu",
         "FVU",
@@ -106,13 +124,30 @@ COLUMNS = (
         mark="threshold_flag",
     ),
     Column("cossim", "Cosine", "Mean cosine of activations and reconstructions.", 4, plotted="linear"),
-    Column("never_fired", "Never fired", "Latents that are active on none of the held-out tokens.", plotted="linear"),
+    Column(
+        "never_fired",
+        "Never fired",
+        "Latents that are active on none of the held-out tokens.",
+        plotted="linear",
+    ),
     Column("dense", "Dense", "Latents that are active on more than 10 % of the tokens."),
     Column("always_on", "Always on", "Latents that are active on more than half of the tokens."),
-    Column("near_copies", "Near copies", "Latents whose decoder has a cosine over 0.9 with another latent's."),
+    Column(
+        "near_copies", "Near copies", "Latents whose decoder has a cosine over 0.9 with another latent's."
+    ),
     Column("copies", "Copies", "Latents whose decoder has a cosine over 0.999 with another latent's."),
-    Column("encoder_decoder_cosine", "Enc-dec cosine", "Mean cosine of a latent's encoder and decoder: does it read what it writes?", 3),
-    Column("probing_auc_top_1", "Probe, 1 latent", "Mean AUC of probes that tell classes of texts apart by one latent.", 3),
+    Column(
+        "encoder_decoder_cosine",
+        "Enc-dec cosine",
+        "Mean cosine of a latent's encoder and decoder: does it read what it writes?",
+        3,
+    ),
+    Column(
+        "probing_auc_top_1",
+        "Probe, 1 latent",
+        "Mean AUC of probes that tell classes of texts apart by one latent.",
+        3,
+    ),
     Column("probing_auc_top_5", "Probe, 5 latents", "The same by five latents.", 3),
     Column("probing_auc_llm", "Probe, no SAE", "The same by the activations themselves.", 3),
 )
@@ -138,10 +173,11 @@ def write(
     status: tuple[str, str] | None = None,
     missing: Missing | None = None,
 ) -> Path:
-    """Write the report of one run or several, into the first one's folder where nothing else is said. Returns its path.
+    """Write the report of one run or several, into the first one's folder where nothing else is said. Returns
+    its path.
 
-    `latents` limits the pages of each SAE; `status` is that of a run which is about to end. With `missing` a file that cannot be read costs
-    its part of the page alone, which the page says; it lists them.
+    `latents` limits the pages of each SAE; `status` is that of a run which is about to end. With `missing` a
+    file that cannot be read costs its part of the page alone, which the page says; it lists them.
     Raises ValueError for runs that cannot be told apart, and where no page below `LIMIT` can be made.
     """
     names = _names([Path(folder) for folder in folders])
@@ -165,11 +201,13 @@ def _that_fits(runs: Sequence[_Run], names: Sequence[str], latents: int | None, 
         pages = int(pages * min(0.9, LIMIT / len(html))) if pages > 8 else 0
         html = _html(runs, names, pages, library, str(missing))
     if len(html) > LIMIT:
-        raise DoesNotFit(f"a report of {len(runs)} runs takes {len(html):,} bytes even without pages for latents; name fewer runs")
+        raise DoesNotFit(
+            f"a report of {len(runs)} runs takes {len(html):,} bytes even without pages for latents; name fewer runs"
+        )
     return html
 
 
-# --- what is read ----------------------------------------------------------------------------------------------------------------
+# --- what is read -------------------------------------------------------------------------------------------
 
 
 class _Latents:
@@ -185,7 +223,8 @@ class _Latents:
         self.pages = len(self.columns.get("page_latent", ()))
 
     def block(self, pages: int, renumbered: np.ndarray) -> dict[str, np.ndarray]:
-        """The columns as the page has them: the first pages only, places by the contexts that are kept, numbers no finer than is shown."""
+        """The columns as the page has them: the first pages only, places by the contexts that are kept,
+        numbers no finer than is shown."""
         packed: dict[str, np.ndarray] = {}
         for name, column in self.columns.items():
             if name.startswith("page_"):
@@ -216,7 +255,9 @@ class _Run:
         with missing.part("table of the page"):
             self.rows = plots.read_lines(folder / "rows.jsonl")
         with missing.part("training curves of the page"):
-            self.records = [record for record in plots.read_lines(folder / "metrics.jsonl") if "sae" in record]
+            self.records = [
+                record for record in plots.read_lines(folder / "metrics.jsonl") if "sae" in record
+            ]
         self.saes = [_Latents(row, folder / row["sae"] / "latents.npz", missing) for row in self.rows]
         self.text = NO_TEXT
         self.text_facts: dict[str, Any] = {}
@@ -225,7 +266,9 @@ class _Run:
                 self.text, self.text_facts = arrays.load(folder / "eval_text.npz")
         if "ids" not in self.text:
             for sae in self.saes:
-                sae.columns = {name: column for name, column in sae.columns.items() if name not in arrays.OF_TEXT}
+                sae.columns = {
+                    name: column for name, column in sae.columns.items() if name not in arrays.OF_TEXT
+                }
 
     def cost(self, name: str) -> float | None:
         """What the gathering of all SAEs' latents cost; older runs have it beside their text."""
@@ -233,7 +276,8 @@ class _Run:
         return sum(found) if found else self.text_facts.get(name)
 
     def kept_text(self, pages: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The text of the contexts that the pages show, with its vocabulary, and where each of its places went."""
+        """The text of the contexts that the pages show, with its vocabulary, and where each of its places
+        went."""
         ids_CL = self.text.get("ids", np.zeros((0, 1), np.uint32))
         L = ids_CL.shape[1]
         at = [sae.columns["page_at"][:pages].ravel() for sae in self.saes if "page_at" in sae.columns]
@@ -254,10 +298,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"runs are {[str(folder) for folder in folders]}; allowed: each folder once. Name each run once.")
+    raise ValueError(
+        f"runs are {[str(folder) for folder in folders]}; allowed: each folder once. Name each run once."
+    )
 
 
-# --- what is written -------------------------------------------------------------------------------------------------------------
+# --- what is written ----------------------------------------------------------------------------------------
 
 
 def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, missing: str) -> bytes:
@@ -279,17 +325,24 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
         "saes": saes,
         "runs": [_run(run, name) for run, name in zip(runs, names, strict=True)],
         "columns": [{"key": c.key, "label": c.label, "about": c.about, "scale": c.plotted} for c in COLUMNS],
-        "looks": {name: dict(zip(("light", "dark", "marker"), _look(name, runs), strict=True)) for name in _architectures(runs)},
+        "looks": {
+            name: dict(zip(("light", "dark", "marker"), _look(name, runs), strict=True))
+            for name in _architectures(runs)
+        },
         "markers": MARKERS,
         "pages": pages,
     }
     put("overview", {"json": np.frombuffer(json.dumps(overview, allow_nan=False).encode(), np.uint8)})
-    room = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    room = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     folder = files(__package__)
     html = room.from_string((folder / "report.html.jinja").read_text("utf-8")).render(
         runs=overview["runs"],
         saes=saes,
-        columns=[column for column in COLUMNS if any(_finite(sae["row"], column.key) is not None for sae in saes)],
+        columns=[
+            column for column in COLUMNS if any(_finite(sae["row"], column.key) is not None for sae in saes)
+        ],
         looks=overview["looks"],
         markers=MARKERS,
         title=", ".join(names),
@@ -307,19 +360,24 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
 def pack(columns: Mapping[str, np.ndarray]) -> tuple[str, list[Any]]:
     """Columns as one compressed block in base64, and its layout: [name, type, shape, first byte] of each.
 
-    Numbers of several bytes lie as planes, all first bytes, then all second ones: what is alike then lies together.
+    Numbers of several bytes lie as planes, all first bytes, then all second ones: what is alike then lies
+    together.
     """
     raw, layout = bytearray(), []
     for name, column in columns.items():
         layout.append([name, column.dtype.str[1:], list(column.shape), len(raw)])
-        raw += np.ascontiguousarray(column).reshape(-1).view(np.uint8).reshape(-1, column.itemsize).T.tobytes()
+        raw += (
+            np.ascontiguousarray(column).reshape(-1).view(np.uint8).reshape(-1, column.itemsize).T.tobytes()
+        )
     return base64.b64encode(gzip.compress(bytes(raw), 7, mtime=0)).decode(), layout
 
 
 def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, Any]:
     row = sae.row
     setting = (
-        f"{row['sparsity_setting']} {row['sparsity']:g}" if _finite(row, "sparsity") is not None and row.get("sparsity_setting") else ""
+        f"{row['sparsity_setting']} {row['sparsity']:g}"
+        if _finite(row, "sparsity") is not None and row.get("sparsity_setting")
+        else ""
     )
     return {
         "number": number,
@@ -332,7 +390,9 @@ def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, An
         "width": row.get("d_sae"),
         "setting": setting,
         "status": row.get("status", ""),
-        "row": {key: _finite(row, key) if isinstance(value, int | float) else value for key, value in row.items()},
+        "row": {
+            key: _finite(row, key) if isinstance(value, int | float) else value for key, value in row.items()
+        },
         "text": {column.key: column.text(row) for column in COLUMNS},
         "facts": sae.facts,
         "unit": plots.unit([row]),
@@ -356,12 +416,16 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
         "Tokens per second": number(training.get("tokens_per_second")),
         "Training time": number(training["seconds"] / 3600, " h", 2) if "seconds" in training else "",
         "Peak memory": number(training.get("peak_memory_gb"), " GB", 2),
-        "Peak memory of the whole run": number(memory.get("run", {}).get("measured", 0) / 1e9, " GB", 2) if "run" in memory else "",
+        "Peak memory of the whole run": number(memory.get("run", {}).get("measured", 0) / 1e9, " GB", 2)
+        if "run" in memory
+        else "",
         f"Held-out {unit}": number(rows[0].get("tokens")) if rows else "",
         "Held-out tokens with the SAEs in place": number(rows[0].get("spliced_tokens")) if rows else "",
         "Gathering latents": number(run.cost("gather_seconds"), " s", 1),
         "Latents' pages": number(run.cost("pages_seconds"), " s", 1),
-        "Memory of what was gathered": number((run.cost("state_bytes") or 0) / 1e6, " MB", 1) if run.cost("state_bytes") else "",
+        "Memory of what was gathered": number((run.cost("state_bytes") or 0) / 1e6, " MB", 1)
+        if run.cost("state_bytes")
+        else "",
     }
     source = {
         "Model": model.get("name", config.get("model_name", "")),
@@ -415,11 +479,16 @@ def _look(name: str, runs: Sequence[_Run]) -> tuple[str, str, str]:
 
 def _finite(row: Mapping[str, Any], key: str) -> float | None:
     value = row.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        value
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def _shortened(x: np.ndarray) -> np.ndarray:
-    """Floats with 11 of their 23 bits after the point, rounded: three digits, and half the size once compressed."""
+    """Floats with 11 of their 23 bits after the point, rounded: three digits, and half the size once
+    compressed."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FF + ((bits >> 12) & 1)) & np.uint32(0xFFFFF000)).view(np.float32)
 
@@ -428,11 +497,17 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise invalid(path.name, str(path), "what a run wrote", f"repair it, or take it from a copy of the run ({error})") from error
+        raise invalid(
+            path.name,
+            str(path),
+            "what a run wrote",
+            f"repair it, or take it from a copy of the run ({error})",
+        ) from error
 
 
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script. vl-convert has them and takes seconds to join them, so the result is kept."""
+    """Vega, Vega-Lite and Vega-Embed as one script. vl-convert has them and takes seconds to join them, so
+    the result is kept."""
     kept = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
     if kept.is_file():
         script = kept.read_text(encoding="utf-8")

@@ -1,10 +1,12 @@
 """Plots of a run: matplotlib figures from the rows of `rows.jsonl` and the records of `metrics.jsonl`.
 
-Each function takes plain dicts and gives a `Figure` that belongs to no window and no global state; `write` saves them all as PNG and
-SVG. What is missing is missing: a row without the number leaves its place empty and is counted under the plot, never drawn as 0.
+Each function takes plain dicts and gives a `Figure` that belongs to no window and no global state; `write`
+saves them all as PNG and SVG. What is missing is missing: a row without the number leaves its place empty and
+is counted under the plot, never drawn as 0.
 
-Colour never stands alone: an architecture is a colour and a marker together. The colours have a contrast of at least 3:1 on white
-and stay apart under protanopia, deuteranopia and tritanopia (smallest CIEDE2000 distance 14.7).
+Colour never stands alone: an architecture is a colour and a marker together. The colours have a contrast of
+at least 3:1 on white and stay apart under protanopia, deuteranopia and tritanopia (smallest CIEDE2000
+distance 14.7).
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ UNKNOWN_COLOUR = "#7a7a7a"
 INK, FAINT = "#24292f", "#d8dee4"
 
 DPI = 200
-# A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has figures of one width.
+# A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has
+# figures of one width.
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -97,27 +100,44 @@ def _mark(architecture: str, known: Sequence[str], size: float) -> dict[str, Any
     if marker.startswith("$"):
         return {"color": colour, "marker": marker, "markersize": 1.2 * size, "markeredgewidth": 0.3}
     scale = {"*": 1.5, "P": 1.15, "X": 1.15, "D": 0.85}.get(marker, 1.0)
-    return {"color": colour, "marker": marker, "markersize": scale * size, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": scale * size,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.6,
+    }
 
 
 def loss_recovered_against_l0(rows: Sequence[Row]) -> Figure:
-    """Share of the model's loss that survives the SAE against L0, a facet per site, bars for the 95 % interval."""
-    return _against_l0(rows, "loss_recovered_zero", LOSS_RECOVERED, low="loss_recovered_zero_low", high="loss_recovered_zero_high")
+    """Share of the model's loss that survives the SAE against L0, a facet per site, bars for the 95 %
+    interval."""
+    return _against_l0(
+        rows,
+        "loss_recovered_zero",
+        LOSS_RECOVERED,
+        low="loss_recovered_zero_low",
+        high="loss_recovered_zero_high",
+    )
 
 
 def fvu_against_l0(rows: Sequence[Row]) -> Figure:
-    """Share of the activations' variance that the SAE misses, against L0, both on log scales, a facet per site."""
+    """Share of the activations' variance that the SAE misses, against L0, both on log scales, a facet per
+    site."""
     return _against_l0(rows, "fvu", FVU, log_y=True)
 
 
 def alive(rows: Sequence[Row]) -> Figure:
-    """Share of the latents that fired at least once on the held-out tokens: a bar per SAE, with the number that never did."""
+    """Share of the latents that fired at least once on the held-out tokens: a bar per SAE, with the number
+    that never did."""
     shown = [row for row in rows if _number(row, "frac_alive") is not None]
     sites = _sites(rows)
     names = _architectures(rows)
     tallest = max((sum(row["site"] == site for row in shown) for site in sites), default=1)
     with rc_context(STYLE):
-        figure, axes = _facets(sites, height=0.9 + 0.21 * max(tallest, 4), width=4.4, columns=2, share_y=False)
+        figure, axes = _facets(
+            sites, height=0.9 + 0.21 * max(tallest, 4), width=4.4, columns=2, share_y=False
+        )
         for site, axis in zip(sites, axes, strict=False):
             mine = sorted((row for row in shown if row["site"] == site), key=lambda row: _order(row, names))
             for place, row in enumerate(mine):
@@ -155,10 +175,11 @@ def alive(rows: Sequence[Row]) -> Figure:
 def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
     """Loss, L0, FVU and dead latents against training tokens: a row of panels per measure, a line per SAE.
 
-    The columns are the sites while each has at most ten SAEs; else the architectures, sites by line style, with all other SAEs in
-    pale grey behind. `records` are those of `metrics.jsonl`; the rows tell each SAE's site, architecture and width. An SAE without a
-    row (it failed, or was never evaluated) is placed by its own records if they carry `site` and `architecture`, and is counted as
-    left out if not. A long line is drawn as the mean of 120 equal stretches, in a band from the smallest to the largest value of each.
+    The columns are the sites while each has at most ten SAEs; else the architectures, sites by line style,
+    with all other SAEs in pale grey behind. `records` are those of `metrics.jsonl`; the rows tell each SAE's
+    site, architecture and width. An SAE without a row (it failed, or was never evaluated) is placed by its
+    own records if they carry `site` and `architecture`, and is counted as left out if not. A long line is
+    drawn as the mean of 120 equal stretches, in a band from the smallest to the largest value of each.
     """
     about = {row["sae"]: row for row in rows}
     lines: dict[str, list[Row]] = {}
@@ -170,14 +191,20 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
     sites, names = _sites([about[sae] for sae in placed]), _architectures([about[sae] for sae in placed])
     crowd = Counter(about[sae]["site"] for sae in placed)
     column_key, columns = ("site", sites) if max(crowd.values(), default=0) <= 10 else ("architecture", names)
-    styles = dict.fromkeys(sites, "-") if column_key == "site" else dict(zip(sites, itertools.cycle(["-", (0, (4, 1.5)), (0, (1, 1.2))])))
+    styles = (
+        dict.fromkeys(sites, "-")
+        if column_key == "site"
+        else dict(zip(sites, itertools.cycle(["-", (0, (4, 1.5)), (0, (1, 1.2))])))
+    )
     measures = [
         ("loss", "Training loss\n(log scale)", True),
         ("l0", "L0: active latents\nper token (log scale)", True),
         ("fvu", "FVU\n(log scale)", True),
         ("dead", "Dead latents", False),
     ]
-    curves = {(sae, key): _stretches(lines[sae], key, positive=log) for sae in placed for key, _, log in measures}
+    curves = {
+        (sae, key): _stretches(lines[sae], key, positive=log) for sae in placed for key, _, log in measures
+    }
     measures = [measure for measure in measures if any(len(curves[sae, measure[0]]) for sae in placed)]
     with rc_context(STYLE):
         shape = max(len(measures), 1), max(len(columns), 1)
@@ -187,35 +214,54 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
         for panels, (key, label, log) in zip(grid, measures, strict=False):
             for column, axis in zip(columns, panels, strict=True):
                 if column_key == "architecture":
-                    axis.add_collection(LineCollection([curves[sae, key][:, :2] for sae in placed], color=FAINT, linewidth=0.6))
+                    axis.add_collection(
+                        LineCollection(
+                            [curves[sae, key][:, :2] for sae in placed], color=FAINT, linewidth=0.6
+                        )
+                    )
                 for sae in placed:
                     if about[sae][column_key] == column:
-                        _curve(axis, curves[sae, key], _mark(about[sae]["architecture"], names, 5.5), styles[about[sae]["site"]])
+                        _curve(
+                            axis,
+                            curves[sae, key],
+                            _mark(about[sae]["architecture"], names, 5.5),
+                            styles[about[sae]["site"]],
+                        )
             panels[0].set_ylabel(label)
             _scale_y(panels[0], log=log)
         for column, axis in zip(columns, grid[0], strict=False):
-            axis.set_title(_plain(_short(column, 22)), loc="left", fontweight="bold", fontsize=10 if panel_width > 3 else 8.5)
+            axis.set_title(
+                _plain(_short(column, 22)),
+                loc="left",
+                fontweight="bold",
+                fontsize=10 if panel_width > 3 else 8.5,
+            )
         for axis in grid[-1]:
             axis.xaxis.set_major_locator(MaxNLocator(4 if panel_width > 3 else 3))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
             axis.set_xlim(left=0)
             axis.set_xlabel("Training tokens")
         _legend(figure, names, line=True, styles=styles if len(set(styles.values())) > 1 else {})
-        _below(figure, _left_out(len(lines) - len(placed), len(lines), "row that tells site and architecture"))
+        _below(
+            figure, _left_out(len(lines) - len(placed), len(lines), "row that tells site and architecture")
+        )
     return figure
 
 
 def firing_frequencies(rows: Sequence[Row]) -> Figure:
-    """How many latents fire how often: small multiples, a row per site, a column per architecture, a step line per SAE.
+    """How many latents fire how often: small multiples, a row per site, a column per architecture, a step
+    line per SAE.
 
-    The histogram's bins are those of the row: `firing_counts` counts latents between the edges of `firing_log10_edges`.
-    Latents that never fired are in no bin; `alive` counts them.
+    The histogram's bins are those of the row: `firing_counts` counts latents between the edges of
+    `firing_log10_edges`. Latents that never fired are in no bin; `alive` counts them.
     """
     shown = [row for row in rows if row.get("firing_counts") and row.get("firing_log10_edges")]
     sites, names = _sites(shown), _architectures(shown)
     with rc_context(STYLE):
         shape = max(len(sites), 1), max(len(names), 1)
-        figure = Figure(figsize=(max(1.0 + 1.45 * shape[1], 5.5), 1.1 + 1.45 * shape[0]), layout="constrained")
+        figure = Figure(
+            figsize=(max(1.0 + 1.45 * shape[1], 5.5), 1.1 + 1.45 * shape[0]), layout="constrained"
+        )
         grid = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
         for panels, site in zip(grid, sites, strict=False):
             for axis, name in zip(panels, names, strict=True):
@@ -228,7 +274,12 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
                 axis.axvline(-1, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
             panels[0].set_ylabel(_plain(_short(site, 16)), fontweight="bold")
         for axis, name in zip(grid[0], names, strict=False):
-            axis.set_title(_plain(name).replace("matryoshka_", "matryoshka_\n"), fontsize=8, color=look(name, names)[0], fontweight="bold")
+            axis.set_title(
+                _plain(name).replace("matryoshka_", "matryoshka_\n"),
+                fontsize=8,
+                color=look(name, names)[0],
+                fontweight="bold",
+            )
         rarest = min((_rarest(row) for row in shown), default=-4)
         axis = grid[0, 0]  # all panels share its scales
         axis.set_xlim(rarest, 0)
@@ -256,22 +307,32 @@ def _drawings(rows: Sequence[Row], records: Sequence[Row]) -> dict[str, Callable
     """The plots for which some SAE has a number, by name."""
     records = [record for record in records if "sae" in record]
     drawings: dict[str, tuple[bool, Callable[[], Figure]]] = {
-        "loss_recovered": (any(_number(row, "loss_recovered_zero") is not None for row in rows), lambda: loss_recovered_against_l0(rows)),
+        "loss_recovered": (
+            any(_number(row, "loss_recovered_zero") is not None for row in rows),
+            lambda: loss_recovered_against_l0(rows),
+        ),
         "fvu": (any(_number(row, "fvu") is not None for row in rows), lambda: fvu_against_l0(rows)),
         "alive": (any(_number(row, "frac_alive") is not None for row in rows), lambda: alive(rows)),
-        "firing_frequencies": (any(row.get("firing_counts") for row in rows), lambda: firing_frequencies(rows)),
+        "firing_frequencies": (
+            any(row.get("firing_counts") for row in rows),
+            lambda: firing_frequencies(rows),
+        ),
         "training_curves": (bool(records), lambda: training_curves(records, rows)),
     }
     return {name: draw for name, (has_numbers, draw) in drawings.items() if has_numbers}
 
 
 def write(
-    run_folder: str | Path, rows: Sequence[Row] | None = None, records: Iterable[Row] | None = None, *, missing: Missing | None = None
+    run_folder: str | Path,
+    rows: Sequence[Row] | None = None,
+    records: Iterable[Row] | None = None,
+    *,
+    missing: Missing | None = None,
 ) -> list[Path]:
     """Draw a run's plots into `run_folder`/plots as PNG and SVG; the paths of the PNGs.
 
-    Rows and records are read from the folder's `rows.jsonl` and `metrics.jsonl` where they are not given. With `missing` a plot or a file
-    that fails costs the others nothing; it lists them.
+    Rows and records are read from the folder's `rows.jsonl` and `metrics.jsonl` where they are not given.
+    With `missing` a plot or a file that fails costs the others nothing; it lists them.
     """
     folder = Path(run_folder)
     missing = Missing(strict=True) if missing is None else missing
@@ -289,7 +350,9 @@ def write(
             with rc_context(STYLE):
                 figure = draw()
                 _save(figure, path, dpi=DPI)
-                figure.set_layout_engine("none")  # the layout is found; finding it again for the SVG is a quarter of the time
+                figure.set_layout_engine(
+                    "none"
+                )  # the layout is found; finding it again for the SVG is a quarter of the time
                 _save(figure, path.with_suffix(".svg"), metadata={"Date": None})
             paths.append(path)
     return paths
@@ -307,13 +370,18 @@ def unit(rows: Sequence[Row]) -> str:
 
 
 def read_lines(path: str | Path) -> list[Row]:
-    """The objects of a .jsonl file; none if there is no such file. A last line that a killed run left half-written is dropped."""
+    """The objects of a .jsonl file; none if there is no such file.
+
+    A last line that a killed run left half-written is dropped.
+    """
     path = Path(path)
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[:-1]]
-    with contextlib.suppress(json.JSONDecodeError):  # a writer that died inside its last line; every line before it is whole
+    with contextlib.suppress(
+        json.JSONDecodeError
+    ):  # a writer that died inside its last line; every line before it is whole
         rows += [json.loads(line) for line in lines[-1:]]
     return rows
 
@@ -321,11 +389,16 @@ def read_lines(path: str | Path) -> list[Row]:
 # The pieces
 
 
-def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", high: str = "", log_y: bool = False) -> Figure:
-    """Points (L0, key) with intervals where the row has them; the TopK kinds once more, hollow, under exact top-k."""
+def _against_l0(
+    rows: Sequence[Row], key: str, label: str, *, low: str = "", high: str = "", log_y: bool = False
+) -> Figure:
+    """Points (L0, key) with intervals where the row has them; the TopK kinds once more, hollow, under exact
+    top-k."""
     names, sites = _architectures(rows), _sites(rows)
     positive = [row for row in rows if (_number(row, "l0") or 0) > 0]
-    shown = [row for row in positive if (value := _number(row, key)) is not None and not (log_y and value <= 0)]
+    shown = [
+        row for row in positive if (value := _number(row, key)) is not None and not (log_y and value <= 0)
+    ]
     exact = f"top_k_{key}"
     with rc_context(STYLE):
         figure, axes = _facets(sites, height=3.5, width=3.9, columns=3, share_x=True)
@@ -338,9 +411,17 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
                 colour = mark["color"]
                 hollow = {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.0}
                 for width in sorted({row.get("d_sae", 0) for row in mine if row["architecture"] == name}):
-                    group = [row for row in mine if row["architecture"] == name and row.get("d_sae", 0) == width]
+                    group = [
+                        row for row in mine if row["architecture"] == name and row.get("d_sae", 0) == width
+                    ]
                     inside = [row for row in group if floor is None or row[key] >= floor]
-                    axis.plot([row["l0"] for row in inside], [row[key] for row in inside], color=colour, linewidth=0.9, alpha=0.55)
+                    axis.plot(
+                        [row["l0"] for row in inside],
+                        [row[key] for row in inside],
+                        color=colour,
+                        linewidth=0.9,
+                        alpha=0.55,
+                    )
                     for row in inside:
                         x, y = row["l0"], row[key]
                         if ends := _pair(row, low, high):
@@ -348,7 +429,13 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
                         axis.plot(x, y, **mark, zorder=3)
                         other = _pair(row, "top_k_l0", exact)
                         if other and other[0] > 0 and not (log_y and other[1] <= 0):
-                            axis.plot([x, other[0]], [y, other[1]], color=colour, linewidth=0.7, linestyle=(0, (1, 1.5)))
+                            axis.plot(
+                                [x, other[0]],
+                                [y, other[1]],
+                                color=colour,
+                                linewidth=0.7,
+                                linestyle=(0, (1, 1.5)),
+                            )
                             axis.plot(*other, **mark | hollow, zorder=2.5)
                     for row in group:
                         if row not in inside:  # off the scale: an arrow at the lower edge with its value
@@ -362,13 +449,22 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
                                 ha="center",
                                 fontsize=7.5,
                                 color=colour,
-                                arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 0},
+                                arrowprops={
+                                    "arrowstyle": "-|>",
+                                    "color": colour,
+                                    "lw": 1,
+                                    "shrinkA": 0,
+                                    "shrinkB": 0,
+                                },
                             )
             if floor is not None:
                 axis.set_ylim(bottom=floor)
         if log_y:
             _scale_y(axes[0], log=True)
-        _l0_axis(axes, [row["l0"] for row in shown] + [row["top_k_l0"] for row in shown if _number(row, "top_k_l0")])
+        _l0_axis(
+            axes,
+            [row["l0"] for row in shown] + [row["top_k_l0"] for row in shown if _number(row, "top_k_l0")],
+        )
         for axis in axes:
             axis.set_xlabel(L0)
         figure.supylabel(label, fontsize=9, multialignment="center")
@@ -376,7 +472,9 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
         _legend(figure, names, hollow="hollow: exact top-k" if both_modes else "")
         _below(
             figure,
-            "Bars: where 95 of 100 re-draws of the held-out text would fall" if any(_number(row, low) is not None for row in shown) else "",
+            "Bars: where 95 of 100 re-draws of the held-out text would fall"
+            if any(_number(row, low) is not None for row in shown)
+            else "",
             _left_out(len(rows) - len(shown), len(rows), f"L0 or {label.splitlines()[0]}"),
             f"Below the scale, drawn as an arrow with its value: {below}" if below else "",
         )
@@ -384,9 +482,16 @@ def _against_l0(rows: Sequence[Row], key: str, label: str, *, low: str = "", hig
 
 
 def _facets(
-    sites: Sequence[str], *, height: float, width: float, columns: int, share_x: bool = False, share_y: bool = True
+    sites: Sequence[str],
+    *,
+    height: float,
+    width: float,
+    columns: int,
+    share_x: bool = False,
+    share_y: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with one titled panel per site (at least one panel), `columns` in a row, and room for a legend at the right."""
+    """A figure with one titled panel per site (at least one panel), `columns` in a row, and room for a legend
+    at the right."""
     count = max(len(sites), 1)
     across = min(count, columns)
     down = math.ceil(count / across)
@@ -400,10 +505,17 @@ def _facets(
 
 
 def _stretches(line: Sequence[Row], key: str, *, positive: bool) -> np.ndarray:
-    """One SAE's measure as [at most 120, 4]: tokens, mean, smallest and largest value of each stretch of the log."""
-    points = [(record["tokens"], value) for record in line if (value := _number(record, key)) is not None and not (positive and value <= 0)]
+    """One SAE's measure as [at most 120, 4]: tokens, mean, smallest and largest value of each stretch of the
+    log."""
+    points = [
+        (record["tokens"], value)
+        for record in line
+        if (value := _number(record, key)) is not None and not (positive and value <= 0)
+    ]
     parts = np.array_split(np.array(points, float), min(len(points), 120)) if points else []
-    return np.array([(part[-1, 0], part[:, 1].mean(), part[:, 1].min(), part[:, 1].max()) for part in parts]).reshape(-1, 4)
+    return np.array(
+        [(part[-1, 0], part[:, 1].mean(), part[:, 1].min(), part[:, 1].max()) for part in parts]
+    ).reshape(-1, 4)
 
 
 def _curve(axis: Axes, curve: np.ndarray, mark: dict[str, Any], style: Any) -> None:
@@ -416,14 +528,38 @@ def _curve(axis: Axes, curve: np.ndarray, mark: dict[str, Any], style: Any) -> N
         axis.plot(tokens[-1], mean[-1], **mark, clip_on=False, zorder=4)
 
 
-def _legend(figure: Figure, names: Sequence[str], *, line: bool = False, hollow: str = "", styles: Mapping[str, Any] | None = None) -> None:
-    """The architectures that the figure shows, outside the data; then what a hollow marker means, then line styles by name."""
-    handles = [Line2D([], [], **_mark(name, names, 6.5), linewidth=1.1 if line else 0, label=_plain(name)) for name in names]
+def _legend(
+    figure: Figure,
+    names: Sequence[str],
+    *,
+    line: bool = False,
+    hollow: str = "",
+    styles: Mapping[str, Any] | None = None,
+) -> None:
+    """The architectures that the figure shows, outside the data; then what a hollow marker means, then line
+    styles by name."""
+    handles = [
+        Line2D([], [], **_mark(name, names, 6.5), linewidth=1.1 if line else 0, label=_plain(name))
+        for name in names
+    ]
     if hollow:
-        handles.append(Line2D([], [], linewidth=0, marker="P", markersize=7, color=INK, markerfacecolor="none", label=hollow))
-    handles += [Line2D([], [], color=INK, linewidth=1.1, linestyle=style, label=_plain(name)) for name, style in (styles or {}).items()]
+        handles.append(
+            Line2D(
+                [], [], linewidth=0, marker="P", markersize=7, color=INK, markerfacecolor="none", label=hollow
+            )
+        )
+    handles += [
+        Line2D([], [], color=INK, linewidth=1.1, linestyle=style, label=_plain(name))
+        for name, style in (styles or {}).items()
+    ]
     if handles:
-        figure.legend(handles=handles, loc="outside right upper", title="Architecture", alignment="left", labelspacing=0.7)
+        figure.legend(
+            handles=handles,
+            loc="outside right upper",
+            title="Architecture",
+            alignment="left",
+            labelspacing=0.7,
+        )
 
 
 def _below(figure: Figure, *lines: str) -> None:
@@ -450,10 +586,14 @@ def _l0_axis(axes: Sequence[Axes], values: Sequence[float]) -> None:
 
 
 def _log_ticks(low: float, high: float, *, doubling: bool = False) -> list[float]:
-    """Three to seven round numbers in [low, high]: tens if the range is wide (or 10 20 40 80 ... if `doubling`), else finer steps."""
+    """Three to seven round numbers in [low, high]: tens if the range is wide (or 10 20 40 80 ... if
+    `doubling`), else finer steps."""
     decades = range(-9, 13)
     coarse = [10 * 2.0**power for power in range(-12, 24)] if doubling else [10.0**power for power in decades]
-    finer = [[step * 10.0**power for power in decades for step in steps] for steps in ([1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8])]
+    finer = [
+        [step * 10.0**power for power in decades for step in steps]
+        for steps in ([1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8])
+    ]
     for candidates in (coarse, *finer, MaxNLocator(5).tick_values(low, high)):
         ticks = [tick for tick in candidates if low <= tick <= high]
         if len(ticks) >= 3:
@@ -462,7 +602,8 @@ def _log_ticks(low: float, high: float, *, doubling: bool = False) -> list[float
 
 
 def _scale_y(axis: Axes, *, log: bool) -> None:
-    """Plain numbers on a log axis, also where it spans less than a factor of ten; a linear one begins at 0."""
+    """Plain numbers on a log axis, also where it spans less than a factor of ten; a linear one begins at
+    0."""
     if log:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(FixedLocator(_log_ticks(*axis.get_ylim())))
@@ -475,7 +616,8 @@ def _scale_y(axis: Axes, *, log: bool) -> None:
 
 
 def _floor(values: Sequence[float]) -> float | None:
-    """Where a linear axis should end below, if a few values are so low that all others would become one line; else None."""
+    """Where a linear axis should end below, if a few values are so low that all others would become one line;
+    else None."""
     if len(values) < 4:
         return None
     low, middle, high = np.quantile(values, [0.25, 0.5, 1.0])
@@ -486,7 +628,11 @@ def _floor(values: Sequence[float]) -> float | None:
 def _number(row: Row, key: str) -> float | None:
     """The row's finite number under `key`, or None: missing, null and NaN are the same to a plot."""
     value = row.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        value
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def _pair(row: Row, one: str, other: str) -> tuple[float, float] | None:
@@ -516,7 +662,9 @@ def _order(row: Row, names: Sequence[str]) -> tuple[int, int, float]:
 
 def _label(row: Row) -> str:
     value = _number(row, "l0")
-    return _plain(row["architecture"]) + ("" if value is None else f"   L0 {value:.0f}" if value >= 10 else f"   L0 {value:.1f}")
+    return _plain(row["architecture"]) + (
+        "" if value is None else f"   L0 {value:.0f}" if value >= 10 else f"   L0 {value:.1f}"
+    )
 
 
 def _never(row: Row) -> str:

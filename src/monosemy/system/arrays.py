@@ -14,12 +14,20 @@ import numpy as np
 from monosemy.errors import invalid
 from monosemy.system.files import atomic_path
 
-OF_TEXT = ("peak_token", "page_at", "page_shade", "page_peak")  # columns of an SAE's latents that show text, or say where it is
+OF_TEXT = (
+    "peak_token",
+    "page_at",
+    "page_shade",
+    "page_peak",
+)  # columns of an SAE's latents that show text, or say where it is
 
 
 def save(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
     """Write a file; a reader sees the old one or the new one. Raises DiskFull and OSError."""
-    with atomic_path(path, sum(column.nbytes for column in columns.values())) as part, open(part, "wb") as file:
+    with (
+        atomic_path(path, sum(column.nbytes for column in columns.values())) as part,
+        open(part, "wb") as file,
+    ):
         np.savez_compressed(file, facts=np.array(json.dumps(facts)), **columns)  # type: ignore[arg-type]
 
 
@@ -27,6 +35,10 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns and the facts of a file. Raises ValueError for a damaged one, and OSError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name != "facts"}, json.loads(str(file["facts"]))
+            return {name: file[name] for name in file.files if name != "facts"}, json.loads(
+                str(file["facts"])
+            )
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
-        raise invalid(path.name, str(path), "what an evaluation wrote", f"evaluate again: it is damaged ({error})") from error
+        raise invalid(
+            path.name, str(path), "what an evaluation wrote", f"evaluate again: it is damaged ({error})"
+        ) from error

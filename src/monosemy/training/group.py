@@ -20,10 +20,11 @@ from monosemy.training.trainer import READBACK_EVERY, SAETrainer, StepResult
 
 
 class TrainerGroup:
-    """The owner of S trainers' weights and optimizer: arrays [S, ..], which one launch updates, and one loop over a step.
+    """The owner of S trainers' weights and optimizer: arrays [S, ..], which one launch updates, and one loop
+    over a step.
 
-    On a GPU all S forward passes come before one update. On a CPU each SAE is updated after its own backward pass: no
-    launch is saved there, and its gradients are still in the cache.
+    On a GPU all S forward passes come before one update. On a CPU each SAE is updated after its own backward
+    pass: no launch is saved there, and its gradients are still in the cache.
     """
 
     def __init__(self, trainers: Sequence[SAETrainer]) -> None:
@@ -68,7 +69,10 @@ class TrainerGroup:
         )
 
     def step(self, batches: Mapping[str, Tensor], step: int) -> None:
-        """Take one optimizer step of every SAE, on its batch of scaled activations [B, D]. Nothing in it waits for a GPU."""
+        """Take one optimizer step of every SAE, on its batch of scaled activations [B, D].
+
+        Nothing in it waits for a GPU.
+        """
         for trainer in self.trainers:
             trainer.prepare(batches[trainer.name], step)
         lr = [trainer.lr * trainer.schedule.lr(step) for trainer in self.trainers]
@@ -88,7 +92,10 @@ class TrainerGroup:
             trainers, lr_S = self.trainers[members], self.scales_2S[0, members]
             results = self._forward(members, batches, step)
             # a loss that is not a number makes the optimizer skip the update
-            losses = [torch.where(t.skips(r), torch.nan, r.metrics["loss"]) for t, r in zip(trainers, results, strict=True)]
+            losses = [
+                torch.where(t.skips(r), torch.nan, r.metrics["loss"])
+                for t, r in zip(trainers, results, strict=True)
+            ]
             grads = {name: [r.grads[name] for r in results] for name in self.params}
             updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
             for trainer, result, updated in zip(trainers, results, updated_S, strict=True):
@@ -99,15 +106,20 @@ class TrainerGroup:
         """Run the forward and backward passes of some of the SAEs."""
         W_enc_bf16 = self.optimizer.shadow.get("W_enc")
         return [
-            trainer.forward(batches[trainer.name], step, self.scales_2S[1, s], None if W_enc_bf16 is None else W_enc_bf16[s])
+            trainer.forward(
+                batches[trainer.name],
+                step,
+                self.scales_2S[1, s],
+                None if W_enc_bf16 is None else W_enc_bf16[s],
+            )
             for s, trainer in list(enumerate(self.trainers))[members]
         ]
 
     def _keep_metrics(self, name: str, metrics: Mapping[str, Tensor]) -> None:
         """Copy an SAE's metrics of this step to `last`.
 
-        They lie outside the graphs' memory, which all graphs of the process share: another group's step would overwrite
-        them before they are read.
+        They lie outside the graphs' memory, which all graphs of the process share: another group's step would
+        overwrite them before they are read.
         """
         if self._metrics_SN is None:  # in the first step, which is never captured
             self._metrics_SN = torch.zeros(len(self.trainers), len(metrics), device=self.device)
@@ -132,8 +144,8 @@ class TrainerGroup:
 def group_trainers(trainers: Iterable[SAETrainer]) -> list[TrainerGroup]:
     """Group trainers that can share arrays, as many in a group as gradients may be held of at once.
 
-    On a CPU each stays alone: sharing gains nothing there, and where an array begins may show in the last bit of torch's
-    sums.
+    On a CPU each stays alone: sharing gains nothing there, and where an array begins may show in the last bit
+    of torch's sums.
     """
     by_key: dict[tuple[Any, ...], list[SAETrainer]] = {}
     for trainer in trainers:

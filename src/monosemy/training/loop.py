@@ -1,4 +1,5 @@
-"""The one driver of training: a sweep over batches, with checkpoints and signals; and `fit`, which drives it over an iterable.
+"""The one driver of training: a sweep over batches, with checkpoints and signals; and `fit`, which drives it
+over an iterable.
 
 B tokens, D d_in.
 """
@@ -32,7 +33,8 @@ from monosemy.training.trainer import OnNonfinite, SAESpec, SAETrainer
 
 
 class TrainingLoop:
-    """Trains a sweep to its last step, saves checkpoints, and stops at signals, at the end of the data and at faults of a source.
+    """Trains a sweep to its last step, saves checkpoints, and stops at signals, at the end of the data and at
+    faults of a source.
 
     `extra_state` returns what a checkpoint holds beside the sweep. Without `checkpoints` nothing is saved.
     """
@@ -60,8 +62,9 @@ class TrainingLoop:
     ) -> str:
         """Train up to `steps`. Returns "" where all steps were made, else why the data ended.
 
-        `batches` raises EndOfData where it has no more, and TryAgain where a source broke off, before which a checkpoint is
-        saved. Raises KeyboardInterrupt between two steps where a signal asked for it, after a checkpoint.
+        `batches` raises EndOfData where it has no more, and TryAgain where a source broke off, before which a
+        checkpoint is saved. Raises KeyboardInterrupt between two steps where a signal asked for it, after a
+        checkpoint.
         """
         start = 0
         if resume_from is not None:
@@ -84,7 +87,14 @@ class TrainingLoop:
         ended = ""
         with self.interrupts.held():
             try:
-                self.sweep.run(next_batch, steps, start=start, log_steps=log_steps, on_record=on_record, before_step=between_steps)
+                self.sweep.run(
+                    next_batch,
+                    steps,
+                    start=start,
+                    log_steps=log_steps,
+                    on_record=on_record,
+                    before_step=between_steps,
+                )
             except EndOfData as end:
                 ended = f"after {self.sweep.done} of {steps} steps: {end}"
             if self.checkpoints and self.sweep.done > start:
@@ -103,13 +113,15 @@ class TrainingLoop:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` returns: finished SAEs for raw activations, in the order of the specs, and the record of their training."""
+    """What `fit` returns: finished SAEs for raw activations, in the order of the specs, and the record of
+    their training."""
 
     saes: list[SAE]
     metrics: list[Record]
     norm_factor: float
     status: str
-    """"complete", "stopped_early" where the batches ran out, "failed" where an SAE's loss did not stay finite."""
+    """"complete", "stopped_early" where the batches ran out, "failed" where an SAE's loss did not stay
+    finite."""
     failed: dict[int, str]
     """By place in the list, why an SAE was stopped."""
 
@@ -131,14 +143,14 @@ def fit(
 ) -> Fitted:
     """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model.
 
-    `steps` defaults to the number of batches, where they have one; `schedule` takes the keywords of `Schedule.of_run`. With
-    `normalize` the first batches (up to 100, which are then trained on) measure sqrt(E ||x||^2), by which activations are
-    divided and which is folded into the SAEs' weights at the end.
-    `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps or ten minutes, from which the same call
-    goes on: batches must then be the same ones again, and those already trained on are skipped. SIGTERM and Ctrl-C save one
-    first.
-    Raises ValueError where the number of steps is unknown, batches are empty or no matrices, those that are measured are
-    not finite, or the folder holds checkpoints of another call.
+    `steps` defaults to the number of batches, where they have one; `schedule` takes the keywords of
+    `Schedule.of_run`. With `normalize` the first batches (up to 100, which are then trained on) measure
+    sqrt(E ||x||^2), by which activations are divided and which is folded into the SAEs' weights at the end.
+    `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps or ten minutes, from which
+    the same call goes on: batches must then be the same ones again, and those already trained on are skipped.
+    SIGTERM and Ctrl-C save one first.
+    Raises ValueError where the number of steps is unknown, batches are empty or no matrices, those that are
+    measured are not finite, or the folder holds checkpoints of another call.
     """
     device = checked_device(device)
     _check_arguments(saes, steps, log_steps, checkpoint_every)
@@ -148,9 +160,16 @@ def fit(
     source = _Batches(batches, checkpoint, min(100, steps) if normalize else 1, normalize)
     B, D = source.shape
     plan = Schedule.of_run(steps, B, recipe=recipe, **schedule)
-    payload = json.dumps([[dataclasses.replace(spec, init_from=None) for spec in saes], plan, recipe], default=vars)
+    payload = json.dumps(
+        [[dataclasses.replace(spec, init_from=None) for spec in saes], plan, recipe], default=vars
+    )
     if checkpoint and checkpoint.state["told"] != payload:
-        raise invalid("checkpoints", str(checkpoints), "a folder for these SAEs and this schedule alone", "name another folder")
+        raise invalid(
+            "checkpoints",
+            str(checkpoints),
+            "a folder for these SAEs and this schedule alone",
+            "name another folder",
+        )
     metrics: list[Record] = checkpoint.state["metrics"] if checkpoint else []
     workspace, interrupts = Workspace(), Interrupts()
     trainers = [
@@ -193,9 +212,12 @@ def fit(
 
 
 class _Batches:
-    """The batches of `fit`: checked, scaled by their norm factor, and without those that a checkpoint has been trained on."""
+    """The batches of `fit`: checked, scaled by their norm factor, and without those that a checkpoint has
+    been trained on."""
 
-    def __init__(self, batches: Iterable[Tensor], checkpoint: Checkpoint | None, measured: int, normalize: bool) -> None:
+    def __init__(
+        self, batches: Iterable[Tensor], checkpoint: Checkpoint | None, measured: int, normalize: bool
+    ) -> None:
         source = iter(batches)
         self.shape: tuple[int, int]
         self._stream: Iterator[Tensor]
@@ -209,7 +231,10 @@ class _Batches:
         if normalize and not all(x.isfinite().all() for x in first):
             remedy = "find where infinities come from, or drop those rows"
             raise invalid("batches", "not finite", "finite activations", remedy)
-        self.norm_factor, self.shape = _norm_factor(first) if normalize else 1.0, (len(first[0]), first[0].shape[1])
+        self.norm_factor, self.shape = (
+            _norm_factor(first) if normalize else 1.0,
+            (len(first[0]), first[0].shape[1]),
+        )
         self._stream = itertools.chain(first, map(_checked, source))
 
     def next(self, device: torch.device) -> Tensor:
@@ -220,7 +245,9 @@ class _Batches:
         return x_BD.to(device, torch.float32) / self.norm_factor
 
 
-def _check_arguments(saes: Sequence[SAESpec], steps: int | None, log_steps: int, checkpoint_every: int) -> None:
+def _check_arguments(
+    saes: Sequence[SAESpec], steps: int | None, log_steps: int, checkpoint_every: int
+) -> None:
     if not saes:
         remedy = "say what to train, such as SAESpec('batch_top_k', d_sae=4096)"
         raise invalid("saes", saes, "one SAESpec or more", remedy)
@@ -231,13 +258,17 @@ def _check_arguments(saes: Sequence[SAESpec], steps: int | None, log_steps: int,
 
 def _length(batches: Iterable[Tensor]) -> int:
     if not isinstance(batches, Sized):
-        raise invalid("steps", None, "a number of steps where the batches do not have a length", "pass steps=")
+        raise invalid(
+            "steps", None, "a number of steps where the batches do not have a length", "pass steps="
+        )
     return len(batches)
 
 
 def _norm_factor(batches: Sequence[Tensor]) -> float:
     """Compute sqrt(E ||x||^2); 1 where everything is zero."""
-    return math.sqrt(sum(float(x.double().pow(2).sum()) for x in batches) / sum(len(x) for x in batches)) or 1.0
+    return (
+        math.sqrt(sum(float(x.double().pow(2).sum()) for x in batches) / sum(len(x) for x in batches)) or 1.0
+    )
 
 
 def _checked(x: Tensor) -> Tensor:

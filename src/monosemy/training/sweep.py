@@ -18,15 +18,19 @@ Record = dict[str, Any]
 
 
 def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
-    """Every architecture at every sparsity, width, learning rate and seed of a configuration, in dictionary_learning's order."""
+    """Every architecture at every sparsity, width, learning rate and seed of a configuration, in
+    dictionary_learning's order."""
     specs = []
-    for seed, width, lr in itertools.product(config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)):
+    for seed, width, lr in itertools.product(
+        config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)
+    ):
         for name in config.architectures:
             kind = architecture(name)
             flags = SAEConfig.__dataclass_fields__.keys() & kind.Settings.__dataclass_fields__.keys()
             settings = {name: getattr(config, name) for name in sorted(flags)}
             specs += [
-                SAESpec(name, width, lr, seed, settings | {kind.sparsity_setting: value}, init_from) for value in kind.sweep_of(config)
+                SAESpec(name, width, lr, seed, settings | {kind.sparsity_setting: value}, init_from)
+                for value in kind.sweep_of(config)
             ]
     return specs
 
@@ -57,9 +61,10 @@ class Sweep:
     ) -> None:
         """Train from step `start` to `steps`, and record each SAE every `log_steps` steps and after the last.
 
-        Records only look. On a GPU a record's metrics are read when the next one has been sent, so that no step waits for
-        them. An SAE whose loss or gradient is not finite keeps the weights that it had and is named in `failed` once its
-        metrics are read; the others go on. Training ends where none is left. `done` counts the steps made.
+        Records only look. On a GPU a record's metrics are read when the next one has been sent, so that no
+        step waits for them. An SAE whose loss or gradient is not finite keeps the weights that it had and is
+        named in `failed` once its metrics are read; the others go on. Training ends where none is left.
+        `done` counts the steps made.
         """
         self._on_record, self.done = on_record, start
         try:

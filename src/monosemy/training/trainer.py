@@ -33,7 +33,8 @@ OnNonfinite = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class SAESpec:
-    """One SAE to train: architecture and settings, width, peak learning rate (None: the recipe's), seed of its weights."""
+    """One SAE to train: architecture and settings, width, peak learning rate (None: the recipe's), seed of
+    its weights."""
 
     architecture: str
     d_sae: int
@@ -48,7 +49,9 @@ class SAESpec:
         if not isinstance(self.d_sae, int) or isinstance(self.d_sae, bool) or self.d_sae < 1:
             raise invalid("d_sae", self.d_sae, "a whole number, 1 or more", "give the number of latents")
         if self.lr is not None and not 0 <= self.lr < math.inf:
-            raise invalid("lr", self.lr, "a number, 0 or more, or None for the recipe's", "3e-4 suits long runs")
+            raise invalid(
+                "lr", self.lr, "a number, 0 or more, or None for the recipe's", "3e-4 suits long runs"
+            )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise invalid("seed", self.seed, "a whole number", "correct it")
 
@@ -126,7 +129,10 @@ class StepMetrics:
         if state.skipped == 0 or self.on_nonfinite == "skip":
             return metrics, ""
         batch = "was finite" if state.batch_was_finite else "was not finite either"
-        return metrics, f"its loss or gradient was not finite at step {state.first_step:.0f}, with a batch that {batch}"
+        return (
+            metrics,
+            f"its loss or gradient was not finite at step {state.first_step:.0f}, with a batch that {batch}",
+        )
 
 
 class StepResult(NamedTuple):
@@ -143,8 +149,9 @@ class StepResult(NamedTuple):
 class SAETrainer:
     """One SAE in training: weights, dead-latent counters, and which code layout it uses.
 
-    Its steps depend on its own state, the batch and the step's number alone, neither on other SAEs nor on logging. A step
-    whose loss or gradient is not finite changes nothing but `nonfinite`; with `on_nonfinite="stop"` no later one does either.
+    Its steps depend on its own state, the batch and the step's number alone, neither on other SAEs nor on
+    logging. A step whose loss or gradient is not finite changes nothing but `nonfinite`; with
+    `on_nonfinite="stop"` no later one does either.
     """
 
     def __init__(
@@ -161,7 +168,10 @@ class SAETrainer:
         on_nonfinite: OnNonfinite = "stop",
         workspace: ops.Workspace | None = None,
     ) -> None:
-        """Build the SAE of a spec. `norm_factor` is what batches are divided by; weights of `init_from` are scaled to it."""
+        """Build the SAE of a spec.
+
+        `norm_factor` is what batches are divided by; weights of `init_from` are scaled to it.
+        """
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
         self.on_nonfinite, self.workspace = on_nonfinite, workspace
         self.sae = spec.build(d_in).to(device)
@@ -180,7 +190,8 @@ class SAETrainer:
         self.readback: AsyncScalars | None = None
 
     def prepare(self, x_BD: Tensor, step: int) -> None:
-        """Make the host's decisions before a step: the first b_dec, the layout, whether a latent may be dead."""
+        """Make the host's decisions before a step: the first b_dec, the layout, whether a latent may be
+        dead."""
         if step == 0 and self.fresh:
             self.sae.init_from_batch(x_BD)
             self.any_dead = READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
@@ -212,7 +223,9 @@ class SAETrainer:
         architecture_phase = self.sae.phase(StepContext(step, self.schedule, self.recipe))
         return self.sparse, self.capacity, self.any_dead, architecture_phase
 
-    def forward(self, x_BD: Tensor, step: int, sparsity_scale: Tensor | float, W_enc_bf16: Tensor | None = None) -> StepResult:
+    def forward(
+        self, x_BD: Tensor, step: int, sparsity_scale: Tensor | float, W_enc_bf16: Tensor | None = None
+    ) -> StepResult:
         """Compute the loss and the gradient of each parameter on a batch of scaled activations."""
         execution = Execution(
             sparse=self.sparse,
@@ -226,7 +239,9 @@ class SAETrainer:
         f = self.sae.active(codes)
         with torch.no_grad():
             count_F = f.count()
-            since_fired_F = torch.where(self.sae.fired(codes, count_F, ctx), 0, self.since_fired_F + len(x_BD))
+            since_fired_F = torch.where(
+                self.sae.fired(codes, count_F, ctx), 0, self.since_fired_F + len(x_BD)
+            )
             dead_F = since_fired_F >= self.schedule.dead_tokens
         any_dead = self.any_dead if x_BD.is_cuda else bool(dead_F.any())
         ctx = StepContext(step, self.schedule, self.recipe, dead_F if any_dead else None, sparsity_scale)
@@ -235,7 +250,9 @@ class SAETrainer:
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
         metrics = {name: part.detach() for name, part in parts.items()}
         metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
-        return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F, x_BD.isfinite().all())
+        return StepResult(
+            dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F, x_BD.isfinite().all()
+        )
 
     def skips(self, result: StepResult) -> Tensor:
         """Whether this step's update is skipped whatever its numbers are."""
@@ -270,7 +287,8 @@ class SAETrainer:
 
     @torch.no_grad()
     def read_metrics(self, x_BD: Tensor, last: Mapping[str, Tensor]) -> StepMetrics:
-        """Start copying the last step's metrics on its batch to the host; FVU is squared error over the batch's variance."""
+        """Start copying the last step's metrics on its batch to the host; FVU is squared error over the
+        batch's variance."""
         variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
         metrics = {**last, "fvu": last["mse"] / torch.where(variance > 0, variance, torch.nan)}
         scalars = [*(v.double() for v in metrics.values()), *self.nonfinite.double()]
@@ -287,13 +305,19 @@ class SAETrainer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, but for the optimizer's state."""
-        sae = {f"sae.{name}": t.detach() for name, t in [*self.sae.named_parameters(), *self.sae.named_buffers()]}
+        sae = {
+            f"sae.{name}": t.detach() for name, t in [*self.sae.named_parameters(), *self.sae.named_buffers()]
+        }
         readback = [float("nan")] * 2 if self.readback is None else self.readback.read()
         host = {
             "layout": torch.tensor([self.sparse, self.capacity, self.any_dead, self.use_estimate]),
             "readback": torch.tensor(readback, dtype=torch.float64),
         }
-        return sae | host | {name: getattr(self, name) for name in ("since_fired_F", "clock", "nonfinite", "active")}
+        return (
+            sae
+            | host
+            | {name: getattr(self, name) for name in ("since_fired_F", "clock", "nonfinite", "active")}
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -303,7 +327,9 @@ class SAETrainer:
             tensor.copy_(state[f"sae.{name}"])
         for name in ("since_fired_F", "clock", "nonfinite", "active"):
             getattr(self, name).copy_(state[name])
-        sparse, capacity, any_dead, *estimate = state["layout"].tolist()  # versions without estimates wrote three
+        sparse, capacity, any_dead, *estimate = state[
+            "layout"
+        ].tolist()  # versions without estimates wrote three
         self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)
         self.use_estimate = estimate == [1]
         self.readback = None if state["readback"].isnan().any() else AsyncScalars(state["readback"].cpu())
