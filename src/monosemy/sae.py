@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,15 @@ class StepContext:
     """Factor on a sparsity penalty: `schedule.sparsity(step)`."""
 
 
+class Look(NamedTuple):
+    """How plots and the page show an architecture; markers are those of `report.looks`."""
+
+    light: str  # its color on white
+    dark: str  # and on black
+    marker: str
+    place: int  # in legends
+
+
 class SAE(nn.Module, ABC):
     """x_hat = f W_dec + b_dec, with f [.., F] the architecture's sparse function of x [.., D].
 
@@ -57,6 +66,7 @@ class SAE(nn.Module, ABC):
     sweep_flag: ClassVar[str] = ""  # the field of `TrainConfig` that holds its values in a run
     sweep_values: ClassVar[tuple[float, ...]] = ()  # its values in a run, where no flag holds them
     memory: ClassVar[ArchitectureMemory] = ArchitectureMemory()  # what training takes
+    look: ClassVar[Look | None] = None  # in plots; gray and numbered without one
     constraint: ClassVar[Constraint] = "project"  # on the decoder's rows
     clip: ClassVar[float | None] = 1.0  # of the gradient's norm
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of Adam

@@ -15,8 +15,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from monosemy.report import plots
+from monosemy.report.looks import UNKNOWN, looks
 
-NAMES = list(plots.ARCHITECTURES)
+NAMES = list(looks())
 EDGES = [-4 + place / 5 for place in range(21)]
 
 
@@ -161,8 +162,8 @@ def test_every_architecture_has_a_colour_and_a_marker_of_its_own() -> None:
 
 def test_unknown_architectures_are_grey_with_numbers_of_their_own() -> None:
     known = [*NAMES, "mine", "yours"]
-    assert plots.look("mine", known) == (plots.UNKNOWN_COLOUR, "$1$")
-    assert plots.look("yours", known) == (plots.UNKNOWN_COLOUR, "$2$")
+    assert plots.look("mine", known) == (UNKNOWN[0], "$1$")
+    assert plots.look("yours", known) == (UNKNOWN[0], "$2$")
     rows = made_rows(names=["top_k", "mine", "yours"])
     assert len(points(plots.fvu_against_l0(rows))) == len(rows)
     assert "mine" in words(plots.fvu_against_l0(rows))

@@ -19,6 +19,7 @@ from monosemy.jobs import memory
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.report import page
+from monosemy.report.looks import MARKERS, looks
 from monosemy.sae import architecture
 from tests.made_run import HOSTILE, KINDS, make
 
@@ -384,10 +385,10 @@ def test_runs_side_by_side_are_told_apart(made, tmp_path, capsys):
 
 
 def test_every_architecture_has_a_look_of_its_own():
-    assert set(architecture_names()) == set(page.LOOKS) == set(KINDS)
-    assert len({look[2] for look in page.LOOKS.values()}) == len(page.LOOKS) and {
-        look[2] for look in page.LOOKS.values()
-    } <= set(page.MARKERS)
+    assert set(architecture_names()) == set(looks()) == set(KINDS)
+    assert len({look[2] for look in looks().values()}) == len(looks()) and {
+        look[2] for look in looks().values()
+    } <= set(MARKERS)
 
     def contrast(a, b):
         def light(colour):
@@ -402,7 +403,7 @@ def test_every_architecture_has_a_look_of_its_own():
 
     assert all(
         contrast(light, "#ffffff") >= 3 and contrast(dark, "#14171a") >= 3
-        for light, dark, _ in page.LOOKS.values()
+        for light, dark, *_ in looks().values()
     )
 
 

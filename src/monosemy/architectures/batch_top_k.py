@@ -6,7 +6,7 @@ from torch import Tensor
 from monosemy import ops
 from monosemy.architectures._top_k import TopKFamily, auxk_loss
 from monosemy.codes import Codes, Preactivations
-from monosemy.sae import EPS, StepContext, register, uniform, unit
+from monosemy.sae import EPS, Look, StepContext, register, uniform, unit
 
 
 @register
@@ -21,6 +21,7 @@ class BatchTopK(TopKFamily):
     """
 
     name = "batch_top_k"
+    look = Look("#054972", "#356de7", "x", place=6)
 
     def reset(self, generator: torch.Generator) -> None:
         self.init_weights(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from monosemy.codes import Codes, Preactivations
 from monosemy.limits import ArchitectureMemory
-from monosemy.sae import SAE, StepContext, register, uniform, unit
+from monosemy.sae import SAE, Look, StepContext, register, uniform, unit
 
 
 @register
@@ -22,6 +22,7 @@ class Gated(SAE):
     """
 
     name = "gated"
+    look = Look("#7f2532", "#c04262", "triangle-up", place=2)
     sparsity_setting = "l1_penalty"
     sweep_flag = "gated_penalties"
     memory = ArchitectureMemory(

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
 from monosemy.limits import ArchitectureMemory
-from monosemy.sae import SAE, StepContext, register, uniform, unit
+from monosemy.sae import SAE, Look, StepContext, register, uniform, unit
 
 
 def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
@@ -71,6 +71,7 @@ class JumpReLU(SAE):
     """
 
     name = "jump_relu"
+    look = Look("#f45c13", "#ec7a08", "diamond", place=4)
     sparsity_setting = "target_l0"
     sweep_flag = "target_l0s"
     memory = ArchitectureMemory(

@@ -11,7 +11,7 @@ from monosemy import ops
 from monosemy.architectures._top_k import TopKFamily, auxk_loss
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
-from monosemy.sae import EPS, StepContext, register, uniform, unit
+from monosemy.sae import EPS, Look, StepContext, register, uniform, unit
 
 
 @register
@@ -28,6 +28,7 @@ class MatryoshkaBatchTopK(TopKFamily):
     """
 
     name = "matryoshka_batch_top_k"
+    look = Look("#694cd1", "#a995d3", "star", place=7)
 
     begins_G: Tensor  # the first latent of each group
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
 from monosemy.limits import ArchitectureMemory
-from monosemy.sae import SAE, StepContext, register, reset_relu
+from monosemy.sae import SAE, Look, StepContext, register, reset_relu
 
 
 @register
@@ -24,6 +24,7 @@ class PAnneal(SAE):
     """
 
     name = "p_anneal"
+    look = Look("#bb7aa3", "#e3aab8", "triangle-down", place=3)
     sparsity_setting = "initial_sparsity_penalty"
     sweep_flag = "p_anneal_penalties"
     memory = ArchitectureMemory(dense_arrays=4, cached_arrays=1, gpu_arrays=7.25)

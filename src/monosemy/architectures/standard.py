@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from monosemy.codes import Codes, Preactivations
-from monosemy.sae import SAE, StepContext, register, reset_relu
+from monosemy.sae import SAE, Look, StepContext, register, reset_relu
 
 
 @register
@@ -21,6 +21,7 @@ class Standard(SAE):
     """
 
     name = "standard"
+    look = Look("#656169", "#7a8687", "circle", place=0)
     sparsity_setting = "l1_penalty"
     sweep_flag = "standard_penalties"
     constraint = "constrain"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from monosemy.codes import Codes, Preactivations
-from monosemy.sae import SAE, StepContext, register, reset_relu
+from monosemy.sae import SAE, Look, StepContext, register, reset_relu
 
 
 @register
@@ -22,6 +22,7 @@ class StandardNew(SAE):
     """
 
     name = "standard_new"
+    look = Look("#0093fd", "#b7ddfe", "square", place=1)
     sparsity_setting = "l1_penalty"
     sweep_flag = "standard_new_penalties"
     constraint = "free"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from monosemy.architectures._top_k import TopKFamily, auxk_loss
 from monosemy.codes import Codes, Preactivations
-from monosemy.sae import EPS, StepContext, register, uniform, unit
+from monosemy.sae import EPS, Look, StepContext, register, uniform, unit
 
 
 @register
@@ -20,6 +20,7 @@ class TopK(TopKFamily):
     """
 
     name = "top_k"
+    look = Look("#4c8562", "#2cc073", "plus", place=5)
 
     def reset(self, generator: torch.Generator) -> None:
         self.init_weights(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)

@@ -29,6 +29,7 @@ from markupsafe import Markup
 from monosemy.errors import invalid
 from monosemy.evaluation.missing import Missing
 from monosemy.report import plots
+from monosemy.report.looks import MARKERS, UNKNOWN, looks, ordered
 from monosemy.report.plots import Row
 from monosemy.system import arrays
 from monosemy.system.files import DiskFull, cache_folder, write_bytes, write_text
@@ -37,26 +38,6 @@ log = logging.getLogger(__name__)
 
 LIMIT = 14_500_000  # bytes of a report; latents lose their pages until it fits
 POINTS = 200  # of a training curve
-LOOKS = {  # light, dark, marker: one hue in both themes, apart under every kind of colour blindness
-    "standard": ("#656169", "#7a8687", "circle"),
-    "standard_new": ("#0093fd", "#b7ddfe", "square"),
-    "gated": ("#7f2532", "#c04262", "triangle-up"),
-    "p_anneal": ("#bb7aa3", "#e3aab8", "triangle-down"),
-    "jump_relu": ("#f45c13", "#ec7a08", "diamond"),
-    "top_k": ("#4c8562", "#2cc073", "plus"),
-    "batch_top_k": ("#054972", "#356de7", "x"),
-    "matryoshka_batch_top_k": ("#694cd1", "#a995d3", "star"),
-}
-MARKERS = {  # paths in [-1, 1] for what is no shape of Vega's own; all of about one area
-    "circle": "M.9,0A.9,.9 0 1,1 -.9,0A.9,.9 0 1,1 .9,0Z",
-    "square": "M-.8,-.8H.8V.8H-.8Z",
-    "triangle-up": "M0,-1L1,.8H-1Z",
-    "triangle-down": "M0,1L1,-.8H-1Z",
-    "diamond": "M0,-1.1L1.1,0L0,1.1L-1.1,0Z",
-    "plus": "M-.35,-1H.35V-.35H1V.35H.35V1H-.35V.35H-1V-.35H-.35Z",
-    "x": "M-1,-.5L-.5,-1L0,-.5L.5,-1L1,-.5L.5,0L1,.5L.5,1L0,.5L-.5,1L-1,.5L-.5,0Z",
-    "star": "M0,-1.2L.3,-.4L1.15,-.37L.48,.16L.7,.97L0,.5L-.7,.97L-.48,.16L-1.15,-.37L-.3,-.4Z",
-}
 
 
 @dataclass(frozen=True)
@@ -466,15 +447,16 @@ def _curves(records: Sequence[Row]) -> dict[str, list[Any]]:
 
 def _architectures(runs: Sequence[_Run]) -> list[str]:
     present = {row["architecture"] for run in runs for row in run.rows}
-    return [name for name in LOOKS if name in present] + sorted(present - set(LOOKS))
+    return ordered(present)
 
 
 def _look(name: str, runs: Sequence[_Run]) -> tuple[str, str, str]:
-    """An architecture that is not in the table is grey, and takes the markers from the end."""
-    if name in LOOKS:
-        return LOOKS[name]
-    strangers = [other for other in _architectures(runs) if other not in LOOKS]
-    return "#6b6b6b", "#9a9a9a", list(MARKERS)[-1 - strangers.index(name) % len(MARKERS)]
+    """Return an architecture's colors and marker; one without a look is gray and takes markers from the end."""
+    known = looks()
+    if name in known:
+        return known[name][:3]
+    strangers = [other for other in _architectures(runs) if other not in known]
+    return *UNKNOWN, list(MARKERS)[-1 - strangers.index(name) % len(MARKERS)]
 
 
 def _finite(row: Mapping[str, Any], key: str) -> float | None:

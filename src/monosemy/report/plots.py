@@ -31,21 +31,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from monosemy.evaluation.missing import Missing
+from monosemy.report.looks import UNKNOWN, looks, ordered
 from monosemy.system.files import write_bytes
 
 Row = dict[str, Any]
 
-ARCHITECTURES: dict[str, tuple[str, str]] = {
-    "standard": ("#656169", "o"),
-    "standard_new": ("#0093fd", "s"),
-    "gated": ("#7f2532", "^"),
-    "p_anneal": ("#bb7aa3", "v"),
-    "jump_relu": ("#f45c13", "D"),
-    "top_k": ("#4c8562", "P"),
-    "batch_top_k": ("#054972", "X"),
-    "matryoshka_batch_top_k": ("#694cd1", "*"),
+MATPLOTLIB_MARKERS = {
+    "circle": "o",
+    "square": "s",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "diamond": "D",
+    "plus": "P",
+    "x": "X",
+    "star": "*",
 }
-UNKNOWN_COLOUR = "#7a7a7a"
 INK, FAINT = "#24292f", "#d8dee4"
 
 DPI = 200
@@ -84,14 +84,16 @@ L0 = "L0: active latents per token (log scale)"
 
 
 def look(architecture: str, known: Sequence[str] = ()) -> tuple[str, str]:
-    """(colour, marker) of an architecture; one outside the table is grey with a number for a marker.
+    """Return (color, marker) of an architecture; one without a look is gray with a number for a marker.
 
     `known` lists the architectures of the figure, so that two unknown ones get different numbers.
     """
-    if architecture in ARCHITECTURES:
-        return ARCHITECTURES[architecture]
-    strangers = sorted(set(known) - set(ARCHITECTURES) | {architecture})
-    return UNKNOWN_COLOUR, f"${strangers.index(architecture) + 1}$"
+    declared = looks()
+    if architecture in declared:
+        found = declared[architecture]
+        return found.light, MATPLOTLIB_MARKERS.get(found.marker, "o")
+    strangers = sorted(set(known) - declared.keys() | {architecture})
+    return UNKNOWN[0], f"${strangers.index(architecture) + 1}$"
 
 
 def _mark(architecture: str, known: Sequence[str], size: float) -> dict[str, Any]:
@@ -653,7 +655,7 @@ def _sites(rows: Sequence[Row]) -> list[str]:
 def _architectures(rows: Sequence[Row]) -> list[str]:
     """The architectures in the table's order, then the others by name."""
     present = {row["architecture"] for row in rows}
-    return [name for name in ARCHITECTURES if name in present] + sorted(present - set(ARCHITECTURES))
+    return ordered(present)
 
 
 def _order(row: Row, names: Sequence[str]) -> tuple[int, int, float]:
