@@ -40,7 +40,7 @@ from monosemy.codes import Codes, DenseCodes, Execution, SparseCodes
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream
 from monosemy.data.sources import Source
-from monosemy.evaluation.metrics import evaluate_on_model
+from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.ops import compiled

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import monosemy
 from monosemy import TrainConfig, formats
 from monosemy.config import architecture_names
-from monosemy.evaluation import metrics
+from monosemy.evaluation import metrics, on_model
 from monosemy.lm import embedded
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
@@ -87,8 +87,8 @@ def ours(run: Path, theirs: Path) -> dict[str, metrics.Row]:
     lm = LanguageModel.load("smollm2-135m", [SITE], whole=True, device="cpu")
     saes = {name: (SITE, formats.load(run / name)) for name in NAMES}
     common = {"ignore_ids": told["ignored"], "sae_bench": True}
-    losses = metrics.evaluate_on_model(lm, saes, told["losses"], **common)
-    rest = metrics.evaluate_on_model(lm, saes, told["rest"], splice_contexts=0, **common)
+    losses = on_model.evaluate_on_model(lm, saes, told["losses"], **common)
+    rest = on_model.evaluate_on_model(lm, saes, told["rest"], splice_contexts=0, **common)
     return {
         a["sae"]: a | {key: value for key, value in b.items() if not of_losses(key)}
         for a, b in zip(losses, rest, strict=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.data.contexts import to_tokens as to_tokens
     from monosemy.data.sources import Source as Source
     from monosemy.evaluation.metrics import evaluate as evaluate
-    from monosemy.evaluation.metrics import evaluate_on_model as evaluate_on_model
+    from monosemy.evaluation.on_model import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
     from monosemy.jobs.pretrained import list_saes as list_saes
     from monosemy.jobs.pretrained import load as load
@@ -51,7 +51,7 @@ _HOME = {
     "TrainConfig": "config",
     "architecture": "sae",
     "evaluate": "evaluation.metrics",
-    "evaluate_on_model": "evaluation.metrics",
+    "evaluate_on_model": "evaluation.on_model",
     "fit": "training.loop",
     "list_saes": "jobs.pretrained",
     "load": "jobs.pretrained",

@@ -80,23 +80,48 @@ def command(tmp_path_factory):
 
 
 def test_no_other_file_names_it():
-    texts = (path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*") if path.suffix in (".py", ".js", ".c"))
+    texts = (
+        path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*") if path.suffix in (".py", ".js", ".c")
+    )
     assert not any("saturating" in text.lower() for text in texts)
 
 
 def test_one_file_is_an_architecture(command, tiny_model, text_file, tmp_path):
     run, flags = tmp_path / "run", ["-m", "monosemy", "train"]
     assert "saturating" in command(*flags, "--help")
-    flags += ["--save_dir", str(run), "--model_name", str(tiny_model), "--dataset", str(text_file), "--layers", "1"]
+    flags += [
+        "--save_dir",
+        str(run),
+        "--model_name",
+        str(tiny_model),
+        "--dataset",
+        str(text_file),
+        "--layers",
+        "1",
+    ]
     flags += ["--architectures", "saturating", "--dictionary_widths", "48", "--num_tokens", "640"]
-    flags += ["--sae_batch_size", "64", "--context_length", "16", "--eval_num_inputs", "4", "--bandwidth", "0.25"]
+    flags += [
+        "--sae_batch_size",
+        "64",
+        "--context_length",
+        "16",
+        "--eval_num_inputs",
+        "4",
+        "--bandwidth",
+        "0.25",
+    ]
     flags += ["--held_out_fraction", "0.1", "--report_latents", "5"]
     planned = command(*flags, "--dry_run")
     assert "saturating               0.01, 0.02" in planned and "2 SAEs" in planned
     assert any(line.split()[:1] == ["saturating"] and "latents" in line for line in planned.splitlines())
     command(*flags)
     rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
-    assert [(row["architecture"], row["sparsity"]) for row in rows] == [("saturating", 0.01), ("saturating", 0.02)]
+    assert [(row["architecture"], row["sparsity"]) for row in rows] == [
+        ("saturating", 0.01),
+        ("saturating", 0.02),
+    ]
     assert "#0a7b83" in (run / "plots" / "fvu.svg").read_text() and (run / "report.html").is_file()
     code = "import sys, monosemy\nsae = monosemy.load(sys.argv[1])\nprint(sae, sae.settings.bandwidth)"
-    assert "Saturating(d_in=24, d_sae=48" in command("-c", code, str(run / "resid_post_layer_1" / "trainer_0"))
+    assert "Saturating(d_in=24, d_sae=48" in command(
+        "-c", code, str(run / "resid_post_layer_1" / "trainer_0")
+    )

@@ -12,8 +12,9 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from monosemy.evaluation import metrics
-from monosemy.evaluation.metrics import dictionary_learning_results, evaluate_on_model, table
+from monosemy.evaluation import on_model
+from monosemy.evaluation.metrics import dictionary_learning_results, table
+from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 
@@ -226,11 +227,11 @@ def test_the_interval_is_the_bootstrap_of_the_ratio(lm: LanguageModel, contexts:
     assert low < rows[0]["loss_recovered_zero"] < high
     # of sums that are known: a ratio of 1/2 in every context has no spread, and two kinds of contexts have
     # the binomial's
-    weights = metrics._bootstrap(100, 0)
+    weights = on_model._bootstrap(100, 0)
     assert weights.shape == (1000, 100) and bool((weights.sum(1) == 100).all())
     one = torch.ones(100, dtype=torch.float64)
-    assert metrics._interval(one / 2, one, weights) == (0.5, 0.5)
-    low, high = metrics._interval((torch.arange(100) < 50).double(), one, weights)
+    assert on_model._interval(one / 2, one, weights) == (0.5, 0.5)
+    low, high = on_model._interval((torch.arange(100) < 50).double(), one, weights)
     assert (low, high) == (pytest.approx(0.4, abs=0.03), pytest.approx(0.6, abs=0.03))
 
 
@@ -240,7 +241,7 @@ def test_the_interval_is_the_bootstrap_of_the_ratio(lm: LanguageModel, contexts:
 def test_batch_size_does_not_matter(
     lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "SELECTION_TOKENS", 10 * L)  # three groups, the last of them smaller
+    monkeypatch.setattr(on_model, "SELECTION_TOKENS", 10 * L)  # three groups, the last of them smaller
     saes = {name: (Site.parse(name), BatchTopK(6, 0.8)) for name in NAMES}
     one, some, all_ = (run(lm, contexts, saes, batch_size=size) for size in (1, 7, 64))
     for rows in (some, all_):
@@ -262,7 +263,7 @@ def test_pieces_of_the_head_do_not_matter(
     monkeypatch.setattr(
         LanguageModel, "logits", lambda self, hidden: (seen.append(len(hidden)), logits(self, hidden))[1]
     )
-    monkeypatch.setattr(metrics, "HEAD_ELEMENTS", 10 * V)
+    monkeypatch.setattr(on_model, "HEAD_ELEMENTS", 10 * V)
     pieces = run(lm, contexts, saes)[0]
     assert max(seen) == 10 and all(
         pieces[key] == pytest.approx(whole[key], rel=1e-5)
@@ -322,7 +323,7 @@ def test_what_lies_before_a_site_runs_once(
 def test_splicing_can_be_limited_to_the_first_contexts(
     lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "SELECTION_TOKENS", 4 * L)
+    monkeypatch.setattr(on_model, "SELECTION_TOKENS", 4 * L)
     saes = {"sae": (SITE, Stub(lambda x: x.relu(), lambda f: f))}
     (full,), (part,), (none,) = (run(lm, contexts, saes, splice_contexts=n) for n in (None, 6, 0))
     (first,) = run(lm, contexts[:6], saes)
@@ -450,7 +451,7 @@ def test_the_caller_is_left_as_it_was(lm: LanguageModel, contexts: Tensor) -> No
 def test_an_evaluation_that_takes_long_tells_how_far_it_is(
     lm: LanguageModel, contexts: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(metrics, "SELECTION_TOKENS", 10 * L)
+    monkeypatch.setattr(on_model, "SELECTION_TOKENS", 10 * L)
     caplog.set_level("INFO", "monosemy")
     run(lm, contexts, {"sae": (SITE, identity())})
     assert "evaluating" not in caplog.text  # it was done in a moment

@@ -10,8 +10,8 @@ import torch
 from monosemy.architectures.standard import Standard
 from monosemy.cli import main
 from monosemy.evaluation import latents
-from monosemy.evaluation.metrics import evaluate_on_model
 from monosemy.evaluation.missing import Missing
+from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 from monosemy.report import page, plots

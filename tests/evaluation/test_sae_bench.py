@@ -4,7 +4,8 @@ C contexts, L tokens, V vocabulary."""
 import pytest
 import torch
 
-from monosemy.evaluation.metrics import SAE_BENCH, evaluate_on_model, sae_bench_results
+from monosemy.evaluation.metrics import SAE_BENCH, sae_bench_results
+from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 from monosemy.sae import architecture

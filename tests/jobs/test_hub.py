@@ -214,7 +214,7 @@ def program(
     }
     if token:
         environment["HF_TOKEN"] = token
-    head = "import time, logging\nfrom monosemy import hub\nfrom monosemy.jobs.hub import UploadFailed\nlogging.basicConfig(level='WARNING')\n"
+    head = "import time, logging\nfrom monosemy.jobs import hub\nfrom monosemy.jobs.hub import UploadFailed\nlogging.basicConfig(level='WARNING')\n"
     return subprocess.run(
         [sys.executable, "-c", head + code], env=environment, capture_output=True, text=True, timeout=60
     )

@@ -15,7 +15,7 @@ from monosemy.architectures.batch_top_k import BatchTopK
 from monosemy.architectures.standard import Standard
 from monosemy.cli import main
 from monosemy.evaluation import metrics
-from monosemy.evaluation.metrics import evaluate_on_model
+from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 from monosemy.report import of_batches

@@ -27,8 +27,9 @@ from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.data.sources import sources_of
 from monosemy.errors import invalid
 from monosemy.evaluation import latents
-from monosemy.evaluation.metrics import ROWS, Row, dictionary_learning_results, evaluate_on_model
+from monosemy.evaluation.metrics import ROWS, Row, dictionary_learning_results
 from monosemy.evaluation.missing import ERRORS, Missing
+from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.formats.untrusted import sha256
 from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
