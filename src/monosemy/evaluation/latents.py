@@ -114,7 +114,10 @@ class LatentStats:
             0, latents_N * BINS + bins_N, torch.ones_like(bins_N, dtype=torch.int32)
         )
 
-        # the strongest token of each latent in each context
+        self._add_peaks(latents_N, values_N, at_N)
+
+    def _add_peaks(self, latents_N: Tensor, values_N: Tensor, at_N: Tensor) -> None:
+        """Add the strongest token of each latent in each context, of entries in order of latents and places."""
         contexts_N = at_N // self.L
         new_N = torch.ones_like(latents_N, dtype=torch.bool)
         new_N[1:] = (latents_N[1:] != latents_N[:-1]) | (contexts_N[1:] != contexts_N[:-1])

@@ -103,11 +103,8 @@ def evaluate_on_model(
                 one.add(runs, ids_GL, first, sae_bench, missing)
             progress.update(len(ids_GL))
     weights_WC = _bootstrap(spliced, seed)
-    rows = []
-    for name, (at, _) in saes.items():
-        if at in sites and not missing.lacks(ROWS, name):
-            rows.append(sites[at].row(name, contexts_CL, dict((info or {}).get(name, {})), weights_WC))
-    return rows
+    names = [name for name, (at, _) in saes.items() if at in sites and not missing.lacks(ROWS, name)]
+    return [sites[saes[n][0]].row(n, contexts_CL, dict((info or {}).get(n, {})), weights_WC) for n in names]
 
 
 def _check_inputs(

@@ -113,7 +113,7 @@ def estimate(
     weights = {row: 4 * _parameters(row.memory, D, row.width) for row in grid}
 
     layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
-    cut, whole = (of_lm * model.parameters(n) for n in (layers, None))
+    cut = of_lm * model.parameters(layers)
     stored = BYTES.get(model.dtype or c.dtype, 4)
     mapped = (
         stored / of_lm if stored != of_lm and not gpu else 0
@@ -144,6 +144,25 @@ def estimate(
         loading=libraries + cut + int(mapped * cut),
     )
 
+    evaluation = _evaluation(c, model, sites, grid, weights, libraries, mapped, gpu=gpu)
+    return Estimate({(r.architecture, r.width): n for r, n in saes.items()}, training, evaluation, all_saes)
+
+
+def _evaluation(
+    c: ResolvedConfig,
+    model: ModelInfo,
+    sites: Sequence[Site],
+    grid: Sequence[GridRow],
+    weights: Mapping[GridRow, int],
+    libraries: int,
+    mapped: float,
+    *,
+    gpu: bool,
+) -> Phase:
+    """Predict what evaluation takes. `mapped` is the share of the model that a checkpoint's pages take beside it."""
+    D, M, L, of_lm = model.d_model, c.llm_batch_size, c.context_length, BYTES[c.dtype]
+    whole = of_lm * model.parameters(None)
+    number = {row: len(sites) * row.per_site for row in grid}
     group = max(SELECTION_TOKENS // L, 1)
     contexts = c.eval_num_inputs
     N = L * min(group, contexts)
@@ -153,7 +172,7 @@ def estimate(
     kept = (
         4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D
     )  # reconstructions, and where they lead to
-    evaluation = Phase(
+    return Phase(
         {
             "libraries": libraries,
             "model": whole,
@@ -170,7 +189,6 @@ def estimate(
         },
         loading=libraries + whole + int(mapped * whole),
     )
-    return Estimate({(r.architecture, r.width): n for r, n in saes.items()}, training, evaluation, all_saes)
 
 
 def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, bf16: bool = False) -> int:

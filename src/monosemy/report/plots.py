@@ -174,6 +174,14 @@ def alive(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+MEASURES = (  # of training: key of a record, label, whether the scale is logarithmic
+    ("loss", "Training loss\n(log scale)", True),
+    ("l0", "L0: active latents\nper token (log scale)", True),
+    ("fvu", "FVU\n(log scale)", True),
+    ("dead", "Dead latents", False),
+)
+
+
 def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
     """Loss, L0, FVU and dead latents against training tokens: a row of panels per measure, a line per SAE.
 
@@ -183,31 +191,18 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
     own records if they carry `site` and `architecture`, and is counted as left out if not. A long line is
     drawn as the mean of 120 equal stretches, in a band from the smallest to the largest value of each.
     """
-    about = {row["sae"]: row for row in rows}
-    lines: dict[str, list[Row]] = {}
-    for record in records:
-        if "sae" in record:
-            lines.setdefault(record["sae"], []).append(record)
-            about.setdefault(record["sae"], record)
+    lines, about = _lines(records, rows)
     placed = [sae for sae in lines if {"site", "architecture"} <= about[sae].keys()]
     sites, names = _sites([about[sae] for sae in placed]), _architectures([about[sae] for sae in placed])
     crowd = Counter(about[sae]["site"] for sae in placed)
-    column_key, columns = ("site", sites) if max(crowd.values(), default=0) <= 10 else ("architecture", names)
-    styles = (
-        dict.fromkeys(sites, "-")
-        if column_key == "site"
-        else dict(zip(sites, itertools.cycle(["-", (0, (4, 1.5)), (0, (1, 1.2))])))
-    )
-    measures = [
-        ("loss", "Training loss\n(log scale)", True),
-        ("l0", "L0: active latents\nper token (log scale)", True),
-        ("fvu", "FVU\n(log scale)", True),
-        ("dead", "Dead latents", False),
-    ]
+    by_site = max(crowd.values(), default=0) <= 10
+    column_key, columns = ("site", sites) if by_site else ("architecture", names)
+    dashes: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2))]
+    styles = {site: "-" if by_site else style for site, style in zip(sites, itertools.cycle(dashes))}
     curves = {
-        (sae, key): _stretches(lines[sae], key, positive=log) for sae in placed for key, _, log in measures
+        (sae, key): _stretches(lines[sae], key, positive=log) for sae in placed for key, _, log in MEASURES
     }
-    measures = [measure for measure in measures if any(len(curves[sae, measure[0]]) for sae in placed)]
+    measures = [measure for measure in MEASURES if any(len(curves[sae, measure[0]]) for sae in placed)]
     with rc_context(STYLE):
         shape = max(len(measures), 1), max(len(columns), 1)
         panel_width = 3.1 if shape[1] <= 3 else 2.0
@@ -215,39 +210,37 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
         grid = figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
         for panels, (key, label, log) in zip(grid, measures, strict=False):
             for column, axis in zip(columns, panels, strict=True):
-                if column_key == "architecture":
-                    axis.add_collection(
-                        LineCollection(
-                            [curves[sae, key][:, :2] for sae in placed], color=FAINT, linewidth=0.6
-                        )
-                    )
-                for sae in placed:
-                    if about[sae][column_key] == column:
-                        _curve(
-                            axis,
-                            curves[sae, key],
-                            _mark(about[sae]["architecture"], names, 5.5),
-                            styles[about[sae]["site"]],
-                        )
+                if not by_site:
+                    behind = [curves[sae, key][:, :2] for sae in placed]
+                    axis.add_collection(LineCollection(behind, color=FAINT, linewidth=0.6))
+                for row in (about[sae] for sae in placed if about[sae][column_key] == column):
+                    mark = _mark(row["architecture"], names, 5.5)
+                    _curve(axis, curves[row["sae"], key], mark, styles[row["site"]])
             panels[0].set_ylabel(label)
             _scale_y(panels[0], log=log)
         for column, axis in zip(columns, grid[0], strict=False):
-            axis.set_title(
-                _plain(_short(column, 22)),
-                loc="left",
-                fontweight="bold",
-                fontsize=10 if panel_width > 3 else 8.5,
-            )
+            size = 10 if panel_width > 3 else 8.5
+            axis.set_title(_plain(_short(column, 22)), loc="left", fontweight="bold", fontsize=size)
         for axis in grid[-1]:
             axis.xaxis.set_major_locator(MaxNLocator(4 if panel_width > 3 else 3))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
             axis.set_xlim(left=0)
             axis.set_xlabel("Training tokens")
         _legend(figure, names, line=True, styles=styles if len(set(styles.values())) > 1 else {})
-        _below(
-            figure, _left_out(len(lines) - len(placed), len(lines), "row that tells site and architecture")
-        )
+        left_out = _left_out(len(lines) - len(placed), len(lines), "row that tells site and architecture")
+        _below(figure, left_out)
     return figure
+
+
+def _lines(records: Iterable[Row], rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, Row]]:
+    """Return each SAE's records, and its row or else its first record."""
+    about = {row["sae"]: row for row in rows}
+    lines: dict[str, list[Row]] = {}
+    for record in records:
+        if "sae" in record:
+            lines.setdefault(record["sae"], []).append(record)
+            about.setdefault(record["sae"], record)
+    return lines, about
 
 
 def firing_frequencies(rows: Sequence[Row]) -> Figure:
@@ -408,57 +401,17 @@ def _against_l0(
         below = 0
         for site, axis in zip(sites, axes, strict=False):
             mine = sorted((row for row in shown if row["site"] == site), key=lambda row: row["l0"])
-            for name in names:
-                mark = _mark(name, names, 6.5)
-                colour = mark["color"]
-                hollow = {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.0}
-                for width in sorted({row.get("d_sae", 0) for row in mine if row["architecture"] == name}):
-                    group = [
-                        row for row in mine if row["architecture"] == name and row.get("d_sae", 0) == width
-                    ]
-                    inside = [row for row in group if floor is None or row[key] >= floor]
-                    axis.plot(
-                        [row["l0"] for row in inside],
-                        [row[key] for row in inside],
-                        color=colour,
-                        linewidth=0.9,
-                        alpha=0.55,
-                    )
-                    for row in inside:
-                        x, y = row["l0"], row[key]
-                        if ends := _pair(row, low, high):
-                            axis.plot([x, x], ends, color=colour, linewidth=1.5, solid_capstyle="butt")
-                        axis.plot(x, y, **mark, zorder=3)
-                        other = _pair(row, "top_k_l0", exact)
-                        if other and other[0] > 0 and not (log_y and other[1] <= 0):
-                            axis.plot(
-                                [x, other[0]],
-                                [y, other[1]],
-                                color=colour,
-                                linewidth=0.7,
-                                linestyle=(0, (1, 1.5)),
-                            )
-                            axis.plot(*other, **mark | hollow, zorder=2.5)
-                    for row in group:
-                        if row not in inside:  # off the scale: an arrow at the lower edge with its value
-                            below += 1
-                            axis.annotate(
-                                f"{row[key]:.2f}",
-                                (row["l0"], 0),
-                                (0, 12),
-                                xycoords=("data", "axes fraction"),
-                                textcoords="offset points",
-                                ha="center",
-                                fontsize=7.5,
-                                color=colour,
-                                arrowprops={
-                                    "arrowstyle": "-|>",
-                                    "color": colour,
-                                    "lw": 1,
-                                    "shrinkA": 0,
-                                    "shrinkB": 0,
-                                },
-                            )
+            groups: dict[tuple[str, int], list[Row]] = {}
+            for row in mine:
+                groups.setdefault((row["architecture"], row.get("d_sae", 0)), []).append(row)
+            for (name, _), group in sorted(
+                groups.items(), key=lambda item: (names.index(item[0][0]), item[0][1])
+            ):
+                inside = [row for row in group if floor is None or row[key] >= floor]
+                _series(axis, inside, key, _mark(name, names, 6.5), low, high, log_y=log_y)
+                for row in (row for row in group if row not in inside):
+                    below += 1
+                    _arrow_down(axis, row["l0"], row[key], look(name, names)[0])
             if floor is not None:
                 axis.set_ylim(bottom=floor)
         if log_y:
@@ -481,6 +434,39 @@ def _against_l0(
             f"Below the scale, drawn as an arrow with its value: {below}" if below else "",
         )
     return figure
+
+
+def _series(
+    axis: Axes, rows: Sequence[Row], key: str, mark: Mapping[str, Any], low: str, high: str, *, log_y: bool
+) -> None:
+    """Draw the SAEs of one architecture and width as joined points, their intervals and their hollow twins."""
+    color = mark["color"]
+    hollow = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 1.0}
+    axis.plot([row["l0"] for row in rows], [row[key] for row in rows], color=color, linewidth=0.9, alpha=0.55)
+    for row in rows:
+        x, y = row["l0"], row[key]
+        if ends := _pair(row, low, high):
+            axis.plot([x, x], ends, color=color, linewidth=1.5, solid_capstyle="butt")
+        axis.plot(x, y, **mark, zorder=3)
+        other = _pair(row, "top_k_l0", f"top_k_{key}")
+        if other and other[0] > 0 and not (log_y and other[1] <= 0):
+            axis.plot([x, other[0]], [y, other[1]], color=color, linewidth=0.7, linestyle=(0, (1, 1.5)))
+            axis.plot(*other, **{**mark, **hollow}, zorder=2.5)
+
+
+def _arrow_down(axis: Axes, x: float, value: float, color: str) -> None:
+    """Draw an arrow at the lower edge with the value of a point below the scale."""
+    axis.annotate(
+        f"{value:.2f}",
+        (x, 0),
+        (0, 12),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="center",
+        fontsize=7.5,
+        color=color,
+        arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1, "shrinkA": 0, "shrinkB": 0},
+    )
 
 
 def _facets(

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,43 +172,36 @@ def fit(
         )
     metrics: list[Record] = checkpoint.state["metrics"] if checkpoint else []
     workspace, interrupts = Workspace(), Interrupts()
-    trainers = [
-        SAETrainer(
-            f"{i}",
-            spec,
-            D,
-            plan,
-            device=device,
-            recipe=recipe,
-            bf16=bf16,
-            norm_factor=source.norm_factor,
-            on_nonfinite=on_nonfinite,
-            workspace=workspace,
-        )
-        for i, spec in enumerate(saes)
-    ]
+    shared: dict[str, Any] = {"device": device, "recipe": recipe, "bf16": bf16, "workspace": workspace}
+    shared |= {"norm_factor": source.norm_factor, "on_nonfinite": on_nonfinite}
+    trainers = [SAETrainer(f"{i}", spec, D, plan, **shared) for i, spec in enumerate(saes)]
     sweep = Sweep({"": trainers})
 
     def extra_state() -> dict[str, Any]:
         return {"told": payload, "norm_factor": source.norm_factor, "metrics": metrics, "shape": (B, D)}
 
     loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=extra_state)
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))  # kernels and streams are made on the current one
-        if store:
-            for context in (exclusive_lock(store.folder, "checkpoints"), interrupts, closing(store)):
-                stack.enter_context(context)
-        ended = loop.run(
-            lambda: {"": source.next(device)},
-            steps,
-            resume_from=checkpoint,
-            log_steps=log_steps,
-            on_record=metrics.append,
-        )
+    options: dict[str, Any] = {"resume_from": checkpoint, "log_steps": log_steps, "on_record": metrics.append}
+    with _on(device), _owned(store, interrupts):
+        ended = loop.run(lambda: {"": source.next(device)}, steps, **options)
     failed = {int(name): why for name, why in sweep.failed.items()}
     status = "failed" if failed else "stopped_early" if ended else "complete"
     return Fitted([trainer.finished() for trainer in trainers], metrics, source.norm_factor, status, failed)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, on which kernels and streams are made."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _owned(store: Checkpoints | None, interrupts: Interrupts) -> Iterator[None]:
+    """Lock the folder of checkpoints, and take signals; without checkpoints there is nothing to save at one."""
+    if store is None:
+        yield
+        return
+    with exclusive_lock(store.folder, "checkpoints"), interrupts, closing(store):
+        yield
 
 
 class _Batches:
