@@ -164,7 +164,7 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     Raises ValueError for what the configuration has wrong.
     """
     from monosemy.config import TrainConfig
-    from monosemy.jobs.plan import make
+    from monosemy.jobs.plan import Plan
     from monosemy.lm import embedded
 
     demo = json.loads((ROOT / "examples" / "demo.json").read_text(encoding="utf-8"))
@@ -178,11 +178,11 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     asked |= {"eval_num_inputs": 2, "eval_spliced_inputs": 1}  # evaluation is not timed
     asked |= {"model_name": args.model or demo["model_name"], "dataset": args.text or demo["dataset"]}
-    plan = make(TrainConfig(**asked))
+    plan = Plan.from_config(TrainConfig(**asked))
     return {
         "config": plan.config.as_dict(),
         "schedule": dataclasses.asdict(plan.schedule),
-        "saes": plan.saes_per_site() * len(plan.sites),
+        "saes": plan.saes_per_site * len(plan.sites),
         "d_in": plan.model.d_model,
         "model": args.model or str(embedded.model_folder(demo["model_name"])),
         "text": args.text or str(embedded.text_file(demo["dataset"])),

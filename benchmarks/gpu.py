@@ -480,7 +480,7 @@ def member(
     B: int,
     k: int,
     *,
-    scratch: ops.Workspace,
+    workspace: ops.Workspace,
     dense: bool = False,
     any_dead: bool = False,
 ) -> SAETrainer:
@@ -493,7 +493,7 @@ def member(
     )
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
     with torch.device(device):
-        made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, workspace=scratch)
+        made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, workspace=workspace)
     made.spec = dataclasses.replace(spec, init_from=None)  # whose memory it need not keep
     made.sparse, made.capacity, made.any_dead = (
         made.sae.always_sparse or not dense,
@@ -1038,16 +1038,16 @@ SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
 
 
 def grid(sizes: Sizes, D: int, F: int, x_BD: Tensor, names: list[str], *, dense: bool) -> list[SAETrainer]:
-    """Some SAEs of each architecture, which share their scratch memory; in the layout that a run would
+    """Some SAEs of each architecture, which share their workspace memory; in the layout that a run would
     choose."""
-    scratch, members = ops.Workspace(), []
+    workspace, members = ops.Workspace(), []
     chosen = dense or sizes.k >= SPARSE_BELOW[x_BD.device.type] * F
     for name in names:
         sae = drawn(name, D, F, sizes.k, x_BD.device)
         if name in RELU and not dense:
             thin_out(sae, x_BD, sizes.k)
         members += [
-            member(sae, f"{name} {i}", sizes.B, sizes.k, workspace=scratch, dense=chosen)
+            member(sae, f"{name} {i}", sizes.B, sizes.k, workspace=workspace, dense=chosen)
             for i in range(sizes.repeats)
         ]
     return members
@@ -1221,11 +1221,11 @@ def headlines(report: Report) -> None:
     with report.case(case) as there_is_time:
         if there_is_time and "batch_top_k" in report.args.architectures:
             stream, site, per_block = stream_of(report, config, forward, block)
-            scratch, members = ops.Workspace(), []
+            workspace, members = ops.Workspace(), []
             for F in sizes.qwen_widths:
                 for k in sizes.qwen_k:
                     sae = drawn("batch_top_k", config.hidden_size, F, k, device)
-                    members.append(member(sae, f"{F} {k}", sizes.B, k, workspace=scratch))
+                    members.append(member(sae, f"{F} {k}", sizes.B, k, workspace=workspace))
                     del sae
             headline(report, case, stream, site, members, per_block, blocks, PEAK_32B)
 
