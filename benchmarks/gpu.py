@@ -41,7 +41,7 @@ calls it, where the package
         .venv-peers/dictionary_learning/lib/python3*/site-packages/dictionary_learning carried/
         python benchmarks/gpu.py --dictionary_learning carried
 
-B tokens, D d_in, F d_sae, k entries of a token, N entries, R bags, S SAEs, L context, V vocabulary.
+B tokens, D d_in, F d_sae, k entries of a token, N pattern, R bags, S SAEs, L context, V vocabulary.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ from benchmarks.alone import LoneTrainer
 from benchmarks.step import RELU, TOP_K, DictionaryLearning
 from monosemy import ops
 from monosemy.formats.dictionary_learning import state_dict
-from monosemy.ops import torch as plain
-from monosemy.ops.entries import Entries, Selection
-from monosemy.ops.forms import form
+from monosemy.ops import reference
+from monosemy.ops.backends import backend_for
+from monosemy.ops.pattern import Selection, SparsePattern
+from monosemy.ops.reference import AdamStep
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
 from monosemy.training.group import TrainerGroup
@@ -582,12 +583,12 @@ class Errors:
 
 def differing(got: Selection, wanted: Selection) -> float:
     """In how many places two selections differ, padding included."""
-    starts = int((got.starts_B1 != wanted.starts_B1).sum())
-    n = len(wanted.latents_N)
-    if starts or len(got.latents_N) < n:
+    starts = int((got.offsets_B1 != wanted.offsets_B1).sum())
+    n = len(wanted.indices_N)
+    if starts or len(got.indices_N) < n:
         return float(max(starts, 1))
-    wrong = (got.latents_N[:n] != wanted.latents_N) | (got.values_N[:n].double() != wanted.values_N)
-    return float(wrong.sum() + ((got.latents_N[n:] != 0) | (got.values_N[n:] != 0)).sum())
+    wrong = (got.indices_N[:n] != wanted.indices_N) | (got.values_N[:n].double() != wanted.values_N)
+    return float(wrong.sum() + ((got.indices_N[n:] != 0) | (got.values_N[n:] != 0)).sum())
 
 
 def preactivations(B: int, F: int, device: torch.device) -> dict[str, Tensor]:
@@ -632,7 +633,7 @@ def selections(
 
 
 def check_selections(report: Report, fast: Called) -> None:
-    """Exactly the plain meaning's entries, of float32 and bfloat16 pre-activations."""
+    """Exactly the plain meaning's pattern, of float32 and bfloat16 pre-activations."""
     sizes, device, errors = report.sizes, report.device, Errors()
     aten = fast.module.__name__.endswith("aten")  # whose top_k has an order of its own among equal values
     for B, F, k, every in [(*sizes.every, 7, True), *((*shape, False) for shape in sizes.ordinary)]:
@@ -641,7 +642,7 @@ def check_selections(report: Report, fast: Called) -> None:
             for dtype, (name, call) in itertools.product((torch.float32, torch.bfloat16), calls):
                 if aten and kind != "normal" and name.startswith("top_k"):
                     continue
-                wanted = call(plain, pre_BF.to(dtype).double())
+                wanted = call(reference, pre_BF.to(dtype).double())
                 poison(device)
                 errors.places(name, differing(call(fast, pre_BF.to(dtype)), wanted))
     errors.tell(report)
@@ -652,10 +653,10 @@ def supports(B: int, F: int, k: int, device: torch.device) -> list[tuple[Selecti
     pre = {name: pre_BF.double() for name, pre_BF in preactivations(B, F, device).items()}
     room = B * F if device.type == "cuda" else 0
     return [
-        *((plain.top_k(pre["normal"], n), 0) for n in (1, k, F)),
-        (plain.top_k(pre["always"], k), min(room, 1000)),
-        (plain.above(pre["seldom"], 1.0), room // 2),
-        (plain.above(pre["normal"], 1e9), min(room, 1000)),
+        *((reference.top_k(pre["normal"], n), 0) for n in (1, k, F)),
+        (reference.top_k(pre["always"], k), min(room, 1000)),
+        (reference.above(pre["seldom"], 1.0), room // 2),
+        (reference.above(pre["normal"], 1e9), min(room, 1000)),
     ]
 
 
@@ -663,13 +664,13 @@ def check_sums(report: Report, fast: Called) -> None:
     """Sums over entries and their gradients, by tokens and by groups of a token's latents."""
     device, errors = report.device, Errors()
     for B, D, F, k in report.sizes.sums:
-        for (latents_N, starts_B1, _), padding in supports(B, F, k, device):
-            n = len(latents_N)
+        for (indices_N, offsets_B1, _), padding in supports(B, F, k, device):
+            n = len(indices_N)
             if n * D > 2**27:
                 continue  # of every latent of every token only small batches
-            exact = Entries(latents_N, starts_B1, F)
-            entries = Entries(
-                torch.cat([latents_N, latents_N.new_zeros(padding)]), starts_B1, F, padded=padding > 0
+            exact = SparsePattern(indices_N, offsets_B1, F)
+            pattern = SparsePattern(
+                torch.cat([indices_N, indices_N.new_zeros(padding)]), offsets_B1, F, padded=padding > 0
             )
             values_N, W_FD, x_BD = (torch.randn(*shape, device=device) for shape in ((n,), (F, D), (B, D)))
             padded_N, values, W = (
@@ -679,15 +680,15 @@ def check_sums(report: Report, fast: Called) -> None:
             )
 
             poison(device)
-            order_N, begins_F1 = fast.group(entries.latents_N, starts_B1, F)
-            order, begins = plain.group(latents_N, starts_B1, F)
-            errors.places("group", (order_N[:n] != order).sum() + (begins_F1 != begins).sum())
+            order_N, begins_F1 = fast.sort_by_latent(pattern.indices_N, offsets_B1, F)
+            order, begins = reference.sort_by_latent(indices_N, offsets_B1, F)
+            errors.places("sort_by_latent", (order_N[:n] != order).sum() + (begins_F1 != begins).sum())
             errors.near(
-                "sum_by_latent", fast.sum_by_latent(padded_N, entries), plain.sum_by_latent(values, exact)
+                "sum_by_latent", fast.sum_by_latent(padded_N, pattern), reference.sum_by_latent(values, exact)
             )
             both = zip(
-                fast.encode_backward(padded_N, x_BD, entries),
-                plain.encode_backward(values, x_BD.double(), exact),
+                fast.encode_backward(padded_N, x_BD, pattern),
+                reference.encode_backward(values, x_BD.double(), exact),
                 strict=True,
             )
             for got, wanted in both:
@@ -697,15 +698,15 @@ def check_sums(report: Report, fast: Called) -> None:
                 [0, F // 3, F // 2], device=device
             )
             places = torch.searchsorted(
-                exact.bags_N.long() * F + latents_N, first_of_groups.flatten(), out_int32=True
+                exact.bags_N.long() * F + indices_N, first_of_groups.flatten(), out_int32=True
             )
-            starts = torch.cat([places, starts_B1[-1:]])
-            grouped = (" by groups", Entries(latents_N, starts, F), entries.rebagged(starts))
-            for name, a, b in (("", exact, entries), grouped):
+            starts = torch.cat([places, offsets_B1[-1:]])
+            grouped = (" by groups", SparsePattern(indices_N, starts, F), pattern.rebagged(starts))
+            for name, a, b in (("", exact, pattern), grouped):
                 g_RD = torch.randn(a.R, D, device=device)
                 poison(device)
-                errors.near(f"decode{name}", fast.decode(padded_N, W_FD, b), plain.decode(values, W, a))
-                d_values, d_W = plain.decode_backward(g_RD.double(), values, W, a, True)
+                errors.near(f"decode{name}", fast.decode(padded_N, W_FD, b), reference.decode(values, W, a))
+                d_values, d_W = reference.decode_backward(g_RD.double(), values, W, a, True)
                 got_values, got_W = fast.decode_backward(g_RD, padded_N, W_FD, b, True)
                 errors.near(f"decode_backward{name}, weights", got_W, d_W)
                 for got in (got_values, fast.decode_backward(g_RD, padded_N, W_FD, b, False)[0]):
@@ -734,15 +735,19 @@ def check_dense(report: Report, fast: Called) -> None:
         for threshold in (0.0, torch.randn(F, device=device)):
             values_BF, mask_BF = torch.empty_like(pre_BF), torch.empty_like(pre_BF, dtype=torch.bool)
             wanted_values_BF, wanted_mask_BF = torch.empty_like(values_BF), torch.empty_like(mask_BF)
-            of_latents = fast.split(pre_BF, threshold, values_BF, mask_BF)
+            of_latents = fast.threshold_dense(pre_BF, threshold, values_BF, mask_BF)
             for got, wanted in zip(
-                of_latents, plain.split(pre_BF, threshold, wanted_values_BF, wanted_mask_BF), strict=True
+                of_latents,
+                reference.threshold_dense(pre_BF, threshold, wanted_values_BF, wanted_mask_BF),
+                strict=True,
             ):
                 errors.near("split, sums", got, wanted)
-            errors.places("split", (values_BF != wanted_values_BF).sum() + (mask_BF != wanted_mask_BF).sum())
+            errors.places(
+                "threshold_dense", (values_BF != wanted_values_BF).sum() + (mask_BF != wanted_mask_BF).sum()
+            )
             x_BF = torch.where(mask_BF, torch.randn_like(pre_BF), torch.inf)
-            sums_F = fast.select(mask_BF, x_BF, values_BF)
-            errors.near("select", values_BF, torch.where(mask_BF, x_BF.double(), 0))
+            sums_F = fast.masked_copy(mask_BF, x_BF, values_BF)
+            errors.near("masked_copy", values_BF, torch.where(mask_BF, x_BF.double(), 0))
             errors.near("select, sums", sums_F, torch.where(mask_BF, x_BF.double(), 0).sum(0))
             errors.places("count_positive", (fast.count_positive(values_BF) != (values_BF > 0).sum(0)).sum())
     errors.tell(report)
@@ -762,7 +767,7 @@ def check_update(report: Report, fast: Called) -> None:
     ):
         shape = (F, D)[:dimensions]
         p = normalize(torch.randn(3, *shape, device=device), dim=-1)
-        m, v, shadow, refused = (
+        m, v, bf16_copy, refused = (
             torch.zeros_like(p) if beta1 else None,
             torch.zeros_like(p),
             p.bfloat16(),
@@ -782,15 +787,15 @@ def check_update(report: Report, fast: Called) -> None:
             errors.near(
                 "square_norms",
                 fast.square_norms(p, grads, constraint),
-                plain.square_norms(exact_p, exact_grads, constraint),
+                reference.square_norms(exact_p, exact_grads, constraint),
             )
-            plain.update(exact_p, exact_grads, exact_m, exact_v, None, **how)
-            fast.update(p, grads, m, v, shadow, **how)
+            reference.update(exact_p, exact_grads, exact_m, exact_v, None, AdamStep(**how))
+            fast.update(p, grads, m, v, bf16_copy, AdamStep(**how))
         errors.near("update", p[:2], exact_p[:2])
         errors.near("update, second moment", v[:2], exact_v[:2])
         if m is not None and exact_m is not None:
             errors.near("update, first moment", m[:2], exact_m[:2])
-        errors.places("update, bfloat16 copy", (shadow != p.bfloat16()).sum())
+        errors.places("update, bfloat16 copy", (bf16_copy != p.bfloat16()).sum())
         errors.places("update, refused", (p[2] != refused).sum() + v[2].count_nonzero())
     errors.tell(report)
 
@@ -806,7 +811,7 @@ def trained(
     spec = SAESpec(
         name, F, 3e-4, settings=settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {})
     )
-    with ops.using("torch") if how == "plain" else nullcontext():
+    with ops.use_backend("reference") if how == "plain" else nullcontext():
         m = LoneTrainer("", spec, D, schedule, device=device, bf16=bf16, workspace=ops.Workspace())
         if sparse:
             m.sparse, m.capacity = True, B * F
@@ -931,7 +936,7 @@ def check_host(report: Report, name: str, dense: bool) -> None:
 
 def checks(report: Report) -> None:
     torch.manual_seed(0)
-    fast = Called(form(torch.zeros(1, device=report.device)))
+    fast = Called(backend_for(torch.zeros(1, device=report.device)))
     report.add("form of the ops", note=fast.module.__name__)
     for check in (check_selections, check_sums, check_estimate, check_dense, check_update):
         with report.case(check.__name__) as there_is_time:
@@ -939,8 +944,8 @@ def checks(report: Report) -> None:
                 check(report, fast)
     public = {
         n
-        for n, f in vars(plain).items()
-        if inspect.isfunction(f) and f.__module__ == plain.__name__ and not n.startswith("_")
+        for n, f in vars(reference).items()
+        if inspect.isfunction(f) and f.__module__ == reference.__name__ and not n.startswith("_")
     }
     report.add(
         "ops without a check",

@@ -11,7 +11,7 @@ always begins with an estimate of the encoder's product, not only where under 3 
 a run of 200 steps in each form, against plain runs whose numbers were moved by one unit in the last place.
 bf16: runs whose encoder's product is of bfloat16 operands, against three seeds of float32, on held-out text.
 
-B tokens, D d_in, F d_sae, N active entries, T steps.
+B tokens, D d_in, F d_sae, N active pattern, T steps.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from monosemy.data.sources import Source
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.ops import compiled
+from monosemy.ops import cpu
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
 from monosemy.training import trainer
@@ -143,7 +143,7 @@ class Seen:
         if isinstance(self.codes, DenseCodes):
             return self.codes.mask.flatten().nonzero().squeeze(1)
         assert isinstance(self.codes, SparseCodes)
-        return self.codes.entries.bags_N.long() * self.codes.entries.F + self.codes.entries.latents_N
+        return self.codes.pattern.bags_N.long() * self.codes.pattern.F + self.codes.pattern.indices_N
 
 
 def watched(member: LoneTrainer, x_BD: Tensor, step: int, grads: dict[str, Tensor] | None = None) -> Seen:
@@ -226,7 +226,7 @@ def gradients_apart(ours: Seen, theirs: Seen) -> float:
 def flips(member: LoneTrainer, ours: Seen, theirs: Seen) -> tuple[int, int]:
     """How many latents only one of two steps took, and how many of them lie within 1e-5 of the selection's
     boundary."""
-    mine, other = ours.entries(), theirs.entries()
+    mine, other = ours.pattern(), theirs.pattern()
     flat = torch.cat([mine[~torch.isin(mine, other)], other[~torch.isin(other, mine)]])
     pre_BF, name = theirs.codes.pre.product_BF, member.sae.name
     kept_BF = (
@@ -256,15 +256,15 @@ def from_each_state(
     for step in range(STEPS):
         x_BD = batches[step % len(batches)]
         if step % every:
-            with ops.using(form):
+            with ops.use_backend(form):
                 fast.step(x_BD, step)
             continue
         fast.prepare(x_BD, step)
         plain.resume(fast.save())
         before = copy.deepcopy(plain)
-        with ops.using(form):
+        with ops.use_backend(form):
             ours = watched(fast, x_BD, step)
-        with ops.using("torch"):
+        with ops.use_backend("reference"):
             theirs = watched(plain, x_BD, step, ours.grads)
         flipped, ties = flips(before, ours, theirs)
         same_product = not flipped and isinstance(ours.codes.pre.product, Tensor)
@@ -301,7 +301,7 @@ def run(
     A nudge moves all "weights" before the second step, or every one of the "batches".
     """
     m, losses = member(name, d_sae, batches, steps), []
-    with ops.using(form):
+    with ops.use_backend(form):
         for step in range(steps):
             x_BD = batches[step % len(batches)]
             if nudge == "batches":
@@ -329,13 +329,15 @@ def drift(
 ) -> Drift:
     """The drift of the fast form's run from the plain form's, and that of nudged plain runs, two for each
     seed."""
-    losses_T, last = run(name, batches, d_sae, "torch", steps)
+    losses_T, last = run(name, batches, d_sae, "reference", steps)
 
     def apart(*args: Any, **how: Any) -> tuple[float, float]:
         others_T, end = run(name, batches, d_sae, *args, steps, **how)
         return distance(others_T, losses_T), distance(end, last)
 
-    nudged = [apart("torch", nudge=nudge, seed=seed) for seed in seeds for nudge in ("weights", "batches")]
+    nudged = [
+        apart("reference", nudge=nudge, seed=seed) for seed in seeds for nudge in ("weights", "batches")
+    ]
     return Drift(*apart(form), max(a for a, _ in nudged), max(b for _, b in nudged))
 
 
@@ -441,7 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--form", default="compiled" if compiled.available() else "aten")
+    parser.add_argument("--form", default="cpu" if cpu.available() else "aten")
     parser.add_argument("--architectures", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument(
         "--parts", nargs="+", default=["states", "runs", "bf16"], choices=["states", "runs", "bf16"]

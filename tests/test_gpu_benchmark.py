@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from monosemy.ops import torch as plain
+from monosemy.ops import reference
 
 SCRIPT = Path(gpu.__file__)
 
@@ -31,7 +31,7 @@ def report(tmp_path: Path, *arguments: str) -> gpu.Report:
 def broken(name: str, function: object) -> ModuleType:
     """The plain ops, one of which is wrong."""
     module = ModuleType("broken")
-    module.__dict__.update(vars(plain) | {name: function})
+    module.__dict__.update(vars(reference) | {name: function})
     return module
 
 
@@ -102,28 +102,38 @@ def test_what_it_does_not_know_is_refused(
 @pytest.mark.parametrize(
     ("check", "name", "function", "wrong"),
     [
-        (gpu.check_selections, "top_k", lambda pre, k, among=None: plain.top_k(-pre, k, among), "top_k"),
-        (gpu.check_selections, "above", lambda pre, t, capacity=None: plain.above(pre, t + 0.01), "above 0"),
-        (gpu.check_sums, "decode", lambda v, W, e: plain.decode(v, W, e) * 1.0001, "decode"),
+        (gpu.check_selections, "top_k", lambda pre, k, among=None: reference.top_k(-pre, k, among), "top_k"),
+        (
+            gpu.check_selections,
+            "above",
+            lambda pre, t, capacity=None: reference.above(pre, t + 0.01),
+            "above 0",
+        ),
+        (gpu.check_sums, "decode", lambda v, W, e: reference.decode(v, W, e) * 1.0001, "decode"),
         (
             gpu.check_sums,
             "sum_by_latent",
-            lambda v, e: plain.sum_by_latent(v, e) * torch.nan,
+            lambda v, e: reference.sum_by_latent(v, e) * torch.nan,
             "sum_by_latent",
         ),
         (
             gpu.check_sums,
-            "group",
-            lambda latents, starts, F: tuple(x.flip(0) for x in plain.group(latents, starts, F)),
-            "group",
+            "sort_by_latent",
+            lambda latents, starts, F: tuple(x.flip(0) for x in reference.sort_by_latent(latents, starts, F)),
+            "sort_by_latent",
         ),
         (
             gpu.check_update,
             "square_norms",
-            lambda p, grads, c: plain.square_norms(p, grads, "free"),
+            lambda p, grads, c: reference.square_norms(p, grads, "free"),
             "square_norms",
         ),
-        (gpu.check_update, "update", lambda p, *a, **k: plain.update(p, *a, **k) or p.mul_(0.999), "update"),
+        (
+            gpu.check_update,
+            "update",
+            lambda p, *a, **k: reference.update(p, *a, **k) or p.mul_(0.999),
+            "update",
+        ),
     ],
 )
 def test_a_wrong_op_is_found(check, name, function, wrong, tmp_path: Path) -> None:
@@ -131,7 +141,7 @@ def test_a_wrong_op_is_found(check, name, function, wrong, tmp_path: Path) -> No
     check(told, gpu.Called(broken(name, function)))
     assert {row["case"]: row["verdict"] for row in told.rows}[wrong] == "WRONG"
     right = report(tmp_path)
-    check(right, gpu.Called(plain))
+    check(right, gpu.Called(reference))
     assert {row["verdict"] for row in right.rows} == {"ok"}
 
 

@@ -120,8 +120,8 @@ fitted = monosemy.fit([torch.randn(64, 16, generator=draw) for _ in range(40)], 
 assert fitted.status == "complete", fitted.failed
 monosemy.save(fitted.saes[5], sys.argv[2], {{"status": "complete"}})
 assert torch.equal(monosemy.load(sys.argv[2]).W_dec, fitted.saes[5].W_dec)
-from monosemy.ops.forms import form
-print(form(torch.zeros(1)).__name__)
+from monosemy.ops.backends import backend_for
+print(backend_for(torch.zeros(1)).__name__)
 """
 
 

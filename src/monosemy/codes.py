@@ -1,10 +1,10 @@
 """The codes of a batch: a small sparse algebra in two layouts, and the pre-activations that codes are
 selected from.
 
-B tokens, D d_in, F d_sae, N active entries, G groups of latents.
+B tokens, D d_in, F d_sae, N active pattern, G groups of latents.
 
 A code is a *support* (which latents are active on which tokens) and values on it. `DenseCodes` holds a [B, F]
-array and a mask, `SparseCodes` flat lists of N entries. An objective is written once, in the algebra that
+array and a mask, `SparseCodes` flat lists of N pattern. An objective is written once, in the algebra that
 both share.
 """
 
@@ -37,7 +37,7 @@ class Execution:
     workspace: ops.Workspace | None = None
     """Arrays reused from one step to the next; fresh ones are allocated without it."""
     capacity: int | None = None
-    """Entries that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
+    """SparsePattern that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
 
 
 class Codes(ABC):
@@ -145,58 +145,58 @@ class DenseCodes(Codes):
 
 @dataclass
 class SparseCodes(Codes):
-    """Codes as lists of N entries, in order of tokens and latents."""
+    """Codes as lists of N pattern, in order of tokens and latents."""
 
     pre: Preactivations
     values: Tensor
-    entries: ops.Entries
+    pattern: ops.SparsePattern
     """Where the values belong; its bags are tokens."""
 
     def map(self, function: Callable[..., Tensor], *w_F: Tensor) -> SparseCodes:
-        return SparseCodes(self.pre, self._valid(self._apply(function, *w_F)), self.entries)
+        return SparseCodes(self.pre, self._valid(self._apply(function, *w_F)), self.pattern)
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
         values = self.values if function is None else self._valid(self._apply(function, *w_F))
         return ops.sum_by_latent(
-            values, self.entries
+            values, self.pattern
         ).sum()  # its order does not depend on the number of threads
 
     def by_latent(self) -> Tensor:
-        return ops.sum_by_latent(self.values, self.entries)
+        return ops.sum_by_latent(self.values, self.pattern)
 
     def _apply(self, function: Callable[..., Tensor], *w_F: Tensor) -> Tensor:
-        return function(self.values, *(ops.take(w, self.entries) for w in w_F))
+        return function(self.values, *(ops.gather(w, self.pattern) for w in w_F))
 
     def _valid(self, values_N: Tensor) -> Tensor:
-        """Zero the values of padding entries."""
-        return values_N if self.entries.valid_N is None else torch.where(self.entries.valid_N, values_N, 0)
+        """Zero the values of padding pattern."""
+        return values_N if self.pattern.valid_N is None else torch.where(self.pattern.valid_N, values_N, 0)
 
     def size_by_latent(self) -> Tensor:
-        return self.entries.by_latent[1].diff()
+        return ops.sort_by_latent(self.pattern)[1].diff()
 
     def count(self) -> Tensor:
-        return ops.sum_by_latent((self.values > 0).to(self.values.dtype), self.entries)
+        return ops.sum_by_latent((self.values > 0).to(self.values.dtype), self.pattern)
 
     def size(self) -> Tensor:
-        return self.entries.starts_R1[-1]
+        return self.pattern.offsets_R1[-1]
 
     def smallest(self) -> Tensor:
-        least_B = self.values.new_full((self.entries.R,), torch.inf)
+        least_B = self.values.new_full((self.pattern.R,), torch.inf)
         positive_N = torch.where(self.values > 0, self.values, torch.inf)
-        return least_B.scatter_reduce_(0, self.entries.bags_N.long(), positive_N, "amin")
+        return least_B.scatter_reduce_(0, self.pattern.bags_N.long(), positive_N, "amin")
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
-        e = self.entries
+        e = self.pattern
         if begins_G is None:
             return ops.decode(self.values, W_FD, e)
         # entries are in order of tokens and latents, hence of tokens and groups: only the bags' offsets are
         # new
-        flat_N = e.bags_N.long() * e.F + e.latents_N
+        flat_N = e.bags_N.long() * e.F + e.indices_N
         if e.valid_N is not None:
             flat_N = torch.where(e.valid_N, flat_N, e.R * e.F)
         places_BG = torch.arange(e.R, device=begins_G.device)[:, None] * e.F + begins_G
         starts = torch.searchsorted(flat_N, places_BG.flatten(), out_int32=True)
-        grouped = ops.decode(self.values, W_FD, e.rebagged(torch.cat([starts, e.starts_R1[-1:]])))
+        grouped = ops.decode(self.values, W_FD, e.rebagged(torch.cat([starts, e.offsets_R1[-1:]])))
         return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
 
 
@@ -222,8 +222,8 @@ class Preactivations:
             W_enc_FD,
             b_enc_F,
             bf16=execution.bf16,
-            few=execution.use_estimate,
-            lend=execution.workspace,
+            use_estimate=execution.use_estimate,
+            workspace=execution.workspace,
         )
 
     @property
@@ -273,6 +273,6 @@ class Preactivations:
 
     def _sparse(self, selection: ops.Selection, *, padded: bool) -> SparseCodes:
         F, padded = self.product_BF.shape[1], padded and self.product_BF.is_cuda
-        entries = ops.Entries(selection.latents_N, selection.starts_B1, F, padded=padded)
-        values_N = ops.encode_sparse(*self.weights, self.centered_BD, selection.values_N, entries)
-        return SparseCodes(self, values_N, entries)
+        pattern = ops.SparsePattern(selection.indices_N, selection.offsets_B1, F, padded=padded)
+        values_N = ops.encode_sparse(*self.weights, self.centered_BD, selection.values_N, pattern)
+        return SparseCodes(self, values_N, pattern)

@@ -20,7 +20,7 @@ from monosemy.jobs.memory import sae_bytes, step_bytes, tensor_bytes, workspace_
 from monosemy.jobs.plan import Plan
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
-from monosemy.ops import compiled, entries
+from monosemy.ops import cpu, pattern
 from monosemy.recipe import MONOSEMY
 from monosemy.sae import architecture
 from monosemy.schedule import Schedule
@@ -81,7 +81,7 @@ def test_an_sae_takes_what_was_said(name, bf16):
         member.use_estimate |= step > 1
         member.step(torch.randn(B, D, generator=torch.Generator().manual_seed(step)), step)
     assert abs(tensor_bytes(member.group, apart=[scratch]) - sae_bytes(kind.memory, D, F, bf16=bf16)) <= 64
-    if compiled.available():
+    if cpu.available():
         assert tensor_bytes(scratch) == workspace_bytes(kind.memory, B, D, F, bf16=bf16)
 
 
@@ -141,7 +141,7 @@ def test_bytes_of_tensors_are_of_whole_storages():
 
 
 def test_limits_are_those_of_the_places_that_keep_them():
-    assert entries.IN_CACHE == memory.IN_CACHE
+    assert pattern.IN_CACHE == memory.IN_CACHE
     for name in architecture_names():
         kind = architecture(name)
         assert kind.memory.modes == len(kind.modes) and kind.memory.moments == (2 if kind.betas[0] else 1)

@@ -184,8 +184,8 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_p
 
 def test_kernels_do_without_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    code = "import logging, torch; logging.basicConfig(); from monosemy.ops.forms import form; "
-    code += "print(form(torch.zeros(1)).__name__)"
+    code = "import logging, torch; logging.basicConfig(); from monosemy.ops.backends import backend_for; "
+    code += "print(backend_for(torch.zeros(1)).__name__)"
     environment = os.environ | {"MONOSEMY_CACHE": str(tmp_path / "file" / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment

@@ -1,6 +1,6 @@
 """Every op against a plain float64 meaning, in every form that runs on a CPU: every output, every gradient.
 
-B tokens, D d_in, F latents, N entries.
+B tokens, D d_in, F latents, N pattern.
 """
 
 import pytest
@@ -9,23 +9,23 @@ from torch import nn
 
 from monosemy import ops
 from monosemy.codes import Execution, Preactivations
-from monosemy.ops import compiled
+from monosemy.ops import cpu
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (16, 8, 33), (33, 5, 130), (64, 24, 96)]
 FORMS = [
-    "torch",
+    "reference",
     "aten",
-    pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no compiler")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason="no compiler")),
 ]
-TOLERANCE = {"torch": 1e-12, "aten": 3e-6, "compiled": 3e-6}
+TOLERANCE = {"reference": 1e-12, "aten": 3e-6, "cpu": 3e-6}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
 @pytest.fixture
 def dtype(form):
     """The fast forms are of float32; the plain one shows the maths in float64."""
-    with ops.using(form):
-        yield torch.float64 if form == "torch" else torch.float32
+    with ops.use_backend(form):
+        yield torch.float64 if form == "reference" else torch.float32
 
 
 def draw(*shape, seed=0):
@@ -60,7 +60,7 @@ def naive(x, W_enc, b_enc, b_dec, W_dec, mask_BF):
 
 def mask_of(codes, B, F):
     mask = torch.zeros(B, F, dtype=torch.bool)
-    mask[codes.entries.bags_N, codes.entries.latents_N] = True
+    mask[codes.pattern.bags_N, codes.pattern.indices_N] = True
     return mask
 
 
@@ -127,7 +127,7 @@ def test_sparse_codes_are_the_dense_meaning(form, dtype, B, D, F, selection):
             else zip(pre, mask, allowed, strict=True)
         )
         assert all(v[m].min() >= v[~m & a].max() for v, m, a in rows if m.any() and (~m & a).any())
-    flat = codes.entries.bags_N.long() * F + codes.entries.latents_N
+    flat = codes.pattern.bags_N.long() * F + codes.pattern.indices_N
     assert (flat.diff() > 0).all(), "entries are in order of tokens and latents"
 
     named = dict(
@@ -216,7 +216,7 @@ def test_power_at_the_support_s_edge_has_finite_gradients(form, dtype):
 
 
 def positions(picked, F):
-    return ops.Entries(picked.latents_N, picked.starts_B1, F).bags_N.long() * F + picked.latents_N
+    return ops.SparsePattern(picked.indices_N, picked.offsets_B1, F).bags_N.long() * F + picked.indices_N
 
 
 @every_form
@@ -239,7 +239,7 @@ def test_a_selection_by_tokens_with_ties(form, dtype, k):
     )
     if form != "aten":  # torch's topk has an order of its own
         earliest = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-        assert torch.equal(picked.latents_N.view(6, k).long(), earliest)
+        assert torch.equal(picked.indices_N.view(6, k).long(), earliest)
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
@@ -285,7 +285,7 @@ def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constrain
         constraint=constraint,
         clip=clip,
         betas=(beta1, 0.999),
-        shadow="W_enc",
+        bf16_copy="W_enc",
     )
 
     def gradient(step, s, name):
@@ -316,7 +316,7 @@ def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constrain
                 assert optimizer.step(grads, lr_S, torch.zeros(S)).all()
         for name, p in optimizer.params.items():
             assert torch.allclose(p[s].double(), reference[name], rtol=1e-5, atol=1e-6), name
-    assert torch.equal(optimizer.shadow["W_enc"], optimizer.params["W_enc"].bfloat16())
+    assert torch.equal(optimizer.bf16_copies["W_enc"], optimizer.params["W_enc"].bfloat16())
     assert bool(optimizer.m) == bool(beta1), "a first moment that equals the gradient is not kept"
 
 

@@ -1,7 +1,7 @@
 """The Triton form of every op against the plain one: on a GPU where there is one, else in Triton's
 interpreter (see conftest.py).
 
-B tokens, D d_in, F latents, N entries, S SAEs.
+B tokens, D d_in, F latents, N pattern, S SAEs.
 """
 
 import os
@@ -18,9 +18,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 pytest.importorskip("triton")
 
 from monosemy import ops  # noqa: E402
-from monosemy.ops import torch as plain  # noqa: E402
+from monosemy.ops import reference  # noqa: E402
 from monosemy.ops import triton as fast  # noqa: E402
-from monosemy.ops.entries import Entries  # noqa: E402
+from monosemy.ops.pattern import SparsePattern  # noqa: E402
+from monosemy.ops.reference import AdamStep  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -28,7 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def form():
-    with ops.using("triton"):
+    with ops.use_backend("triton"):
         yield
 
 
@@ -46,12 +47,12 @@ def close(got, wanted, tolerance=2e-6):
 
 
 def check_picked(got, wanted, capacity):
-    n = int(wanted.starts_B1[-1])
+    n = int(wanted.offsets_B1[-1])
     latents, starts, values = (t.cpu() for t in got)
     assert len(latents) == len(values) == capacity
     assert latents.dtype == starts.dtype == torch.int32 and values.dtype == torch.float32
-    assert starts.tolist() == wanted.starts_B1.tolist()
-    assert latents[:n].tolist() == wanted.latents_N.tolist()
+    assert starts.tolist() == wanted.offsets_B1.tolist()
+    assert latents[:n].tolist() == wanted.indices_N.tolist()
     assert torch.equal(values[:n], wanted.values_N.float())
     assert not latents[n:].any() and not values[n:].any()
 
@@ -77,16 +78,16 @@ SIZES = [
 @pytest.mark.parametrize(("kind", "B", "F", "k", "n"), SIZES)
 def test_largest(kind, B, F, k, n, dtype):
     pre = PRE[kind](B, F).to(dtype)
-    check_picked(fast.top_k(pre.to(DEVICE), k), plain.top_k(pre, k), B * k)
-    check_picked(fast.batch_top_k(pre.to(DEVICE), n), plain.batch_top_k(pre, n), n)
+    check_picked(fast.top_k(pre.to(DEVICE), k), reference.top_k(pre, k), B * k)
+    check_picked(fast.batch_top_k(pre.to(DEVICE), n), reference.batch_top_k(pre, n), n)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_largest_of_long_rows(dtype):
     """Several values to a share, and rows that keep much more than their part of a batch."""
     pre = (draw(2, 4999) + torch.tensor([[0.0], [1.0]])).to(dtype)
-    check_picked(fast.top_k(pre.to(DEVICE), 5), plain.top_k(pre, 5), 10)
-    check_picked(fast.batch_top_k(pre.to(DEVICE), 60), plain.batch_top_k(pre, 60), 60)
+    check_picked(fast.top_k(pre.to(DEVICE), 5), reference.top_k(pre, 5), 10)
+    check_picked(fast.batch_top_k(pre.to(DEVICE), 60), reference.batch_top_k(pre, 60), 60)
 
 
 def test_lists_that_overflow():
@@ -98,7 +99,7 @@ def test_lists_that_overflow():
     shares = torch.nn.functional.pad(pre, (0, -F % M), value=-torch.inf).view(-1, M)
     assert (pre >= shares.amax(0).sort().values[-k]).sum() > C
     pre = pre.bfloat16()
-    check_picked(fast.top_k(pre.to(DEVICE), k), plain.top_k(pre, k), k)
+    check_picked(fast.top_k(pre.to(DEVICE), k), reference.top_k(pre, k), k)
 
     k, F = 300, 3000
     assert 4 * k > fast._sizes(F, k)[1]
@@ -109,19 +110,21 @@ def test_lists_that_overflow():
         + draw(4, F).sigmoid()
     )
     pre = pre.bfloat16()
-    check_picked(fast.batch_top_k(pre.to(DEVICE), 4 * k - 7), plain.batch_top_k(pre, 4 * k - 7), 4 * k - 7)
+    check_picked(
+        fast.batch_top_k(pre.to(DEVICE), 4 * k - 7), reference.batch_top_k(pre, 4 * k - 7), 4 * k - 7
+    )
 
 
 def test_nan_is_the_largest():
     pre = draw(2, 40).float()
     pre[0, 7] = pre[1, :3] = torch.nan
     for got, wanted in (
-        (fast.top_k(pre.to(DEVICE), 2), plain.top_k(pre, 2)),
-        (fast.batch_top_k(pre.to(DEVICE), 9), plain.batch_top_k(pre, 9)),
+        (fast.top_k(pre.to(DEVICE), 2), reference.top_k(pre, 2)),
+        (fast.batch_top_k(pre.to(DEVICE), 9), reference.batch_top_k(pre, 9)),
     ):
         assert (
-            got.latents_N.tolist() == wanted.latents_N.tolist()
-            and got.starts_B1.tolist() == wanted.starts_B1.tolist()
+            got.indices_N.tolist() == wanted.indices_N.tolist()
+            and got.offsets_B1.tolist() == wanted.offsets_B1.tolist()
         )
 
 
@@ -131,9 +134,9 @@ def test_largest_among_some(dtype):
     one, some = torch.arange(37) == 11, torch.arange(37) % 3 == 0
     for among in (torch.zeros(37, dtype=torch.bool), one, some, torch.ones(37, dtype=torch.bool)):
         for k in (4, 37):
-            wanted = plain.top_k(pre, k, among)
+            wanted = reference.top_k(pre, k, among)
             check_picked(fast.top_k(pre.to(DEVICE), k, among.to(DEVICE)), wanted, 2 * k)
-            assert int(wanted.starts_B1[1]) == min(k, int(among.sum()))
+            assert int(wanted.offsets_B1[1]) == min(k, int(among.sum()))
 
 
 THRESHOLDS = {
@@ -152,33 +155,33 @@ def test_above(B, F, threshold, dtype):
     pre, threshold = draw(B, F).to(dtype), THRESHOLDS[threshold](F)
     pre[0, 0] = 0.3  # what bfloat16 has of it is not above the number
     here = threshold.to(DEVICE) if isinstance(threshold, torch.Tensor) else threshold
-    wanted = plain.above(pre, threshold)
-    n = len(wanted.latents_N)
+    wanted = reference.above(pre, threshold)
+    n = len(wanted.indices_N)
     check_picked(fast.above(pre.to(DEVICE), here), wanted, B * F)
     check_picked(fast.above(pre.to(DEVICE), here, n + 5), wanted, n + 5)
     assert int(fast.count_above(pre.to(DEVICE), here)) == n
     if n > 1:  # overflow: the first that fit
         kept = n // 2
-        first = (wanted.latents_N[:kept], wanted.starts_B1.clamp(max=kept), wanted.values_N[:kept])
+        first = (wanted.indices_N[:kept], wanted.offsets_B1.clamp(max=kept), wanted.values_N[:kept])
         check_picked(fast.above(pre.to(DEVICE), here, kept), ops.Selection(*first), kept)
 
 
 def test_nothing_is_written_behind_a_list(monkeypatch):
     behind = []
 
-    def guarded(starts_B1, N):
+    def guarded(offsets_B1, N):
         latents, values = (
-            starts_B1.new_full((N + 99,), -7),
-            starts_B1.new_full((N + 99,), -7, dtype=torch.float32),
+            offsets_B1.new_full((N + 99,), -7),
+            offsets_B1.new_full((N + 99,), -7, dtype=torch.float32),
         )
         latents[:N], values[:N] = 0, 0
         behind.extend((latents[N:], values[N:]))
-        return ops.Selection(latents[:N], starts_B1, values[:N])
+        return ops.Selection(latents[:N], offsets_B1, values[:N])
 
     monkeypatch.setattr(fast, "_padding", guarded)
     pre = draw(4, 50).float().to(DEVICE)
     for capacity in (0, 1, 40, 70):
-        assert fast.above(pre, -0.5, capacity).starts_B1[-1] == capacity < fast.count_above(pre, -0.5)
+        assert fast.above(pre, -0.5, capacity).offsets_B1[-1] == capacity < fast.count_above(pre, -0.5)
     fast.top_k(pre, 6)
     fast.top_k(pre, 6, pre[0] > 0)
     fast.batch_top_k(pre, 19)
@@ -200,12 +203,12 @@ def entries(mask_BF, padding, bags=1):
     """The entries of a mask with places left behind them, or each token's in several bags; and the same
     without padding."""
     F = mask_BF.shape[1]
-    latents_N = mask_BF.nonzero()[:, 1].int()
+    indices_N = mask_BF.nonzero()[:, 1].int()
     numbers = mask_BF.view(-1, F // bags).sum(1)
-    starts_R1 = torch.nn.functional.pad(numbers.cumsum(0), (1, 0)).int()
-    padded_N = torch.nn.functional.pad(latents_N, (0, padding))
-    return Entries(padded_N.to(DEVICE), starts_R1.to(DEVICE), F, padded=True), Entries(
-        latents_N, starts_R1, F
+    offsets_R1 = torch.nn.functional.pad(numbers.cumsum(0), (1, 0)).int()
+    padded_N = torch.nn.functional.pad(indices_N, (0, padding))
+    return SparsePattern(padded_N.to(DEVICE), offsets_R1.to(DEVICE), F, padded=True), SparsePattern(
+        indices_N, offsets_R1, F
     )
 
 
@@ -216,25 +219,27 @@ def entries(mask_BF, padding, bags=1):
 )
 def test_sums(B, D, F, bags, padding, mask):
     e, wanted_e = entries(MASKS[mask](B, F), padding, bags)
-    n, R = len(wanted_e.latents_N), B * bags
+    n, R = len(wanted_e.indices_N), B * bags
     values, W, g = draw(n, seed=1), draw(F, D, seed=2), draw(R, D, seed=3)
     values_N, W_FD, g_RD = (
         torch.nn.functional.pad(values, (0, padding)).float().to(DEVICE),
         W.float().to(DEVICE),
         g.float().to(DEVICE),
     )
-    order_N, starts_F1 = e.by_latent
-    with ops.using("torch"):
-        wanted_order_N, wanted_starts_F1 = wanted_e.by_latent
-        wanted_values, wanted_W = plain.decode_backward(g, values, W, wanted_e, True)
-        wanted_rows, wanted_b = plain.encode_backward(values, g, wanted_e)
+    order_N, offsets_F1 = e.by_latent(fast.sort_by_latent)
+    with ops.use_backend("reference"):
+        wanted_order_N, wanted_starts_F1 = wanted_e.by_latent(reference.sort_by_latent)
+        wanted_values, wanted_W = reference.decode_backward(g, values, W, wanted_e, True)
+        wanted_rows, wanted_b = reference.encode_backward(values, g, wanted_e)
 
-    assert order_N.dtype == starts_F1.dtype == torch.int32 and sorted(order_N.tolist()) == list(
+    assert order_N.dtype == offsets_F1.dtype == torch.int32 and sorted(order_N.tolist()) == list(
         range(n + padding)
     )
-    assert order_N[:n].tolist() == wanted_order_N.tolist() and starts_F1.tolist() == wanted_starts_F1.tolist()
+    assert (
+        order_N[:n].tolist() == wanted_order_N.tolist() and offsets_F1.tolist() == wanted_starts_F1.tolist()
+    )
     close(fast.sum_by_latent(values_N, e), wanted_b)
-    close(fast.decode(values_N, W_FD, e), plain.decode(values, W, wanted_e))
+    close(fast.decode(values_N, W_FD, e), reference.decode(values, W, wanted_e))
     d_values_N, d_W_FD = fast.decode_backward(g_RD, values_N, W_FD, e, True)
     close(d_values_N, torch.nn.functional.pad(wanted_values, (0, padding)))
     close(d_W_FD, wanted_W)
@@ -248,13 +253,13 @@ def test_sums(B, D, F, bags, padding, mask):
 
 def test_wide_latents_are_grouped():
     """More latents than 16 bits have room for."""
-    latents_N, starts = (
+    indices_N, starts = (
         torch.tensor([3, 70_000, 3, 40_000], dtype=torch.int32),
         torch.tensor([0, 2, 4], dtype=torch.int32),
     )
-    order_N, starts_F1 = fast.group(latents_N.to(DEVICE), starts.to(DEVICE), 70_001)
+    order_N, offsets_F1 = fast.sort_by_latent(indices_N.to(DEVICE), starts.to(DEVICE), 70_001)
     assert order_N.tolist() == [0, 2, 3, 1]
-    assert starts_F1[[3, 4, 40_000, 40_001, 70_000, 70_001]].tolist() == [0, 2, 2, 3, 3, 4]
+    assert offsets_F1[[3, 4, 40_000, 40_001, 70_000, 70_001]].tolist() == [0, 2, 2, 3, 3, 4]
 
 
 def test_order_of_sums_is_that_of_the_data():
@@ -289,8 +294,8 @@ def test_split(B, F, threshold, dtype):
         values.to(DEVICE),
         mask.to(DEVICE),
     ]
-    sums_F, counts_F = fast.split(*here)
-    wanted_sums_F, wanted_counts_F = plain.split(pre, threshold, values, mask)
+    sums_F, counts_F = fast.threshold_dense(*here)
+    wanted_sums_F, wanted_counts_F = reference.threshold_dense(pre, threshold, values, mask)
     assert torch.equal(here[2].cpu(), values) and torch.equal(here[3].cpu(), mask)
     close(sums_F, wanted_sums_F)
     assert torch.equal(counts_F.cpu(), wanted_counts_F) and torch.equal(
@@ -310,8 +315,10 @@ def test_select(B, F, layout):
     here = out.to(DEVICE)
     x_BF = x.float().to(DEVICE) if layout == "rows" else x.float().expand(B, F).to(DEVICE)
     for add_F in (None, draw(F, seed=2)):
-        sums_F = fast.select(mask.to(DEVICE), x_BF, here, None if add_F is None else add_F.float().to(DEVICE))
-        close(sums_F, plain.select(mask, x, wanted_out, add_F))
+        sums_F = fast.masked_copy(
+            mask.to(DEVICE), x_BF, here, None if add_F is None else add_F.float().to(DEVICE)
+        )
+        close(sums_F, reference.masked_copy(mask, x, wanted_out, add_F))
         close(here, wanted_out)
 
 
@@ -334,7 +341,7 @@ def stacked(S, *shape):
 def test_square_norms(shape, constraint):
     p, grads, _, _ = stacked(*shape)
     got = fast.square_norms(p.float().to(DEVICE), [g.float().to(DEVICE) for g in grads], constraint)
-    close(got, plain.square_norms(p, grads, constraint))
+    close(got, reference.square_norms(p, grads, constraint))
 
 
 MATRICES = [(1, 1, 1), (3, 5, 7), (1, 3, 2100), (10, 7, 33)]
@@ -355,10 +362,10 @@ def test_update(shape, constraint, moment):
         grads[1].fill_(torch.nan)
     if S > 3:
         scale[2:4] = torch.tensor([torch.inf, -torch.inf])
-    before, shadow = p.clone(), torch.zeros_like(p).bfloat16()
+    before, bf16_copy = p.clone(), torch.zeros_like(p).bfloat16()
 
     fixed = {"betas": (0.9 if moment else 0.0, 0.999), "eps": 1e-8, "constraint": constraint}
-    here = [t.float().to(DEVICE) for t in (p, m, v)] + [shadow.to(DEVICE)]
+    here = [t.float().to(DEVICE) for t in (p, m, v)] + [bf16_copy.to(DEVICE)]
     per_sae = {"lr_S": lr, "scale_S": scale, "steps_S": steps}
     float_grads = [g.float().to(DEVICE) for g in grads]
     fast.update(
@@ -366,10 +373,11 @@ def test_update(shape, constraint, moment):
         float_grads,
         here[1] if moment else None,
         *here[2:],
-        **{n: t.float().to(DEVICE) for n, t in per_sae.items()},
-        **fixed,
+        AdamStep(**{n: t.float().to(DEVICE) for n, t in per_sae.items()}, **fixed),
     )
-    plain.update(p, [g.clone() for g in grads], m if moment else None, v, shadow, **per_sae, **fixed)
+    reference.update(
+        p, [g.clone() for g in grads], m if moment else None, v, bf16_copy, AdamStep(**per_sae, **fixed)
+    )
     for got, wanted in zip(here[:3], (p, m, v), strict=True):
         close(got, wanted)
     updated = scale.isfinite()
@@ -397,12 +405,14 @@ def test_update_without_a_copy():
         m,
         v,
         None,
-        lr_S=one,
-        scale_S=one,
-        steps_S=one,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        constraint="free",
+        AdamStep(
+            lr_S=one,
+            scale_S=one,
+            steps_S=one,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            constraint="free",
+        ),
     )
     assert (p != before).all()
 
@@ -421,14 +431,14 @@ def everything(pre, among, x_BD, W_FD, b_F):
         fast.above(pre, b_F, 3 * B),
         fast.above(pre, 0.5, 9),
     ):
-        e = Entries(picked.latents_N, picked.starts_B1, F, padded=True)
+        e = SparsePattern(picked.indices_N, picked.offsets_B1, F, padded=True)
         results += [
             *picked,
             fast.decode(picked.values_N, W_FD, e),
             *fast.encode_backward(picked.values_N, x_BD, e),
         ]
         results += fast.decode_backward(x_BD, picked.values_N, W_FD, e, True)
-    p, m, v, shadow, one = (
+    p, m, v, bf16_copy, one = (
         W_FD[None].clone(),
         torch.zeros_like(W_FD)[None],
         torch.zeros_like(W_FD)[None],
@@ -441,21 +451,23 @@ def everything(pre, among, x_BD, W_FD, b_F):
         [results[-1]],
         m,
         v,
-        shadow,
-        lr_S=one,
-        scale_S=1 / norm_S,
-        steps_S=one,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        constraint="project",
+        bf16_copy,
+        AdamStep(
+            lr_S=one,
+            scale_S=1 / norm_S,
+            steps_S=one,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            constraint="project",
+        ),
     )
     values_BF, mask_BF = (
         torch.empty(pre.shape, device=DEVICE),
         torch.empty(pre.shape, dtype=torch.bool, device=DEVICE),
     )
-    fast.split(pre, 0.1, values_BF, mask_BF)
-    d_b_F = fast.select(mask_BF, values_BF.new_ones(()).expand_as(values_BF), values_BF)
-    return [*results, fast.count_above(pre, 0.5), p, m, v, shadow, d_b_F]
+    fast.threshold_dense(pre, 0.1, values_BF, mask_BF)
+    d_b_F = fast.masked_copy(mask_BF, values_BF.new_ones(()).expand_as(values_BF), values_BF)
+    return [*results, fast.count_above(pre, 0.5), p, m, v, bf16_copy, d_b_F]
 
 
 def step_inputs(seed):

@@ -18,15 +18,14 @@ from benchmarks.alone import LoneTrainer
 from benchmarks.same_maths import SETTINGS, Data, weights
 from monosemy import ops
 from monosemy.codes import Execution
-from monosemy.ops import compiled
-from monosemy.ops import torch as plain
+from monosemy.ops import cpu, reference
 from monosemy.schedule import Schedule
 from monosemy.training import trainer
 from monosemy.training.group import TrainerGroup
 from monosemy.training.sweep import Sweep
 from monosemy.training.trainer import READBACK_EVERY, SPARSE_BELOW, SAESpec, SAETrainer
 
-FAST = "compiled" if compiled.available() else "aten"
+FAST = "cpu" if cpu.available() else "aten"
 RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu")
 every = pytest.mark.parametrize("name", sorted(SETTINGS))
 relu = pytest.mark.parametrize("name", RELU)
@@ -70,13 +69,13 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     many latents are active."""
     if request.param == "estimated":
         monkeypatch.setattr(trainer, "ESTIMATE_BELOW", 2.0)
-        return "compiled"
+        return "cpu"
     return str(request.param)
 
 
-fast_forms = pytest.mark.parametrize("form", [FAST] + ["estimated"] * (FAST == "compiled"), indirect=True)
+fast_forms = pytest.mark.parametrize("form", [FAST] + ["estimated"] * (FAST == "cpu"), indirect=True)
 all_forms = pytest.mark.parametrize(
-    "form", sorted({FAST, "aten"}) + ["estimated"] * (FAST == "compiled"), indirect=True
+    "form", sorted({FAST, "aten"}) + ["estimated"] * (FAST == "cpu"), indirect=True
 )
 
 
@@ -99,10 +98,10 @@ def test_the_norm_that_clips_is_exact_at_a_real_width(form: str, constraint: ops
     draw = torch.Generator().manual_seed(0)
     p, g = (torch.randn(1, 4096, 576, generator=draw) for _ in range(2))
     p = torch.nn.functional.normalize(p, dim=2)
-    with ops.using(form):
-        got = ops.forms.form(p).square_norms(p, list(g), constraint)
+    with ops.use_backend(form):
+        got = ops.backends.backend_for(p).square_norms(p, list(g), constraint)
     assert float(got) == pytest.approx(
-        float(plain.square_norms(p.double(), list(g.double()), constraint)), rel=1e-6
+        float(reference.square_norms(p.double(), list(g.double()), constraint)), rel=1e-6
     )
 
 
@@ -231,7 +230,7 @@ def test_two_runs_are_one(name: str) -> None:
     assert equal(trained(name, (60, 13, 41), 24), trained(name, (60, 13, 41), 24))
 
 
-@pytest.mark.skipif(FAST != "compiled", reason="only the compiled ops promise it")
+@pytest.mark.skipif(FAST != "cpu", reason="only the compiled ops promise it")
 @pytest.mark.parametrize(
     ("name", "sparse"), [*((n, True) for n in sorted(SETTINGS)), *((n, False) for n in RELU)]
 )
@@ -255,7 +254,7 @@ def test_company_and_logging_change_no_bit(form: str) -> None:
     size is round."""
     shape, scratch, steps = (60, 13, 41), ops.Workspace(), iter(range(60))
     of = batches(*shape[:2])
-    with ops.using(form):
+    with ops.use_backend(form):
         crowd = [
             begun(name, shape, seed=seed, tag=f"{name} {seed}", kind=SAETrainer, workspace=scratch)
             for name in SETTINGS
@@ -267,7 +266,7 @@ def test_company_and_logging_change_no_bit(form: str) -> None:
             assert equal_states(sweep.state_dict()[m.name], trained(m.sae.name, shape).save()), m.sae.name
 
 
-@pytest.mark.skipif(FAST != "compiled", reason="only the compiled ops promise it")
+@pytest.mark.skipif(FAST != "cpu", reason="only the compiled ops promise it")
 @every
 def test_company_in_one_array_changes_no_bit(name: str) -> None:
     """As a GPU has them: SAEs of one shape as parts of the same arrays."""

@@ -1,12 +1,11 @@
 """The kernel seam: one signature for each op, and no caller asks where it runs.
 
-`torch.py` is the plain meaning of every op. `compiled.py` (C, through ctypes), `aten.py` (torch's own CPU
+`torch.py` is the plain meaning of every op. `cpu.py` (C, through ctypes), `aten.py` (torch's own CPU
 kernels) and `triton.py` (a GPU) are its fast forms, which `forms.py` chooses from. `functions.py` gives the
 ops their gradients, `update.py` is what comes after.
 """
 
-from monosemy.ops.entries import Entries, Estimate, Selection
-from monosemy.ops.forms import using
+from monosemy.ops.backends import use_backend
 from monosemy.ops.functions import (
     Workspace,
     above,
@@ -16,23 +15,25 @@ from monosemy.ops.functions import (
     decode_dense,
     encode_dense,
     encode_sparse,
+    gather,
     map_dense,
     power,
     preactivations,
+    sort_by_latent,
     sum_by_latent,
-    take,
     top_k,
     total_dense,
 )
-from monosemy.ops.torch import Constraint
+from monosemy.ops.pattern import Estimate, Selection, SparsePattern
+from monosemy.ops.reference import Constraint
 from monosemy.ops.update import Optimizer
 
 __all__ = [
     "Constraint",
-    "Entries",
     "Estimate",
     "Optimizer",
     "Selection",
+    "SparsePattern",
     "Workspace",
     "above",
     "batch_top_k",
@@ -41,12 +42,13 @@ __all__ = [
     "decode_dense",
     "encode_dense",
     "encode_sparse",
+    "gather",
     "map_dense",
     "power",
     "preactivations",
+    "sort_by_latent",
     "sum_by_latent",
-    "take",
     "top_k",
     "total_dense",
-    "using",
+    "use_backend",
 ]

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from monosemy.ops import torch as plain
-from monosemy.ops.entries import Entries, Selection, by_rows
-from monosemy.ops.torch import Constraint, estimate  # noqa: F401
+from monosemy.ops import reference
+from monosemy.ops.pattern import Selection, SparsePattern, by_rows
+from monosemy.ops.reference import AdamStep, Constraint, estimate  # noqa: F401
 
 
 def _picked(pre_BF: Tensor, flat_N: Tensor) -> Selection:
-    """Entries at flat positions, which are ascending."""
+    """SparsePattern at flat positions, which are ascending."""
     B, F = pre_BF.shape
     tokens_N = torch.div(flat_N, F, rounding_mode="floor")
-    starts_B1 = torch.searchsorted(tokens_N, torch.arange(B + 1), out_int32=True)
-    return Selection((flat_N - tokens_N * F).int(), starts_B1, pre_BF.flatten()[flat_N].float())
+    offsets_B1 = torch.searchsorted(tokens_N, torch.arange(B + 1), out_int32=True)
+    return Selection((flat_N - tokens_N * F).int(), offsets_B1, pre_BF.flatten()[flat_N].float())
 
 
 def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
@@ -34,12 +34,12 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     values_BK = columns_BM.gather(1, latents_BK.long())
     if among is not None:
         latents_BK = among[latents_BK].int()
-    starts_B1 = (
+    offsets_B1 = (
         torch.arange(0, (len(pre_BF) + 1) * k, k, dtype=torch.int32)
         if k
         else torch.zeros(len(pre_BF) + 1, dtype=torch.int32)
     )
-    return Selection(latents_BK.flatten(), starts_B1, values_BK.flatten().float())
+    return Selection(latents_BK.flatten(), offsets_B1, values_BK.flatten().float())
 
 
 def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
@@ -62,58 +62,61 @@ def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None
     return _picked(pre_BF, (pre_BF > threshold).flatten().nonzero().squeeze(1))
 
 
-def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    latents, order_N = latents_N.sort(stable=True)
+def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    latents, order_N = indices_N.sort(stable=True)
     return order_N.int(), torch.searchsorted(latents, torch.arange(F + 1, dtype=torch.int32), out_int32=True)
 
 
-def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
-    return values_N.new_zeros(e.F).index_add_(0, e.latents_N, values_N)
+def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
+    return values_N.new_zeros(e.F).index_add_(0, e.indices_N, values_N)
 
 
-def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
-    return nnf.embedding_bag(e.latents_N, W_FD, e.starts_R1[:-1], mode="sum", per_sample_weights=values_N)
+def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
+    return nnf.embedding_bag(e.indices_N, W_FD, e.offsets_R1[:-1], mode="sum", per_sample_weights=values_N)
 
 
-def _by_latent(values_N: Tensor, rows_RD: Tensor, e: Entries) -> Tensor:
+def _by_latent(values_N: Tensor, rows_RD: Tensor, e: SparsePattern) -> Tensor:
     """The sum over each latent's entries of value times the row of the entry's bag, [F, D]: an embedding bag
     whose bags are latents."""
-    order_N, starts_F1 = e.by_latent
+    order_N, offsets_F1 = e.by_latent(sort_by_latent)
     return nnf.embedding_bag(
-        e.bags_N[order_N], rows_RD, starts_F1[:-1], mode="sum", per_sample_weights=values_N[order_N]
+        e.bags_N[order_N], rows_RD, offsets_F1[:-1], mode="sum", per_sample_weights=values_N[order_N]
     )
 
 
 def decode_backward(
-    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     d_values_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        g_RD, W_FD, e.latents_N, e.starts_R1[:-1], e.bags_N, 0
+        g_RD, W_FD, e.indices_N, e.offsets_R1[:-1], e.bags_N, 0
     )
     return d_values_N, _by_latent(values_N, g_RD, e) if weight else None
 
 
-def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
+def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
     return _by_latent(g_N, x_BD, e), sum_by_latent(g_N, e)
 
 
-def split(
+def threshold_dense(
     pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A few rows at a time, which stay in the cache."""
-    parts = [plain.split(pre_BF[rows], threshold, values_BF[rows], mask_BF[rows]) for rows in by_rows(pre_BF)]
+    parts = [
+        reference.threshold_dense(pre_BF[rows], threshold, values_BF[rows], mask_BF[rows])
+        for rows in by_rows(pre_BF)
+    ]
     sums, counts = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
     return sums, counts
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
     return torch.stack(
-        [plain.select(mask_BF[rows], x_BF[rows], out_BF[rows], add_F) for rows in by_rows(x_BF)]
+        [reference.masked_copy(mask_BF[rows], x_BF[rows], out_BF[rows], add_F) for rows in by_rows(x_BF)]
     ).sum(0)
 
 
 def count_positive(x_BF: Tensor) -> Tensor:
-    return torch.stack([plain.count_positive(x_BF[rows]) for rows in by_rows(x_BF)]).sum(0)
+    return torch.stack([reference.count_positive(x_BF[rows]) for rows in by_rows(x_BF)]).sum(0)
 
 
 def _radial(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
@@ -137,43 +140,32 @@ def _square_norm(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
 
 
 def update(
-    p: Tensor,
-    grads: Sequence[Tensor],
-    m: Tensor | None,
-    v: Tensor,
-    shadow: Tensor | None,
-    *,
-    lr_S: Tensor,
-    scale_S: Tensor,
-    steps_S: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    constraint: Constraint,
+    p: Tensor, grads: Sequence[Tensor], m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
 ) -> None:
     for s, g in enumerate(grads):
-        scale = float(scale_S[s])
+        scale = float(adam.scale_S[s])
         if scale != scale or scale in (float("inf"), -float("inf")):
             continue
-        if constraint != "free":
-            g.addcmul_(p[s], -_radial(p[s], g, constraint)[:, None])
+        if adam.constraint != "free":
+            g.addcmul_(p[s], -_radial(p[s], g, adam.constraint)[:, None])
         torch._fused_adam_(
             [p[s]],
             [g],
             [g if m is None else m[s]],
             [v[s]],
             [],
-            [steps_S[s].clone()],
-            lr=float(lr_S[s]),
-            beta1=betas[0],
-            beta2=betas[1],
+            [adam.steps_S[s].clone()],
+            lr=float(adam.lr_S[s]),
+            beta1=adam.betas[0],
+            beta2=adam.betas[1],
             weight_decay=0.0,
-            eps=eps,
+            eps=adam.eps,
             amsgrad=False,
             maximize=False,
             grad_scale=None if scale == 1 else torch.tensor(1 / scale),
         )
-        if constraint != "free":
+        if adam.constraint != "free":
             norm_R1 = torch.linalg.vector_norm(p[s], dim=1, keepdim=True)
-            p[s].div_(norm_R1 + torch.finfo(p.dtype).eps if constraint == "project" else norm_R1)
-        if shadow is not None:
-            shadow[s].copy_(p[s])
+            p[s].div_(norm_R1 + torch.finfo(p.dtype).eps if adam.constraint == "project" else norm_R1)
+        if bf16_copy is not None:
+            bf16_copy[s].copy_(p[s])

@@ -1,7 +1,7 @@
 """The ops with their gradients. After the encoder's product everything costs as much as there are active
-entries, and no tensor of [B, F] appears in a backward pass of the sparse layout.
+pattern, and no tensor of [B, F] appears in a backward pass of the sparse layout.
 
-B tokens, D d_in, F latents, N entries, R bags.
+B tokens, D d_in, F latents, N pattern, R bags.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from monosemy.ops.entries import Entries, Estimate, Selection, by_rows
-from monosemy.ops.forms import form
+from monosemy.ops.backends import backend_for
+from monosemy.ops.pattern import Estimate, Selection, SparsePattern, by_rows
 
 
 class Workspace:
@@ -47,8 +47,8 @@ def preactivations(
     b_F: Tensor,
     *,
     bf16: bool | Tensor = False,
-    few: bool = False,
-    lend: Workspace | None = None,
+    use_estimate: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor | Estimate:
     """x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is of
     bfloat16 operands, and rounded to it.
@@ -56,32 +56,35 @@ def preactivations(
     Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from
     the product of float32.
     """
-    lend = lend or Workspace()
-    shadow_FD = None if bf16 is False else W_FD.bfloat16() if bf16 is True else bf16
-    if few and (estimate := form(x_BD).estimate(x_BD, W_FD, b_F, lend, shadow_FD)) is not None:
+    workspace = workspace or Workspace()
+    bf16_FD = None if bf16 is False else W_FD.bfloat16() if bf16 is True else bf16
+    if (
+        use_estimate
+        and (estimate := backend_for(x_BD).estimate(x_BD, W_FD, b_F, workspace, bf16_FD)) is not None
+    ):
         return estimate
-    if shadow_FD is not None:
-        x_BD, W_FD, b_F = x_BD.bfloat16(), shadow_FD, b_F.bfloat16()
-    return torch.addmm(b_F, x_BD, W_FD.T, out=lend("pre", x_BD, len(x_BD), len(W_FD)))
+    if bf16_FD is not None:
+        x_BD, W_FD, b_F = x_BD.bfloat16(), bf16_FD, b_F.bfloat16()
+    return torch.addmm(b_F, x_BD, W_FD.T, out=workspace("pre", x_BD, len(x_BD), len(W_FD)))
 
 
 def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Selection:
     """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
     to k."""
-    return form(pre).top_k(pre, k, among_F)
+    return backend_for(pre).top_k(pre, k, among_F)
 
 
 def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
     """The n largest of the whole batch."""
-    return form(pre).batch_top_k(pre, n)
+    return backend_for(pre).batch_top_k(pre, n)
 
 
 def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     """Everything above a threshold: a number, or one for each latent [F].
 
-    On a GPU the lists hold `capacity` entries.
+    On a GPU the lists hold `capacity` pattern.
     """
-    return form(pre).above(pre, threshold, capacity)
+    return backend_for(pre).above(pre, threshold, capacity)
 
 
 # --- the sparse layout --------------------------------------------------------------------------------------
@@ -89,35 +92,40 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
 
 class _Take(Function):
     @staticmethod
-    def forward(ctx: Any, w_F: Tensor, entries: Entries) -> Tensor:
-        ctx.entries = entries
-        return w_F[entries.latents_N]
+    def forward(ctx: Any, w_F: Tensor, pattern: SparsePattern) -> Tensor:
+        ctx.pattern = pattern
+        return w_F[pattern.indices_N]
 
     @staticmethod
     def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor, None]:
-        return sum_by_latent(g_N, ctx.entries), None
+        return sum_by_latent(g_N, ctx.pattern), None
 
 
-def take(w_F: Tensor, entries: Entries) -> Tensor:
+def gather(w_F: Tensor, pattern: SparsePattern) -> Tensor:
     """w of each entry's latent, [N]; its gradient is summed by latent."""
-    return _Take.apply(w_F, entries)
+    return _Take.apply(w_F, pattern)
 
 
 class _SumByLatent(Function):
     @staticmethod
-    def forward(ctx: Any, values_N: Tensor, entries: Entries) -> Tensor:
-        ctx.entries = entries
-        return form(values_N).sum_by_latent(values_N.contiguous(), entries)
+    def forward(ctx: Any, values_N: Tensor, pattern: SparsePattern) -> Tensor:
+        ctx.pattern = pattern
+        return backend_for(values_N).sum_by_latent(values_N.contiguous(), pattern)
 
     @staticmethod
     def backward(ctx: Any, g_F: Tensor) -> tuple[Tensor, None]:
-        g_N = g_F[ctx.entries.latents_N]
-        return g_N if ctx.entries.valid_N is None else torch.where(ctx.entries.valid_N, g_N, 0), None
+        g_N = g_F[ctx.pattern.indices_N]
+        return g_N if ctx.pattern.valid_N is None else torch.where(ctx.pattern.valid_N, g_N, 0), None
 
 
-def sum_by_latent(values_N: Tensor, entries: Entries) -> Tensor:
+def sort_by_latent(pattern: SparsePattern) -> tuple[Tensor, Tensor]:
+    """Return the places of the entries in order of latents, int32 [N], and the latents' offsets, int32 [F + 1]."""
+    return pattern.by_latent(backend_for(pattern.indices_N).sort_by_latent)
+
+
+def sum_by_latent(values_N: Tensor, pattern: SparsePattern) -> Tensor:
     """The sum of each latent's values, [F]."""
-    return _SumByLatent.apply(values_N, entries)
+    return _SumByLatent.apply(values_N, pattern)
 
 
 class _EncodeSparse(Function):
@@ -129,52 +137,57 @@ class _EncodeSparse(Function):
         b_dec_D: Tensor | None,
         x_BD: Tensor,
         values_N: Tensor,
-        entries: Entries,
+        pattern: SparsePattern,
     ) -> Tensor:
         ctx.save_for_backward(W_FD, x_BD)
-        ctx.entries = entries
+        ctx.pattern = pattern
         return values_N.view_as(values_N)
 
     @staticmethod
     def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor | None, ...]:
         W_FD, x_BD = ctx.saved_tensors
-        if ctx.entries.valid_N is not None:
-            g_N = torch.where(ctx.entries.valid_N, g_N, 0)
-        d_W_FD, d_b_F = form(W_FD).encode_backward(g_N.contiguous(), x_BD, ctx.entries)
+        if ctx.pattern.valid_N is not None:
+            g_N = torch.where(ctx.pattern.valid_N, g_N, 0)
+        d_W_FD, d_b_F = backend_for(W_FD).encode_backward(g_N.contiguous(), x_BD, ctx.pattern)
         return d_W_FD, d_b_F, -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None, None, None, None
 
 
 def encode_sparse(
-    W_FD: Tensor, b_F: Tensor, b_dec_D: Tensor | None, centred_BD: Tensor, values_N: Tensor, entries: Entries
+    W_FD: Tensor,
+    b_F: Tensor,
+    b_dec_D: Tensor | None,
+    centred_BD: Tensor,
+    values_N: Tensor,
+    pattern: SparsePattern,
 ) -> Tensor:
-    """The pre-activations of the entries, [N], differentiable in W_enc, b_enc and b_dec (where x was centred
+    """The pre-activations of the pattern, [N], differentiable in W_enc, b_enc and b_dec (where x was centred
     by it).
 
     x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of
     [B, F] with it.
     """
-    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centred_BD, values_N, entries)
+    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centred_BD, values_N, pattern)
 
 
 class _Decode(Function):
     @staticmethod
-    def forward(ctx: Any, values_N: Tensor, W_FD: Tensor, entries: Entries) -> Tensor:
+    def forward(ctx: Any, values_N: Tensor, W_FD: Tensor, pattern: SparsePattern) -> Tensor:
         ctx.save_for_backward(values_N, W_FD)
-        ctx.entries = entries
-        return form(W_FD).decode(values_N, W_FD, entries)
+        ctx.pattern = pattern
+        return backend_for(W_FD).decode(values_N, W_FD, pattern)
 
     @staticmethod
     def backward(ctx: Any, g_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values_N, W_FD = ctx.saved_tensors
-        d_values_N, d_W_FD = form(W_FD).decode_backward(
-            g_RD.contiguous(), values_N, W_FD, ctx.entries, ctx.needs_input_grad[1]
+        d_values_N, d_W_FD = backend_for(W_FD).decode_backward(
+            g_RD.contiguous(), values_N, W_FD, ctx.pattern, ctx.needs_input_grad[1]
         )
         return d_values_N, d_W_FD, None
 
 
-def decode(values_N: Tensor, W_FD: Tensor, entries: Entries) -> Tensor:
+def decode(values_N: Tensor, W_FD: Tensor, pattern: SparsePattern) -> Tensor:
     """For each bag the sum of value times the latent's row of W, [R, D]."""
-    return _Decode.apply(values_N.contiguous(), W_FD, entries)
+    return _Decode.apply(values_N.contiguous(), W_FD, pattern)
 
 
 # --- the dense layout ---------------------------------------------------------------------------------------
@@ -204,7 +217,7 @@ class _EncodeDense(Function):
         bf16: bool,
     ) -> tuple[Tensor, ...]:
         values_BF, mask_BF = buffer(W_FD), buffer(W_FD, torch.bool)
-        sums_F, counts_F = form(W_FD).split(pre_BF, threshold, values_BF, mask_BF)
+        sums_F, counts_F = backend_for(W_FD).threshold_dense(pre_BF, threshold, values_BF, mask_BF)
         ctx.save_for_backward(W_FD, x_BD, mask_BF)
         ctx.mark_non_differentiable(mask_BF, counts_F)
         ctx.set_materialize_grads(False)
@@ -223,7 +236,7 @@ class _EncodeDense(Function):
         else:
             g_BF = torch.add(first_BF, second_BF, out=d_BF)
         # what is infinite off the support (p < 1) does not count
-        d_b_F = form(W_FD).select(mask_BF, g_BF, d_BF, None if g_F is None else g_F.contiguous())
+        d_b_F = backend_for(W_FD).masked_copy(mask_BF, g_BF, d_BF, None if g_F is None else g_F.contiguous())
         d_BF, x_BD = _operands(ctx.bf16, d_BF, x_BD)
         d_b_dec_D = -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None
         return (d_BF.T @ x_BD).to(W_FD.dtype), d_b_F, d_b_dec_D, None, None, None, None, None
@@ -267,8 +280,10 @@ def _gradients(
             inputs = [t.detach().requires_grad_() for t in (values_BF[rows], *w_F)]
             made = function(*inputs)
         if g_BF is None:
-            total += form(made).select(mask_BF[rows], made.detach(), d_BF[rows]).sum()
-        form(made).select(mask_BF[rows], one.expand(made.shape) if g_BF is None else g_BF[rows], d_BF[rows])
+            total += backend_for(made).masked_copy(mask_BF[rows], made.detach(), d_BF[rows]).sum()
+        backend_for(made).masked_copy(
+            mask_BF[rows], one.expand(made.shape) if g_BF is None else g_BF[rows], d_BF[rows]
+        )
         d_values, *parts = torch.autograd.grad(made, inputs, d_BF[rows], allow_unused=True)
         for d_F, part_F in zip(d_w_F, parts, strict=True):
             d_F += 0 if part_F is None else part_F
@@ -310,7 +325,7 @@ class _MapDense(Function):
         ctx.function, ctx.buffer = function, buffer
         out_BF = buffer(values_BF)
         for rows in by_rows(values_BF):
-            form(values_BF).select(mask_BF[rows], function(values_BF[rows], *w_F), out_BF[rows])
+            backend_for(values_BF).masked_copy(mask_BF[rows], function(values_BF[rows], *w_F), out_BF[rows])
         return out_BF
 
     @staticmethod
@@ -335,7 +350,7 @@ class _TotalDense(Function):
             total, out_BF = values_BF.new_zeros(()), buffer(values_BF)
             for rows in by_rows(values_BF):
                 made = function(values_BF[rows], *w_F)
-                total += form(made).select(mask_BF[rows], made, out_BF[: len(made)]).sum()
+                total += backend_for(made).masked_copy(mask_BF[rows], made, out_BF[: len(made)]).sum()
             return total
         total, d_BF, d_w_F = _gradients(function, None, values_BF, mask_BF, buffer, w_F)
         ctx.buffer, ctx.through_values = buffer, d_BF is not None
@@ -367,7 +382,7 @@ def total_dense(
 @torch.no_grad()
 def count_positive(values_BF: Tensor) -> Tensor:
     """On how many tokens each latent is positive, float32 [F]."""
-    return form(values_BF).count_positive(values_BF)
+    return backend_for(values_BF).count_positive(values_BF)
 
 
 class _DecodeDense(Function):

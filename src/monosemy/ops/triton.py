@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.entries import Entries, Selection
-from monosemy.ops.torch import Constraint, estimate  # noqa: F401
+from monosemy.ops.pattern import Selection, SparsePattern
+from monosemy.ops.reference import AdamStep, Constraint, estimate  # noqa: F401
 
 # --- selections: the kernels --------------------------------------------------------------------------------
 #
@@ -136,11 +136,11 @@ def _digits(counts_P256, n, PASSES: tl.constexpr):
 
 @triton.jit
 def _bound_rows_kernel(
-    pre_BF, among_F, starts_B1, bounds_B, shares_BM, F: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr
+    pre_BF, among_F, offsets_B1, bounds_B, shares_BM, F: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr
 ):
     """A bound for the k largest of a token, and the shares that reach it."""
     row = tl.program_id(0)
-    k = tl.load(starts_B1 + row + 1) - tl.load(starts_B1 + row)
+    k = tl.load(offsets_B1 + row + 1) - tl.load(offsets_B1 + row)
     if k > 0:
         largest_M = _maxima(pre_BF, among_F, row, F, M)
         bound = _least(_kth(_keys(largest_M, BITS), k, BITS), BITS)
@@ -298,7 +298,7 @@ def _count_kernel(
 
 
 @triton.jit
-def _starts_kernel(greater_B, equal_B, starts_B1, B, limit, BLOCK: tl.constexpr):
+def _starts_kernel(greater_B, equal_B, offsets_B1, B, limit, BLOCK: tl.constexpr):
     """Where each token's entries begin, of all that is greater and, if counted, of the first that are equal,
     up to the limit."""
     left = 0
@@ -308,7 +308,7 @@ def _starts_kernel(greater_B, equal_B, starts_B1, B, limit, BLOCK: tl.constexpr)
             left -= tl.sum(tl.load(greater_B + rows, mask=rows < B, other=0), 0)
         left += limit
     taken, equals = 0, 0
-    tl.store(starts_B1, 0)
+    tl.store(offsets_B1, 0)
     for first in range(0, B, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         numbers = tl.load(greater_B + rows, mask=rows < B, other=0)
@@ -317,7 +317,7 @@ def _starts_kernel(greater_B, equal_B, starts_B1, B, limit, BLOCK: tl.constexpr)
             before = equals + tl.cumsum(equal, 0) - equal
             numbers += tl.minimum(tl.maximum(left - before, 0), equal)
             equals += tl.sum(equal, 0)
-        tl.store(starts_B1 + 1 + rows, tl.minimum(taken + tl.cumsum(numbers, 0), limit), mask=rows < B)
+        tl.store(offsets_B1 + 1 + rows, tl.minimum(taken + tl.cumsum(numbers, 0), limit), mask=rows < B)
         taken += tl.sum(numbers, 0)
 
 
@@ -328,8 +328,8 @@ def _pick_kernel(
     lists_BC,
     counts_P256,
     n,
-    starts_B1,
-    latents_N,
+    offsets_B1,
+    indices_N,
     values_N,
     F: tl.constexpr,
     C: tl.constexpr,
@@ -337,8 +337,8 @@ def _pick_kernel(
 ):
     """Write what a token keeps: as many of its largest as its starts say."""
     row = tl.program_id(0)
-    begin = tl.load(starts_B1 + row)
-    k = tl.load(starts_B1 + row + 1) - begin
+    begin = tl.load(offsets_B1 + row)
+    k = tl.load(offsets_B1 + row + 1) - begin
     if k > 0:
         length, used = _length(lists_BC, row, F, C)
         if counts_P256 is not None:
@@ -357,7 +357,7 @@ def _pick_kernel(
             nth = equals + tl.cumsum(equal.to(tl.int32), 0)
             kept = (there & (keys > key)) | (equal & (nth <= k - more))
             places = begin + taken + tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(latents_N + places, latents, mask=kept)
+            tl.store(indices_N + places, latents, mask=kept)
             tl.store(values_N + places, x, mask=kept)
             taken += tl.sum(kept.to(tl.int32), 0)
             equals += tl.sum(equal.to(tl.int32), 0)
@@ -390,8 +390,8 @@ def _above_kernel(
     pre_BF,
     threshold,
     shares_BM,
-    starts_B1,
-    latents_N,
+    offsets_B1,
+    indices_N,
     values_N,
     F: tl.constexpr,
     M: tl.constexpr,
@@ -401,8 +401,8 @@ def _above_kernel(
     """Write what of a token is above the threshold, as much as there is room for."""
     row = tl.program_id(0)
     noted_M = shares_BM + tl.cast(row, tl.int64) * (M + 1)
-    place = tl.load(starts_B1 + row)
-    end = tl.load(starts_B1 + row + 1)
+    place = tl.load(offsets_B1 + row)
+    end = tl.load(offsets_B1 + row + 1)
     number = tl.where(place < end, tl.load(noted_M), 0)
     for first in range(0, F, M):
         for s in range(0, number, BLOCK):
@@ -411,7 +411,7 @@ def _above_kernel(
             )
             over = _over(x, allowed, cols, threshold, EACH)
             places = place + tl.cumsum(over.to(tl.int32), 0) - 1
-            tl.store(latents_N + places, cols, mask=over & (places < end))
+            tl.store(indices_N + places, cols, mask=over & (places < end))
             tl.store(values_N + places, x, mask=over & (places < end))
             place += tl.sum(over.to(tl.int32), 0)
 
@@ -449,14 +449,14 @@ def _room(pre_BF: Tensor, *sizes: int) -> list[Tensor]:
 def _starts(greater_B: Tensor, equal_B: Tensor | None, limit: int) -> Tensor:
     """Where each token's entries begin, and where the last's end, [B + 1]."""
     B = len(greater_B)
-    starts_B1 = greater_B.new_empty(B + 1)
-    _starts_kernel[(1,)](greater_B, equal_B, starts_B1, B, limit, BLOCK=1024)
-    return starts_B1
+    offsets_B1 = greater_B.new_empty(B + 1)
+    _starts_kernel[(1,)](greater_B, equal_B, offsets_B1, B, limit, BLOCK=1024)
+    return offsets_B1
 
 
-def _padding(starts_B1: Tensor, N: int) -> Selection:
+def _padding(offsets_B1: Tensor, N: int) -> Selection:
     """A list with nothing written into it yet."""
-    return Selection(starts_B1.new_zeros(N), starts_B1, starts_B1.new_zeros(N, dtype=torch.float32))
+    return Selection(offsets_B1.new_zeros(N), offsets_B1, offsets_B1.new_zeros(N, dtype=torch.float32))
 
 
 def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
@@ -464,7 +464,7 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     to k. Capacity B k."""
     (B, F), k, bits = pre_BF.shape, min(k, pre_BF.shape[1]), _bits(pre_BF)
     kept = k if among_F is None else among_F.sum(dtype=torch.int32).clamp(max=k)
-    latents_N, starts_B1, values_N = picked = _padding(
+    indices_N, offsets_B1, values_N = picked = _padding(
         torch.arange(B + 1, dtype=torch.int32, device=pre_BF.device) * kept, B * k
     )
     among = None if among_F is None else among_F.view(torch.uint8)
@@ -472,7 +472,7 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     shares_BM, lists_BC = _room(pre_BF, M, C)
     bounds_B = torch.empty(B, device=pre_BF.device)
     _bound_rows_kernel[(B,)](
-        pre_BF, among, starts_B1, bounds_B, shares_BM, F=F, M=M, BITS=bits, num_warps=_warps(M)
+        pre_BF, among, offsets_B1, bounds_B, shares_BM, F=F, M=M, BITS=bits, num_warps=_warps(M)
     )
     _list_kernel[(B,)](
         pre_BF, among, bounds_B, shares_BM, lists_BC, F=F, C=C, M=M, BLOCK=min(M, 256), num_warps=2
@@ -483,8 +483,8 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
         lists_BC,
         None,
         0,
-        starts_B1,
-        latents_N,
+        offsets_B1,
+        indices_N,
         values_N,
         F=F,
         C=C,
@@ -521,15 +521,15 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
     _count_kernel[(B,)](
         pre_BF, lists_BC, exact_P256, n, greater_B, equal_B, F=F, C=C, BITS=bits, BLOCK=min(C, 1024)
     )
-    latents_N, starts_B1, values_N = picked = _padding(_starts(greater_B, equal_B, n), n)
+    indices_N, offsets_B1, values_N = picked = _padding(_starts(greater_B, equal_B, n), n)
     _pick_kernel[(B,)](
         pre_BF,
         None,
         lists_BC,
         exact_P256,
         n,
-        starts_B1,
-        latents_N,
+        offsets_B1,
+        indices_N,
         values_N,
         F=F,
         C=C,
@@ -568,24 +568,24 @@ def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None
     """Everything above a threshold: a number, or one for each latent [F]. What exceeds the capacity (else B
     F) is left out.
 
-    So if `starts_B1[-1]` is the capacity, something may be missing; `count_above` knows.
+    So if `offsets_B1[-1]` is the capacity, something may be missing; `count_above` knows.
     """
     numbers_B, threshold, shares_BM, sizes = _count_above(pre_BF, threshold)
     capacity = pre_BF.numel() if capacity is None else capacity
-    latents_N, starts_B1, values_N = picked = _padding(_starts(numbers_B, None, capacity), capacity)
-    outputs, block = (starts_B1, latents_N, values_N), min(sizes["M"], 256)
+    indices_N, offsets_B1, values_N = picked = _padding(_starts(numbers_B, None, capacity), capacity)
+    outputs, block = (offsets_B1, indices_N, values_N), min(sizes["M"], 256)
     _above_kernel[(len(pre_BF),)](pre_BF, threshold, shares_BM, *outputs, **sizes, BLOCK=block, num_warps=2)
     return picked
 
 
-def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
+def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
     """The places of the entries in order of latents, int32 [N], padding last, and where each latent's begin,
     int32 [F + 1]."""
     narrow = torch.int16 if F < 2**15 else torch.int32  # half the digits to sort by
-    padding_N = torch.arange(len(latents_N), device=latents_N.device) >= starts_R1[-1]
-    sorted_N, order_N = latents_N.masked_fill(padding_N, F).to(narrow).sort(stable=True)
+    padding_N = torch.arange(len(indices_N), device=indices_N.device) >= offsets_R1[-1]
+    sorted_N, order_N = indices_N.masked_fill(padding_N, F).to(narrow).sort(stable=True)
     return order_N.int(), torch.searchsorted(
-        sorted_N, torch.arange(F + 1, dtype=narrow, device=latents_N.device), out_int32=True
+        sorted_N, torch.arange(F + 1, dtype=narrow, device=indices_N.device), out_int32=True
     )
 
 
@@ -595,11 +595,11 @@ CHUNK = 128  # entries of a latent that one program takes
 
 
 @triton.jit
-def _sum_kernel(values_N, order_N, starts_F1, sums_F, F, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr):
+def _sum_kernel(values_N, order_N, offsets_F1, sums_F, F, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sum the values of some latents."""
     latents = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    begin = tl.load(starts_F1 + latents, mask=latents < F, other=0)
-    number = tl.load(starts_F1 + latents + 1, mask=latents < F, other=0) - begin
+    begin = tl.load(offsets_F1 + latents, mask=latents < F, other=0)
+    number = tl.load(offsets_F1 + latents + 1, mask=latents < F, other=0) - begin
     total = tl.zeros([BLOCK_F], tl.float32)
     for first in range(0, tl.max(number, 0), BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)[None, :]
@@ -613,8 +613,8 @@ def _sum_kernel(values_N, order_N, starts_F1, sums_F, F, BLOCK_F: tl.constexpr, 
 def _decode_kernel(
     values_N,
     W_FD,
-    latents_N,
-    starts_R1,
+    indices_N,
+    offsets_R1,
     out_RD,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -623,12 +623,12 @@ def _decode_kernel(
     """Sum value times row of W over a bag, for a block of D."""
     bag = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    end = tl.load(starts_R1 + bag + 1)
+    end = tl.load(offsets_R1 + bag + 1)
     total_D = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(tl.load(starts_R1 + bag), end, BLOCK_N):
+    for first in range(tl.load(offsets_R1 + bag), end, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         values = tl.load(values_N + at, mask=at < end, other=0)
-        latents = tl.load(latents_N + at, mask=at < end, other=0).to(tl.int64)
+        latents = tl.load(indices_N + at, mask=at < end, other=0).to(tl.int64)
         W = tl.load(
             W_FD + latents[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
         )
@@ -645,15 +645,15 @@ def _decode_kernel(
 
 
 @triton.jit
-def _piece(piece, latents_N, order_N, starts_F1, F, CHUNK: tl.constexpr):
+def _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK: tl.constexpr):
     """The latent of a piece and the places in the order where it begins and ends; these are equal where there
     is nothing."""
     cut = tl.maximum(piece - F, 0) * CHUNK
-    inside = (piece >= F) & (cut < tl.load(starts_F1 + F))
-    across = tl.load(latents_N + tl.load(order_N + cut, mask=inside, other=0), mask=inside, other=0)
+    inside = (piece >= F) & (cut < tl.load(offsets_F1 + F))
+    across = tl.load(indices_N + tl.load(order_N + cut, mask=inside, other=0), mask=inside, other=0)
     latent = tl.where(piece < F, piece, across)
-    begin = tl.load(starts_F1 + latent)
-    end = tl.load(starts_F1 + latent + 1)
+    begin = tl.load(offsets_F1 + latent)
+    end = tl.load(offsets_F1 + latent + 1)
     inside = inside & (begin < cut)
     begin = tl.where(piece < F, begin, cut)
     end = tl.minimum(end, (begin // CHUNK + 1) * CHUNK)
@@ -665,10 +665,10 @@ def _by_latent_kernel(
     rows_RD,
     values_N,
     W_FD,
-    latents_N,
+    indices_N,
     bags_N,
     order_N,
-    starts_F1,
+    offsets_F1,
     d_values_N,
     pieces_D,
     F,
@@ -680,7 +680,7 @@ def _by_latent_kernel(
     """For the entries of a piece: the products of their bags' rows with the latent's row of W, and the sum of
     value times row."""
     piece = tl.program_id(0)
-    latent, begin, end = _piece(piece, latents_N, order_N, starts_F1, F, CHUNK)
+    latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total_D = tl.zeros([BLOCK_D], tl.float32)
     if W_FD is not None:
@@ -706,15 +706,15 @@ def _by_latent_kernel(
 
 @triton.jit
 def _join_kernel(
-    latents_N, order_N, starts_F1, pieces_D, F, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
+    indices_N, order_N, offsets_F1, pieces_D, F, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Add a latent's later pieces to its first; the program of the second does so."""
     piece = F + tl.program_id(0)
-    latent, begin, end = _piece(piece, latents_N, order_N, starts_F1, F, CHUNK)
-    if (begin < end) & (tl.load(starts_F1 + latent) >= begin - CHUNK):
+    latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
+    if (begin < end) & (tl.load(offsets_F1 + latent) >= begin - CHUNK):
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total_D = tl.load(pieces_D + latent.to(tl.int64) * D + d, mask=d < D, other=0)
-        for cut in range(begin, tl.load(starts_F1 + latent + 1), CHUNK):
+        for cut in range(begin, tl.load(offsets_F1 + latent + 1), CHUNK):
             total_D += tl.load(pieces_D + tl.cast(F + cut // CHUNK, tl.int64) * D + d, mask=d < D, other=0)
         tl.store(pieces_D + latent.to(tl.int64) * D + d, total_D, mask=d < D)
 
@@ -734,49 +734,49 @@ def _tile(D: int, most: int) -> dict[str, int]:
     }
 
 
-def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
+def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
     """The sum of each latent's values, [F]."""
     _floats(values_N=values_N)
     sums_F = values_N.new_empty(e.F)
-    _sum_kernel[(cdiv(e.F, 16),)](values_N, *e.by_latent, sums_F, e.F, BLOCK_F=16, BLOCK_N=64)
+    _sum_kernel[(cdiv(e.F, 16),)](values_N, *e.by_latent(sort_by_latent), sums_F, e.F, BLOCK_F=16, BLOCK_N=64)
     return sums_F
 
 
-def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
+def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     """For each bag the sum of value times the latent's row of W, [R, D]."""
     _floats(values_N=values_N, W_FD=W_FD)
     D = W_FD.shape[1]
     out_RD, tile = W_FD.new_empty(e.R, D), _tile(D, 1024)
     _decode_kernel[(e.R, cdiv(D, tile["BLOCK_D"]))](
-        values_N, W_FD, e.latents_N, e.starts_R1, out_RD, D=D, **tile
+        values_N, W_FD, e.indices_N, e.offsets_R1, out_RD, D=D, **tile
     )
     return out_RD
 
 
 def _by_latent(
-    rows_RD: Tensor, values_N: Tensor, W_FD: Tensor | None, e: Entries, weight: bool
+    rows_RD: Tensor, values_N: Tensor, W_FD: Tensor | None, e: SparsePattern, weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """By latent: the products of its bags' rows with its row of W, [N], and the sum of value times row, [F,
     D]; each if wanted."""
-    (order_N, starts_F1), N, D = e.by_latent, len(values_N), rows_RD.shape[1]
+    (order_N, offsets_F1), N, D = e.by_latent(sort_by_latent), len(values_N), rows_RD.shape[1]
     tile = _tile(D, 1024 if W_FD is None else next_power_of_2(D))
     cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
     d_values_N = None if W_FD is None else torch.zeros_like(values_N)
     pieces_D = rows_RD.new_empty(e.F + cuts, D) if weight else None
-    where = (e.latents_N, e.bags_N, order_N, starts_F1)
+    where = (e.indices_N, e.bags_N, order_N, offsets_F1)
     _by_latent_kernel[(e.F + cuts, blocks)](
         rows_RD, values_N, W_FD, *where, d_values_N, pieces_D, e.F, D=D, CHUNK=CHUNK, **tile
     )
     if pieces_D is None:
         return d_values_N, None
     _join_kernel[(cuts, blocks)](
-        e.latents_N, order_N, starts_F1, pieces_D, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"]
+        e.indices_N, order_N, offsets_F1, pieces_D, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"]
     )
     return d_values_N, pieces_D[: e.F]
 
 
 def decode_backward(
-    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D]."""
     _floats(g_RD=g_RD, values_N=values_N, W_FD=W_FD)
@@ -785,7 +785,7 @@ def decode_backward(
     return d_values_N, d_W_FD
 
 
-def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
+def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
     """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and
     b_enc, [F]. Bags are tokens."""
     _floats(g_N=g_N, x_BD=x_BD)
@@ -839,7 +839,7 @@ def _select_kernel(
     tl.store(parts_PF + tl.program_id(1) * F + cols, total, mask=cols < F)
 
 
-def split(
+def threshold_dense(
     pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B,
@@ -854,7 +854,7 @@ def split(
     return values_BF.sum(0), mask_BF.sum(0, dtype=torch.float32)
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
     """Write x, plus a number of each latent, where the mask is set and zero elsewhere; returns the sums, [F].
     x may have any strides."""
     _floats(out_BF=out_BF)
@@ -951,7 +951,7 @@ def _update_kernel(
     table,
     m,
     v,
-    shadow,
+    bf16_copy,
     lr_S,
     scale_S,
     steps_S,
@@ -988,8 +988,8 @@ def _update_kernel(
                 norm += 1.1920929e-07
             p_RC = p_RC / norm[:, None]
         tl.store(p + here, p_RC, mask=there)
-        if shadow is not None:
-            tl.store(shadow + here, p_RC.to(tl.bfloat16), mask=there)
+        if bf16_copy is not None:
+            tl.store(bf16_copy + here, p_RC.to(tl.bfloat16), mask=there)
 
 
 def _addresses(grads: Sequence[Tensor]) -> Tensor:
@@ -1043,18 +1043,7 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 
 
 def update(
-    p: Tensor,
-    grads: Sequence[Tensor],
-    m: Tensor | None,
-    v: Tensor,
-    shadow: Tensor | None,
-    *,
-    lr_S: Tensor,
-    scale_S: Tensor,
-    steps_S: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    constraint: Constraint,
+    p: Tensor, grads: Sequence[Tensor], m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
 ) -> None:
     """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one
     shape, in place.
@@ -1062,22 +1051,24 @@ def update(
     `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0)
     the first moment is the gradient itself. Gradients are only read.
     """
-    _floats(v=v, lr_S=lr_S, scale_S=scale_S, **({} if m is None else {"m": m}))
-    assert shadow is None or (shadow.is_contiguous() and shadow.dtype == torch.bfloat16), (
-        "shadow: not contiguous or not bfloat16"
+    _floats(v=v, lr_S=adam.lr_S, scale_S=adam.scale_S, **({} if m is None else {"m": m}))
+    assert bf16_copy is None or (bf16_copy.is_contiguous() and bf16_copy.dtype == torch.bfloat16), (
+        "bf16_copy: not contiguous or not bfloat16"
     )
-    table, grid, meta = _rows(p, grads, constraint)
-    per_sae = (lr_S, scale_S, steps_S)
-    _update_kernel[grid](p, table, m, v, shadow, *per_sae, BETA1=betas[0], BETA2=betas[1], EPS=eps, **meta)
+    table, grid, meta = _rows(p, grads, adam.constraint)
+    per_sae = (adam.lr_S, adam.scale_S, adam.steps_S)
+    _update_kernel[grid](
+        p, table, m, v, bf16_copy, *per_sae, BETA1=adam.betas[0], BETA2=adam.betas[1], EPS=adam.eps, **meta
+    )
 
 
 # --- ahead of time ------------------------------------------------------------------------------------------
 
 _TYPES = {
     "*u8": "among_F mask_BF",
-    "*i32": "starts_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B latents_N bags_N order_N starts_F1 starts_R1",
+    "*i32": "offsets_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B indices_N bags_N order_N offsets_F1 offsets_R1",
     "*i64": "table",
-    "*bf16": "shadow",
+    "*bf16": "bf16_copy",
     "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D sums_F add_F "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
     "i32": "n B F limit stride_B",
@@ -1147,5 +1138,5 @@ def variants(D: int = 512, F: int = 16384, k: int = 80) -> list[Variant]:
         shape = {"ALIGNED": 16} | _shape(F * D, D, constraint)
         add(_square_norms_kernel, **shape)
         add(_update_kernel, **shape, **adam)
-    add(_update_kernel, m=None, shadow=None, **shape, **adam)
+    add(_update_kernel, m=None, bf16_copy=None, **shape, **adam)
     return found

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from monosemy.ops.forms import form
-from monosemy.ops.torch import Constraint
+from monosemy.ops.backends import backend_for
+from monosemy.ops.reference import AdamStep, Constraint
 
 
 class Optimizer:
     """Adam over stacked parameters {name: [S, ..]}, with the decoder's constraint and the clipping of the
     architecture.
 
-    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `shadow` names a parameter of
+    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `bf16_copy` names a parameter of
     which a bfloat16 copy is kept up to date, for products in that precision. An SAE whose loss or gradient is
     not finite is left as it is.
     """
@@ -34,7 +34,7 @@ class Optimizer:
         clip: float | None,
         betas: tuple[float, float],
         eps: float = 1e-8,
-        shadow: str | None = None,
+        bf16_copy: str | None = None,
     ) -> None:
         self.params, self.decoder, self.constraint, self.clip, self.betas, self.eps = (
             dict(params),
@@ -48,7 +48,7 @@ class Optimizer:
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
         W = self.params[decoder]
         self.steps_S = torch.zeros(len(W), dtype=torch.float32, device=W.device)
-        self.shadow = {shadow: self.params[shadow].bfloat16()} if shadow else {}
+        self.bf16_copies = {bf16_copy: self.params[bf16_copy].bfloat16()} if bf16_copy else {}
 
     def constraint_of(self, name: str) -> Constraint:
         return self.constraint if name == self.decoder else "free"
@@ -61,7 +61,7 @@ class Optimizer:
 
         Returns which of them were updated, bool [S]: those whose loss and gradient are finite.
         """
-        ops = form(self.params[self.decoder])
+        ops = backend_for(self.params[self.decoder])
         # without clipping the gradients of vectors suffice: what is not finite in a matrix's is not finite in
         # a sum over its rows
         looked_at = (
@@ -79,18 +79,16 @@ class Optimizer:
         scale_S = torch.where(updated_S, scale_S, torch.nan)
         self.steps_S[which] += updated_S
         for name, p in self.params.items():
+            adam = AdamStep(
+                lr_S, scale_S, self.steps_S[which], self.betas, self.eps, self.constraint_of(name)
+            )
             ops.update(
                 p[which],
                 grads[name],
                 self.m[name][which] if self.m else None,
                 self.v[name][which],
-                self.shadow[name][which] if name in self.shadow else None,
-                lr_S=lr_S,
-                scale_S=scale_S,
-                steps_S=self.steps_S[which],
-                betas=self.betas,
-                eps=self.eps,
-                constraint=self.constraint_of(name),
+                self.bf16_copies[name][which] if name in self.bf16_copies else None,
+                adam,
             )
         return updated_S
 
@@ -104,5 +102,5 @@ class Optimizer:
         """Take over what `state` of an equal optimizer gave, and the parameters as they are now."""
         for name, tensor in self.state(s).items():
             tensor.copy_(state[name])
-        for name, shadow in self.shadow.items():
-            shadow[s].copy_(self.params[name][s])
+        for name, bf16_copy in self.bf16_copies.items():
+            bf16_copy[s].copy_(self.params[name][s])

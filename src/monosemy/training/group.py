@@ -65,7 +65,7 @@ class TrainerGroup:
             constraint=first.sae.constraint,
             clip=first.sae.clip,
             betas=first.sae.betas,
-            shadow="W_enc" if first.bf16 else None,
+            bf16_copy="W_enc" if first.bf16 else None,
         )
 
     def step(self, batches: Mapping[str, Tensor], step: int) -> None:
@@ -104,7 +104,7 @@ class TrainerGroup:
 
     def _forward(self, members: slice, batches: Mapping[str, Tensor], step: int) -> list[StepResult]:
         """Run the forward and backward passes of some of the SAEs."""
-        W_enc_bf16 = self.optimizer.shadow.get("W_enc")
+        W_enc_bf16 = self.optimizer.bf16_copies.get("W_enc")
         return [
             trainer.forward(
                 batches[trainer.name],

@@ -2,26 +2,27 @@
 other device or precision.
 
 Each function has a twin of the same name and signature in the fast forms. B tokens, D d_in, F latents, N
-entries, R bags, S SAEs of one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
+pattern, R bags, S SAEs of one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from monosemy.ops.entries import Entries, Estimate, Selection
+from monosemy.ops.pattern import Estimate, Selection, SparsePattern
 
 Constraint = Literal["project", "constrain", "free"]
 
 
 def estimate(
-    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, workspace: Callable[..., Tensor], bf16_FD: Tensor | None = None
 ) -> Estimate | None:
-    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays; `lend`
+    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays; `workspace`
     gives arrays to use.
 
     None as well where no bound of its error is known, which is so of numbers that are not finite.
@@ -33,10 +34,10 @@ def estimate(
 
 
 def _picked(pre_BF: Tensor, chosen_BF: Tensor) -> Selection:
-    starts_B1 = torch.nn.functional.pad(chosen_BF.sum(1).cumsum(0), (1, 0)).int()
+    offsets_B1 = torch.nn.functional.pad(chosen_BF.sum(1).cumsum(0), (1, 0)).int()
     return Selection(
         chosen_BF.nonzero()[:, 1].int(),
-        starts_B1,
+        offsets_B1,
         pre_BF[chosen_BF].to(torch.promote_types(pre_BF.dtype, torch.float32)),
     )
 
@@ -64,53 +65,53 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
 def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     """Everything above a threshold: a number, or one for each latent [F].
 
-    On a GPU the lists hold `capacity` entries.
+    On a GPU the lists hold `capacity` pattern.
     """
     return _picked(pre_BF, pre_BF > threshold)
 
 
-def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
+def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
     """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F +
     1]."""
-    order_N = latents_N.sort(stable=True).indices.int()
-    return order_N, torch.nn.functional.pad(torch.bincount(latents_N, minlength=F).cumsum(0), (1, 0)).int()
+    order_N = indices_N.sort(stable=True).indices.int()
+    return order_N, torch.nn.functional.pad(torch.bincount(indices_N, minlength=F).cumsum(0), (1, 0)).int()
 
 
 # --- sums over entries --------------------------------------------------------------------------------------
 
 
-def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
+def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
     """The sum of each latent's values, [F]."""
-    return values_N.new_zeros(e.F).index_add_(0, e.latents_N, values_N)
+    return values_N.new_zeros(e.F).index_add_(0, e.indices_N, values_N)
 
 
-def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
+def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     """For each bag the sum of value times the latent's row of W, [R, D]."""
-    return W_FD.new_zeros(e.R, W_FD.shape[1]).index_add_(0, e.bags_N, values_N[:, None] * W_FD[e.latents_N])
+    return W_FD.new_zeros(e.R, W_FD.shape[1]).index_add_(0, e.bags_N, values_N[:, None] * W_FD[e.indices_N])
 
 
 def decode_backward(
-    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D]."""
     g_ND = g_RD[e.bags_N]
-    d_values_N = (g_ND * W_FD[e.latents_N]).sum(1)
+    d_values_N = (g_ND * W_FD[e.indices_N]).sum(1)
     return d_values_N, torch.zeros_like(W_FD).index_add_(
-        0, e.latents_N, values_N[:, None] * g_ND
+        0, e.indices_N, values_N[:, None] * g_ND
     ) if weight else None
 
 
-def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
+def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
     """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and
     b_enc, [F]. Bags are tokens."""
-    d_W_FD = x_BD.new_zeros(e.F, x_BD.shape[1]).index_add_(0, e.latents_N, g_N[:, None] * x_BD[e.bags_N])
+    d_W_FD = x_BD.new_zeros(e.F, x_BD.shape[1]).index_add_(0, e.indices_N, g_N[:, None] * x_BD[e.bags_N])
     return d_W_FD, sum_by_latent(g_N, e)
 
 
 # --- the dense layout ---------------------------------------------------------------------------------------
 
 
-def split(
+def threshold_dense(
     pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B,
@@ -122,7 +123,7 @@ def split(
     return values_BF.copy_(torch.where(mask_BF, pre_BF, 0)).sum(0), mask_BF.sum(0).float()
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
     """Write x, plus a number of each latent, where the mask is set and zero elsewhere, whatever x is there;
     returns the sums, [F]."""
     return out_BF.copy_(torch.where(mask_BF, x_BF if add_F is None else x_BF + add_F, 0)).sum(0)
@@ -153,19 +154,22 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
     return torch.stack([_projected(p_s, g, constraint).pow(2).sum() for p_s, g in zip(p, grads, strict=True)])
 
 
+@dataclass(frozen=True)
+class AdamStep:
+    """One step of Adam for a parameter of S SAEs."""
+
+    lr_S: Tensor
+    scale_S: Tensor
+    """Factor on the gradient, by which it is clipped; where it is not finite the SAE is left as it is."""
+    steps_S: Tensor
+    """Updates made, this one included."""
+    betas: tuple[float, float]
+    eps: float
+    constraint: Constraint
+
+
 def update(
-    p: Tensor,
-    grads: Sequence[Tensor],
-    m: Tensor | None,
-    v: Tensor,
-    shadow: Tensor | None,
-    *,
-    lr_S: Tensor,
-    scale_S: Tensor,
-    steps_S: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    constraint: Constraint,
+    p: Tensor, grads: Sequence[Tensor], m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
 ) -> None:
     """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one
     shape, in place.
@@ -174,18 +178,21 @@ def update(
     the first moment is the gradient itself. Gradients may be overwritten.
     """
     for s, g in enumerate(grads):
-        if not scale_S[s].isfinite():
+        if not adam.scale_S[s].isfinite():
             continue
-        g = _projected(p[s], g, constraint) * scale_S[s]
-        m_s = g if m is None else m[s].lerp_(g, 1 - betas[0])
-        v[s].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        t = steps_S[s].double()
-        first, second = 1 - betas[0] ** t, 1 - betas[1] ** t
+        g = _projected(p[s], g, adam.constraint) * adam.scale_S[s]
+        m_s = g if m is None else m[s].lerp_(g, 1 - adam.betas[0])
+        v[s].mul_(adam.betas[1]).addcmul_(g, g, value=1 - adam.betas[1])
+        t = adam.steps_S[s].double()
+        first, second = 1 - adam.betas[0] ** t, 1 - adam.betas[1] ** t
         p[s].sub_(
-            lr_S[s].to(p.dtype) / first.to(p.dtype) * m_s / (v[s].sqrt() / second.sqrt().to(p.dtype) + eps)
+            adam.lr_S[s].to(p.dtype)
+            / first.to(p.dtype)
+            * m_s
+            / (v[s].sqrt() / second.sqrt().to(p.dtype) + adam.eps)
         )
-        if constraint != "free":
+        if adam.constraint != "free":
             norm = torch.linalg.vector_norm(p[s], dim=1, keepdim=True)
-            p[s].div_(norm + torch.finfo(p.dtype).eps if constraint == "project" else norm)
-        if shadow is not None:
-            shadow[s].copy_(p[s])
+            p[s].div_(norm + torch.finfo(p.dtype).eps if adam.constraint == "project" else norm)
+        if bf16_copy is not None:
+            bf16_copy[s].copy_(p[s])

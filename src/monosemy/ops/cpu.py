@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.ops.entries import Entries, Estimate, Selection
-from monosemy.ops.torch import Constraint
+from monosemy.ops.pattern import Estimate, Selection, SparsePattern
+from monosemy.ops.reference import AdamStep, Constraint
 from monosemy.system.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ TINY = 1e-18  # numbers below it have squares that float32 takes for zero, and s
 
 
 def estimate(
-    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, lend: Callable[..., Tensor], shadow_FD: Tensor | None = None
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, workspace: Callable[..., Tensor], bf16_FD: Tensor | None = None
 ) -> Estimate | None:
     """By a product of 16-bit integers; of bfloat16 numbers where W's copy in that precision is given.
 
@@ -151,18 +151,20 @@ def estimate(
     """
     B, D, F, eps = *x_BD.shape, len(W_FD), torch.finfo(torch.float32).eps
     interleaved = _call("panel")
-    if not interleaved and shadow_FD is None:
+    if not interleaved and bf16_FD is None:
         return None
     x_BD, W_FD, b_F = (t.detach().contiguous() for t in (x_BD, W_FD, b_F))
     columns_D = x_BD.square().mean(0).pow(0.25)
     columns_D = torch.where(columns_D > 0, columns_D, 1)
     of_x, of_W = torch.empty(3, B), torch.empty(3, F)  # units, norms, what rounding took
-    if shadow_FD is None:
-        x_q = lend("x in integers", x_BD, B * (D + D % 2), dtype=torch.int16)
-        W_q = lend("W in integers", x_BD, -(-F // interleaved) * interleaved * (D + D % 2), dtype=torch.int16)
+    if bf16_FD is None:
+        x_q = workspace("x in integers", x_BD, B * (D + D % 2), dtype=torch.int16)
+        W_q = workspace(
+            "W in integers", x_BD, -(-F // interleaved) * interleaved * (D + D % 2), dtype=torch.int16
+        )
         _quantise(x_BD, 1 / columns_D, 1, x_q, of_x)
         _quantise(W_FD, columns_D, interleaved, W_q, of_W)
-        pre_BF = lend("pre", x_BD, B, F)
+        pre_BF = workspace("pre", x_BD, B, F)
         _call("estimate", x_q, of_x[0], W_q, of_W[0], b_F, B, D, F, pre_BF)
         relative, of_b = 0.0, 0.0
     else:
@@ -170,7 +172,7 @@ def estimate(
         _quantise(W_FD, columns_D, 1, None, of_W)
         of_x[2], of_W[2] = BF16_UNIT * of_x[1], BF16_UNIT * of_W[1]
         pre_BF = torch.addmm(
-            b_F.bfloat16(), x_BD.bfloat16(), shadow_FD.T, out=lend("pre", x_BD, B, F, dtype=torch.bfloat16)
+            b_F.bfloat16(), x_BD.bfloat16(), bf16_FD.T, out=workspace("pre", x_BD, B, F, dtype=torch.bfloat16)
         )
         relative, of_b = 2.02 * BF16_UNIT, BF16_UNIT  # the product and its sum with b are rounded to it
     (_, norm_B, off_B), (_, norm, off), b = of_x, of_W.amax(1), b_F.abs().max()
@@ -225,12 +227,12 @@ def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Sele
     among_M = None if among_F is None else among_F.nonzero().squeeze(1).int()
     M = F if among_M is None else len(among_M)
     k = min(k, M)
-    latents_N, values_N = _int32(B * k), torch.empty(B * k)
+    indices_N, values_N = _int32(B * k), torch.empty(B * k)
     if k:
         width = _width(M, k)
         scratch = _int32(torch.get_num_threads(), -(-M // width) + 4 * M)
-        _call("top_k", pre_BF, bf16, B, F, k, width, among_M, M, exactly, scratch, latents_N, values_N)
-    return Selection(latents_N, torch.arange(B + 1, dtype=torch.int32) * k, values_N)
+        _call("top_k", pre_BF, bf16, B, F, k, width, among_M, M, exactly, scratch, indices_N, values_N)
+    return Selection(indices_N, torch.arange(B + 1, dtype=torch.int32) * k, values_N)
 
 
 def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
@@ -240,12 +242,12 @@ def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
     width = _width(F, -(-n // B))
     most_BG, bounds_B = _int32(B, -(-F // width)), _int32(B)
     shares = torch.empty(2, B + 1, 4, dtype=torch.int64)
-    latents_N, starts_B1, values_N = _int32(n), _int32(B + 1), torch.empty(n)
+    indices_N, offsets_B1, values_N = _int32(n), _int32(B + 1), torch.empty(n)
     M = max(n, _call("batch_bound", pre_BF, bf16, B, F, n, width, exactly, most_BG, bounds_B, shares))
     exact_M, candidates_M, keys_M = torch.empty(M if isinstance(pre, Estimate) else 0), _int32(M), _int32(M)
     found = (most_BG, bounds_B, shares, M, exactly, exact_M, candidates_M, keys_M)
-    _call("batch_top_k", pre_BF, bf16, B, F, n, width, *found, latents_N, starts_B1, values_N)
-    return Selection(latents_N, starts_B1, values_N)
+    _call("batch_top_k", pre_BF, bf16, B, F, n, width, *found, indices_N, offsets_B1, values_N)
+    return Selection(indices_N, offsets_B1, values_N)
 
 
 def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
@@ -258,62 +260,62 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
         )  # as tensors are compared with a number
     threshold_F = threshold.float().expand(F).contiguous()
     least_F = threshold_F - pre.relative * threshold_F.abs() if isinstance(pre, Estimate) else threshold_F
-    mask, starts_B1 = torch.empty(B, -(-F // 64), dtype=torch.int64), _int32(B + 1)
-    N = _call("above_mask", pre_BF, bf16, B, F, least_F, exactly, mask, starts_B1)
-    latents_N, values_N = _int32(N), torch.empty(N)
-    _call("above", pre_BF, bf16, B, F, mask, starts_B1, exactly, latents_N, values_N)
+    mask, offsets_B1 = torch.empty(B, -(-F // 64), dtype=torch.int64), _int32(B + 1)
+    N = _call("above_mask", pre_BF, bf16, B, F, least_F, exactly, mask, offsets_B1)
+    indices_N, values_N = _int32(N), torch.empty(N)
+    _call("above", pre_BF, bf16, B, F, mask, offsets_B1, exactly, indices_N, values_N)
     if isinstance(pre, Tensor):
-        return Selection(latents_N, starts_B1, values_N)
-    kept_N = values_N > threshold_F[latents_N]
+        return Selection(indices_N, offsets_B1, values_N)
+    kept_N = values_N > threshold_F[indices_N]
     places_N1 = torch.nn.functional.pad(kept_N.cumsum(0, dtype=torch.int32), (1, 0))
-    return Selection(latents_N[kept_N], places_N1[starts_B1], values_N[kept_N])
+    return Selection(indices_N[kept_N], places_N1[offsets_B1], values_N[kept_N])
 
 
 # --- sums over entries --------------------------------------------------------------------------------------
 
 
-def group(latents_N: Tensor, starts_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    _check(torch.int32, latents_N=latents_N)
-    N = len(latents_N)
-    order_N, starts_F1 = _int32(N), _int32(F + 1)
+def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    _check(torch.int32, indices_N=indices_N)
+    N = len(indices_N)
+    order_N, offsets_F1 = _int32(N), _int32(F + 1)
     parts = max(1, min(torch.get_num_threads(), N // F))  # as each of them counts all latents
-    _call("group", latents_N, N, F, parts, _int32(parts, F), order_N, starts_F1)
-    return order_N, starts_F1
+    _call("group", indices_N, N, F, parts, _int32(parts, F), order_N, offsets_F1)
+    return order_N, offsets_F1
 
 
-def sum_by_latent(values_N: Tensor, e: Entries) -> Tensor:
+def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
     _check(torch.float32, values_N=values_N)
-    order_N, starts_F1 = e.by_latent
+    order_N, offsets_F1 = e.by_latent(sort_by_latent)
     sums_F = torch.empty(e.F)
-    _call("sum_by_latent", values_N, order_N, starts_F1, e.F, sums_F)
+    _call("sum_by_latent", values_N, order_N, offsets_F1, e.F, sums_F)
     return sums_F
 
 
-def decode(values_N: Tensor, W_FD: Tensor, e: Entries) -> Tensor:
+def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     _check(torch.float32, values_N=values_N, W_FD=W_FD)
-    _check(torch.int32, latents_N=e.latents_N, starts_R1=e.starts_R1)
+    _check(torch.int32, indices_N=e.indices_N, offsets_R1=e.offsets_R1)
     out_RD = torch.empty(e.R, W_FD.shape[1])
-    _call("decode", values_N, W_FD, e.latents_N, e.starts_R1, e.R, W_FD.shape[1], out_RD)
+    _call("decode", values_N, W_FD, e.indices_N, e.offsets_R1, e.R, W_FD.shape[1], out_RD)
     return out_RD
 
 
 def _by_latent(
-    rows_RD: Tensor, e: Entries, values_N: Tensor | None, W_FD: Tensor | None
+    rows_RD: Tensor, e: SparsePattern, values_N: Tensor | None, W_FD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """For each latent the sum of value times the bag's row over its entries, [F, D], and each entry's dot
+    """For each latent the sum of value times the bag's row over its pattern, [F, D], and each entry's dot
     product of that row with W's, [N].
 
     Without values there are no sums, without W no dot products.
     """
     _check(torch.float32, rows_RD=rows_RD, values_N=values_N, W_FD=W_FD)
-    (order_N, starts_F1), (N, D) = e.by_latent, (len(e.latents_N), rows_RD.shape[1])
+    (order_N, offsets_F1), (N, D) = e.by_latent(sort_by_latent), (len(e.indices_N), rows_RD.shape[1])
     sums_FD, dots_N = torch.empty(0 if values_N is None else e.F, D), torch.empty(0 if W_FD is None else N)
     parts = 2 * N // CHUNK  # at most
     partial, places = torch.empty(parts, D), _int32(parts, 2)
     _call(
         "by_latent",
         order_N,
-        starts_F1,
+        offsets_F1,
         e.bags_N,
         e.F,
         D,
@@ -330,13 +332,13 @@ def _by_latent(
 
 
 def decode_backward(
-    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: Entries, weight: bool
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     d_W_FD, d_values_N = _by_latent(g_RD, e, values_N if weight else None, W_FD)
     return d_values_N, d_W_FD if weight else None
 
 
-def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
+def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
     d_W_FD, _ = _by_latent(x_BD.contiguous(), e, g_N, None)
     return d_W_FD, sum_by_latent(g_N, e)
 
@@ -344,7 +346,7 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: Entries) -> tuple[Tensor, Tens
 # --- the dense layout ---------------------------------------------------------------------------------------
 
 
-def split(
+def threshold_dense(
     pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
 ) -> tuple[Tensor, Tensor]:
     bf16 = _kind(pre_BF)
@@ -359,7 +361,7 @@ def split(
     return sums_F, counts_F
 
 
-def select(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
     x_BF = x_BF.contiguous()
     _check(torch.float32, x_BF=x_BF, out_BF=out_BF, add_F=add_F)
     _check(torch.bool, mask_BF=mask_BF)
@@ -404,33 +406,22 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 
 
 def update(
-    p: Tensor,
-    grads: Sequence[Tensor],
-    m: Tensor | None,
-    v: Tensor,
-    shadow: Tensor | None,
-    *,
-    lr_S: Tensor,
-    scale_S: Tensor,
-    steps_S: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    constraint: Constraint,
+    p: Tensor, grads: Sequence[Tensor], m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
 ) -> None:
     _check(torch.float32, p=p, m=m, v=v)
-    _check(torch.bfloat16, shadow=shadow)
+    _check(torch.bfloat16, bf16_copy=bf16_copy)
     grads = [g.contiguous() for g in grads]
-    numbers = [t.double().contiguous() for t in (lr_S, scale_S, steps_S)]
+    numbers = [t.double().contiguous() for t in (adam.lr_S, adam.scale_S, adam.steps_S)]
     _call(
         "update",
         p,
         _addresses(grads, p),
         m,
         v,
-        shadow,
-        *_sizes(p, constraint),
+        bf16_copy,
+        *_sizes(p, adam.constraint),
         *numbers,
-        *betas,
-        eps,
-        CONSTRAINTS[constraint],
+        *adam.betas,
+        adam.eps,
+        CONSTRAINTS[adam.constraint],
     )

@@ -1,4 +1,4 @@
-"""Which form of the ops runs: the fastest that fits a tensor's device and precision."""
+"""Backend dispatch: the fastest module of ops that fits a tensor's device and precision."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from monosemy.ops.entries import Estimate
+from monosemy.ops.pattern import Estimate
 
 _forced: list[str] = []
 
 
-def form(tensor: Tensor | Estimate) -> ModuleType:
+def backend_for(tensor: Tensor | Estimate) -> ModuleType:
     """The module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the plain
     meaning elsewhere.
 
     An estimate is read by the form that makes them.
     """
     if isinstance(tensor, Estimate):
-        return import_module("monosemy.ops.compiled")
+        return import_module("monosemy.ops.cpu")
     return import_module(f"monosemy.ops.{_forced[-1] if _forced else _fastest(tensor)}")
 
 
 def _fastest(tensor: Tensor) -> str:
     if tensor.dtype == torch.float64 or tensor.device.type not in ("cpu", "cuda"):
-        return "torch"
+        return "reference"
     if tensor.is_cuda:
         return "triton"
-    return "compiled" if import_module("monosemy.ops.compiled").available() else "aten"
+    return "cpu" if import_module("monosemy.ops.cpu").available() else "aten"
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
+def use_backend(name: str) -> Iterator[None]:
     """Run the ops in one form, "torch", "aten", "compiled" or "triton": for tests and comparisons."""
     _forced.append(name)
     try:

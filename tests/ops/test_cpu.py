@@ -1,6 +1,6 @@
 """The compiled ops against their plain meaning, in float64 where they sum.
 
-B tokens, D d_in, F latents, N entries, R bags, S SAEs.
+B tokens, D d_in, F latents, N pattern, R bags, S SAEs.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from monosemy.ops import Workspace, compiled
-from monosemy.ops import torch as plain
-from monosemy.ops.entries import Entries
+from monosemy.ops import Workspace, cpu, reference
+from monosemy.ops.pattern import SparsePattern
+from monosemy.ops.reference import AdamStep
 
-built = pytest.mark.skipif(not compiled.available(), reason="no C compiler here")
+built = pytest.mark.skipif(not cpu.available(), reason="no C compiler here")
 linux = pytest.mark.skipif(
     not Path("/proc/self/maps").exists(), reason="what a process has loaded is known on Linux"
 )
@@ -68,11 +68,11 @@ SHAPES = [(1, 1), (3, 64), (5, 7), (33, 130), (2, 5000), (70, 1025)]
 def test_selections_are_exact(B, F, values, dtype):
     pre_BF = VALUES[values](draw(B, F)).to(dtype)
     for k in {1, 2, max(F // 300, 1), max(F // 9, 1), F}:
-        equal(compiled.top_k(pre_BF, k), plain.top_k(pre_BF, k))
-        equal(compiled.batch_top_k(pre_BF, B * k), plain.batch_top_k(pre_BF, B * k))
-    equal(compiled.batch_top_k(pre_BF, 1), plain.batch_top_k(pre_BF, 1))
+        equal(cpu.top_k(pre_BF, k), reference.top_k(pre_BF, k))
+        equal(cpu.batch_top_k(pre_BF, B * k), reference.batch_top_k(pre_BF, B * k))
+    equal(cpu.batch_top_k(pre_BF, 1), reference.batch_top_k(pre_BF, 1))
     for threshold in (0.0, -0.0, 0.3, -1, torch.tensor(0.7), 1e9, -torch.inf, draw(F, seed=1)):
-        equal(compiled.above(pre_BF, threshold), plain.above(pre_BF, threshold))
+        equal(cpu.above(pre_BF, threshold), reference.above(pre_BF, threshold))
 
 
 @built
@@ -90,11 +90,11 @@ def test_top_k_among_some_latents(among, values, dtype):
     }[among].bool()
     latents_M = among_F.nonzero().squeeze(1)
     for k in (1, 3, 80, F):
-        latents_N, starts_B1, values_N = compiled.top_k(pre_BF, k, among_F)
-        columns = plain.top_k(pre_BF[:, latents_M], min(k, len(latents_M)))
+        indices_N, offsets_B1, values_N = cpu.top_k(pre_BF, k, among_F)
+        columns = reference.top_k(pre_BF[:, latents_M], min(k, len(latents_M)))
         equal(
-            (latents_N, starts_B1, values_N),
-            (latents_M[columns.latents_N].int(), columns.starts_B1, columns.values_N),
+            (indices_N, offsets_B1, values_N),
+            (latents_M[columns.indices_N].int(), columns.offsets_B1, columns.values_N),
         )
 
 
@@ -104,14 +104,14 @@ def test_what_is_not_a_number_is_survived():
     pre_BF[draw(20, 600, seed=1) > 0.5] = torch.nan
     pre_BF[:4] = -torch.tensor(torch.nan)
     for picked, n in (
-        (compiled.top_k(pre_BF, 9), 180),
-        (compiled.batch_top_k(pre_BF, 500), 500),
-        (compiled.top_k(pre_BF, 600), 12_000),
+        (cpu.top_k(pre_BF, 9), 180),
+        (cpu.batch_top_k(pre_BF, 500), 500),
+        (cpu.top_k(pre_BF, 600), 12_000),
     ):
-        entries = Entries(picked.latents_N, picked.starts_B1, 600)
-        assert len(picked.latents_N) == n == picked.starts_B1[-1]
-        assert (entries.bags_N * 600 + entries.latents_N).diff().min() > 0 and entries.latents_N.max() < 600
-    assert compiled.above(pre_BF, torch.nan).starts_B1.max() == 0
+        pattern = SparsePattern(picked.indices_N, picked.offsets_B1, 600)
+        assert len(picked.indices_N) == n == picked.offsets_B1[-1]
+        assert (pattern.bags_N * 600 + pattern.indices_N).diff().min() > 0 and pattern.indices_N.max() < 600
+    assert cpu.above(pre_BF, torch.nan).offsets_B1.max() == 0
 
 
 # --- estimates ----------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def estimated(B, D, F, operands, bf16):
     """An estimate, the exact pre-activations in float64, and for each token what float32 may lose of them."""
     x_BD, W_FD = OPERANDS[operands](draw(B, D), draw(F, D, seed=1))
     b_F = 0.1 * draw(F, seed=2)
-    estimate = compiled.estimate(x_BD, W_FD, b_F, Workspace(), W_FD.bfloat16() if bf16 else None)
+    estimate = cpu.estimate(x_BD, W_FD, b_F, Workspace(), W_FD.bfloat16() if bf16 else None)
     if estimate is None:
         pytest.skip("no product of integers on this processor")
     lost_B = 1e-6 * (x_BD.abs().double() @ W_FD.abs().double().T + b_F.abs()).amax(1)
@@ -174,30 +174,30 @@ def test_what_is_picked_of_an_estimate_is_exact(B, D, F, operands, bf16):
     thresholds_F = middle + 0.3 * draw(F, seed=3)
     for k in {1, max(F // 20, 1), F}:
         cases = {
-            "top_k": (compiled.top_k(estimate, k), torch.ones(F, dtype=torch.bool), None),
-            "among": (compiled.top_k(estimate, k, among_F), among_F, None),
-            "batch": (compiled.batch_top_k(estimate, B * k), torch.ones(F, dtype=torch.bool), None),
-            "above": (compiled.above(estimate, float(middle)), torch.ones(F, dtype=torch.bool), middle),
+            "top_k": (cpu.top_k(estimate, k), torch.ones(F, dtype=torch.bool), None),
+            "among": (cpu.top_k(estimate, k, among_F), among_F, None),
+            "batch": (cpu.batch_top_k(estimate, B * k), torch.ones(F, dtype=torch.bool), None),
+            "above": (cpu.above(estimate, float(middle)), torch.ones(F, dtype=torch.bool), middle),
             "above each": (
-                compiled.above(estimate, thresholds_F.float()),
+                cpu.above(estimate, thresholds_F.float()),
                 torch.ones(F, dtype=torch.bool),
                 thresholds_F,
             ),
         }
         for case, (picked, allowed_F, threshold) in cases.items():
-            e = Entries(picked.latents_N, picked.starts_B1, F)
-            tokens_N, latents_N = e.bags_N.long(), picked.latents_N.long()
-            assert ((tokens_N * F + latents_N).diff() > 0).all()
-            assert ((picked.values_N - exact_BF[tokens_N, latents_N]).abs() <= lost_B[tokens_N]).all()
+            e = SparsePattern(picked.indices_N, picked.offsets_B1, F)
+            tokens_N, indices_N = e.bags_N.long(), picked.indices_N.long()
+            assert ((tokens_N * F + indices_N).diff() > 0).all()
+            assert ((picked.values_N - exact_BF[tokens_N, indices_N]).abs() <= lost_B[tokens_N]).all()
             mask_BF = torch.zeros(B, F, dtype=torch.bool)
-            mask_BF[tokens_N, latents_N] = True
+            mask_BF[tokens_N, indices_N] = True
             assert not mask_BF[:, ~allowed_F].any()
             if threshold is not None:
                 assert (mask_BF == (exact_BF > threshold))[
                     (exact_BF - threshold).abs() > 2 * lost_B[:, None]
                 ].all(), case
                 continue
-            assert len(latents_N) == B * min(k, int(allowed_F.sum()))
+            assert len(indices_N) == B * min(k, int(allowed_F.sum()))
             # the least that was picked and the most that was left, of each token, or of all
             least_B = torch.where(mask_BF, exact_BF + 2 * lost_B[:, None], torch.inf).amin(1)
             most_B = torch.where(~mask_BF & allowed_F, exact_BF, -torch.inf).amax(1)
@@ -211,8 +211,8 @@ def test_what_is_picked_of_an_estimate_is_exact(B, D, F, operands, bf16):
 def test_numbers_that_no_bound_is_known_of_are_not_estimated(where, value, bf16):
     operands = {"x": draw(9, 16), "W": draw(40, 16), "b": draw(40)}
     operands[where].view(-1)[5] = value
-    shadow_FD = operands["W"].bfloat16() if bf16 else None
-    estimate = compiled.estimate(*operands.values(), Workspace(), shadow_FD)
+    bf16_FD = operands["W"].bfloat16() if bf16 else None
+    estimate = cpu.estimate(*operands.values(), Workspace(), bf16_FD)
     assert estimate is None or (value == 1e30 and estimate.error_B.isfinite().all())
 
 
@@ -222,10 +222,10 @@ def test_numbers_that_no_bound_is_known_of_are_not_estimated(where, value, bf16)
 def entries_of(mask_BF, bags=1):
     """The set places of a mask; each token's in so many bags of equal ranges of latents."""
     B, F = mask_BF.shape
-    tokens_N, latents_N = mask_BF.nonzero().unbind(1)
-    places_N = tokens_N * bags + latents_N * bags // F
-    return Entries(
-        latents_N.int(), torch.searchsorted(places_N, torch.arange(B * bags + 1), out_int32=True), F
+    tokens_N, indices_N = mask_BF.nonzero().unbind(1)
+    places_N = tokens_N * bags + indices_N * bags // F
+    return SparsePattern(
+        indices_N.int(), torch.searchsorted(places_N, torch.arange(B * bags + 1), out_int32=True), F
     )
 
 
@@ -244,24 +244,23 @@ MASKS = {
 @pytest.mark.parametrize(("B", "D", "F"), [(1, 1, 1), (5, 3, 7), (33, 17, 130), (700, 41, 19), (64, 24, 96)])
 def test_sums_are_the_plain_ones(B, D, F, mask, bags):
     e = entries_of(MASKS[mask](B, F), bags)
-    vars(e)["by_latent"] = compiled.group(e.latents_N, e.starts_R1, F)
-    equal(e.by_latent, plain.group(e.latents_N, e.starts_R1, F))
-    values_N, W_FD, g_RD = draw(len(e.latents_N), seed=2), draw(F, D, seed=3), draw(B * bags, D, seed=4)
+    equal(e.by_latent(cpu.sort_by_latent), reference.sort_by_latent(e.indices_N, e.offsets_R1, F))
+    values_N, W_FD, g_RD = draw(len(e.indices_N), seed=2), draw(F, D, seed=3), draw(B * bags, D, seed=4)
     doubles = values_N.double(), W_FD.double(), g_RD.double()
 
-    close(compiled.sum_by_latent(values_N, e), plain.sum_by_latent(doubles[0], e))
-    close(compiled.decode(values_N, W_FD, e), plain.decode(*doubles[:2], e))
+    close(cpu.sum_by_latent(values_N, e), reference.sum_by_latent(doubles[0], e))
+    close(cpu.decode(values_N, W_FD, e), reference.decode(*doubles[:2], e))
     for got, wanted in zip(
-        compiled.encode_backward(values_N, g_RD, e),
-        plain.encode_backward(doubles[0], doubles[2], e),
+        cpu.encode_backward(values_N, g_RD, e),
+        reference.encode_backward(doubles[0], doubles[2], e),
         strict=True,
     ):
         close(got, wanted)
-    d_values_N, d_W_FD = plain.decode_backward(doubles[2], *doubles[:2], e, weight=True)
-    got, got_W_FD = compiled.decode_backward(g_RD, values_N, W_FD, e, weight=True)
+    d_values_N, d_W_FD = reference.decode_backward(doubles[2], *doubles[:2], e, weight=True)
+    got, got_W_FD = cpu.decode_backward(g_RD, values_N, W_FD, e, weight=True)
     close(got, d_values_N)
     close(got_W_FD, d_W_FD)
-    got, nothing = compiled.decode_backward(g_RD, values_N, W_FD, e, weight=False)
+    got, nothing = cpu.decode_backward(g_RD, values_N, W_FD, e, weight=False)
     close(got, d_values_N)
     assert nothing is None
 
@@ -269,7 +268,7 @@ def test_sums_are_the_plain_ones(B, D, F, mask, bags):
 # --- the update ---------------------------------------------------------------------------------------------
 
 
-def adam(ops, dtype, shape, constraint, *, beta1, shadow, steps=3):
+def adam(ops, dtype, shape, constraint, *, beta1, bf16_copy, steps=3):
     """Parameters, moments and gradient norms after some steps, of which the second SAE has its second
     refused."""
     S = shape[0]
@@ -277,7 +276,7 @@ def adam(ops, dtype, shape, constraint, *, beta1, shadow, steps=3):
     if constraint != "free":
         p /= p.norm(dim=-1, keepdim=True)
     m, v = torch.zeros_like(p) if beta1 else None, torch.zeros_like(p)
-    copy = p.bfloat16() if shadow else None
+    copy = p.bfloat16() if bf16_copy else None
     steps_S, norms = torch.zeros(S), []
     for step in range(steps):
         grads = [draw(*shape[1:], seed=10 * step + s + 1).to(dtype) for s in range(S)]
@@ -292,14 +291,16 @@ def adam(ops, dtype, shape, constraint, *, beta1, shadow, steps=3):
             m,
             v,
             copy,
-            lr_S=torch.linspace(1e-3, 1e-2, S),
-            scale_S=scale_S,
-            steps_S=steps_S,
-            betas=(beta1, 0.999),
-            eps=1e-8,
-            constraint=constraint,
+            AdamStep(
+                lr_S=torch.linspace(1e-3, 1e-2, S),
+                scale_S=scale_S,
+                steps_S=steps_S,
+                betas=(beta1, 0.999),
+                eps=1e-8,
+                constraint=constraint,
+            ),
         )
-    return {"p": p, "m": m, "v": v, "norms": torch.stack(norms), "shadow": copy}
+    return {"p": p, "m": m, "v": v, "norms": torch.stack(norms), "bf16_copy": copy}
 
 
 @built
@@ -318,28 +319,32 @@ def adam(ops, dtype, shape, constraint, *, beta1, shadow, steps=3):
     ],
 )
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-@pytest.mark.parametrize("shadow", [False, True])
-def test_updates_are_the_plain_ones(shape, constraint, beta1, shadow):
-    got = adam(compiled, torch.float32, shape, constraint, beta1=beta1, shadow=shadow)
-    wanted = adam(plain, torch.float64, shape, constraint, beta1=beta1, shadow=shadow)
+@pytest.mark.parametrize("bf16_copy", [False, True])
+def test_updates_are_the_plain_ones(shape, constraint, beta1, bf16_copy):
+    got = adam(cpu, torch.float32, shape, constraint, beta1=beta1, bf16_copy=bf16_copy)
+    wanted = adam(reference, torch.float64, shape, constraint, beta1=beta1, bf16_copy=bf16_copy)
     for name in ("p", "v", "norms", *(["m"] if beta1 else [])):
         close(got[name], wanted[name])
-    if shadow:
-        assert torch.equal(got["shadow"], got["p"].bfloat16())
+    if bf16_copy:
+        assert torch.equal(got["bf16_copy"], got["p"].bfloat16())
 
 
 @built
 def test_a_row_that_is_not_finite_stays_one_row():
-    p, v, shadow = draw(1, 40, 9), torch.zeros(1, 40, 9), torch.zeros(1, 40, 9, dtype=torch.bfloat16)
+    p, v, bf16_copy = draw(1, 40, 9), torch.zeros(1, 40, 9), torch.zeros(1, 40, 9, dtype=torch.bfloat16)
     g = draw(40, 9, seed=1)
     g[7, 3] = torch.inf
-    assert not compiled.square_norms(p, [g], "free").isfinite()
+    assert not cpu.square_norms(p, [g], "free").isfinite()
     numbers = {n: torch.ones(1) for n in ("lr_S", "scale_S", "steps_S")}
-    compiled.update(p, [g], None, v, shadow, **numbers, betas=(0.0, 0.999), eps=1e-8, constraint="project")
-    assert (
-        p.isfinite().all(2)[0].tolist() == shadow.isfinite().all(2)[0].tolist() == [r != 7 for r in range(40)]
+    cpu.update(
+        p, [g], None, v, bf16_copy, AdamStep(**numbers, betas=(0.0, 0.999), eps=1e-8, constraint="project")
     )
-    assert torch.equal(shadow.isnan(), p.isnan())
+    assert (
+        p.isfinite().all(2)[0].tolist()
+        == bf16_copy.isfinite().all(2)[0].tolist()
+        == [r != 7 for r in range(40)]
+    )
+    assert torch.equal(bf16_copy.isnan(), p.isnan())
 
 
 # --- all of them --------------------------------------------------------------------------------------------
@@ -352,22 +357,21 @@ def test_the_number_of_threads_changes_no_bit(as_many_threads):
     pre_BF[:, 5] += 9  # a latent on every token
 
     def everything():
-        picked = compiled.batch_top_k(pre_BF, B * 9)
-        e = Entries(picked.latents_N, picked.starts_B1, F)
-        decoded_BD = compiled.decode(picked.values_N, W_FD, e)
-        d_values_N, d_W_FD = compiled.decode_backward(decoded_BD, picked.values_N, W_FD, e, weight=True)
-        after = adam(compiled, torch.float32, (2, 130, 24), "project", beta1=0.9, shadow=False)
-        d_W_enc_FD, d_b_F = compiled.encode_backward(d_values_N, decoded_BD, e)
-        selected = [*picked, *compiled.top_k(pre_BF, 4), *compiled.above(pre_BF, 1)]
+        picked = cpu.batch_top_k(pre_BF, B * 9)
+        e = SparsePattern(picked.indices_N, picked.offsets_B1, F)
+        decoded_BD = cpu.decode(picked.values_N, W_FD, e)
+        d_values_N, d_W_FD = cpu.decode_backward(decoded_BD, picked.values_N, W_FD, e, weight=True)
+        after = adam(cpu, torch.float32, (2, 130, 24), "project", beta1=0.9, bf16_copy=False)
+        d_W_enc_FD, d_b_F = cpu.encode_backward(d_values_N, decoded_BD, e)
+        selected = [*picked, *cpu.top_k(pre_BF, 4), *cpu.above(pre_BF, 1)]
         for pre in (
-            compiled.estimate(rows_BD, W_FD, b_F, Workspace(), shadow_FD)
-            for shadow_FD in (None, W_FD.bfloat16())
+            cpu.estimate(rows_BD, W_FD, b_F, Workspace(), bf16_FD) for bf16_FD in (None, W_FD.bfloat16())
         ):
             pre = pre_BF if pre is None else pre
-            selected += [*compiled.batch_top_k(pre, B * 9), *compiled.top_k(pre, 4), *compiled.above(pre, 1)]
+            selected += [*cpu.batch_top_k(pre, B * 9), *cpu.top_k(pre, 4), *cpu.above(pre, 1)]
         return [
             *selected,
-            *e.by_latent,
+            *e.by_latent(cpu.sort_by_latent),
             decoded_BD,
             d_values_N,
             d_W_FD,
@@ -387,18 +391,18 @@ def test_the_number_of_threads_changes_no_bit(as_many_threads):
 @built
 def test_arguments_are_named_when_they_do_not_fit():
     e = entries_of(draw(4, 6) > 0)
-    values_N = draw(len(e.latents_N))
+    values_N = draw(len(e.indices_N))
     for W_FD in (draw(6, 4).double(), draw(4, 6).T):
         with pytest.raises(AssertionError, match="W_FD"):
-            compiled.decode(values_N, W_FD, e)
+            cpu.decode(values_N, W_FD, e)
     with pytest.raises(AssertionError, match="pre_BF"):
-        compiled.top_k(draw(4, 6).half(), 2)
+        cpu.top_k(draw(4, 6).half(), 2)
 
 
 @built
 @linux
 def test_torchs_own_threads_are_used(as_many_threads):
-    library = compiled._library()
+    library = cpu._library()
     loaded = {
         line.split()[-1]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -418,25 +422,25 @@ def afresh(tmp_path, monkeypatch):
     """Nothing is built or loaded yet, and the cache is an empty folder."""
     monkeypatch.setenv("MONOSEMY_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MONOSEMY_COMPILED", raising=False)
-    for cached in (compiled.available, compiled._library):
+    for cached in (cpu.available, cpu._library):
         cached.cache_clear()
     yield tmp_path / "cache"
-    for cached in (compiled.available, compiled._library):
+    for cached in (cpu.available, cpu._library):
         cached.cache_clear()
 
 
 @pytest.fixture
 def small(afresh, tmp_path, monkeypatch):
     """Another source, which is quickly built."""
-    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "small.c")
-    compiled.SOURCE.write_text("int answer(void) { return 42; }\n")
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "small.c")
+    cpu.SOURCE.write_text("int answer(void) { return 42; }\n")
     return afresh
 
 
 @built
 def test_processes_may_build_at_once(small):
-    code = "import sys, pathlib; from monosemy.ops import compiled as c; c.SOURCE = pathlib.Path(sys.argv[1]); print(c._library().answer())"
-    command = [sys.executable, "-c", code, str(compiled.SOURCE)]
+    code = "import sys, pathlib; from monosemy.ops import cpu as c; c.SOURCE = pathlib.Path(sys.argv[1]); print(c._library().answer())"
+    command = [sys.executable, "-c", code, str(cpu.SOURCE)]
     racing = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
@@ -448,23 +452,23 @@ def test_processes_may_build_at_once(small):
 
 @built
 def test_a_damaged_library_is_built_again(small):
-    path = compiled._built()
+    path = cpu._built()
     whole, inode = path.read_bytes(), path.stat().st_ino
-    assert compiled._built() == path and path.stat().st_ino == inode, "what is whole is not built again"
+    assert cpu._built() == path and path.stat().st_ino == inode, "what is whole is not built again"
     for damaged in (whole[: len(whole) // 2], b"\0" * len(whole), b""):
         path.write_bytes(damaged)
-        assert compiled._built().read_bytes() == whole
+        assert cpu._built().read_bytes() == whole
     assert [p.read_bytes() for p in small.iterdir()] == [whole]
     assert ctypes.CDLL(str(path)).answer() == 42
 
 
 @built
 def test_what_was_made_of_another_source_or_by_another_compiler_is_left(small, monkeypatch):
-    paths = [compiled._built()]
+    paths = [cpu._built()]
     monkeypatch.setenv("CC", "cc -DANOTHER")
-    paths += [compiled._built()]
-    compiled.SOURCE.write_text("int answer(void) { return 43; }\n")
-    paths += [compiled._built()]
+    paths += [cpu._built()]
+    cpu.SOURCE.write_text("int answer(void) { return 43; }\n")
+    paths += [cpu._built()]
     assert len(set(paths)) == 3 and set(small.iterdir()) == set(paths)
     assert [ctypes.CDLL(str(path)).answer() for path in paths] == [42, 42, 43]
 
@@ -476,12 +480,12 @@ def test_what_was_made_of_another_source_or_by_another_compiler_is_left(small, m
 def test_without_a_compiler_slower_ops_run(afresh, monkeypatch, caplog, compiler, cause):
     monkeypatch.setenv("CC", compiler)
     with caplog.at_level(logging.WARNING):
-        assert not compiled.available()
-        assert not compiled.available()
+        assert not cpu.available()
+        assert not cpu.available()
     (record,) = caplog.records
     assert cause in record.getMessage()
 
 
 def test_it_can_be_turned_off(afresh, monkeypatch, caplog):
     monkeypatch.setenv("MONOSEMY_COMPILED", "0")
-    assert not compiled.available() and not caplog.records and not afresh.exists()
+    assert not cpu.available() and not caplog.records and not afresh.exists()

@@ -6,7 +6,7 @@ A *bag* is what one decoded row sums: a token, or a group of a token's latents. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 IN_CACHE = 2**18  # elements
+
+Sort = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def by_rows(values_BF: Tensor) -> Iterator[slice]:
@@ -27,20 +29,20 @@ class Selection(NamedTuple):
     """What a selection gives: the latent of each entry, where each token's entries begin, and the
     pre-activations there.
 
-    `starts_B1` has one place more than there are tokens, so that its last says how many entries there are. On
+    `offsets_B1` has one place more than there are tokens, so that its last says how many entries there are. On
     a GPU the lists have a fixed length, N is their capacity, and what lies behind the last entry is padding:
     latent 0, value 0.
     """
 
-    latents_N: Tensor  # int32
-    starts_B1: Tensor  # int32
+    indices_N: Tensor  # int32
+    offsets_B1: Tensor  # int32
     values_N: Tensor  # the weights' dtype
 
     def dense(self, F: int) -> Tensor:
         """The values where they were picked and zero elsewhere, [B, F]."""
-        B = len(self.starts_B1) - 1
-        tokens_N = Entries(self.latents_N, self.starts_B1, F).bags_N
-        return self.values_N.new_zeros(B, F).index_put_((tokens_N, self.latents_N), self.values_N)
+        B = len(self.offsets_B1) - 1
+        tokens_N = SparsePattern(self.indices_N, self.offsets_B1, F).bags_N
+        return self.values_N.new_zeros(B, F).index_put_((tokens_N, self.indices_N), self.values_N)
 
 
 class Estimate(NamedTuple):
@@ -59,24 +61,25 @@ class Estimate(NamedTuple):
     b_F: Tensor
 
 
-class Entries:
+class SparsePattern:
     """The latents of the entries and the bags that they are summed into.
 
     What groups them by latent is made once, when first asked for.
     """
 
-    def __init__(self, latents_N: Tensor, starts_R1: Tensor, F: int, *, padded: bool = False) -> None:
-        self.latents_N, self.starts_R1, self.F, self.padded = latents_N, starts_R1, F, padded
+    def __init__(self, indices_N: Tensor, offsets_R1: Tensor, F: int, *, padded: bool = False) -> None:
+        self.indices_N, self.offsets_R1, self.F, self.padded = indices_N, offsets_R1, F, padded
+        self._by_latent: tuple[Tensor, Tensor] | None = None
 
     @property
     def R(self) -> int:
-        return len(self.starts_R1) - 1
+        return len(self.offsets_R1) - 1
 
     @cached_property
     def valid_N(self) -> Tensor | None:
         """Which places hold entries; None where all do."""
         return (
-            torch.arange(len(self.latents_N), device=self.latents_N.device) < self.starts_R1[-1]
+            torch.arange(len(self.indices_N), device=self.indices_N.device) < self.offsets_R1[-1]
             if self.padded
             else None
         )
@@ -85,21 +88,22 @@ class Entries:
     def bags_N(self) -> Tensor:
         """The bag of each entry, int32 [N]; of padding the last."""
         if not self.padded:
-            bags_R = torch.arange(self.R, dtype=torch.int32, device=self.latents_N.device)
-            return torch.repeat_interleave(bags_R, self.starts_R1.diff(), output_size=len(self.latents_N))
-        places_N = torch.arange(len(self.latents_N), dtype=torch.int32, device=self.latents_N.device)
-        return torch.searchsorted(self.starts_R1[1:-1], places_N, right=True, out_int32=True)
+            bags_R = torch.arange(self.R, dtype=torch.int32, device=self.indices_N.device)
+            return torch.repeat_interleave(bags_R, self.offsets_R1.diff(), output_size=len(self.indices_N))
+        places_N = torch.arange(len(self.indices_N), dtype=torch.int32, device=self.indices_N.device)
+        return torch.searchsorted(self.offsets_R1[1:-1], places_N, right=True, out_int32=True)
 
-    @cached_property
-    def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F +
-        1]."""
-        from monosemy.ops.forms import form
+    def by_latent(self, sort: Sort) -> tuple[Tensor, Tensor]:
+        """Return the places of the entries in order of latents, int32 [N], and the latents' offsets, int32 [F + 1].
 
-        return form(self.latents_N).group(self.latents_N, self.starts_R1, self.F)
+        `sort` is a backend's `sort_by_latent`; all give the same order, which is kept.
+        """
+        if self._by_latent is None:
+            self._by_latent = sort(self.indices_N, self.offsets_R1, self.F)
+        return self._by_latent
 
-    def rebagged(self, starts_R1: Tensor) -> Entries:
+    def rebagged(self, offsets_R1: Tensor) -> SparsePattern:
         """The same entries in other bags."""
-        other = Entries(self.latents_N, starts_R1, self.F, padded=self.padded)
-        other.__dict__["by_latent"] = self.by_latent
+        other = SparsePattern(self.indices_N, offsets_R1, self.F, padded=self.padded)
+        other._by_latent = self._by_latent
         return other
