@@ -6,7 +6,7 @@
 
 Both sides train the eight architectures of examples/demo.json at both of its layers on the same text, each in
 a process of its own, in turn. Tokens are steps * batch for each layer. Seconds run from the empty buffer to
-the end of the last step: tokenising, every forward, the norm factor, the SAEs' making, their steps and
+the end of the last step: tokenizing, every forward, the norm factor, the SAEs' making, their steps and
 records; loading the model, saving and evaluation are left out. "As run" is tokens over seconds.
 
 dictionary_learning reads more than a short run trains on (up to a buffer is left over, 102 batches go to the

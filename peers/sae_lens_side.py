@@ -48,14 +48,14 @@ ABOUT = {
 BATCH = {"k": 4, "decoder_init_norm": None}
 MADE = {
     "standard": (StandardSAE, StandardSAEConfig, {}),
-    "standard_uncentred": (StandardSAE, StandardSAEConfig, {"apply_b_dec_to_input": False}),
+    "standard_uncentered": (StandardSAE, StandardSAEConfig, {"apply_b_dec_to_input": False}),
     "standard_bfloat16": (StandardSAE, StandardSAEConfig, {"dtype": "bfloat16"}),
     "gated": (GatedSAE, GatedSAEConfig, {}),
-    "gated_uncentred": (GatedSAE, GatedSAEConfig, {"apply_b_dec_to_input": False}),
+    "gated_uncentered": (GatedSAE, GatedSAEConfig, {"apply_b_dec_to_input": False}),
     "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig, {"apply_b_dec_to_input": False}),
-    "jumprelu_centred": (JumpReLUSAE, JumpReLUSAEConfig, {}),
+    "jumprelu_centered": (JumpReLUSAE, JumpReLUSAEConfig, {}),
     "topk": (TopKSAE, TopKSAEConfig, {"k": 4}),
-    "topk_uncentred": (TopKSAE, TopKSAEConfig, {"k": 4, "apply_b_dec_to_input": False}),
+    "topk_uncentered": (TopKSAE, TopKSAEConfig, {"k": 4, "apply_b_dec_to_input": False}),
     "topk_rescaled": (TopKSAE, TopKSAEConfig, {"k": 4, "rescale_acts_by_decoder_norm": True}),
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, BATCH),
     "matryoshka": (

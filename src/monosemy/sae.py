@@ -230,10 +230,10 @@ class SAE(nn.Module, ABC):
     def cfg(self) -> dict[str, Any]:
         """What the SAE is, and what its folder said of it where it came from one: site, model, revision,
         ..."""
-        about = {"architecture": self.name, "d_in": self.d_in, "d_sae": self.d_sae}
+        kind = {"architecture": self.name, "d_in": self.d_in, "d_sae": self.d_sae}
         return {
             **self.metadata,
-            **about,
+            **kind,
             **self.known_settings,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -351,14 +351,14 @@ class SAE(nn.Module, ABC):
         """
         from monosemy.jobs import pretrained
 
-        how: dict[str, Any] = {
+        options: dict[str, Any] = {
             "revision": revision,
             "format": format,
             "unfinished": unfinished,
             "device": device,
             "dtype": dtype,
         }
-        sae = pretrained.load(name_or_path, sae_id, **how)
+        sae = pretrained.load(name_or_path, sae_id, **options)
         if not isinstance(sae, cls):
             raise invalid(
                 "name_or_path",

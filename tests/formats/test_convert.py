@@ -40,8 +40,8 @@ THEIRS = sorted(
 )
 SOURCES = [*OURS, *THEIRS]
 PEERS = ("dictionary_learning", "sae_lens", "sparsify")
-RELU = ("standard", "standard_new", "p_anneal", "standard_uncentred", "standard_bfloat16")
-TOP_K = ("top_k", "topk", "topk_uncentred", "topk_rescaled", "layers.3", "layers.4")
+RELU = ("standard", "standard_new", "p_anneal", "standard_uncentered", "standard_bfloat16")
+TOP_K = ("top_k", "topk", "topk_uncentered", "topk_rescaled", "layers.3", "layers.4")
 REFUSED = {(name, "sparsify") for name in SOURCES if name.split("/")[1] not in RELU + TOP_K}
 CONFIG = {
     "status": "complete",
@@ -135,7 +135,7 @@ OLD = {
     [
         ("standard", {"hook_point_layer": 5}),
         (
-            "standard_uncentred",
+            "standard_uncentered",
             {"architecture": "standard", "apply_b_dec_to_input": False, "activation_fn_str": "relu"},
         ),
         ("topk", {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}),

@@ -462,19 +462,19 @@ def test_what_was_read_is_converted_and_computes_the_same(tmp_path):
         assert np.abs(sae(torch.from_numpy(tree.x).float()).numpy() - tree.x_hat).max() <= 1e-4
 
 
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("by_norm", [False, True])
 @pytest.mark.parametrize("norm_activation", ["dataset-wise", "inference"])
-def test_llama_scope_s_kinds_compute_their_formula(centred, by_norm, norm_activation, tmp_path):
+def test_llama_scope_s_kinds_compute_their_formula(centered, by_norm, norm_activation, tmp_path):
     tree = config_changed(
         TREES["llama_scope"](),
-        apply_decoder_bias_to_pre_encoder=centred,
+        apply_decoder_bias_to_pre_encoder=centered,
         sparsity_include_decoder_norm=by_norm,
         norm_activation=norm_activation,
     )
     W_enc, W_dec, b_enc, b_dec, _, x = wide(drawn())
     scale = 8**0.5 / LLAMA_NORM if norm_activation == "dataset-wise" else 1.0
-    h = (scale * x - centred * b_dec) @ W_enc + b_enc
+    h = (scale * x - centered * b_dec) @ W_enc + b_enc
     norm = np.linalg.norm(W_dec, axis=1) if by_norm else 1.0
     x_hat = (h * (h * norm > 0.4 * scale) @ W_dec + b_dec) / scale
     sae, _ = opened(tree, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from monosemy.system.files import DiskFull, append, atomic_path, room_for, write_json
+from monosemy.system.files import DiskFull, append, atomic_path, check_disk_space, write_json
 from monosemy.training.checkpoints import Checkpoints
 from tests.jobs.test_broken_off import contents, small, status, train  # noqa: F401  (a fixture)
 
@@ -118,7 +118,7 @@ def test_files_are_whole_or_as_they_were(left, disk):
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="something else"), room_for(tmp_path / "x", 1):
+    with pytest.raises(RuntimeError, match="something else"), check_disk_space(tmp_path / "x", 1):
         raise RuntimeError("something else")
-    with pytest.raises(FileNotFoundError), room_for(tmp_path / "x", 1):
+    with pytest.raises(FileNotFoundError), check_disk_space(tmp_path / "x", 1):
         (tmp_path / "no" / "folder").write_text("")

@@ -192,7 +192,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def artefacts(run: Path) -> dict[str, bytes]:
+def artifacts(run: Path) -> dict[str, bytes]:
     left = ("checkpoints", "wandb", ".env")
     paths = [
         path for path in run.rglob("*") if path.is_file() and not set(path.relative_to(run).parts) & set(left)
@@ -223,7 +223,7 @@ def program(
 FAST = "(0.01, 0.01, 0.01)"
 
 
-def test_push_sends_the_artefact_byte_for_byte_and_passing_errors_are_waited_out(
+def test_push_sends_the_artifact_byte_for_byte_and_passing_errors_are_waited_out(
     server: FakeHub, run: Path, tmp_path: Path
 ) -> None:
     server.faults = {"/api/repos/create": [503], "/commit/main": [503, 429]}
@@ -231,7 +231,7 @@ def test_push_sends_the_artefact_byte_for_byte_and_passing_errors_are_waited_out
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{server.url}/{REPO}/commit/c1"
     sent = server.repositories[REPO]
-    assert sent == artefacts(run)
+    assert sent == artifacts(run)
     assert {
         "README.md",
         "plots/loss_recovered.png",
@@ -294,7 +294,7 @@ def test_the_uploader_sends_each_sae_when_it_is_there(server: FakeHub, run: Path
     )
     done = program(server.url, code, home=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert server.repositories[REPO] == artefacts(run)
+    assert server.repositories[REPO] == artifacts(run)
     assert server.commits >= 3
 
 
@@ -326,7 +326,7 @@ def test_an_upload_that_failed_in_the_background_is_made_good_at_the_end(
     server.faults = {"/commit/main": [500, 500]}
     code = f"up = hub.Uploader({str(run)!r}, {REPO!r}, waits=(0.01,))\nup.submit('resid_post_layer_3/trainer_0')\nassert up.finish()"
     assert program(server.url, code, home=tmp_path).returncode == 0
-    assert server.repositories[REPO] == artefacts(run)
+    assert server.repositories[REPO] == artifacts(run)
 
 
 def test_a_folder_that_is_not_there_is_an_upload_that_failed(tmp_path: Path) -> None:

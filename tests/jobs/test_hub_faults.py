@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.test_hub import FAST, REPO, TOKEN, FakeHub, artefacts, program, run, server  # noqa: F401 (fixtures)
+from tests.jobs.test_hub import FAST, REPO, TOKEN, FakeHub, artifacts, program, run, server  # noqa: F401 (fixtures)
 
 COMMIT, BLOBS = "/commit/main", "/blob/"
 
@@ -41,7 +41,7 @@ def test_what_passes_is_waited_out(server, run, tmp_path, faults):  # noqa: F811
     server.faults = faults
     done = pushed(server, run, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert server.repositories[REPO] == artefacts(run)
+    assert server.repositories[REPO] == artifacts(run)
     assert not any(server.faults.values())
 
 
@@ -58,16 +58,16 @@ def test_what_passes_is_waited_out(server, run, tmp_path, faults):  # noqa: F811
 def test_what_does_not_pass_ends_with_the_command_that_repeats_it(server, run, tmp_path, fault, code, word):  # noqa: F811
     """Exit code 75 where the same command may work in a while, 1 where something has to be changed first;
     then the command works."""
-    before = {path: data for path, data in artefacts(run).items() if path != "README.md"}
+    before = {path: data for path, data in artifacts(run).items() if path != "README.md"}
     server.faults = {COMMIT: [fault] * 99}
     done = pushed(server, run, tmp_path)
     assert done.returncode == code and word in done.stderr, done.stderr
     assert done.stderr.endswith(f"    monosemy push '{run}' {REPO}\n") and "Traceback" not in done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    assert {path: data for path, data in artefacts(run).items() if path != "README.md"} == before
+    assert {path: data for path, data in artifacts(run).items() if path != "README.md"} == before
     server.faults = {}
     assert pushed(server, run, tmp_path).returncode == 0
-    assert server.repositories[REPO] == artefacts(run)
+    assert server.repositories[REPO] == artifacts(run)
 
 
 def test_an_upload_that_is_killed_is_repeated(server, run, tmp_path):  # noqa: F811
@@ -89,4 +89,4 @@ def test_an_upload_that_is_killed_is_repeated(server, run, tmp_path):  # noqa: F
     assert server.blobs and server.repositories[REPO] == {}
     server.faults = {}
     assert pushed(server, run, tmp_path).returncode == 0
-    assert server.repositories[REPO] == artefacts(run)
+    assert server.repositories[REPO] == artifacts(run)

@@ -52,7 +52,7 @@ def weights(folder):
     }
 
 
-def test_the_folder_holds_the_artefact(finished):
+def test_the_folder_holds_the_artifact(finished):
     names = {f"resid_post_layer_{layer}/trainer_{i}" for layer in (0, 2) for i in range(8)}
     for name in names:
         for file in ("sae.safetensors", "config.json", "ae.pt", "eval_results.json"):

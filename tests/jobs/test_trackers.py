@@ -61,7 +61,7 @@ def mirror(folder: Path, *, finish: float = 30.0, steps: int = 5, **settings: An
     tracker.start({"model_name": "m", "num_tokens": 100, "hf_token": "hf_canarycanarycanary"}, MEMBERS)
     for record in records(steps):
         tracker.log(record)
-    tracker.summarise({"sae": MEMBERS[0]["name"], "fvu": 0.25, "firing_histogram": [1, 2]})
+    tracker.summarize({"sae": MEMBERS[0]["name"], "fvu": 0.25, "firing_histogram": [1, 2]})
     assert time.monotonic() - began < 1.0, "a call has blocked the run"
     began = time.monotonic()
     tracker.finish("complete", timeout=finish)

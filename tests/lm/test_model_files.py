@@ -61,8 +61,8 @@ def test_norm_map_is_the_final_norm_s_though_the_pad_embedding_is_zero(family: s
         norm.weight.copy_(torch.randn(24))
     found = norm_map(LanguageModel(model, [SITE]))
     gain = norm.weight.detach() + (1 if family.startswith("gemma") else 0)
-    centred = family in ("gpt2", "gpt_neox", "cohere")
-    wanted = (torch.eye(24) - (1 / 24 if centred else 0)) * gain
+    centered = family in ("gpt2", "gpt_neox", "cohere")
+    wanted = (torch.eye(24) - (1 / 24 if centered else 0)) * gain
     # up to the number by which the norm divides
     assert torch.allclose(found / found.norm(), wanted / wanted.norm(), atol=1e-4)
 

@@ -343,7 +343,7 @@ def test_what_is_not_finite_updates_nothing(form, dtype, clip, where, value):
         )
         loss_S = torch.zeros(2)
         before = [
-            t.clone() for t in (*optimizer.state(1).values(), *(p[1] for p in optimizer.params.values()))
+            t.clone() for t in (*optimizer.state_dict(1).values(), *(p[1] for p in optimizer.params.values()))
         ]
         if step == 1:
             if where == "loss":
@@ -355,7 +355,7 @@ def test_what_is_not_finite_updates_nothing(form, dtype, clip, where, value):
         updated = optimizer.step(grads, torch.full((2,), 0.1), loss_S)
         if step == 1:
             assert updated.tolist() == [True, False]
-            after = [*optimizer.state(1).values(), *(p[1] for p in optimizer.params.values())]
+            after = [*optimizer.state_dict(1).values(), *(p[1] for p in optimizer.params.values())]
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     for name, p in optimizer.params.items():
         assert torch.equal(p[0], alone.params[name][0]), "company changes nothing"
@@ -380,7 +380,7 @@ def test_an_optimizer_goes_on_from_its_state():
         step(one, seed)
     two.params["W"].copy_(one.params["W"])
     for s in range(2):
-        two.restore(s, {n: t.clone() for n, t in one.state(s).items()})
+        two.load_state_dict(s, {n: t.clone() for n, t in one.state_dict(s).items()})
     for o in (one, two):
         step(o, 7)
     assert torch.equal(one.params["W"], two.params["W"])

@@ -154,13 +154,13 @@ def test_exact_top_k_is_hollow_beside_the_threshold() -> None:
     assert "hollow: exact top-k" in words(figure)
 
 
-def test_every_architecture_has_a_colour_and_a_marker_of_its_own() -> None:
+def test_every_architecture_has_a_color_and_a_marker_of_its_own() -> None:
     looks = [plots.look(name) for name in NAMES]
-    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(NAMES) == 8
-    assert all(_contrast(colour, "white") >= 3 for colour, _ in [*looks, plots.look("mine")])
+    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == len(NAMES) == 8
+    assert all(_contrast(color, "white") >= 3 for color, _ in [*looks, plots.look("mine")])
 
 
-def test_unknown_architectures_are_grey_with_numbers_of_their_own() -> None:
+def test_unknown_architectures_are_gray_with_numbers_of_their_own() -> None:
     known = [*NAMES, "mine", "yours"]
     assert plots.look("mine", known) == (UNKNOWN[0], "$1$")
     assert plots.look("yours", known) == (UNKNOWN[0], "$2$")
@@ -289,12 +289,12 @@ def test_text_and_marks_fit_into_the_picture() -> None:
 
 
 def _contrast(one: str, other: str) -> float:
-    """WCAG 2 contrast ratio of two colours."""
+    """WCAG 2 contrast ratio of two colors."""
 
-    def luminance(colour: str) -> float:
+    def luminance(color: str) -> float:
         channels = [
             c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-            for c in matplotlib.colors.to_rgb(colour)
+            for c in matplotlib.colors.to_rgb(color)
         ]
         return 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
 

@@ -60,9 +60,7 @@ def gathered(codes, parts=C, shuffled=False, seed=0):
 
 def tensors(g):
     kept = [
-        getattr(k, name)
-        for k in (g.strongest, g.drawn)
-        for name in ("key_SR", "at_SR", "peak_SR", "shade_SRW")
+        getattr(k, name) for k in (g.top, g.sampled) for name in ("key_SR", "at_SR", "peak_SR", "window_SRW")
     ]
     return [g.n_F, g.contexts_F, g.max_F, g.bins_FH, g.octave_S, g.candidates_S, *kept]
 
@@ -92,13 +90,13 @@ def test_the_strongest_contexts_and_the_drawn_ones_equal_brute_force(codes):
                 best[place // L] = (value, place)
         ranked = sorted(best.values(), key=lambda peak: (-peak[0], peak[1]))
         expected = [place for _, place in ranked[:STRONGEST]]
-        assert g.strongest.at_SR[latent].tolist() == expected + [-1] * (STRONGEST - len(expected))
+        assert g.top.at_SR[latent].tolist() == expected + [-1] * (STRONGEST - len(expected))
         for slot, (peak, place) in enumerate(ranked[:STRONGEST]):
             near = [place - BEFORE + i for i in range(WINDOW)]
             values = [
                 f_NF[where[n], latent].item() if n in where and n // L == place // L else 0 for n in near
             ]
-            assert g.strongest.shade_SRW[latent, slot].tolist() == [
+            assert g.top.window_SRW[latent, slot].tolist() == [
                 int(np.ceil(np.float32(255) * np.float32(v) / peak)) for v in values
             ]
         top = max((int(np.floor(np.log2(value))) for value, _ in ranked), default=0)
@@ -106,7 +104,7 @@ def test_the_strongest_contexts_and_the_drawn_ones_equal_brute_force(codes):
             inside = {place for value, place in ranked if np.floor(np.log2(value)) == octave}
             slot = latent * OCTAVES + octave % OCTAVES
             if inside:
-                kept = [at for at in g.drawn.at_SR[slot].tolist() if at >= 0]
+                kept = [at for at in g.sampled.at_SR[slot].tolist() if at >= 0]
                 assert g.octave_S[slot] == octave and g.candidates_S[slot] == len(inside)
                 assert set(kept) <= inside and len(kept) == min(SAMPLED, len(inside))
 
@@ -127,7 +125,7 @@ def test_many_entries_are_taken_in_pieces(codes, monkeypatch):
 
 def test_another_seed_draws_others(codes):
     a, b = gathered(codes), gathered(codes, seed=1)
-    assert a.strongest.at_SR.equal(b.strongest.at_SR) and not a.drawn.at_SR.equal(b.drawn.at_SR)
+    assert a.top.at_SR.equal(b.top.at_SR) and not a.sampled.at_SR.equal(b.sampled.at_SR)
 
 
 def test_memory_is_what_is_said(codes):
@@ -159,7 +157,7 @@ def test_planted_copies_are_found():
         after["copies"],
         after["near_copies"],
     ) == (2, 4)
-    ids, cosines = latents.neighbours(sae.W_dec, torch.tensor([7, 0]), 3)
+    ids, cosines = latents.neighbors(sae.W_dec, torch.tensor([7, 0]), 3)
     assert ids[0, 0] == 30 and 0 not in ids[1] and (cosines.diff(dim=1) <= 0).all()
     assert before["encoder_decoder_cosine"] == pytest.approx(1)
     sae.W_dec.data.fill_(torch.nan)
@@ -194,10 +192,10 @@ def test_a_decoder_that_writes_one_token_promotes_it(kind):
     rows_PD = W_VD[[17, 50, 99]] / gain_D
     masked_V = torch.zeros(200, dtype=torch.bool)
     up, z, _, down_z = latents.logit_effects(rows_PD, lm, masked_V)
-    if kind != "gpt2":  # a centred row is not quite that token's
+    if kind != "gpt2":  # a centered row is not quite that token's
         assert up[:, 0].tolist() == [17, 50, 99]
-    centred_PD = rows_PD - rows_PD.mean(1, keepdim=True) if kind == "gpt2" else rows_PD
-    effect_PV = (centred_PD * gain_D) @ W_VD.T
+    centered_PD = rows_PD - rows_PD.mean(1, keepdim=True) if kind == "gpt2" else rows_PD
+    effect_PV = (centered_PD * gain_D) @ W_VD.T
     effect_PV = (effect_PV - effect_PV.mean(1, keepdim=True)) / effect_PV.std(1, correction=0, keepdim=True)
     torch.testing.assert_close(z, effect_PV.topk(10).values, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(down_z, effect_PV.topk(10, largest=False).values, rtol=1e-3, atol=1e-3)
@@ -391,8 +389,8 @@ def test_every_architecture_has_a_look_of_its_own():
     } <= set(MARKERS)
 
     def contrast(a, b):
-        def light(colour):
-            parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        def light(color):
+            parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
             return sum(
                 w * (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4)
                 for w, p in zip((0.2126, 0.7152, 0.0722), parts, strict=True)

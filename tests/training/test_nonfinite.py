@@ -70,12 +70,12 @@ def alone():
 @pytest.mark.parametrize("kind", ["NaN", "infinite", "one NaN", "zeros", "constant", "1e30"])
 @pytest.mark.parametrize("name", architecture_names())
 def test_a_broken_batch_harms_nothing(name, kind, alone):
-    """Stopped, an SAE is what it was before that step; passing over it, it has one update less; its neighbour
+    """Stopped, an SAE is what it was before that step; passing over it, it has one update less; its neighbor
     never notices."""
-    neighbour = "standard_new" if "top_k" in name else "batch_top_k"
+    neighbor = "standard_new" if "top_k" in name else "batch_top_k"
     for on_nonfinite, sparse in (("stop", False), ("skip", True)):
-        sweep, (sick, _) = run([name, neighbour], kind, on_nonfinite=on_nonfinite, sparse=sparse)
-        assert bits(sweep, "1") == alone[neighbour]
+        sweep, (sick, _) = run([name, neighbor], kind, on_nonfinite=on_nonfinite, sparse=sparse)
+        assert bits(sweep, "1") == alone[neighbor]
         assert all(t.isfinite().all() for n, t in sweep.state_dict()["0"].items() if n != "readback")
         refused, first = sick.nonfinite[:2].tolist()
         if kind in ("NaN", "infinite", "one NaN"):
@@ -125,7 +125,7 @@ def test_training_ends_where_no_sae_is_left():
 def test_activations_that_are_not_finite(word, tiny_model, text_file):
     """A word whose embedding is broken spoils the rest of its contexts; they are left out.
 
-    Where all is spoilt, an error says why.
+    Where all is spoiled, an error says why.
     """
     site, tokenizer = Site("resid_post", 1), load_tokenizer(str(tiny_model))
     lm = LanguageModel.load(str(tiny_model), [site])

@@ -49,7 +49,7 @@ def check_states(name: str, batches: list[Tensor], d_sae: int, form: str, every:
     near-ties.
 
     Where another latent of a near-tie was taken losses do differ: there the fast form is held to float64,
-    which chooses for itself. Where gradients have all but cancelled, float32 itself loses more than 1e-5:
+    which chooses for itself. Where gradients have all but canceled, float32 itself loses more than 1e-5:
     there the fast form may be at most three times as far from float64 as the plain meaning is.
     """
     apart = list(same_maths.from_each_state(name, batches, d_sae, form, every=every))

@@ -65,8 +65,8 @@ class MatryoshkaBatchTopK(TopKFamily):
         self.init_weights(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS))
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
-        kept = pre.batch_top_k(self.settings.k * pre.tokens)
-        return kept.map(torch.relu)
+        selected = pre.batch_top_k(self.settings.k * pre.tokens)
+        return selected.map(torch.relu)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         x_hats = accumulate(f.decode(self.W_dec, self.begins_G), initial=self.b_dec)

@@ -26,8 +26,8 @@ class TopK(TopKFamily):
         self.init_weights(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
-        kept = pre.top_k(self.settings.k)
-        return kept.map(torch.relu)
+        selected = pre.top_k(self.settings.k)
+        return selected.map(torch.relu)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)

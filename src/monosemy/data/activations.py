@@ -193,19 +193,19 @@ class ActivationStream:
             self.norm_factor[site] = (
                 float(norm_R[finite_R & (norm_R <= limit)].double().pow(2).mean().sqrt()) or 1.0
             )
-        kept = (finite_R & (norm_R <= self.norm_limit[site])).nonzero().squeeze(1)
-        if not len(kept):
-            kept = torch.arange(len(norm_R))  # the block is served as it is, for its steps to be skipped
+        rows_N = (finite_R & (norm_R <= self.norm_limit[site])).nonzero().squeeze(1)
+        if not len(rows_N):
+            rows_N = torch.arange(len(norm_R))  # the block is served as it is, for its steps to be skipped
         draw = generator(self.seed, "permutation", str(site), self._block.number)
-        order = kept[torch.randperm(len(kept), generator=draw)]
+        order = rows_N[torch.randperm(len(rows_N), generator=draw)]
         wanted = self._batches * self.batch
         self.counts[f"{site}: rows"] += len(norm_R)
-        self.counts[f"{site}: norm outliers left out"] += len(norm_R) - len(kept)
+        self.counts[f"{site}: norm outliers left out"] += len(norm_R) - len(rows_N)
         self.counts[f"{site}: rows repeated"] += max(wanted - len(order), 0)
         self.counts[f"{site}: surplus rows"] += max(len(order) - wanted, 0)
         if len(order) < wanted:
             order = order.repeat(-(-wanted // max(len(order), 1)))
-        return order[:wanted], len(kept)
+        return order[:wanted], len(rows_N)
 
     # reading
 
@@ -259,9 +259,9 @@ class ActivationStream:
                 ring.allocate(found[site])
             self._norms = self._aside.share(torch.empty(len(self.sites), self._slots, device=self.lm.device))
         with self._aside(after_caller=True):  # which may still be gathering from these slots
-            kept = self._aside.send(keep_N)
+            rows_N = self._aside.send(keep_N)
             for site, norm_S in zip(self.sites, self._norms, strict=True):
-                x_ND = found[site].flatten(0, 1).index_select(0, kept)
+                x_ND = found[site].flatten(0, 1).index_select(0, rows_N)
                 self._rings[site].write(rows, x_ND)
                 norm_S[rows] = torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32)
 

@@ -78,8 +78,8 @@ class LatentStats:
         self.sum_F = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self.max_F = torch.zeros(d_sae, device=device)
         self.bins_FH = torch.zeros(d_sae, BINS, dtype=torch.int32, device=device)
-        self.strongest = _Kept(d_sae, STRONGEST, self.device)
-        self.drawn = _Kept(d_sae * OCTAVES, SAMPLED, self.device)
+        self.top = _Kept(d_sae, STRONGEST, self.device)
+        self.sampled = _Kept(d_sae * OCTAVES, SAMPLED, self.device)
         self.octave_S = torch.full((d_sae * OCTAVES,), -(2**15), dtype=torch.int16, device=device)
         self.candidates_S = torch.zeros(d_sae * OCTAVES, dtype=torch.int32, device=device)
 
@@ -137,13 +137,13 @@ class LatentStats:
             offset = at_N[entry] - at_M[m][which] + BEFORE
             inside = (offset >= 0) & (offset < WINDOW)
             which, entry, offset = which[inside], entry[inside], offset[inside]
-            shade = torch.zeros(len(m), WINDOW, dtype=torch.uint8, device=m.device)
-            shade[which, offset] = (
+            window = torch.zeros(len(m), WINDOW, dtype=torch.uint8, device=m.device)
+            window[which, offset] = (
                 (255 * values_N[entry] / peak_M[m][which]).ceil().clamp(max=255).to(torch.uint8)
             )
-            return shade
+            return window
 
-        self.strongest.add(latents_M, -_bits(peak_M), at_M, peak_M, windows)
+        self.top.add(latents_M, -_bits(peak_M), at_M, peak_M, windows)
 
         octave_M = (_bits(peak_M) >> 23) - 127
         slots_M = latents_M * OCTAVES + octave_M.remainder(OCTAVES)
@@ -151,13 +151,13 @@ class LatentStats:
         higher = (newest_S > self.octave_S).nonzero()[
             :, 0
         ]  # what was kept there is out of range: eight octaves below
-        self.drawn.clear(higher)
+        self.sampled.clear(higher)
         self.candidates_S[higher] = 0
         self.octave_S = newest_S
         m = (octave_M == newest_S[slots_M]).nonzero()[:, 0]
         self.candidates_S.scatter_add_(0, slots_M[m], torch.ones_like(m, dtype=torch.int32))
         hash_M = _mix(_mix(latents_M[m] + self.salt) + contexts_M[m])
-        self.drawn.add(slots_M[m], hash_M, at_M[m], peak_M[m], lambda kept: windows(m[kept]))
+        self.sampled.add(slots_M[m], hash_M, at_M[m], peak_M[m], lambda chosen: windows(m[chosen]))
 
     @property
     def frequency_F(self) -> Tensor:
@@ -177,13 +177,13 @@ class _Kept:
         self.key_SR = torch.full((slots, R), self.EMPTY, dtype=torch.long, device=device)
         self.at_SR = torch.full((slots, R), -1, dtype=torch.int32, device=device)
         self.peak_SR = torch.zeros(slots, R, device=device)
-        self.shade_SRW = torch.zeros(slots, R, WINDOW, dtype=torch.uint8, device=device)
+        self.window_SRW = torch.zeros(slots, R, WINDOW, dtype=torch.uint8, device=device)
 
     def clear(self, slots: Tensor) -> None:
         self.key_SR[slots] = self.EMPTY
         self.at_SR[slots] = -1
         self.peak_SR[slots] = 0
-        self.shade_SRW[slots] = 0
+        self.window_SRW[slots] = 0
 
     def add(self, slots_M: Tensor, key_M: Tensor, at_M: Tensor, peak_M: Tensor, windows: Any) -> None:
         good = (key_M <= self.key_SR[slots_M, -1]).nonzero()[:, 0]
@@ -199,17 +199,17 @@ class _Kept:
         order = at.argsort(stable=True)
         order = order[key[order].argsort(stable=True)]
         order = order[slot[order].argsort(stable=True)]
-        kept = order[
+        chosen = order[
             _counting(torch.bincount(slot, minlength=T)) < R
         ]  # at least R of each: the old ones and what is new
-        new = kept >= T * R
-        shade = self.shade_SRW.new_zeros(T * R, WINDOW)
-        shade[~new] = self.shade_SRW[touched].view(T * R, WINDOW)[kept[~new]]
-        shade[new] = windows(good[kept[new] - T * R])
-        self.key_SR[touched] = key[kept].view(T, R)
-        self.at_SR[touched] = at[kept].view(T, R).to(torch.int32)
-        self.peak_SR[touched] = peak[kept].view(T, R)
-        self.shade_SRW[touched] = shade.view(T, R, WINDOW)
+        new = chosen >= T * R
+        window = self.window_SRW.new_zeros(T * R, WINDOW)
+        window[~new] = self.window_SRW[touched].view(T * R, WINDOW)[chosen[~new]]
+        window[new] = windows(good[chosen[new] - T * R])
+        self.key_SR[touched] = key[chosen].view(T, R)
+        self.at_SR[touched] = at[chosen].view(T, R).to(torch.int32)
+        self.peak_SR[touched] = peak[chosen].view(T, R)
+        self.window_SRW[touched] = window.view(T, R, WINDOW)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def neighbours(W_dec_FD: Tensor, rows_P: Tensor, count: int = 6) -> tuple[Tensor, Tensor]:
+def neighbors(W_dec_FD: Tensor, rows_P: Tensor, count: int = 6) -> tuple[Tensor, Tensor]:
     """The `count` other latents nearest to some, and their cosines: [P, count] each."""
     unit_FD = unit_rows(W_dec_FD)
     found = [
@@ -433,7 +433,7 @@ def statistics(
     def column(name: str, x: Tensor, dtype: Any) -> None:
         columns[name] = x.cpu().numpy().astype(dtype)
 
-    at_FR = g.strongest.at_SR.long()
+    at_FR = g.top.at_SR.long()
     peaks_FR = torch.where(
         at_FR >= 0,
         contexts_CL.to(g.device).flatten()[at_FR.clamp(min=0)] if contexts_CL is not None else 0,
@@ -449,7 +449,7 @@ def statistics(
     column("near_cosine", like.near_cosine_F, np.float32)
 
     latents_P, reasons_P = choose(g, like, pages, peak_entropy(peaks_FR))
-    at_PM = torch.cat([g.strongest.at_SR[latents_P], g.drawn.at_SR.view(g.F, -1)[latents_P]], 1)
+    at_PM = torch.cat([g.top.at_SR[latents_P], g.sampled.at_SR.view(g.F, -1)[latents_P]], 1)
     octave_PO = g.octave_S.view(g.F, OCTAVES)[latents_P]
     top_P1 = octave_PO.amax(1, keepdim=True)
     in_range_PO = octave_PO > top_P1 - OCTAVES
@@ -463,17 +463,17 @@ def statistics(
     column("page_at", at_PM, np.int32)
     column(
         "page_peak",
-        torch.cat([g.strongest.peak_SR[latents_P], g.drawn.peak_SR.view(g.F, -1)[latents_P]], 1),
+        torch.cat([g.top.peak_SR[latents_P], g.sampled.peak_SR.view(g.F, -1)[latents_P]], 1),
         np.float32,
     )
-    shade = torch.cat(
-        [g.strongest.shade_SRW[latents_P], g.drawn.shade_SRW.view(g.F, -1, WINDOW)[latents_P]], 1
+    window = torch.cat(
+        [g.top.window_SRW[latents_P], g.sampled.window_SRW.view(g.F, -1, WINDOW)[latents_P]], 1
     )
-    column("page_shade", shade, np.uint8)
+    column("page_shade", window, np.uint8)
     column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
     column("page_candidates", g.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
     if len(latents_P):
-        near_PM, cosine_PM = neighbours(sae.W_dec, latents_P)
+        near_PM, cosine_PM = neighbors(sae.W_dec, latents_P)
         column("page_near", near_PM, np.uint32)
         column("page_near_cosine", cosine_PM, np.float32)
     return columns
@@ -501,7 +501,7 @@ def strongest_rows(g: LatentStats, latents_P: np.ndarray) -> dict[str, np.ndarra
     """The columns of the rows [P, R] on which some latents are strongest, and how strong: of activations that
     are no text's."""
     rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(g.device)
-    at_PR, peak_PR = (kept[rows_P].cpu().numpy() for kept in (g.strongest.at_SR, g.strongest.peak_SR))
+    at_PR, peak_PR = (chosen[rows_P].cpu().numpy() for chosen in (g.top.at_SR, g.top.peak_SR))
     return {"page_rows": at_PR.astype(np.int32), "page_row_values": peak_PR.astype(np.float32)}
 
 

@@ -75,14 +75,14 @@ def evaluate(
     for name in (name for name in named if not missing.lacks(ROWS, name)):
         sae = named[name]
         columns = {mode: reconstruction_columns(of, spread.variance) for mode, of in sums[name].items()}
-        about: Row = {
+        info: Row = {
             "site": site,
             "layer": None,
             "unit": "rows",
             "tokens": spread.rows,
             "sparsity_setting": sae.sparsity_setting,
         }
-        row = make_row(name, sae, about | {"sparsity": getattr(sae.settings, sae.sparsity_setting)}, columns)
+        row = make_row(name, sae, info | {"sparsity": getattr(sae.settings, sae.sparsity_setting)}, columns)
         with missing.part("decoder geometry", name):
             row |= geometry(sae).columns()
         rows.append(row)
@@ -292,10 +292,10 @@ def new_sums(sae: SAE, device: torch.device, seen: LatentStats | None) -> dict[s
 # --- from sums to a row -------------------------------------------------------------------------------------
 
 
-def make_row(name: str, sae: SAE, about: Row, columns: Mapping[str, Row]) -> Row:
+def make_row(name: str, sae: SAE, info: Row, columns: Mapping[str, Row]) -> Row:
     """A row from its columns in each mode: those of the first under their own names, those of another after
     the mode's."""
-    row: Row = {"sae": name, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae} | about
+    row: Row = {"sae": name, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae} | info
     for mode in sae.modes:
         prefix = "" if mode == sae.modes[0] else f"{mode}_"
         row |= {prefix + key: _finite(value) for key, value in columns[mode].items()}

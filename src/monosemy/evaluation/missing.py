@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from monosemy.errors import TryAgain
-from monosemy.system.files import append, room_for
+from monosemy.system.files import append, check_disk_space
 from monosemy.system.redact import without_secrets
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Missing:
             if self.folder is None:
                 yield
             else:
-                with room_for(self.folder / ERRORS, 0):  # so that a full disk is told as one
+                with check_disk_space(self.folder / ERRORS, 0):  # so that a full disk is told as one
                     yield
         except raises:
             raise

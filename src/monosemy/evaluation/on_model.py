@@ -209,9 +209,9 @@ class _SiteEvaluation:
             | _loss_columns(losses[name, mode], losses, weights_WC)
             for mode, sums in self.sums[name].items()
         }
-        about: Row = {"site": str(self.site), "layer": self.site.layer, "n_inputs": C, "context_length": L}
-        about |= {"tokens": self.tokens, "spliced_tokens": losses[CLEAN].tokens} | info
-        return make_row(name, self.saes[name], about, columns)
+        base: Row = {"site": str(self.site), "layer": self.site.layer, "n_inputs": C, "context_length": L}
+        base |= {"tokens": self.tokens, "spliced_tokens": losses[CLEAN].tokens} | info
+        return make_row(name, self.saes[name], base, columns)
 
 
 # --- running the model --------------------------------------------------------------------------------------

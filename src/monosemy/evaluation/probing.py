@@ -102,8 +102,8 @@ def _last_tokens(
     Causal attention: what is after it in a batch is not seen.
     """
     bos = bos_id(tokenizer)
-    kept = min(LENGTH, getattr(lm.config, "max_position_embeddings", LENGTH)) - 1
-    ids = [[bos, *tokenizer(text, add_special_tokens=False)["input_ids"][-kept:]] for text in texts]
+    longest = min(LENGTH, getattr(lm.config, "max_position_embeddings", LENGTH)) - 1
+    ids = [[bos, *tokenizer(text, add_special_tokens=False)["input_ids"][-longest:]] for text in texts]
     found = {site: torch.empty(len(texts), lm.d_in(site)) for site in sites}
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):

@@ -238,17 +238,17 @@ def _native(folder: Path) -> Parts:
     return _described(config, current_names(tensors), "sae.safetensors and config.json")
 
 
-def _described(about: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Parts:
+def _described(metadata: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Parts:
     """Tensors with the description that `_about` made."""
     for key in ("architecture", "d_in", "d_sae", "settings"):
-        if key not in about:
+        if key not in metadata:
             raise invalid(
                 where, f"no {key}", "the configuration that was saved with these weights", "copy both again"
             )
-    pre_bias = about.get("pre_bias")
+    pre_bias = metadata.get("pre_bias")
     if pre_bias is not None and not isinstance(pre_bias, bool):
         raise invalid(f"{where}: pre_bias", str(pre_bias)[:80], "true or false", "copy the folder again")
-    config = {key: value for key, value in about.items() if key not in _ABOUT_THE_SAE}
+    config = {key: value for key, value in metadata.items() if key not in _ABOUT_THE_SAE}
     if not _is_origin(config.get("origin", {})):
         raise invalid(
             f"{where}: origin",
@@ -256,7 +256,7 @@ def _described(about: dict[str, Any], tensors: dict[str, Tensor], where: str) ->
             "a format and its configuration",
             "copy the folder again",
         )
-    shape = (about["architecture"], about["d_in"], about["d_sae"], about["settings"])
+    shape = (metadata["architecture"], metadata["d_in"], metadata["d_sae"], metadata["settings"])
     return Parts(*shape, tensors, where, pre_bias, config)
 
 
@@ -270,8 +270,8 @@ def _is_origin(origin: Any) -> bool:
 
 def _restored(parts: Parts, folder: Path, format: str) -> Parts:
     """The SAE that was converted to this folder: what it has no place for is in monosemy.json."""
-    kept = untrusted.json_object(folder / KEPT)
-    if kept.get("files") != {name: untrusted.sha256(folder / name) for name in _WRITTEN[format].FILES}:
+    record = untrusted.json_object(folder / KEPT)
+    if record.get("files") != {name: untrusted.sha256(folder / name) for name in _WRITTEN[format].FILES}:
         remedy = f"take {KEPT} away to read the folder as it is, without what its layout has no place for"
         raise invalid(
             f"{KEPT}: files",
@@ -279,13 +279,13 @@ def _restored(parts: Parts, folder: Path, format: str) -> Parts:
             "the digests of the files beside it, which have changed since",
             remedy,
         )
-    tensors = kept.get("tensors")
-    if not isinstance(tensors, dict) or not isinstance(kept.get("from"), list):
+    tensors = record.get("tensors")
+    if not isinstance(tensors, dict) or not isinstance(record.get("from"), list):
         raise invalid(KEPT, "no tensors", "what `monosemy convert` wrote", "convert again")
     tensors = current_names({name: _decoded(value) for name, value in tensors.items()})
-    as_filed = current_names(dict.fromkeys(map(str, kept["from"])))
+    as_filed = current_names(dict.fromkeys(map(str, record["from"])))
     return _described(
-        kept, {name: tensor for name, tensor in parts.tensors.items() if name in as_filed} | tensors, KEPT
+        record, {name: tensor for name, tensor in parts.tensors.items() if name in as_filed} | tensors, KEPT
     )
 
 
@@ -311,7 +311,7 @@ def _status(folder: Path, config: dict[str, Any]) -> str:
 
 def _about(sae: SAE) -> dict[str, Any]:
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in sae.known_settings.items()}
-    about = {
+    metadata = {
         "format": "monosemy",
         "version": 2,
         "architecture": sae.name,
@@ -319,7 +319,7 @@ def _about(sae: SAE) -> dict[str, Any]:
         "d_sae": sae.d_sae,
         "settings": settings,
     }
-    return about if sae.pre_bias == type(sae).pre_bias else about | {"pre_bias": sae.pre_bias}
+    return metadata if sae.pre_bias == type(sae).pre_bias else metadata | {"pre_bias": sae.pre_bias}
 
 
 def _write_tensors(sae: SAE, folder: Path) -> None:

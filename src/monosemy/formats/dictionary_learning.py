@@ -40,7 +40,7 @@ class _Layout:
 _LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight'"}
 _RELU = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"}
 _TOPK = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec", "threshold": "threshold"}
-_UNCENTRED = _RELU | {
+_UNCENTERED = _RELU | {
     "b_dec": "decoder.bias"
 }  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
 _PLAIN = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
@@ -92,7 +92,7 @@ def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
     """The SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow type
     where nothing is lost."""
     layout = LAYOUTS[sae.name]
-    state = written(sae, layout.tensors if _as_layout(sae) else _UNCENTRED, dtype)
+    state = written(sae, layout.tensors if _as_layout(sae) else _UNCENTERED, dtype)
     if "k" in layout.settings:
         state["k"] = torch.tensor(sae.settings.k, dtype=torch.int)
     if sae.name == "matryoshka_batch_top_k":
@@ -115,7 +115,7 @@ def read(folder: Path, source: str) -> Parts:
             "check that config.json belongs to it",
         )
     names = (
-        _UNCENTRED
+        _UNCENTERED
         if trainer.get("dict_class") == "AutoEncoderNew" and layout.tensors is _RELU
         else layout.tensors
     )
@@ -132,7 +132,7 @@ def read(folder: Path, source: str) -> Parts:
         settings,
         tensors,
         "ae.pt",
-        False if names is _UNCENTRED else None,
+        False if names is _UNCENTERED else None,
         shared | {"origin": {"format": "dictionary_learning", "config": config}},
         optional=("coefficient", "queue", *(("threshold",) if name == "top_k" else ())),
         names=names,
@@ -164,12 +164,12 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
         theirs = origin["config"]
     else:
         theirs = {key: config[key] for key in ("trainer", "buffer") if isinstance(config.get(key), dict)}
-        about = {
+        metadata = {
             "lm_name": config.get("model"),
             "layer": _layer(config.get("site")),
             "submodule_name": _folder(config.get("site")),
         }
-        theirs["trainer"] = entry(sae) | about | theirs.get("trainer", {})
+        theirs["trainer"] = entry(sae) | metadata | theirs.get("trainer", {})
     (folder / "config.json").write_text(json.dumps(theirs, indent=2), encoding="utf-8")
 
 

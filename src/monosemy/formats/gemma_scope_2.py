@@ -32,11 +32,11 @@ def read(folder: Path, source: str) -> Parts:
         where = f"{WEIGHTS}: affine_skip_connection"
         raise invalid(where, "there", "the tensors of an SAE", "a transcoder is no SAE")
     only(tensors, NAMES.values(), WEIGHTS)
-    about = untrusted.json_object(folder / "config.json") if (folder / "config.json").exists() else {}
-    _check(about)
+    metadata = untrusted.json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    _check(metadata)
     ours = renamed(tensors, NAMES, WEIGHTS)
     d_sae, d_in = matrix_shape(ours["W_enc"], f"{WEIGHTS}: w_enc")
-    config = {"site": _site(about.get("hf_hook_point_in"), source), "model": _model(source)}
+    config = {"site": _site(metadata.get("hf_hook_point_in"), source), "model": _model(source)}
     return Parts("jump_relu", d_in, d_sae, {}, ours, WEIGHTS, False, config, names=NAMES)
 
 
@@ -50,9 +50,9 @@ def _check(config: dict[str, Any]) -> None:
 def _site(hook: Any, source: str) -> str | None:
     """Where it reads, by its config.json and by its path. Raises ValueError where they differ."""
     named = re.search(r"(?:^|/)(resid_post|mlp_out|attn_out)(?:_all)?/layer_(\d{1,3})_", source)
-    told = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d{1,3})\.([\w.]{1,80})", str(hook)[:200])
+    match = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d{1,3})\.([\w.]{1,80})", str(hook)[:200])
     by_path = PLACES[named[1]].format(named[2]) if named else None
-    by_config = PLACES[HOOKS[told[2]]].format(told[1]) if told and told[2] in HOOKS else None
+    by_config = PLACES[HOOKS[match[2]]].format(match[1]) if match and match[2] in HOOKS else None
     if by_path and by_config and by_path != by_config:
         allowed = f"{by_path}, as in its path"
         raise invalid("config.json: hf_hook_point_in", str(hook)[:80], allowed, "copy both files again")

@@ -51,7 +51,7 @@ def read(folder: Path, source: str) -> Parts:
     d_in, d_sae = _sizes(config, ours, where)
     scale = _scale(config, norms, d_in, where)
     threshold_F = ours["threshold"].float().exp() / scale if r1 else _threshold(config, where).expand(d_sae)
-    about = {
+    metadata = {
         "site": site_of(config.get("hook_point_in")),
         "model": next((model for name, model in MODELS.items() if name in source), None),
         "dtype": dtype_of(tensors),
@@ -66,7 +66,7 @@ def read(folder: Path, source: str) -> Parts:
         folded | {"threshold": threshold_F},
         weights,
         pre_bias,
-        about,
+        metadata,
         names=names,
     )
 
@@ -74,8 +74,8 @@ def read(folder: Path, source: str) -> Parts:
 def _sizes(config: Mapping[str, Any], ours: Mapping[str, Tensor], where: str) -> tuple[int, int]:
     """D and F, which the weights must have before they are multiplied."""
     d_in = whole(config, "d_model", where)
-    told = "d_sae" in config
-    d_sae = whole(config, "d_sae", where) if told else d_in * whole(config, "expansion_factor", where)
+    stated = "d_sae" in config
+    d_sae = whole(config, "d_sae", where) if stated else d_in * whole(config, "expansion_factor", where)
     for name, shape in {"W_enc": (d_sae, d_in), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}.items():
         if ours[name].shape != shape:
             allowed = f"{shape}, by {where}"
@@ -104,9 +104,9 @@ def _scale(config: Mapping[str, Any], norms: Mapping[str, Tensor], d_in: int, wh
     if kind != "dataset-wise":
         allowed, reason = "dataset-wise or inference", "others differ for each token or batch"
         raise invalid(f"{where}: norm_activation", str(kind)[:80], allowed, reason)
-    told = config.get(NORM)
-    if isinstance(told, dict):
-        found = [told[side] for side in ("in", "out") if side in told]
+    stated = config.get(NORM)
+    if isinstance(stated, dict):
+        found = [stated[side] for side in ("in", "out") if side in stated]
     else:
         points = (config.get("hook_point_in"), config.get("hook_point_out"))
         found = [norms[f"{NORM}.{point}"] for point in points if f"{NORM}.{point}" in norms]

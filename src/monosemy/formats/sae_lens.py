@@ -57,8 +57,8 @@ def read(folder: Path, source: str) -> Parts:
     Raises ValueError for what is computed otherwise here.
     """
     cfg = untrusted.json_object(folder / "cfg.json")
-    about = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
-    theirs, k = _architecture(cfg, about)
+    metadata = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
+    theirs, k = _architecture(cfg, metadata)
     tensors = untrusted.safetensors(folder / "sae_weights.safetensors")
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         scale = tensors.pop(name, None)
@@ -87,8 +87,8 @@ def read(folder: Path, source: str) -> Parts:
         "sae_weights.safetensors",
         pre_bias,
         {
-            "site": site_of(about.get("hook_name", about.get("hook_point"))),
-            "model": text(about.get("model_name")),
+            "site": site_of(metadata.get("hook_name", metadata.get("hook_point"))),
+            "model": text(metadata.get("model_name")),
             "dtype": dtype_of(tensors),
             "origin": {"format": "sae_lens", "config": cfg},
         },
@@ -149,7 +149,7 @@ def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tenso
     }
 
 
-def _architecture(cfg: dict[str, Any], about: dict[str, Any]) -> tuple[str, int | None]:
+def _architecture(cfg: dict[str, Any], metadata: dict[str, Any]) -> tuple[str, int | None]:
     """Which of NAMES it is, and its k. Raises ValueError for what is computed otherwise here."""
     theirs, k = _selection(cfg)
     if not isinstance(theirs, str) or theirs not in NAMES:
@@ -171,8 +171,8 @@ def _architecture(cfg: dict[str, Any], about: dict[str, Any]) -> tuple[str, int 
         neutral(cfg, "cfg.json", "it is not computed here", rescale_acts_by_decoder_norm=False)
     if cfg.get("reshape_activations") != "hook_z":  # heads side by side, which is how activations come here
         neutral(cfg, "cfg.json", "it is not computed here", reshape_activations="none")
-    same = {"d_out": cfg.get("d_in"), "hook_name_out": about.get("hook_name", about.get("hook_point"))}
-    neutral(about, "cfg.json", "a transcoder is no SAE", is_transcoder=False, **same)
+    same = {"d_out": cfg.get("d_in"), "hook_name_out": metadata.get("hook_name", metadata.get("hook_point"))}
+    neutral(metadata, "cfg.json", "a transcoder is no SAE", is_transcoder=False, **same)
     return theirs, whole({"k": k}, "k", "cfg.json") if theirs == "topk" else None
 
 

@@ -103,9 +103,9 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
         name: (site, formats.load(folder / name, unfinished=True).to(lm.device))
         for name, site in sites.items()
     }
-    found = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
+    resolved = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
     for row in rows:
-        row |= found[row["sae"]]
+        row |= resolved[row["sae"]]
         write_json(folder / row["sae"] / "eval_results.json", dictionary_learning_results(row))
     write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     missing = Missing(folder)
@@ -124,15 +124,15 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     Raises ValueError for a folder whose model or site nobody says, for another model than the others', and
     for what `formats.load` refuses.
     """
-    found = {name: sae for path in config.paths for name, sae in _resolved(path, config.format).items()}
-    if not found:
+    resolved = {name: sae for path in config.paths for name, sae in _resolved(path, config.format).items()}
+    if not resolved:
         remedy = "name one"
         raise invalid(
             "paths", config.paths, "the folder or hub name of an SAE, the folder of a run, or several", remedy
         )
-    read = {name: formats.read(sae.path, sae.format, source=sae.source) for name, sae in found.items()}
+    read = {name: formats.read(sae.path, sae.format, source=sae.source) for name, sae in resolved.items()}
     sites = {name: _site(name, metadata, config.layer, config.site) for name, (_, metadata) in read.items()}
-    runs = [run for sae in found.values() if not sae.origin and (run := _run(sae.path)) is not None]
+    runs = [run for sae in resolved.values() if not sae.origin and (run := _run(sae.path)) is not None]
     plan = _plan(config, read, sites, runs)
     c = plan.config
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
@@ -154,7 +154,7 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
         stream.special_ids,
         norm_limits=_norm_limits(runs, lm, contexts_CL[: c.llm_batch_size], c.max_activation_norm_multiple),
         info={
-            name: results.row_info(sae, metadata) | found[name].origin
+            name: results.row_info(sae, metadata) | resolved[name].origin
             for name, (sae, metadata) in read.items()
         },
     )
@@ -218,40 +218,40 @@ def _format(folder: Path, asked: str | None) -> str | None:
         return asked
 
 
-def _site(name: str, about: dict[str, Any], layer: int | None, site: str | None) -> Site:
-    told = site if site is not None else f"resid_post.{layer}" if layer is not None else None
-    own = about.get("site")
+def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | None) -> Site:
+    requested = site if site is not None else f"resid_post.{layer}" if layer is not None else None
+    own = metadata.get("site")
     try:
         known = Site.parse(own) if isinstance(own, str) else None
     except ValueError:  # a place of another tool's that is read nowhere here
         known = None
-    asked = Site.parse(told) if told is not None else known
+    asked = Site.parse(requested) if requested is not None else known
     if asked is None:
         allowed = "a place that its folder or you name"
         raise invalid(f"{name}: site", own, allowed, "say where it reads with --layer 3 or --site mlp_out.3")
     if known is not None and asked != known:
         raise invalid(
             "site",
-            told,
+            requested,
             f"{known}, which {name} says itself",
             "leave --layer and --site out, or evaluate it apart",
         )
     return asked
 
 
-def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], told: str | None) -> str:
+def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None) -> str:
     """The one model of all folders.
 
     What is told goes before what they say, which may be another name of it.
     """
-    if told is not None:
-        return told
-    own = {name: about.get("model") for name, (_, about) in read.items()}
+    if requested is not None:
+        return requested
+    own = {name: metadata.get("model") for name, (_, metadata) in read.items()}
     models = {model for model in own.values() if isinstance(model, str)}
     if len(models) != 1:
-        found = ", ".join(f"{name}: {model}" for name, model in own.items())
+        resolved = ", ".join(f"{name}: {model}" for name, model in own.items())
         raise invalid(
-            "model_name", found, "one model that the folders or you name", "say which with --model_name"
+            "model_name", resolved, "one model that the folders or you name", "say which with --model_name"
         )
     return models.pop()
 
@@ -260,7 +260,9 @@ def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> 
     """The commit of the model that the SAEs were trained on, where their folders say it; where they say
     several, the first, with a warning."""
     said = {
-        name: about.get("revision") for name, (_, about) in read.items() if about.get("model") == model_name
+        name: metadata.get("revision")
+        for name, (_, metadata) in read.items()
+        if metadata.get("model") == model_name
     }
     commits = {name: commit for name, commit in said.items() if isinstance(commit, str)}
     if len(set(commits.values())) > 1:
@@ -281,12 +283,12 @@ def _norm_limits(
     tokens left out."""
     limits: dict[Site, float | None] = {}
     if multiple:
-        found = lm.activations(contexts_CL.to(lm.device))
+        resolved = lm.activations(contexts_CL.to(lm.device))
         limits = {
             site: multiple * float(x_BLD[:, 1:].float().norm(dim=-1).median())
-            for site, x_BLD in found.items()
+            for site, x_BLD in resolved.items()
         }
     for run in reversed(runs):
-        kept = json.loads((run / "run.json").read_text(encoding="utf-8")).get("norm_limit", {})
-        limits |= {site: kept[str(site)] for site in lm.sites if str(site) in kept}
+        recorded = json.loads((run / "run.json").read_text(encoding="utf-8")).get("norm_limit", {})
+        limits |= {site: recorded[str(site)] for site in lm.sites if str(site) in recorded}
     return limits

@@ -48,13 +48,16 @@ class Run:
         self.uploader: Uploader | None = None
 
     def open(
-        self, trainers: Mapping[Any, Sequence[SAETrainer]], facts: dict[str, Any], kept: Checkpoint | None
+        self,
+        trainers: Mapping[Any, Sequence[SAETrainer]],
+        facts: dict[str, Any],
+        checkpoint: Checkpoint | None,
     ) -> None:
         """Write down what will be done, before the first step; of a run that goes on, what was recorded after
         its checkpoint is cut off."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        was = json.loads((self.folder / "run.json").read_text(encoding="utf-8")) if kept else {}
+        was = json.loads((self.folder / "run.json").read_text(encoding="utf-8")) if checkpoint else {}
         self.facts = {
             "id": was.get("id") or uuid.uuid4().hex,  # under which trackers go on with the same runs
             "config": c.as_dict(),
@@ -66,7 +69,7 @@ class Run:
         }
         self.write_facts({})
         with open(self.folder / "metrics.jsonl", "ab") as file:
-            there, wanted = file.tell(), kept.state["metrics_bytes"] if kept else 0
+            there, wanted = file.tell(), checkpoint.state["metrics_bytes"] if checkpoint else 0
             if there < wanted:
                 log.warning(
                     "%s had %d bytes at the checkpoint and has %d: records are missing",

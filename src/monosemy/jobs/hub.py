@@ -62,7 +62,7 @@ PLOTS = {
 REFUSALS = {
     401: "the hub does not know who you are: run `hf auth login`, or set HF_TOKEN to a token with write permission",
     403: "your token may not write there: make one with write permission at https://huggingface.co/settings/tokens",
-    404: "there is no such user, organisation or repository, or your token cannot see it: check the name",
+    404: "there is no such user, organization or repository, or your token cannot see it: check the name",
     413: "the hub refuses files of this size",
 }
 
@@ -94,9 +94,9 @@ def push(run_folder: str | Path, repo_id: str, *, waits: Sequence[float] = WAITS
 def upload(
     folder: str | Path, repo_id: str, *, run_folder: str | Path | None = None, waits: Sequence[float] = WAITS
 ) -> str:
-    """Upload the artefact's files of `folder`, as one commit; the repository is made if there is none.
+    """Upload the artifact's files of `folder`, as one commit; the repository is made if there is none.
 
-    Checkpoints, trackers' files and anything else that is no part of the artefact stay at home. What may pass
+    Checkpoints, trackers' files and anything else that is no part of the artifact stay at home. What may pass
     (5xx, 408, 429, a broken connection) is tried again after each of `waits`; what will not (401, 403, 404,
     413, ...) fails at once.
 

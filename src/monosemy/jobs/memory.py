@@ -169,7 +169,7 @@ def _evaluation(
     spliced = L * min(group, contexts if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
     rows = max(1, min(HEAD_ELEMENTS // (model.vocab_size or HEAD_ELEMENTS), spliced))
     modes = sum(r.memory.modes * r.per_site for r in grid)
-    kept = (
+    retained = (
         4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D
     )  # reconstructions, and where they lead to
     return Phase(
@@ -181,11 +181,11 @@ def _evaluation(
         },
         {
             "opening": 0 if gpu else max(weights.values()),
-            "splicing": kept + of_lm * min(M * L, N) * (_widths(model) + 2 * D),
-            "encoding": kept
+            "splicing": retained + of_lm * min(M * L, N) * (_widths(model) + 2 * D),
+            "encoding": retained
             + 4 * modes * N * D
             + max(int(4 * N * r.width * (2.25 + r.memory.products)) for r in grid),
-            "head": kept + rows * (model.vocab_size or 0) * (20 if of_lm == 4 else 22),
+            "head": retained + rows * (model.vocab_size or 0) * (20 if of_lm == 4 else 22),
         },
         loading=libraries + whole + int(mapped * whole),
     )
@@ -226,7 +226,7 @@ def step_bytes(
         (2 if bf16 else 4) * B * F,
     )
     dense = memory.dense_arrays > 0
-    kept = of_pre + 5 * B * F if dense else of_pre + 16 * B * k  # on a GPU, until the group's update
+    retained = of_pre + 5 * B * F if dense else of_pre + 16 * B * k  # on a GPU, until the group's update
     if not dense:
         work = (
             matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
@@ -237,7 +237,7 @@ def step_bytes(
         work = max(int(4 * memory.cached_arrays * min(IN_CACHE, B * F)) - matrix, 0)
         work += bf16 * (int(memory.bf16_copies * array) + matrix // 2)
     together = min(on_gpu, max(GRADIENTS_AT_ONCE // gradients, 1)) if on_gpu else 1
-    return together * gradients + (together - 1) * kept + work + 12 * B * D
+    return together * gradients + (together - 1) * retained + work + 12 * B * D
 
 
 def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:

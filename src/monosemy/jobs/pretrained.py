@@ -37,7 +37,7 @@ from monosemy.errors import invalid
 from monosemy.formats import layouts, names
 from monosemy.jobs.hub import upload_saved
 from monosemy.jobs.releases import repository, sae_of
-from monosemy.system.files import path_of, room_for
+from monosemy.system.files import check_disk_space, path_of
 from monosemy.system.http import answer_to, causes, status_of
 from monosemy.system.redact import without_secrets
 
@@ -112,8 +112,8 @@ def load(
         raise invalid("dtype", str(dtype), "float32, bfloat16, float16 or float64", "choose one of them")
     place = _device(device)
     found = resolve(name_or_path, sae_id, revision=revision, format=format)
-    sae, about = formats.read(found.path, found.format, unfinished=unfinished, source=found.source)
-    sae.metadata = about | found.origin
+    sae, metadata = formats.read(found.path, found.format, unfinished=unfinished, source=found.source)
+    sae.metadata = metadata | found.origin
     return sae.to(device=place, dtype=precision)
 
 
@@ -353,14 +353,14 @@ class _Repository:
         wanted = [name for name, path in known.items() if not isinstance(path, str)]
         if wanted:
             with _answers(self.repo_id, self.commit):
-                _, told = _described(self.repo_id, self.commit, sizes=True)
+                _, listed = _described(self.repo_id, self.commit, sizes=True)
             for name in wanted:
                 with (
-                    _cached_at(_home(self.repo_id) / name, told[name].size or 0),
+                    _cached_at(_home(self.repo_id) / name, listed[name].size or 0),
                     _answers(self.repo_id, self.commit),
                 ):
                     path = Path(hf_hub_download(self.repo_id, name, revision=self.commit))
-                    _check(path, name, self.repo_id, told[name])
+                    _check(path, name, self.repo_id, listed[name])
             self._remember()
         with _answers(self.repo_id, self.commit):
             return Path(snapshot_download(self.repo_id, revision=self.commit, local_files_only=True))
@@ -422,14 +422,14 @@ def _described(
     return str(info.sha), files
 
 
-def _check(path: Path, name: str, repo_id: str, told: RepoSibling | RepoFile) -> None:
+def _check(path: Path, name: str, repo_id: str, listed: RepoSibling | RepoFile) -> None:
     """Raises ValueError, and takes the file out of the cache, where it is not what the hub says."""
     found = path.stat().st_size
-    wrong = f"{found:,} bytes of {told.size:,}" if told.size is not None and found != told.size else ""
-    if not wrong and told.lfs is not None:
-        wrong = _differs(path, "sha256", b"", told.lfs.sha256)
-    elif not wrong and re.fullmatch(r"[0-9a-f]{40}", told.blob_id or ""):  # git's own name of a small file
-        wrong = _differs(path, "sha1", f"blob {found}\0".encode(), str(told.blob_id))
+    wrong = f"{found:,} bytes of {listed.size:,}" if listed.size is not None and found != listed.size else ""
+    if not wrong and listed.lfs is not None:
+        wrong = _differs(path, "sha256", b"", listed.lfs.sha256)
+    elif not wrong and re.fullmatch(r"[0-9a-f]{40}", listed.blob_id or ""):  # git's own name of a small file
+        wrong = _differs(path, "sha1", f"blob {found}\0".encode(), str(listed.blob_id))
     if wrong:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
@@ -484,7 +484,7 @@ def _cached_at(path: Path, needed: int) -> Iterator[None]:
     Raises DiskFull, and ValueError for a cache that cannot be written.
     """
     try:
-        with room_for(path, needed):
+        with check_disk_space(path, needed):
             yield
     except OSError as error:
         if not _of_disk(error):

@@ -202,7 +202,7 @@ def _evaluate(run: Run, missing: Missing) -> None:
         with missing.part("eval_results.json", name):
             write_json(run.folder / name / "eval_results.json", dictionary_learning_results(rows[name]))
         for tracker in run.trackers:
-            tracker.summarise(rows[name])
+            tracker.summarize(rows[name])
         if run.uploader is not None:
             run.uploader.submit(name)
 
@@ -299,8 +299,8 @@ def _opened(
     saes, info = {}, {}
     for name, site in names.items():
         with missing.part(ROWS, name):
-            sae, about = formats.read(run.folder / name, unfinished=True)
-            info[name] = row_info(sae, about)
+            sae, metadata = formats.read(run.folder / name, unfinished=True)
+            info[name] = row_info(sae, metadata)
             saes[name] = (site, sae.to(lm.device))
     return saes, info
 
@@ -358,8 +358,8 @@ def _readable(path: Path) -> bool:
 def _settings(run: Run) -> dict[str, Any]:
     """What rows and latents depend on beside the SAEs, and what a later call may change."""
     c = run.config
-    kept = ("eval_num_inputs", "eval_spliced_inputs", "report_latents", "report_text")
-    return {"version": __version__} | {name: getattr(c, name) for name in kept}
+    names = ("eval_num_inputs", "eval_spliced_inputs", "report_latents", "report_text")
+    return {"version": __version__} | {name: getattr(c, name) for name in names}
 
 
 def _read_record(run: Run) -> dict[str, Any]:
@@ -386,10 +386,10 @@ def _write_record(run: Run, missing: Missing) -> None:
 def _digest(folder: Path) -> str:
     """Of all that an SAE computes with: its tensors, and its settings."""
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        told = json.dumps(
-            [about.get(key) for key in ("architecture", "d_in", "d_sae", "settings", "pre_bias", "status")]
+        metadata = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        payload = json.dumps(
+            [metadata.get(key) for key in ("architecture", "d_in", "d_sae", "settings", "pre_bias", "status")]
         )
-        return hashlib.sha256((sha256(folder / "sae.safetensors") + told).encode()).hexdigest()
+        return hashlib.sha256((sha256(folder / "sae.safetensors") + payload).encode()).hexdigest()
     except (OSError, ValueError, AttributeError):  # `formats.read` will say what is wrong with it
         return ""

@@ -39,7 +39,7 @@ class Tracker(Protocol):
         """One record of `metrics.jsonl`: of an SAE (with "sae") or of the whole run (with "run"); steps never
         decrease."""
 
-    def summarise(self, row: Mapping[str, Any]) -> None:
+    def summarize(self, row: Mapping[str, Any]) -> None:
         """One SAE's evaluation row."""
 
     def finish(self, status: str, timeout: float = 25.0) -> None:
@@ -97,8 +97,8 @@ class Wandb:
     def start(self, run: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> None:
         from monosemy.system.redact import without_secrets  # here, because this file is also a script
 
-        told = {"run": without_secrets(run), "members": without_secrets(list(members))}
-        self._queue.put_nowait({"do": "start", **self._settings, **told})
+        payload = {"run": without_secrets(run), "members": without_secrets(list(members))}
+        self._queue.put_nowait({"do": "start", **self._settings, **payload})
         self._thread.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -107,9 +107,9 @@ class Wandb:
             with contextlib.suppress(queue.Full):  # counted: it was given and will not have been sent
                 self._queue.put_nowait({"do": "log", "record": dict(record)})
 
-    def summarise(self, row: Mapping[str, Any]) -> None:
+    def summarize(self, row: Mapping[str, Any]) -> None:
         with contextlib.suppress(queue.Full):  # `rows.jsonl` has it
-            self._queue.put_nowait({"do": "summarise", "row": dict(row)})
+            self._queue.put_nowait({"do": "summarize", "row": dict(row)})
 
     def finish(self, status: str, timeout: float = 25.0) -> None:
         deadline = time.monotonic() + timeout
@@ -204,7 +204,7 @@ def _run_wandb() -> None:
                 case "log":
                     _log(runs, command["record"])
                     sent += 1
-                case "summarise":
+                case "summarize":
                     row = command["row"]
                     runs[row["sae"]].summary.update(
                         {key: value for key, value in row.items() if isinstance(value, int | float | str)}

@@ -33,7 +33,7 @@ from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.ops import Workspace
 from monosemy.recipe import RECIPES
 from monosemy.sae import SAE
-from monosemy.system.files import exclusive_lock, room_for, sync
+from monosemy.system.files import check_disk_space, exclusive_lock, sync
 from monosemy.system.interrupts import Interrupts
 from monosemy.system.progress import Progress
 from monosemy.training.checkpoints import Checkpoint, Checkpoints
@@ -87,7 +87,7 @@ def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str
     with Interrupts() as interrupts, run.ending(), closing(store):
         ended = train_saes(run, store, interrupts, init_from)
         gc.collect()  # the whole model takes the place of what training held
-        with room_for(run.folder / "report.html", DRAWN):
+        with check_disk_space(run.folder / "report.html", DRAWN):
             rows, missing = results.make(run, ended)
         run.write_memory("run", run.plan.memory.peak)
         return run.finish(results.status_with(ended, missing)), rows
@@ -244,7 +244,7 @@ def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[
     Returns status and reason, and the rows.
     """
     run.read()
-    with room_for(run.folder / "report.html", DRAWN):
+    with check_disk_space(run.folder / "report.html", DRAWN):
         rows, missing = results.make(run, ended)
     return run.finish(results.status_with(ended, missing)), rows
 

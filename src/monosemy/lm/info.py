@@ -331,10 +331,12 @@ def _info(name: str, path: str, revision: str | None, offline: bool, config: Map
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
-    told = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    if not isinstance(told, Mapping):
+    quantization = config.get("quantization_config") or config.get("text_config", {}).get(
+        "quantization_config"
+    )
+    if not isinstance(quantization, Mapping):
         return None
-    named = told.get("quant_method") or (
-        "bitsandbytes" if told.get("load_in_4bit") or told.get("load_in_8bit") else None
+    named = quantization.get("quant_method") or (
+        "bitsandbytes" if quantization.get("load_in_4bit") or quantization.get("load_in_8bit") else None
     )
     return str(named) if named else None

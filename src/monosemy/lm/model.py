@@ -474,8 +474,8 @@ def _first_line(error: BaseException) -> str:
 def _source(info: ModelInfo) -> dict[str, Any]:
     """Return the arguments that tell transformers where a model is. A model's own code is never run."""
     path = str(embedded.model_folder(info.path)) if info.path in embedded.EMBEDDED_MODELS else info.path
-    kept = {} if info.revision is None else {"revision": info.revision, "local_files_only": info.offline}
-    return {"pretrained_model_name_or_path": path, "trust_remote_code": False, **kept}
+    pinned = {} if info.revision is None else {"revision": info.revision, "local_files_only": info.offline}
+    return {"pretrained_model_name_or_path": path, "trust_remote_code": False, **pinned}
 
 
 def _truncate(config: PretrainedConfig, layers: int) -> None:

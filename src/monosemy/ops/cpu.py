@@ -162,14 +162,14 @@ def estimate(
         W_q = workspace(
             "W in integers", x_BD, -(-F // interleaved) * interleaved * (D + D % 2), dtype=torch.int16
         )
-        _quantise(x_BD, 1 / columns_D, 1, x_q, of_x)
-        _quantise(W_FD, columns_D, interleaved, W_q, of_W)
+        _quantize(x_BD, 1 / columns_D, 1, x_q, of_x)
+        _quantize(W_FD, columns_D, interleaved, W_q, of_W)
         pre_BF = workspace("pre", x_BD, B, F)
         _call("estimate", x_q, of_x[0], W_q, of_W[0], b_F, B, D, F, pre_BF)
         relative, of_b = 0.0, 0.0
     else:
-        _quantise(x_BD, 1 / columns_D, 1, None, of_x)
-        _quantise(W_FD, columns_D, 1, None, of_W)
+        _quantize(x_BD, 1 / columns_D, 1, None, of_x)
+        _quantize(W_FD, columns_D, 1, None, of_W)
         of_x[2], of_W[2] = BF16_UNIT * of_x[1], BF16_UNIT * of_W[1]
         pre_BF = torch.addmm(
             b_F.bfloat16(), x_BD.bfloat16(), bf16_FD.T, out=workspace("pre", x_BD, B, F, dtype=torch.bfloat16)
@@ -182,11 +182,11 @@ def estimate(
     return Estimate(pre_BF, error_B, relative, x_BD, W_FD, b_F) if error_B.isfinite().all() else None
 
 
-def _quantise(
+def _quantize(
     rows_RD: Tensor, columns_D: Tensor, interleaved: int, out: Tensor | None, facts_3R: Tensor
 ) -> None:
     _check(torch.float32, rows_RD=rows_RD, columns_D=columns_D)
-    _call("quantise", rows_RD, columns_D, *rows_RD.shape, interleaved, out, *facts_3R)
+    _call("quantize", rows_RD, columns_D, *rows_RD.shape, interleaved, out, *facts_3R)
 
 
 class _Exactly(ctypes.Structure):

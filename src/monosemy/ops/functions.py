@@ -25,16 +25,16 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[Any, ...], Tensor] = {}
+        self.array: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An array with any content, the same one whenever the name and the needs are the same."""
         dtype = dtype or like.dtype
         key, numel = (name, dtype, like.device), torch.Size(shape).numel()
-        kept = self.kept.get(key)
-        if kept is None or kept.numel() < numel:
-            kept = self.kept[key] = torch.empty(numel, dtype=dtype, device=like.device)
-        return kept[:numel].view(shape)
+        array = self.array.get(key)
+        if array is None or array.numel() < numel:
+            array = self.array[key] = torch.empty(numel, dtype=dtype, device=like.device)
+        return array[:numel].view(shape)
 
 
 # --- the encoder's product and selections of it -------------------------------------------------------------
@@ -156,17 +156,17 @@ def encode_sparse(
     W_FD: Tensor,
     b_F: Tensor,
     b_dec_D: Tensor | None,
-    centred_BD: Tensor,
+    centered_BD: Tensor,
     values_N: Tensor,
     pattern: SparsePattern,
 ) -> Tensor:
-    """The pre-activations of the pattern, [N], differentiable in W_enc, b_enc and b_dec (where x was centred
+    """The pre-activations of the pattern, [N], differentiable in W_enc, b_enc and b_dec (where x was centered
     by it).
 
     x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of
     [B, F] with it.
     """
-    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centred_BD, values_N, pattern)
+    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centered_BD, values_N, pattern)
 
 
 class _Decode(Function):
@@ -246,7 +246,7 @@ def encode_dense(
     W_FD: Tensor,
     b_F: Tensor,
     b_dec_D: Tensor | None,
-    centred_BD: Tensor,
+    centered_BD: Tensor,
     pre_BF: Tensor,
     threshold: Tensor | float,
     buffer: Buffer,
@@ -259,7 +259,7 @@ def encode_dense(
     where they are above, [B, F], and of each latent the sum of its values, which costs its gradient no pass
     of its own, and on how many tokens it is above, [F].
     """
-    return _EncodeDense.apply(W_FD, b_F, b_dec_D, centred_BD, pre_BF, threshold, buffer, bf16)
+    return _EncodeDense.apply(W_FD, b_F, b_dec_D, centered_BD, pre_BF, threshold, buffer, bf16)
 
 
 def _gradients(

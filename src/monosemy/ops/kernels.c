@@ -197,12 +197,12 @@ int64_t panel(int64_t threads)
     return PANEL > 1 ? PANEL : 0;
 }
 
-#define NORM 32000.0f /* of a quantised row: no sum of products of two rows, nor a part of one, leaves 32 bits (Cauchy and Schwarz) */
+#define NORM 32000.0f /* of a quantized row: no sum of products of two rows, nor a part of one, leaves 32 bits (Cauchy and Schwarz) */
 
 /* Rows, times a number for each column, as integers times a unit for each row. Two columns lie together, of `interleaved` rows side by
    side: [R / interleaved, D / 2, interleaved, 2], zero where there is no row or column. Norms are of the rows, and of what rounding took.
    `out` may be NULL. */
-void quantise(const float *rows, const float *columns, int64_t R, int64_t D, int64_t interleaved, int16_t *out, float *units, float *norms,
+void quantize(const float *rows, const float *columns, int64_t R, int64_t D, int64_t interleaved, int16_t *out, float *units, float *norms,
               float *errors, int64_t threads)
 {
     int64_t pairs = (D + 1) / 2, groups = (R + interleaved - 1) / interleaved;
@@ -270,7 +270,7 @@ static void whole_tile(const int16_t *x, const int16_t *w, int64_t pairs, int32_
 static void one_token(const int16_t *x, const int16_t *w, int64_t pairs, int32_t *out) { tile(x, w, pairs, 1, out); }
 #endif
 
-/* x W^T + b of what `quantise` made of x and W, [B, F]. */
+/* x W^T + b of what `quantize` made of x and W, [B, F]. */
 void estimate(const int16_t *x, const float *x_units, const int16_t *W, const float *W_units, const float *bias, int64_t B, int64_t D,
               int64_t F, float *out, int64_t threads)
 {

@@ -171,7 +171,7 @@ class AdamStep:
 def update(
     p: Tensor, grads: Sequence[Tensor], m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
 ) -> None:
-    """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one
+    """Project, scale (clip), Adam, renormalize, and write a bfloat16 copy: one parameter of S SAEs of one
     shape, in place.
 
     `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0)

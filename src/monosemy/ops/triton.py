@@ -355,11 +355,11 @@ def _pick_kernel(
             keys = _keys(x, BITS)
             equal = there & (keys == key)
             nth = equals + tl.cumsum(equal.to(tl.int32), 0)
-            kept = (there & (keys > key)) | (equal & (nth <= k - more))
-            places = begin + taken + tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(indices_N + places, latents, mask=kept)
-            tl.store(values_N + places, x, mask=kept)
-            taken += tl.sum(kept.to(tl.int32), 0)
+            chosen = (there & (keys > key)) | (equal & (nth <= k - more))
+            places = begin + taken + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            tl.store(indices_N + places, latents, mask=chosen)
+            tl.store(values_N + places, x, mask=chosen)
+            taken += tl.sum(chosen.to(tl.int32), 0)
             equals += tl.sum(equal.to(tl.int32), 0)
 
 
@@ -463,9 +463,9 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
     to k. Capacity B k."""
     (B, F), k, bits = pre_BF.shape, min(k, pre_BF.shape[1]), _bits(pre_BF)
-    kept = k if among_F is None else among_F.sum(dtype=torch.int32).clamp(max=k)
+    chosen = k if among_F is None else among_F.sum(dtype=torch.int32).clamp(max=k)
     indices_N, offsets_B1, values_N = picked = _padding(
-        torch.arange(B + 1, dtype=torch.int32, device=pre_BF.device) * kept, B * k
+        torch.arange(B + 1, dtype=torch.int32, device=pre_BF.device) * chosen, B * k
     )
     among = None if among_F is None else among_F.view(torch.uint8)
     M, C = _sizes(F, k)
@@ -1045,7 +1045,7 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 def update(
     p: Tensor, grads: Sequence[Tensor], m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
 ) -> None:
-    """Project, scale (clip), Adam, renormalise, and write a bfloat16 copy: one parameter of S SAEs of one
+    """Project, scale (clip), Adam, renormalize, and write a bfloat16 copy: one parameter of S SAEs of one
     shape, in place.
 
     `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0)

@@ -1,4 +1,4 @@
-"""The update after the gradients: project, clip, Adam, renormalise, for S SAEs of one shape at once.
+"""The update after the gradients: project, clip, Adam, renormalize, for S SAEs of one shape at once.
 
 The decoder's rows are unit vectors in most architectures, kept so in one of two ways that the papers' codes
 differ in: "project" (OpenAI's, of the TopK family and JumpReLU) and "constrain" (Towards Monosemanticity's
@@ -92,15 +92,15 @@ class Optimizer:
             )
         return updated_S
 
-    def state(self, s: int) -> dict[str, Tensor]:
+    def state_dict(self, s: int) -> dict[str, Tensor]:
         """Everything but the parameters that the next step of one SAE depends on."""
         return {"steps": self.steps_S[s]} | {
             f"{k}.{n}": t[s] for k, of in (("m", self.m), ("v", self.v)) for n, t in of.items()
         }
 
-    def restore(self, s: int, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` of an equal optimizer gave, and the parameters as they are now."""
-        for name, tensor in self.state(s).items():
+    def load_state_dict(self, s: int, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` of an equal optimizer gave, and the parameters as they are now."""
+        for name, tensor in self.state_dict(s).items():
             tensor.copy_(state[name])
         for name, bf16_copy in self.bf16_copies.items():
             bf16_copy[s].copy_(self.params[name][s])

@@ -46,7 +46,7 @@ class Column:
 
     key: str
     label: str
-    about: str
+    help: str
     digits: int | None = None  # after the point; None: a whole number
     low: str = ""  # keys of its interval
     high: str = ""
@@ -227,10 +227,10 @@ class _Run:
     def __init__(self, folder: Path, status: tuple[str, str] | None, missing: Missing) -> None:
         self.folder = folder
         self.facts = _json(folder / "run.json")
-        told = _json(folder / "status.json")
+        state = _json(folder / "status.json")
         self.status: str
         self.reason: str
-        self.status, self.reason = status or (told.get("status", "unknown"), told.get("reason", ""))
+        self.status, self.reason = status or (state.get("status", "unknown"), state.get("reason", ""))
         self.rows: list[Row] = []
         self.records: list[Row] = []
         with missing.part("table of the page"):
@@ -305,7 +305,7 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
     overview = {
         "saes": saes,
         "runs": [_run(run, name) for run, name in zip(runs, names, strict=True)],
-        "columns": [{"key": c.key, "label": c.label, "about": c.about, "scale": c.plotted} for c in COLUMNS],
+        "columns": [{"key": c.key, "label": c.label, "about": c.help, "scale": c.plotted} for c in COLUMNS],
         "looks": {
             name: dict(zip(("light", "dark", "marker"), _look(name, runs), strict=True))
             for name in _architectures(runs)
@@ -490,15 +490,15 @@ def _json(path: Path) -> dict[str, Any]:
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script. vl-convert has them and takes seconds to join them, so
     the result is kept."""
-    kept = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
-    if kept.is_file():
-        script = kept.read_text(encoding="utf-8")
+    cached = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
+    if cached.is_file():
+        script = cached.read_text(encoding="utf-8")
     else:
         import vl_convert
 
         script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for a snippet
         try:
-            write_text(kept, script)
+            write_text(cached, script)
         except (OSError, DiskFull) as error:
-            log.warning("%s cannot be kept for the next report (%s)", kept, error)
+            log.warning("%s cannot be kept for the next report (%s)", cached, error)
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")

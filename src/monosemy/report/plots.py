@@ -4,7 +4,7 @@ Each function takes plain dicts and gives a `Figure` that belongs to no window a
 saves them all as PNG and SVG. What is missing is missing: a row without the number leaves its place empty and
 is counted under the plot, never drawn as 0.
 
-Colour never stands alone: an architecture is a colour and a marker together. The colours have a contrast of
+Color never stands alone: an architecture is a color and a marker together. The colors have a contrast of
 at least 3:1 on white and stay apart under protanopia, deuteranopia and tritanopia (smallest CIEDE2000
 distance 14.7).
 """
@@ -98,12 +98,12 @@ def look(architecture: str, known: Sequence[str] = ()) -> tuple[str, str]:
 
 def _mark(architecture: str, known: Sequence[str], size: float) -> dict[str, Any]:
     """The line properties of an architecture's marker, sized so that all have about the same area."""
-    colour, marker = look(architecture, known)
+    color, marker = look(architecture, known)
     if marker.startswith("$"):
-        return {"color": colour, "marker": marker, "markersize": 1.2 * size, "markeredgewidth": 0.3}
+        return {"color": color, "marker": marker, "markersize": 1.2 * size, "markeredgewidth": 0.3}
     scale = {"*": 1.5, "P": 1.15, "X": 1.15, "D": 0.85}.get(marker, 1.0)
     return {
-        "color": colour,
+        "color": color,
         "marker": marker,
         "markersize": scale * size,
         "markeredgecolor": "white",
@@ -186,15 +186,15 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
     """Loss, L0, FVU and dead latents against training tokens: a row of panels per measure, a line per SAE.
 
     The columns are the sites while each has at most ten SAEs; else the architectures, sites by line style,
-    with all other SAEs in pale grey behind. `records` are those of `metrics.jsonl`; the rows tell each SAE's
+    with all other SAEs in pale gray behind. `records` are those of `metrics.jsonl`; the rows tell each SAE's
     site, architecture and width. An SAE without a row (it failed, or was never evaluated) is placed by its
     own records if they carry `site` and `architecture`, and is counted as left out if not. A long line is
     drawn as the mean of 120 equal stretches, in a band from the smallest to the largest value of each.
     """
-    lines, about = _lines(records, rows)
-    placed = [sae for sae in lines if {"site", "architecture"} <= about[sae].keys()]
-    sites, names = _sites([about[sae] for sae in placed]), _architectures([about[sae] for sae in placed])
-    crowd = Counter(about[sae]["site"] for sae in placed)
+    lines, by_sae = _lines(records, rows)
+    placed = [sae for sae in lines if {"site", "architecture"} <= by_sae[sae].keys()]
+    sites, names = _sites([by_sae[sae] for sae in placed]), _architectures([by_sae[sae] for sae in placed])
+    crowd = Counter(by_sae[sae]["site"] for sae in placed)
     by_site = max(crowd.values(), default=0) <= 10
     column_key, columns = ("site", sites) if by_site else ("architecture", names)
     dashes: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2))]
@@ -213,7 +213,7 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
                 if not by_site:
                     behind = [curves[sae, key][:, :2] for sae in placed]
                     axis.add_collection(LineCollection(behind, color=FAINT, linewidth=0.6))
-                for row in (about[sae] for sae in placed if about[sae][column_key] == column):
+                for row in (by_sae[sae] for sae in placed if by_sae[sae][column_key] == column):
                     mark = _mark(row["architecture"], names, 5.5)
                     _curve(axis, curves[row["sae"], key], mark, styles[row["site"]])
             panels[0].set_ylabel(label)
@@ -234,13 +234,13 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
 
 def _lines(records: Iterable[Row], rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, Row]]:
     """Return each SAE's records, and its row or else its first record."""
-    about = {row["sae"]: row for row in rows}
+    by_sae = {row["sae"]: row for row in rows}
     lines: dict[str, list[Row]] = {}
     for record in records:
         if "sae" in record:
             lines.setdefault(record["sae"], []).append(record)
-            about.setdefault(record["sae"], record)
-    return lines, about
+            by_sae.setdefault(record["sae"], record)
+    return lines, by_sae
 
 
 def firing_frequencies(rows: Sequence[Row]) -> Figure:
@@ -260,12 +260,12 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
         grid = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
         for panels, site in zip(grid, sites, strict=False):
             for axis, name in zip(panels, names, strict=True):
-                colour, _ = look(name, names)
+                color, _ = look(name, names)
                 for row in shown:
                     if (row["site"], row["architecture"]) == (site, name):
                         share = np.asarray(row["firing_counts"], float) / row["d_sae"]
-                        axis.stairs(share, row["firing_log10_edges"], color=colour, fill=True, alpha=0.16)
-                        axis.stairs(share, row["firing_log10_edges"], color=colour, linewidth=1.1)
+                        axis.stairs(share, row["firing_log10_edges"], color=color, fill=True, alpha=0.16)
+                        axis.stairs(share, row["firing_log10_edges"], color=color, linewidth=1.1)
                 axis.axvline(-1, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
             panels[0].set_ylabel(_plain(_short(site, 16)), fontweight="bold")
         for axis, name in zip(grid[0], names, strict=False):
@@ -353,10 +353,10 @@ def write(
     return paths
 
 
-def _save(figure: Figure, path: Path, **how: Any) -> None:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], **how)
-    write_bytes(path, drawn.getvalue())
+def _save(figure: Figure, path: Path, **options: Any) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], **options)
+    write_bytes(path, buffer.getvalue())
 
 
 def unit(rows: Sequence[Row]) -> str:

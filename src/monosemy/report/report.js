@@ -109,7 +109,7 @@ class Text {
 
 const dark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const colour = (look) => look[dark() ? "dark" : "light"];
+const color = (look) => look[dark() ? "dark" : "light"];
 let DATA = null;
 
 function mark(architecture) {
@@ -120,13 +120,13 @@ function mark(architecture) {
   svg.dataset.architecture = architecture;
   path.setAttribute("d", DATA.markers[DATA.looks[architecture].marker]);
   svg.append(path);
-  svg.style.fill = colour(DATA.looks[architecture]);
+  svg.style.fill = color(DATA.looks[architecture]);
   return svg;
 }
-const paint = () => document.querySelectorAll(".mark").forEach((svg) => { svg.style.fill = colour(DATA.looks[svg.dataset.architecture]); });
+const paint = () => document.querySelectorAll(".mark").forEach((svg) => { svg.style.fill = color(DATA.looks[svg.dataset.architecture]); });
 
 const looks = (saes) => DATA.architectures.filter((name) => saes.some((sae) => sae.architecture === name));
-const colours = (names) => ({ domain: names, range: names.map((name) => colour(DATA.looks[name])) });
+const colors = (names) => ({ domain: names, range: names.map((name) => color(DATA.looks[name])) });
 const shapes = (names) => ({ domain: names, range: names.map((name) => DATA.markers[DATA.looks[name].marker]) });
 
 /** Round numbers in a range for a log axis: 10 20 40 .. where doubling, else 1 2 5 10 .. */
@@ -243,7 +243,7 @@ function pareto() {
   const X = { field: "x", type: "quantitative", ...axis(values.map((v) => v.x), x.scale, xLog ? `${x.label} (log scale)` : x.label) };
   const yTitle = perfect ? "1 - loss recovered (log scale)" : yLog ? `${y.label} (log scale)` : y.label;
   const Y = { field: "y", type: "quantitative", ...axis(ys, yLog ? "log" : "linear", yTitle) };
-  const fill = { field: "architecture", type: "nominal", scale: colours(names) };
+  const fill = { field: "architecture", type: "nominal", scale: colors(names) };
   return draw(container, {
     data: { values },
     facet: { field: "panel", type: "nominal", sort: panels }, columns,
@@ -283,7 +283,7 @@ function curves(container, saes) {
       data: { values }, width: box.clientWidth - 50, height: 150,
       mark: { type: "line", strokeWidth: 1.3, opacity: 0.85, aria: false },
       encoding: { x: { field: "t", type: "quantitative", axis: { title: `training ${saes[0].unit}`, labelExpr: "datum.value ? format(datum.value, '~s') : '0'", tickCount: 4, grid: false } }, y: { field: "v", type: "quantitative", ...Y, axis: { ...Y.axis, title: null, ...(scale === "log" ? {} : { format: "~s", tickCount: 4 }) } },
-        color: { field: "architecture", type: "nominal", scale: colours(names) }, detail: { field: "sae" },
+        color: { field: "architecture", type: "nominal", scale: colors(names) }, detail: { field: "sae" },
         strokeDash: { field: "site", type: "nominal", scale: { domain: sites, range: sites.map((_, i) => [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]][i % 4]) } } },
     }, `${label} against training ${saes[0].unit}, ${saes.length} SAEs`));
   }
@@ -305,11 +305,11 @@ function firing(container, saes) {
   return draw(container, {
     data: { values }, facet: { field: "architecture", type: "nominal", sort: names }, columns, spacing: { column: 30, row: 24 }, resolve: { axis: { x: "independent" } },
     spec: { width: Math.max(width, 90), height: 110, layer: [
-      { mark: { type: "area", interpolate: "step-after", opacity: 0.14, line: false, aria: false }, encoding: { x: { field: "f", type: "quantitative" }, y: { field: "n", type: "quantitative", stack: null }, color: { field: "architecture", type: "nominal", scale: colours(names) }, detail: { field: "sae" } } },
+      { mark: { type: "area", interpolate: "step-after", opacity: 0.14, line: false, aria: false }, encoding: { x: { field: "f", type: "quantitative" }, y: { field: "n", type: "quantitative", stack: null }, color: { field: "architecture", type: "nominal", scale: colors(names) }, detail: { field: "sae" } } },
       { mark: { type: "line", interpolate: "step-after", strokeWidth: 1.3, aria: false }, encoding: {
         x: { field: "f", type: "quantitative", scale: { domain: [shown[0].row.firing_log10_edges[first], 0], nice: false }, axis: { title: null, values: [-6, -5, -4, -3, -2, -1, 0], labelExpr: "datum.value % 2 ? format(pow(10, datum.value), '~%') : ''", grid: false, labelOverlap: true } },
         y: { field: "n", type: "quantitative", stack: null, axis: { title: null, tickCount: 3, format: "~s" } },
-        color: { field: "architecture", type: "nominal", scale: colours(names) }, detail: { field: "sae" },
+        color: { field: "architecture", type: "nominal", scale: colors(names) }, detail: { field: "sae" },
         strokeDash: { field: "site", type: "nominal", scale: { domain: sites, range: sites.map((_, i) => [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]][i % 4]) } } } },
       { mark: { type: "rule", strokeDash: [3, 3], color: css("--muted"), aria: false }, encoding: { x: { datum: -1 } } },
     ] },

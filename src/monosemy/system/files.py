@@ -36,7 +36,7 @@ class DiskFull(TryAgain):
 
 
 @contextmanager
-def room_for(path: Path, needed: int) -> Iterator[None]:
+def check_disk_space(path: Path, needed: int) -> Iterator[None]:
     """Write something at `path` that takes `needed` bytes.
 
     Raises DiskFull with both, before or after it was tried, and OSError.
@@ -66,10 +66,10 @@ def _full(path: Path, needed: int, folder: Path) -> DiskFull:
 @contextmanager
 def atomic_path(path: Path, needed: int) -> Iterator[Path]:
     """A path to write a file of about `needed` bytes at, which becomes `path` once it is whole and on the
-    disk. Raises as `room_for`."""
+    disk. Raises as `check_disk_space`."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with room_for(path, needed):
+        with check_disk_space(path, needed):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield part
             sync(part)
@@ -97,7 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 def append(path: Path, text: str) -> None:
     """Add text to a file's end, all of it or none. Raises DiskFull and OSError."""
     data = memoryview(text.encode())
-    with room_for(path, len(data)), open(path, "ab", buffering=0) as file:
+    with check_disk_space(path, len(data)), open(path, "ab", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
         try:
             while data:

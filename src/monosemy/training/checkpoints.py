@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from monosemy.system.files import room_for, sync
+from monosemy.system.files import check_disk_space, sync
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         part = self.folder / f".{final.name}.part"
         try:
-            with room_for(
+            with check_disk_space(
                 final, sum(t.nbytes for tensors in saes.values() for t in tensors.values()) + SPARE
             ):
                 shutil.rmtree(part, ignore_errors=True)
@@ -142,10 +142,10 @@ class Checkpoints:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         found = sorted(self.folder.glob("step_*"))
-        kept = [folder for folder in found if folder <= final][
+        newest_two = [folder for folder in found if folder <= final][
             -KEEP:
         ]  # a later one was passed over: the run went on from before it
-        for folder in {*found, *self.folder.glob(".step_*.part")}.difference(kept):
+        for folder in {*found, *self.folder.glob(".step_*.part")}.difference(newest_two):
             shutil.rmtree(folder)
 
 

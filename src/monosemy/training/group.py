@@ -131,14 +131,14 @@ class TrainerGroup:
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """Return everything that the next step of one SAE depends on."""
         s = self.index[name]
-        optimizer = {f"optimizer.{key}": tensor for key, tensor in self.optimizer.state(s).items()}
+        optimizer = {f"optimizer.{key}": tensor for key, tensor in self.optimizer.state_dict(s).items()}
         return self.trainers[s].state_dict() | optimizer
 
     def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned for an equal SAE, in this or an earlier version."""
         s, state = self.index[name], current_names(state)
         self.trainers[s].load_state_dict(state)
-        self.optimizer.restore(s, {key.removeprefix("optimizer."): tensor for key, tensor in state.items()})
+        self.optimizer.load_state_dict(s, {key.removeprefix("optimizer."): tensor for key, tensor in state.items()})
 
 
 def group_trainers(trainers: Iterable[SAETrainer]) -> list[TrainerGroup]:

@@ -208,8 +208,8 @@ class SAETrainer:
         self.sparse = fits and active < SPARSE_BELOW[device] * self.sae.d_sae
         wanted = min(CAPACITY_FACTOR * 2 ** math.ceil(math.log2(active + 1)), self.sae.d_sae) * batch
         # a GPU's lists have a fixed length, and few different ones, since each is a phase of its own
-        kept = max(wanted, self.capacity if self.capacity <= 2 * wanted else 0)
-        self.capacity = kept if self.sparse and device == "cuda" else 0
+        room = max(wanted, self.capacity if self.capacity <= 2 * wanted else 0)
+        self.capacity = room if self.sparse and device == "cuda" else 0
 
     def _estimate_pays(self, active: float) -> bool:
         """Whether so few latents are active on a token that an estimated product is faster.
