@@ -144,7 +144,8 @@ def ours(told: dict[str, Any]) -> dict[str, Any]:
         or found["calls"]["language model"] < due["language model"]
     ):
         raise RuntimeError(
-            f"timed {found['calls']} calls where the run made {due}: watch the methods that it goes through now"
+            f"timed {found['calls']} calls where the run made {due}: watch the methods that it goes through "
+            "now"
         )
     return found | {
         "tokens": facts["training"]["tokens"] * len(facts["norm_factor"]),
@@ -249,7 +250,8 @@ def report(told: dict[str, Any], about: dict[str, Any], rounds: list[dict[str, A
     """The table, and in words what was counted."""
     c, last, names = told["config"], rounds[-1], {"ours": "monosemy", "theirs": "the reference pipeline"}
     lines = [
-        "| | tokens/s, as run | tokens/s, steady | seconds | language model | SAE steps | rest | peak memory |",
+        "| | tokens/s, as run | tokens/s, steady | seconds | language model | SAE steps | rest | peak "
+        "memory |",
         "|" + " --- |" * 8,
     ]
     for side in last:
@@ -259,7 +261,10 @@ def report(told: dict[str, Any], about: dict[str, Any], rounds: list[dict[str, A
             f"{m[part]:.1f} s ({m[part] / m['seconds']:.1%})"
             for part in ("language model", "SAE steps", "rest")
         )
-        cells = f"{m['tokens_per_second']:,.0f} | {steady} | {m['seconds']:.1f} | {shares} | {m['peak_memory_gb']:.2f} GB"
+        cells = (
+            f"{m['tokens_per_second']:,.0f} | {steady} | {m['seconds']:.1f} | {shares} | "
+            f"{m['peak_memory_gb']:.2f} GB"
+        )
         lines.append(f"| {names[side]} | {cells} |")
     if len(last) == 2:
         lines += [
@@ -271,21 +276,28 @@ def report(told: dict[str, Any], about: dict[str, Any], rounds: list[dict[str, A
         ]
     lines += [
         "",
-        f"{len(rounds)} rounds of {told['schedule']['steps']} steps of {c['sae_batch_size']} at layers {', '.join(map(str, c['layers']))}; {told['saes']} SAEs "
-        f"of {c['dictionary_widths'][0]} latents; contexts of {c['context_length']}, {c['llm_batch_size']} to a forward",
-        f"{about['cpu']}, {about['cores']} cores ({next(iter(last.values()))['threads']} threads), load {about['load']:.2f} at the start",
+        f"{len(rounds)} rounds of {told['schedule']['steps']} steps of {c['sae_batch_size']} at layers "
+        f"{', '.join(map(str, c['layers']))}; {told['saes']} SAEs "
+        f"of {c['dictionary_widths'][0]} latents; contexts of {c['context_length']}, {c['llm_batch_size']} "
+        "to a forward",
+        f"{about['cpu']}, {about['cores']} cores ({next(iter(last.values()))['threads']} threads), load "
+        f"{about['load']:.2f} at the start",
     ]
     if "ours" in last:
         lines.append(
-            f"monosemy: {c['dtype']} model, {c['precision']} encoder; {last['ours']['read']:,} tokens read once for all layers"
+            f"monosemy: {c['dtype']} model, {c['precision']} encoder; {last['ours']['read']:,} tokens read "
+            "once for all layers"
         )
     if "theirs" in last:
         lines.append(
-            f"the reference pipeline: float32; a buffer of {c['buffer_tokens']:,} tokens where dictionary_learning has {REFERENCE_BUFFER:,}"
+            f"the reference pipeline: float32; a buffer of {c['buffer_tokens']:,} tokens where "
+            f"dictionary_learning has {REFERENCE_BUFFER:,}"
         )
         lines += [
-            f"  layer {run['layer']}: {run['tokens']:,} tokens trained on in {run['seconds']:.1f} s; {run['filled']:,} rows read in a first fill "
-            f"and {run['refills']} refills of {run['buffer']:,} rows; {run['norm_batches']} batches for the norm factor"
+            f"  layer {run['layer']}: {run['tokens']:,} tokens trained on in {run['seconds']:.1f} s; "
+            f"{run['filled']:,} rows read in a first fill "
+            f"and {run['refills']} refills of {run['buffer']:,} rows; {run['norm_batches']} batches for the "
+            "norm factor"
             for run in last["theirs"]["layers"]
         ]
     return "\n".join(lines)

@@ -144,8 +144,10 @@ class Sizes:
 
 
 TINY = Sizes(
-    B=64, k=4, shapes=((24, 128),), sweep=(128,), timed=3, repeats=2, copied=2**16, every=(9, 33), ordinary=((16, 100, 5),),
-    sums=((9, 24, 33, 4),), trained=(32, 12, 64, 4), length=32, pythia=(2, 8, 1), qwen=(2, 8, 1), qwen_widths=(64, 128), qwen_k=(2, 4),
+    B=64, k=4, shapes=((24, 128),), sweep=(128,), timed=3, repeats=2, copied=2**16,
+    every=(9, 33), ordinary=((16, 100, 5),),
+    sums=((9, 24, 33, 4),), trained=(32, 12, 64, 4), length=32, pythia=(2, 8, 1), qwen=(2, 8, 1),
+    qwen_widths=(64, 128), qwen_k=(2, 4),
 )  # fmt: skip
 
 
@@ -1064,7 +1066,10 @@ def sweep(report: Report) -> None:
     batches = activations(4, sizes.B, D, device)
     for F in sizes.sweep:
         for dense in (False, True):
-            case = f"{len(names) * sizes.repeats} SAEs {D}x{F}, {'ReLU kinds as they begin' if dense else f'all at L0 {sizes.k}'}"
+            case = (
+                f"{len(names) * sizes.repeats} SAEs {D}x{F}, "
+                f"{'ReLU kinds as they begin' if dense else f'all at L0 {sizes.k}'}"
+            )
             with report.case(case) as there_is_time:
                 if not there_is_time:
                     continue
@@ -1222,7 +1227,10 @@ def headlines(report: Report) -> None:
                     members = grid(sizes, config.hidden_size, F, stream.next()[site], names, dense=dense)
                     headline(report, case, stream, site, members, per_block, blocks, None)
     config, (forward, block, blocks) = models["Qwen2.5-Coder-32B"], sizes.qwen
-    case = f"4 BatchTopK of {' and '.join(map(str, sizes.qwen_widths))}, k {' and '.join(map(str, sizes.qwen_k))}, on Qwen2.5-Coder-32B"
+    case = (
+        f"4 BatchTopK of {' and '.join(map(str, sizes.qwen_widths))}, k "
+        f"{' and '.join(map(str, sizes.qwen_k))}, on Qwen2.5-Coder-32B"
+    )
     with report.case(case) as there_is_time:
         if there_is_time and "batch_top_k" in report.args.architectures:
             stream, site, per_block = stream_of(report, config, forward, block)

@@ -85,7 +85,8 @@ def main() -> None:
     data = activations()
     print(f"{STEPS} steps of {BATCH} activations, SmolLM2-135M; objective (FVU, L0)\n")
     print(
-        "| architecture | layer | width | flat 3e-4 | flat 1e-3 | recipe | its rate |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| architecture | layer | width | flat 3e-4 | flat 1e-3 | recipe | its rate |\n| --- | --- | --- | "
+        "--- | --- | --- | --- |"
     )
     for name, settings in SETTINGS.items():
         for site, batches in data.items():
@@ -94,7 +95,8 @@ def main() -> None:
                 results = [trained(dataclasses.replace(spec, lr=lr), batches) for lr in (3e-4, 1e-3, None)]
                 best = min(loss for _, loss, _, _ in results)
                 cells = [
-                    f"{'**' if loss == best else ''}{loss:.3f}{'**' if loss == best else ''} ({fvu:.3f}, {l0:.0f})"
+                    f"{'**' if loss == best else ''}{loss:.3f}{'**' if loss == best else ''} ({fvu:.3f}, "
+                    f"{l0:.0f})"
                     for _, loss, fvu, l0 in results
                 ]
                 print(

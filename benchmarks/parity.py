@@ -159,7 +159,8 @@ def main(folder: str) -> int:
         over |= bad
         where = f"{worst[2]} after {worst[1]} steps" if worst[2] else "every tensor"
         print(
-            f"{path.stem:28} {name:24} largest difference {worst[0]:.1e} ({where}), allowed {allowed:.0e}{'  OVER' if bad else ''}"
+            f"{path.stem:28} {name:24} largest difference {worst[0]:.1e} ({where}), allowed "
+            f"{allowed:.0e}{'  OVER' if bad else ''}"
         )
     return int(over)
 

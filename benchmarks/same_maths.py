@@ -463,12 +463,18 @@ def main() -> None:
     print(f"{args.form}, F = {args.d_sae}, batches of {args.batch} activations of {MODEL}, {SITE}")
     shared = (args.architectures, of.batches, args.d_sae, args.form)
     if "states" in args.parts:
-        head = "| architecture | loss | gradient | median | within 1e-5 | fast from float64 | plain from float64 | weights | flips (ties) |"
+        head = (
+            "| architecture | loss | gradient | median | within 1e-5 | fast from float64 | plain from "
+            "float64 | weights | flips (ties) |"
+        )
         table(head, state_rows(*shared))
     if "runs" in args.parts:
         table("| architecture | weights | nudged | losses | nudged |", drift_rows(*shared))
     if "bf16" in args.parts:
-        head = "| architecture | FVU, float32 | bf16 | spread | difference | loss recovered, float32 | bf16 | spread | difference |"
+        head = (
+            "| architecture | FVU, float32 | bf16 | spread | difference | loss recovered, float32 | bf16 "
+            "| spread | difference |"
+        )
         table(head, bf16_rows(args.architectures, of, args.d_sae, range(args.seeds)))
 
 

@@ -431,7 +431,8 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
         raise RuntimeError(f"{name}: our first loss is {loss_ours}, dictionary_learning's is {loss_theirs}")
     if dead_F is not None and {ours.dead, theirs.dead} != {int(dead_F.sum())}:
         raise RuntimeError(
-            f"{name}: {int(dead_F.sum())} latents should be dead; of ours {ours.dead} are, of theirs {theirs.dead}"
+            f"{name}: {int(dead_F.sum())} latents should be dead; of ours {ours.dead} are, of theirs "
+            f"{theirs.dead}"
         )
 
     ours_ms, theirs_ms = times[ours][2:], times[theirs][2:]
@@ -536,10 +537,12 @@ def main(argv: list[str]) -> int:
         return 0
     facts = machine()
     print(
-        f"B {args.batch}, D {args.d_in}, F {args.d_sae}, k {args.k}; {args.pairs} pairs; {facts['cpu']}, {facts['cores']} cores,"
+        f"B {args.batch}, D {args.d_in}, F {args.d_sae}, k {args.k}; {args.pairs} pairs; {facts['cpu']}, "
+        f"{facts['cores']} cores,"
     )
     print(
-        f"{'with' if facts['bf16_instructions'] else 'no'} bfloat16 instructions, torch {facts['torch']}, {facts['threads']} threads\n"
+        f"{'with' if facts['bf16_instructions'] else 'no'} bfloat16 instructions, torch {facts['torch']}, "
+        f"{facts['threads']} threads\n"
     )
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
     lines = []

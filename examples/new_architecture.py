@@ -77,7 +77,8 @@ def main(steps: int = 600) -> dict[str, float]:
         f_BF = sae.encode(x_BD)
         shrinkage[sae.name] = float(x_BD.norm() / sae.decode(f_BF).norm())
         print(
-            f"{sae.name:9} L0 {(f_BF > 0).sum(1).float().mean():5.2f}  |x| / |x_hat| {shrinkage[sae.name]:.3f}"
+            f"{sae.name:9} L0 {(f_BF > 0).sum(1).float().mean():5.2f}  |x| / |x_hat| "
+            f"{shrinkage[sae.name]:.3f}"
         )
     return shrinkage
 

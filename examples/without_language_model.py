@@ -43,7 +43,8 @@ def main(folder: Path = Path("my_report"), steps: int = 300) -> list[dict]:
     rows = monosemy.evaluate(fitted.saes, simulated(40, seed=2))
     for row in rows:
         print(
-            f"{row['architecture']:12} L0 {row['l0']:.1f}  FVU {row['fvu']:.3f}  alive {row['frac_alive']:.2f}  copies {row['near_copies']}"
+            f"{row['architecture']:12} L0 {row['l0']:.1f}  FVU {row['fvu']:.3f}  alive "
+            f"{row['frac_alive']:.2f}  copies {row['near_copies']}"
         )
     page = monosemy.write_report(
         folder, fitted, simulated(40, seed=2), site="states of a simulator"

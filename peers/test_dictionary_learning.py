@@ -128,8 +128,10 @@ def test_it_opens_a_whole_run(tiny_model: Path, text_file: Path, tmp_path: Path)
     """Every folder that the command leaves behind, with the config.json that it wrote, on the model's own
     activations."""
     small = (
-        "--layers 1 --dictionary_widths 64 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 --buffer_tokens 2000 --num_tokens 6400 --target_l0s 4 "
-        "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties 0.02 --eval_num_inputs 4 --held_out_fraction 0.1"
+        "--layers 1 --dictionary_widths 64 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 "
+        "--buffer_tokens 2000 --num_tokens 6400 --target_l0s 4 "
+        "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 "
+        "--gated_penalties 0.02 --eval_num_inputs 4 --held_out_fraction 0.1"
     ).split()
     told = [
         "--save_dir",

@@ -88,8 +88,10 @@ def test_it_fits_and_is_quiet(browser, made, width, scheme):
     ):
         here.go(route)
         assert here.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, route
-        small = """[...document.querySelectorAll("main:not([hidden]) *")].filter(e => e.childNodes.length && [...e.childNodes].some(c => c.nodeType === 3
-            && c.data.trim()) && e.checkVisibility() && parseFloat(getComputedStyle(e).fontSize) < (e.className === "control" ? 11 : 12)).map(e => e.outerHTML)"""
+        small = """[...document.querySelectorAll("main:not([hidden]) *")].filter(e => e.childNodes.length
+            && [...e.childNodes].some(c => c.nodeType === 3 && c.data.trim()) && e.checkVisibility()
+            && parseFloat(getComputedStyle(e).fontSize) < (e.className === "control" ? 11 : 12))
+            .map(e => e.outerHTML)"""
         assert here.page.evaluate(small) == [], route
         if folder := os.environ.get("MONOSEMY_SHOTS"):
             here.page.screenshot(path=Path(folder) / f"{name}_{width}_{scheme}.png", full_page=True)
@@ -361,7 +363,8 @@ def test_two_dozen_wide_saes_fit_and_open_quickly(browser, tmp_path):
     latent = time.monotonic() - began
     heap = here.page.evaluate("performance.memory.usedJSHeapSize")
     print(
-        f"{path.stat().st_size:,} bytes, ready {ready:.1f} s, latent {latent:.2f} s, heap {heap:,}, {kept} pages an SAE"
+        f"{path.stat().st_size:,} bytes, ready {ready:.1f} s, latent {latent:.2f} s, heap {heap:,}, {kept} "
+        "pages an SAE"
     )
     assert kept >= 500 and ready < 15 and latent < 3 and heap < 150_000_000
     here.check()

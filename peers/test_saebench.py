@@ -169,7 +169,8 @@ def test_explained_variance_is_ours_and_its_own_is_what_the_docs_say(
     assert its["mse"] == pytest.approx(float(error_N.mean()) / len(x_ND), rel=1e-3)
     explained = 1 - float(error_N.sum() / about_mean_N.sum())
     print(
-        f"{name} explained {explained:.4f}, its {its['explained_variance']:.4f}, legacy {its['explained_variance_legacy']:.4f}"
+        f"{name} explained {explained:.4f}, its {its['explained_variance']:.4f}, legacy "
+        f"{its['explained_variance_legacy']:.4f}"
     )
     assert abs(explained - its["explained_variance"]) > 1e-3
     row = ours[name]

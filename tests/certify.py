@@ -58,6 +58,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{'':{width}} {'cases':>9} {'held':>9} {'failed':>7} {'seconds':>9}")
         for what, (held, failed, seconds) in LINES.items():
             notes = "; ".join(dict.fromkeys(NOTES[what]))
-            terminalreporter.write_line(
-                f"{what:{width}} {held + failed:9,.0f} {held:9,.0f} {failed:7,.0f} {seconds:9.1f}  {notes}".rstrip()
-            )
+            line = f"{what:{width}} {held + failed:9,.0f} {held:9,.0f} {failed:7,.0f} {seconds:9.1f}  {notes}"
+            terminalreporter.write_line(line.rstrip())

@@ -25,7 +25,10 @@ if not torch.cuda.is_available():
         "1"  # before anything imports Triton, which then runs its kernels on the CPU
     )
 
-WORDS = "the a of to and in that it was for on are with as at be this from have or by one had not but what all were when we there can".split()
+WORDS = (
+    "the a of to and in that it was for on are with as at be this from have or by one had not but what "
+    "all were when we there can"
+).split()
 
 
 def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:

@@ -16,9 +16,12 @@ from monosemy.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SEED_COMMANDS = [
-    "--save_dir saes --model_name EleutherAI/pythia-70m-deduped --layers 3 --architectures standard jump_relu batch_top_k top_k gated",
-    "--save_dir saes --model_name Qwen/Qwen2.5-Coder-32B-Instruct --layers 32 --architectures batch_top_k --use_wandb --hf_repo_id me/saes --mixed_dataset",
-    "--save_dir saes --model_name Qwen/Qwen3-8B --layers 9 18 27 --architectures batch_top_k --hf_repo_id me/saes --mixed_dataset --use_wandb",
+    "--save_dir saes --model_name EleutherAI/pythia-70m-deduped --layers 3 --architectures standard "
+    "jump_relu batch_top_k top_k gated",
+    "--save_dir saes --model_name Qwen/Qwen2.5-Coder-32B-Instruct --layers 32 --architectures batch_top_k "
+    "--use_wandb --hf_repo_id me/saes --mixed_dataset",
+    "--save_dir saes --model_name Qwen/Qwen3-8B --layers 9 18 27 --architectures batch_top_k --hf_repo_id "
+    "me/saes --mixed_dataset --use_wandb",
     "--save_dir topk --model_name google/gemma-2-2b --layers 12 --architectures top_k",
 ]
 # flags, what the error must name, the value, a word of the remedy
@@ -85,7 +88,10 @@ def test_bad_input_is_refused_at_once(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     before = sorted(tmp_path.rglob("*"))
-    base = f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48 --num_tokens 6400 --sae_batch_size 64 --target_l0s 4"
+    base = (
+        f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 "
+        "--architectures top_k --dictionary_widths 48 --num_tokens 6400 --sae_batch_size 64 --target_l0s 4"
+    )
     monkeypatch.setattr(
         "transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
     )
@@ -107,7 +113,10 @@ def test_a_module_that_is_not_there_is_told_before_weights_load(
     monkeypatch.setattr(
         "transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
     )
-    base = f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --dictionary_widths 48 --num_tokens 6400"
+    base = (
+        f"train --save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} "
+        "--dictionary_widths 48 --num_tokens 6400"
+    )
     flags = "--sae_batch_size 64 --target_l0s 4 --sites model.layers.1.gate"
     assert main([*base.split(), *flags.split()]) == 2
     error = capsys.readouterr().err
@@ -196,9 +205,18 @@ def test_every_constant_of_the_reference_is_a_flag_with_its_sentence():
     done = subprocess.run(
         [sys.executable, str(ROOT / "demo.py"), "--help"], capture_output=True, text=True, check=True
     )
-    flags = "num_tokens eval_num_inputs random_seeds dictionary_widths warmup_steps sparsity_warmup_steps decay_start_fraction learning_rates wandb_project target_l0s "
-    flags += "standard_penalties standard_new_penalties p_anneal_penalties gated_penalties sae_batch_size llm_batch_size context_length dtype dataset bandwidth "
-    flags += "save_dir use_wandb dry_run save_checkpoints layers model_name architectures device hf_repo_id mixed_dataset buffer_tokens log_steps sparsity_penalty"
+    flags = (
+        "num_tokens eval_num_inputs random_seeds dictionary_widths warmup_steps sparsity_warmup_steps "
+        "decay_start_fraction learning_rates wandb_project target_l0s "
+    )
+    flags += (
+        "standard_penalties standard_new_penalties p_anneal_penalties gated_penalties sae_batch_size "
+        "llm_batch_size context_length dtype dataset bandwidth "
+    )
+    flags += (
+        "save_dir use_wandb dry_run save_checkpoints layers model_name architectures device hf_repo_id "
+        "mixed_dataset buffer_tokens log_steps sparsity_penalty"
+    )
     for flag in flags.split():
         assert f"--{flag} " in done.stdout or f"--{flag}," in done.stdout or f"--{flag}\n" in done.stdout, (
             flag
@@ -217,7 +235,10 @@ def test_every_constant_of_the_reference_is_a_flag_with_its_sentence():
 
 
 def test_numbers_may_have_underscores(tiny_model, text_file, tmp_path, capsys):
-    flags = f"train --save_dir {tmp_path}/r --model_name {tiny_model} --dataset {text_file} --layers 1 --num_tokens 50_000_000 --dictionary_widths 4_096 --dry_run"
+    flags = (
+        f"train --save_dir {tmp_path}/r --model_name {tiny_model} --dataset {text_file} --layers 1 "
+        "--num_tokens 50_000_000 --dictionary_widths 4_096 --dry_run"
+    )
     assert main(flags.split()) == 0
     assert "24,414 steps" in capsys.readouterr().out
     assert not (tmp_path / "r").exists()
@@ -226,7 +247,10 @@ def test_numbers_may_have_underscores(tiny_model, text_file, tmp_path, capsys):
 def test_bf16_on_a_cpu_without_it(tiny_model, text_file, tmp_path, capsys, monkeypatch):
     from monosemy.jobs import plan
 
-    base = f"train --save_dir {tmp_path}/r --model_name {tiny_model} --dataset {text_file} --layers 1 --device cpu --dry_run".split()
+    base = (
+        f"train --save_dir {tmp_path}/r --model_name {tiny_model} --dataset {text_file} --layers 1 "
+        "--device cpu --dry_run"
+    ).split()
     monkeypatch.setattr(plan, "cpu_has_bf16", lambda: False)
     for flag in (["--dtype", "bfloat16"], ["--precision", "bf16"]):
         assert main([*base, *flag]) == 2
@@ -246,8 +270,14 @@ def test_no_command_and_help(capsys):
 @pytest.fixture(scope="module")
 def evaluated(tiny_model, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    flags = f"--model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48 --num_tokens 640 --target_l0s 4"
-    flags += " --sae_batch_size 64 --context_length 16 --eval_num_inputs 6 --held_out_fraction 0.1 --report_latents 5"
+    flags = (
+        f"--model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k "
+        "--dictionary_widths 48 --num_tokens 640 --target_l0s 4"
+    )
+    flags += (
+        " --sae_batch_size 64 --context_length 16 --eval_num_inputs 6 --held_out_fraction 0.1 "
+        "--report_latents 5"
+    )
     assert main(["train", "--save_dir", str(folder), *flags.split()]) == 0
     return folder
 

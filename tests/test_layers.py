@@ -69,7 +69,10 @@ def test_the_test_sees_imports():
 
 
 def test_checks_need_no_torch():
-    code = "import sys, monosemy, monosemy.cli, monosemy.jobs.plan\nsys.exit(bool({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
+    code = (
+        "import sys, monosemy, monosemy.cli, monosemy.jobs.plan\nsys.exit(bool({'torch', 'transformers', "
+        "'datasets'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -114,9 +114,10 @@ for module in pkgutil.walk_packages(monosemy.__path__, "monosemy."):
         importlib.import_module(module.name)
 import torch
 draw = torch.Generator().manual_seed(0)
-names = ("standard", "standard_new", "gated", "p_anneal", "jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")
+names = "standard standard_new gated p_anneal jump_relu top_k batch_top_k matryoshka_batch_top_k".split()
 specs = [monosemy.SAESpec(name, 64, settings={{"k": 4}} if "top_k" in name else {{}}) for name in names]
-fitted = monosemy.fit([torch.randn(64, 16, generator=draw) for _ in range(40)], specs, checkpoints=sys.argv[1], checkpoint_every=20)
+batches = [torch.randn(64, 16, generator=draw) for _ in range(40)]
+fitted = monosemy.fit(batches, specs, checkpoints=sys.argv[1], checkpoint_every=20)
 assert fitted.status == "complete", fitted.failed
 monosemy.save(fitted.saes[5], sys.argv[2], {{"status": "complete"}})
 assert torch.equal(monosemy.load(sys.argv[2]).W_dec, fitted.saes[5].W_dec)

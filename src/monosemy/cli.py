@@ -279,9 +279,8 @@ def _list(arguments: list[str]) -> int:
         ]
         w = [max(len(line[i]) for line in lines) for i in range(5)]
         for sae_id, layout, site, width, size, note in lines:
-            print(
-                f"{sae_id:{w[0]}}  {layout:{w[1]}}  {site:{w[2]}}  {width:>{w[3]}}  {size:>{w[4]}}  {note}".rstrip()
-            )
+            line = f"{sae_id:{w[0]}}  {layout:{w[1]}}  {site:{w[2]}}  {width:>{w[3]}}  {size:>{w[4]}}  {note}"
+            print(line.rstrip())
         return 0
 
     return tyro.cli(list_, args=arguments, prog="monosemy list", use_underscores=True)

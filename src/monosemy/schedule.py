@@ -90,8 +90,10 @@ class Schedule:
                 raise invalid(
                     name,
                     value,
-                    f"0 to {max(schedule.decay_start - 1, 0)}, below the decay's start in a run of {steps} steps",
-                    "train for more tokens, shorten the warm-up, or leave it out to have it scale with the run",
+                    f"0 to {max(schedule.decay_start - 1, 0)}, below the decay's start in a run of {steps} "
+                    "steps",
+                    "train for more tokens, shorten the warm-up, or leave it out to have it scale with the "
+                    "run",
                 )
         return schedule
 

@@ -1,4 +1,5 @@
-"""Adding an architecture is adding one file: here to a copy of the package, which then trains, plots and loads it."""
+"""Adding an architecture is adding one file: here to a copy of the package, which then trains, plots and
+loads it."""
 
 from __future__ import annotations
 

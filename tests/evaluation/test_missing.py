@@ -21,8 +21,10 @@ SITES = ("resid_post_layer_0", "resid_post_layer_2")
 NAMES = [f"{site}/trainer_{i}" for site in SITES for i in (0, 1)]
 PLOTS = {"loss_recovered", "fvu", "alive", "firing_frequencies", "training_curves"}
 FLAGS = (
-    "--layers 0 2 --architectures top_k standard --dictionary_widths 48 --context_length 16 --sae_batch_size 64 --num_tokens 1280 "
-    "--target_l0s 4 --standard_penalties 0.02 --eval_num_inputs 8 --held_out_fraction 0.1 --log_steps 5 --report_latents 20"
+    "--layers 0 2 --architectures top_k standard --dictionary_widths 48 --context_length 16 "
+    "--sae_batch_size 64 --num_tokens 1280 "
+    "--target_l0s 4 --standard_penalties 0.02 --eval_num_inputs 8 --held_out_fraction 0.1 --log_steps 5 "
+    "--report_latents 20"
 ).split()
 
 
@@ -285,7 +287,8 @@ def test_parts_that_failed_alike_are_told_together_and_without_secrets(tmp_path)
     with missing.part("plot fvu"):
         raise OSError("https://me:hunter2hunter2@host/x\ndid not answer.")
     assert str(missing) == (
-        "row of trainer_0, trainer_1, trainer_2 and 2 others (out of memory); plot fvu (OSError: https://***@host/x did not answer)"
+        "row of trainer_0, trainer_1, trainer_2 and 2 others (out of memory); plot fvu (OSError: "
+        "https://***@host/x did not answer)"
     )
     assert "hunter2" not in (tmp_path / "errors.log").read_text() and missing.lacks("row", "trainer_4")
 

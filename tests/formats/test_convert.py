@@ -469,7 +469,10 @@ def of_the_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_the_same_sae_has_the_same_figures_in_every_layout(of_the_model, text_file, tmp_path, capsys):
     """The command, on folders that say model and site themselves."""
     names = ["ours", *PEERS]
-    flags = f"--format dictionary_learning --dataset {text_file} --context_length 16 --eval_num_inputs 4 --rows {tmp_path}/rows.jsonl"
+    flags = (
+        f"--format dictionary_learning --dataset {text_file} --context_length 16 --eval_num_inputs 4 "
+        f"--rows {tmp_path}/rows.jsonl"
+    )
     assert main(["eval", *(str(of_the_model / name) for name in names), *flags.split()]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 5 and all(

@@ -15,9 +15,12 @@ from monosemy.lm.model import LanguageModel, load_tokenizer
 from tests.conftest import WORDS
 
 SMALL = (
-    "--dictionary_widths 48 --context_length 16 --sae_batch_size 32 --llm_batch_size 4 --buffer_tokens 600 --num_tokens 1920 --target_l0s 4 "
-    "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties 0.02 --learning_rates 3e-3 "
-    "--bandwidth 0.01 --held_out_fraction 0.1 --eval_num_inputs 4 --eval_spliced_inputs 2 --log_steps 2 --checkpoint_every 7 --report_latents 0"
+    "--dictionary_widths 48 --context_length 16 --sae_batch_size 32 --llm_batch_size 4 --buffer_tokens 600 "
+    "--num_tokens 1920 --target_l0s 4 "
+    "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties "
+    "0.02 --learning_rates 3e-3 "
+    "--bandwidth 0.01 --held_out_fraction 0.1 --eval_num_inputs 4 --eval_spliced_inputs 2 --log_steps 2 "
+    "--checkpoint_every 7 --report_latents 0"
 ).split()
 STEPS, RECORDS = 60, 31
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT

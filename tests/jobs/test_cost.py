@@ -85,8 +85,14 @@ def test_more_saes_and_later_layers_weigh_as_they_cost(plan):
 
 
 def test_the_number_is_told_recorded_and_kept(tiny_model, text_file, tmp_path, capsys):
-    flags = f"--save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 --architectures top_k --dictionary_widths 48"
-    flags += " --num_tokens 640 --sae_batch_size 64 --target_l0s 4 --context_length 16 --held_out_fraction 0.1 --report_latents 0"
+    flags = (
+        f"--save_dir {tmp_path}/run --model_name {tiny_model} --dataset {text_file} --layers 1 "
+        "--architectures top_k --dictionary_widths 48"
+    )
+    flags += (
+        " --num_tokens 640 --sae_batch_size 64 --target_l0s 4 --context_length 16 --held_out_fraction "
+        "0.1 --report_latents 0"
+    )
     assert main(["train", *flags.split(), "--dry_run"]) == 0
     assert f"evaluation on {cost.FEWEST} held-out contexts" in capsys.readouterr().out
     assert main(["train", *flags.split()]) == 0

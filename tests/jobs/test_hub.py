@@ -214,7 +214,10 @@ def program(
     }
     if token:
         environment["HF_TOKEN"] = token
-    head = "import time, logging\nfrom monosemy.jobs import hub\nfrom monosemy.jobs.hub import UploadFailed\nlogging.basicConfig(level='WARNING')\n"
+    head = (
+        "import time, logging\nfrom monosemy.jobs import hub\nfrom monosemy.jobs.hub import "
+        "UploadFailed\nlogging.basicConfig(level='WARNING')\n"
+    )
     return subprocess.run(
         [sys.executable, "-c", head + code], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -274,7 +277,8 @@ def test_a_dead_hub_fails_after_the_last_wait(run: Path, tmp_path: Path) -> None
         endpoint = closed.url
     code = (
         "slept = []\ntime.sleep = slept.append\n"
-        f"try: hub.upload({str(run)!r}, {REPO!r}, waits=(1, 2, 4))\nexcept UploadFailed as error: print(error)\n"
+        f"try: hub.upload({str(run)!r}, {REPO!r}, waits=(1, 2, 4))\nexcept UploadFailed as error: "
+        "print(error)\n"
         "assert len(slept) == 3 and all(w / 2 <= s <= w * 1.5 for s, w in zip(slept, (1, 2, 4))), slept"
     )
     done = program(endpoint, code, home=tmp_path)
@@ -302,7 +306,8 @@ def test_a_failing_uploader_costs_nothing_but_the_upload(server: FakeHub, run: P
     server.faults = {"/commit/main": [500] * 99}
     code = (
         f"up = hub.Uploader({str(run)!r}, {REPO!r}, waits=(0.01,))\n"
-        "[up.submit('resid_post_layer_3/trainer_0') for _ in range(5)]\nassert not up.finish()\nprint('the run goes on')"
+        "[up.submit('resid_post_layer_3/trainer_0') for _ in range(5)]\nassert not up.finish()\nprint('the "
+        "run goes on')"
     )
     done = program(server.url, code, home=tmp_path)
     assert done.returncode == 0 and done.stdout == "the run goes on\n", done.stderr
@@ -313,7 +318,10 @@ def test_a_failing_uploader_costs_nothing_but_the_upload(server: FakeHub, run: P
 
 
 def test_a_hub_that_never_answers_is_left_behind(run: Path, tmp_path: Path) -> None:
-    code = f"up = hub.Uploader({str(run)!r}, {REPO!r})\nassert not up.finish(timeout=1)\nprint('the run goes on')"
+    code = (
+        f"up = hub.Uploader({str(run)!r}, {REPO!r})\nassert not up.finish(timeout=1)\nprint('the run "
+        "goes on')"
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         done = program(f"http://127.0.0.1:{silent.getsockname()[1]}", code, home=tmp_path)
     assert done.returncode == 0 and done.stdout == "the run goes on\n", done.stderr
@@ -324,7 +332,10 @@ def test_an_upload_that_failed_in_the_background_is_made_good_at_the_end(
     server: FakeHub, run: Path, tmp_path: Path
 ) -> None:
     server.faults = {"/commit/main": [500, 500]}
-    code = f"up = hub.Uploader({str(run)!r}, {REPO!r}, waits=(0.01,))\nup.submit('resid_post_layer_3/trainer_0')\nassert up.finish()"
+    code = (
+        f"up = hub.Uploader({str(run)!r}, {REPO!r}, "
+        "waits=(0.01,))\nup.submit('resid_post_layer_3/trainer_0')\nassert up.finish()"
+    )
     assert program(server.url, code, home=tmp_path).returncode == 0
     assert server.repositories[REPO] == artifacts(run)
 

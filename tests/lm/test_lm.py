@@ -580,8 +580,8 @@ def test_the_embedded_model_and_its_sink() -> None:
     assert len(lm.layers) == 13 and lm.d_in(site) == info.d_model == 576
     tokenizer = load_tokenizer("smollm2-135m")
     text = (
-        "The president spoke of the state of the union, of trade and of peace, and thanked the people for their patience. "
-        * 3
+        "The president spoke of the state of the union, of trade and of peace, and thanked the people for "
+        "their patience. " * 3
     )
     ids = torch.tensor([[0, *tokenizer(text)["input_ids"]]])
     norms = lm.activations(ids)[site].norm(dim=-1)[0]

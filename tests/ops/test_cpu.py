@@ -439,7 +439,10 @@ def small(afresh, tmp_path, monkeypatch):
 
 @built
 def test_processes_may_build_at_once(small):
-    code = "import sys, pathlib; from monosemy.ops import cpu as c; c.SOURCE = pathlib.Path(sys.argv[1]); print(c._library().answer())"
+    code = (
+        "import sys, pathlib; from monosemy.ops import cpu as c; c.SOURCE = pathlib.Path(sys.argv[1]); "
+        "print(c._library().answer())"
+    )
     command = [sys.executable, "-c", code, str(cpu.SOURCE)]
     racing = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)

@@ -522,9 +522,11 @@ from triton.compiler import ASTSource
 from monosemy.ops.triton import variants
 
 for v in variants(D=64, F=1024, k=8):
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(v.signature.values()) if kind[0] == "*"}
+    pointers = [i for i, kind in enumerate(v.signature.values()) if kind[0] == "*"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(v.kernel, v.signature, v.constexprs, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": v.num_warps})
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": v.num_warps})
     assert compiled.asm["cubin"]
     print(v.kernel.fn.__name__)
 """

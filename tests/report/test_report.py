@@ -271,7 +271,8 @@ def unpacked(text, name):
 def test_the_page_is_whole_by_itself(made):
     text = page.write([made[0]]).read_text()
     assert re.match(
-        r'<!doctype html>\s*<html lang="en">\s*<head>\s*<meta http-equiv="Content-Security-Policy" content="default-src \'none\';',
+        r'<!doctype html>\s*<html lang="en">\s*<head>\s*<meta http-equiv="Content-Security-Policy" '
+        r'content="default-src \'none\';',
         text,
     )
     ours = text.split("</head>")[0] + text.split("<body>")[1].split("<script")[0]
@@ -411,8 +412,14 @@ def test_every_architecture_has_a_look_of_its_own():
 @pytest.fixture(scope="module")
 def run(tiny_model, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "small"
-    flags = "--layers 1 --architectures batch_top_k standard --dictionary_widths 48 --num_tokens 1280 --sae_batch_size 64 --context_length 32"
-    flags += " --target_l0s 4 --standard_penalties 0.01 --held_out_fraction 0.1 --eval_num_inputs 20 --eval_spliced_inputs 4 --report_latents 20"
+    flags = (
+        "--layers 1 --architectures batch_top_k standard --dictionary_widths 48 --num_tokens 1280 "
+        "--sae_batch_size 64 --context_length 32"
+    )
+    flags += (
+        " --target_l0s 4 --standard_penalties 0.01 --held_out_fraction 0.1 --eval_num_inputs 20 "
+        "--eval_spliced_inputs 4 --report_latents 20"
+    )
     command = [
         "train",
         "--save_dir",

@@ -18,7 +18,10 @@ from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 
 LONG = "x" * 300
-FLAGS = "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --num_tokens 6400 --sae_batch_size 64 --dry_run"
+FLAGS = (
+    "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --num_tokens 6400 "
+    "--sae_batch_size 64 --dry_run"
+)
 
 
 def everything(folder):

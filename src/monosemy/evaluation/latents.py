@@ -117,7 +117,8 @@ class LatentStats:
         self._add_peaks(latents_N, values_N, at_N)
 
     def _add_peaks(self, latents_N: Tensor, values_N: Tensor, at_N: Tensor) -> None:
-        """Add the strongest token of each latent in each context, of entries in order of latents and places."""
+        """Add the strongest token of each latent in each context, of entries in order of latents and
+        places."""
         contexts_N = at_N // self.L
         new_N = torch.ones_like(latents_N, dtype=torch.bool)
         new_N[1:] = (latents_N[1:] != latents_N[:-1]) | (contexts_N[1:] != contexts_N[:-1])

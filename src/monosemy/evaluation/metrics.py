@@ -1,9 +1,11 @@
-"""One flat row of measurements for each SAE, on activations of any kind; what rows are called elsewhere, and their table.
+"""One flat row of measurements for each SAE, on activations of any kind; what rows are called elsewhere, and
+their table.
 
 B rows of a batch, D width, F latents, N counted tokens.
 
-Sums are float64 and every ratio is one of sums over all tokens, never a mean of ratios: batch sizes cannot show in the
-figures. Every evaluation adds up in `ReconstructionSums` and reads them in `reconstruction_columns`.
+Sums are float64 and every ratio is one of sums over all tokens, never a mean of ratios: batch sizes cannot
+show in the figures. Every evaluation adds up in `ReconstructionSums` and reads them in
+`reconstruction_columns`.
 """
 
 from __future__ import annotations

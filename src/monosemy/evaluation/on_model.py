@@ -1,12 +1,13 @@
-"""Evaluation on held-out tokens through the whole language model: reconstruction, and losses with each SAE spliced in.
+"""Evaluation on held-out tokens through the whole language model: reconstruction, and losses with each SAE
+spliced in.
 
-C contexts, L tokens of a context, G contexts of a group, D width of a site, F latents, N counted tokens, P positions that
-predict, V vocabulary, W draws of the bootstrap.
+C contexts, L tokens of a context, G contexts of a group, D width of a site, F latents, N counted tokens, P
+positions that predict, V vocabulary, W draws of the bootstrap.
 
-A token is *counted* unless it opens its context, is one of `ignore_ids`, or its norm is over the site's limit. Only
-counted tokens enter metrics, and only they are replaced: by the reconstruction, by zero and by the mean alike; all others
-keep the model's own activations. Cross-entropy and KL are taken where a counted token predicts the next one, whatever that
-is: everywhere but at a context's end.
+A token is *counted* unless it opens its context, is one of `ignore_ids`, or its norm is over the site's
+limit. Only counted tokens enter metrics, and only they are replaced: by the reconstruction, by zero and by
+the mean alike; all others keep the model's own activations. Cross-entropy and KL are taken where a counted
+token predicts the next one, whatever that is: everywhere but at a context's end.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def _check_inputs(
 
 
 class _SiteEvaluation:
-    """Accumulators of one site: mean, variance, its SAEs' sums, and losses of all runs, those of the baselines included."""
+    """Accumulators of one site: mean, variance, its SAEs' sums, and losses of all runs, those of the
+    baselines included."""
 
     def __init__(self, site: Site, saes: Mapping[str, SAE], ignore_ids: Tensor, norm_limit: float) -> None:
         self.site, self.saes, self.ignore_ids, self.norm_limit = site, saes, ignore_ids, norm_limit
@@ -310,7 +312,7 @@ def _losses(
             yield key, rows_P, -log_q_PV.gather(1, target_P1)[:, 0], (log_p_PV - log_q_PV).mul_(p_PV).sum(-1)
 
 
-# --- losses ---------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 class _Losses:

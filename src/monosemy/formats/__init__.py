@@ -228,7 +228,10 @@ def _nothing(path: Path, found: dict[str, layouts.Entry]) -> ValueError:
     """The error for a folder that is no SAE's own, though its files may be SAEs."""
     files = [entry.path for entry in found.values() if entry.format in layouts.ONE_FILE]
     own = f"file, such as {path / files[0]}" if files else "folder, such as RUN/resid_post_layer_3/trainer_0"
-    allowed = "the folder or file of an SAE, such as sae.safetensors with its config.json (docs/formats.md has all layouts)"
+    allowed = (
+        "the folder or file of an SAE, such as sae.safetensors with its config.json (docs/formats.md "
+        "has all layouts)"
+    )
     return invalid("folder", str(path), allowed, f"name an SAE's own {own}")
 
 

@@ -42,7 +42,8 @@ _CROSSCODER = "a crosscoder is no SAE"
 _TRANSCODER = "a transcoder is no SAE"
 _BY_PATH = {  # what lies in files of the same names beside SAEs, or is not all in its files
     "sae_lens": {  # SAELens' own list of SAEs has it
-        r".*\bMistral-7B-Residual-Stream-SAEs/.+": "each token's activations are rescaled; its cfg.json is silent"
+        r".*\bMistral-7B-Residual-Stream-SAEs/.+": "each token's activations are rescaled; its cfg.json is "
+        "silent"
     },
     "gemma_scope": {
         r".*\bgemma-scope-\w+-\w+-transcoders/.+": _TRANSCODER,

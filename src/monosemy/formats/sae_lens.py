@@ -164,7 +164,10 @@ def _architecture(cfg: dict[str, Any], metadata: dict[str, Any]) -> tuple[str, i
     if normalized not in (None, False, "none"):
         remedy = "what is measured for each token anew cannot be folded in"
         if normalized in (True, "expected_average_only_in"):
-            remedy = "fold the factor in (norm_scaling_factor in SAELens' list): multiply W_enc, divide W_dec and b_dec by it"
+            remedy = (
+                "fold the factor in (norm_scaling_factor in SAELens' list): multiply W_enc, divide "
+                "W_dec and b_dec by it"
+            )
         allowed = '"none": an SAE of raw activations'
         raise invalid("cfg.json: normalize_activations", str(normalized)[:80], allowed, remedy)
     if theirs != "topk":

@@ -63,7 +63,10 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     thresholds = [sae.state_dict()["threshold"]] if "threshold" in sae.state_dict() else []
     relu = sae.name in RELU or (bool(thresholds) and all(bool((t <= 0).all()) for t in thresholds))
     if sae.name != "top_k" and not relu:
-        reason = "sparsify keeps the k largest of each token: it has no thresholds, gates or selections over a batch"
+        reason = (
+            "sparsify keeps the k largest of each token: it has no thresholds, gates or selections "
+            "over a batch"
+        )
         raise invalid(
             "architecture",
             sae.name,

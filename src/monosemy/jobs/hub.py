@@ -60,8 +60,10 @@ PLOTS = {
     "firing_frequencies": "Firing frequencies",
 }
 REFUSALS = {
-    401: "the hub does not know who you are: run `hf auth login`, or set HF_TOKEN to a token with write permission",
-    403: "your token may not write there: make one with write permission at https://huggingface.co/settings/tokens",
+    401: "the hub does not know who you are: run `hf auth login`, or set HF_TOKEN to a token with write "
+    "permission",
+    403: "your token may not write there: make one with write permission at "
+    "https://huggingface.co/settings/tokens",
     404: "there is no such user, organization or repository, or your token cannot see it: check the name",
     413: "the hub refuses files of this size",
 }
@@ -198,7 +200,8 @@ def _refuse_links(folder: Path, root: Path, repo_id: str) -> None:
         raise _failure(
             root,
             repo_id,
-            f"{name} is a link out of the run's folder, to {(folder / name).resolve()}: put a copy in its place",
+            f"{name} is a link out of the run's folder, to {(folder / name).resolve()}: put a copy in its "
+            "place",
         )
 
 
@@ -262,7 +265,10 @@ class Uploader:
 
 def _failure(run_folder: Path, repo_id: str, reason: str, may_pass: bool = False) -> UploadFailed:
     command = f"monosemy push {shlex.quote(str(run_folder))} {shlex.quote(repo_id)}"
-    said = f"Upload to {repo_id} failed: {reason}. Nothing is lost: {run_folder} is whole. To repeat it:\n    {command}"
+    said = (
+        f"Upload to {repo_id} failed: {reason}. Nothing is lost: {run_folder} is whole. To repeat it:\n  "
+        f"  {command}"
+    )
     return UploadFailed(said, may_pass=may_pass)
 
 
@@ -355,7 +361,8 @@ def _summary(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], status: 
     model = config.get("model_name", "a language model")
     text = (
         f"# Sparse autoencoders on {_text(model)}\n\n"
-        f"{len(rows)} sparse autoencoder{'s' if len(rows) != 1 else ''} (SAEs) on activations of {_code(model)}"
+        f"{len(rows)} sparse autoencoder{'s' if len(rows) != 1 else ''} (SAEs) on activations of "
+        f"{_code(model)}"
         + (f", read at {', '.join(map(_code, sites))}" if sites else "")
         + (f"; architectures: {', '.join(map(_code, names))}" if names else "")
         + ". Each was trained"
@@ -418,8 +425,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     measured = f" Measured on {max(tokens):,} held-out tokens." if tokens else ""
     flagged = any(row.get("threshold_flag") for row in rows)
     return "\n".join("| " + " | ".join(line) + " |" for line in table) + (
-        "\n\nL0: active latents per token. Loss recovered: 1 = the model predicts as well with the reconstruction in place, "
-        "0 = as badly as with the activations set to zero; in brackets its 95 % interval over re-draws of the text. "
+        "\n\nL0: active latents per token. Loss recovered: 1 = the model predicts as well with the "
+        "reconstruction in place, "
+        "0 = as badly as with the activations set to zero; in brackets its 95 % interval over re-draws of "
+        "the text. "
         "KL: nats by which the next-token probabilities move. FVU: fraction of variance unexplained. "
         "Alive: latents that fired at least once."
         + measured
@@ -457,9 +466,11 @@ ae, config = load_dictionary(folder + {json.dumps("/" + sae)}, device="cpu")
 def _limits(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     points = [
         "These SAEs describe one model at these sites; other models, fine-tunes and layers need their own.",
-        "A latent is a direction that helped to reconstruct activations. Nothing here says that it has one meaning, or any.",
+        "A latent is a direction that helped to reconstruct activations. Nothing here says that it has one "
+        "meaning, or any.",
         "The numbers come from held-out text of the training data. On other text, expect them to be worse.",
-        "Loss recovered against zero ablation flatters: setting activations to zero does great harm. Compare SAEs by it, at equal L0.",
+        "Loss recovered against zero ablation flatters: setting activations to zero does great harm. "
+        "Compare SAEs by it, at equal L0.",
         "A latent that never fired on the held-out tokens may still fire on more of them.",
     ]
     if not config.get("keep_special_tokens", False):
@@ -468,7 +479,8 @@ def _limits(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
         )
     if any("top_k_fvu" in row for row in rows):
         points.append(
-            "TopK kinds are measured under their fixed threshold, which is how `encode` works unless told otherwise."
+            "TopK kinds are measured under their fixed threshold, which is how `encode` works unless told "
+            "otherwise."
         )
     return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
 

@@ -65,7 +65,10 @@ class Phase:
     def __str__(self) -> str:
         held = " + ".join(f"{name} {size(n)}" for name, n in self.held.items() if n)
         transient = ", ".join(f"{name} {size(n)}" for name, n in self.transient.items() if n)
-        return f"{size(self.peak)}: {held} + the largest of {transient}; {size(self.loading)} while the model is loaded"
+        return (
+            f"{size(self.peak)}: {held} + the largest of {transient}; {size(self.loading)} while the "
+            "model is loaded"
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Estimate:
                 *(f"  {name:24} {width:>8,} latents  {size(n):>9}" for (name, width), n in self.saes.items()),
                 f"memory in training {self.training}",
                 f"memory in evaluation {self.evaluation}",
-                f"memory at most, about: {size(self.peak)}, in {where}; a checkpoint takes {size(self.checkpoint)} of the host's while it is written",
+                f"memory at most, about: {size(self.peak)}, in {where}; a checkpoint takes "
+                f"{size(self.checkpoint)} of the host's while it is written",
             ]
         )
 
@@ -159,7 +163,10 @@ def _evaluation(
     *,
     gpu: bool,
 ) -> Phase:
-    """Predict what evaluation takes. `mapped` is the share of the model that a checkpoint's pages take beside it."""
+    """Predict what evaluation takes.
+
+    `mapped` is the share of the model that a checkpoint's pages take beside it.
+    """
     D, M, L, of_lm = model.d_model, c.llm_batch_size, c.context_length, BYTES[c.dtype]
     whole = of_lm * model.parameters(None)
     number = {row: len(sites) * row.per_site for row in grid}

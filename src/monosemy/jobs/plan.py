@@ -201,7 +201,8 @@ class Plan:
             f"sites: {', '.join(map(str, self.sites))}\n"
             f"{len(self.sites) * self.saes_per_site} SAEs: widths {widths}; "
             f"learning rates {rates}; seeds {seeds}; sparsities\n{grid}\n"
-            f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * c.sae_batch_size:,} for each SAE\n"
+            f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * c.sae_batch_size:,} "
+            "for each SAE\n"
             f"text: {c.dataset}{chat}, contexts of {c.context_length}, {self.contexts_per_block} to a block; "
             f"evaluation on {c.eval_num_inputs} held-out contexts\n"
             f"{self.memory}\n"
@@ -364,7 +365,10 @@ def _folder(c: TrainConfig) -> tuple[Path, str]:
         named = asked if asked.name not in ("", "..") else Path(os.path.abspath(asked))
         name = re.sub(r"[^\w.-]+", "_", f"{named.name}_{c.model_name}_{'_'.join(c.architectures)}")
         folder = path_of("save_dir", str(named.with_name(name)))
-        note = f"{asked} holds a run of {recorded.get('model_name')} with {recorded.get('architectures')}; this run goes to {folder}"
+        note = (
+            f"{asked} holds a run of {recorded.get('model_name')} with {recorded.get('architectures')}; "
+            f"this run goes to {folder}"
+        )
     if os.path.lexists(folder) and not folder.is_dir():
         raise invalid(
             "save_dir", str(folder), "a folder", "this is a file, or a link to nothing; name another path"

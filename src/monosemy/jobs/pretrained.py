@@ -236,7 +236,10 @@ def _parsed(name: str) -> tuple[str, str]:
     part = r"[A-Za-z0-9_][\w.-]*"
     match = re.fullmatch(rf"({part}/{part})(?:/(.+?))?/?", name, re.ASCII)
     if match is None:
-        allowed = "a folder (there is none of this name), OWNER/REPO on the hub, or a release such as gemma-scope-2b-pt-res"
+        allowed = (
+            "a folder (there is none of this name), OWNER/REPO on the hub, or a release such as "
+            "gemma-scope-2b-pt-res"
+        )
         raise invalid("name_or_path", name, allowed, "correct it")
     return match[1], match[2] or ""
 
@@ -270,8 +273,10 @@ def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, En
         raise invalid("sae_id", asked or None, allowed, remedy)
     if held.silence:
         raise HubUnreachable(
-            f"the hub cannot be reached ({held.silence}), and the cache does not have {asked or 'an SAE'} of {held.repo_id}"
-            f"{f', but {_some(list(entries))}' if entries else ''}. Connect to the hub and try again, or give a local folder."
+            f"the hub cannot be reached ({held.silence}), and the cache does not have {asked or 'an SAE'} "
+            f"of {held.repo_id}"
+            f"{f', but {_some(list(entries))}' if entries else ''}. Connect to the hub and try again, or "
+            "give a local folder."
         )
     near = difflib.get_close_matches(asked, entries, NAMED, 0.5) or list(entries)
     raise invalid("sae_id", asked, f"an SAE of {held.repo_id}, such as {_some(near)}", remedy)

@@ -53,9 +53,17 @@ RELEASES = {
     "qwen-scope-3.5-35b-a3b-base-w32k-l50": "Qwen/SAE-Res-Qwen3.5-35B-A3B-Base-W32K-L0_50",
     "qwen-scope-3.5-9b-base-w64k-l100": "Qwen/SAE-Res-Qwen3.5-9B-Base-W64K-L0_100",
     "qwen-scope-3.5-9b-base-w64k-l50": "Qwen/SAE-Res-Qwen3.5-9B-Base-W64K-L0_50",
-    "saebench_gemma-2-2b_width-2pow12_date-0108": "adamkarvonen/saebench_gemma-2-2b_width-2pow12_date-0108/MatryoshkaBatchTopK_gemma-2-2b__0108",
-    "saebench_gemma-2-2b_width-2pow14_date-0107": "canrager/saebench_gemma-2-2b_width-2pow14_date-0107/gemma-2-2b_matryoshka_batch_top_k_width-2pow14_date-0107",
-    "saebench_gemma-2-2b_width-2pow16_date-0107": "canrager/saebench_gemma-2-2b_width-2pow16_date-0107/gemma-2-2b_matryoshka_batch_top_k_width-2pow16_date-0107",
+    "saebench_gemma-2-2b_width-2pow12_date-0108": (
+        "adamkarvonen/saebench_gemma-2-2b_width-2pow12_date-0108/MatryoshkaBatchTopK_gemma-2-2b__0108"
+    ),
+    "saebench_gemma-2-2b_width-2pow14_date-0107": (
+        "canrager/saebench_gemma-2-2b_width-2pow14_date-0107"
+        "/gemma-2-2b_matryoshka_batch_top_k_width-2pow14_date-0107"
+    ),
+    "saebench_gemma-2-2b_width-2pow16_date-0107": (
+        "canrager/saebench_gemma-2-2b_width-2pow16_date-0107"
+        "/gemma-2-2b_matryoshka_batch_top_k_width-2pow16_date-0107"
+    ),
 }
 # releases of one author that are named alike: the repository, and the folder in it that the release means
 _FAMILIES = {
@@ -70,7 +78,9 @@ _FAMILIES = {
     r"(gemma-scope-2-(?:270m|1b|4b|12b|27b)-(?:pt|it))-transcoders-all": r"google/\1/transcoder_all",
     r"(gemma-scope-2b-pt-transcoders)": r"google/\1",
     r"gpt2-small-(res_\w+-ajt)": r"neuronpedia/gpt2-small__\1",
-    r"sae_bench_(gemma-2-2b_\w+_width-(2pow\d+)_date-1109)": r"canrager/saebench_gemma-2-2b_width-\2_date-1109/\1",
+    r"sae_bench_(gemma-2-2b_\w+_width-(2pow\d+)_date-1109)": (
+        r"canrager/saebench_gemma-2-2b_width-\2_date-1109/\1"
+    ),
     r"sae_bench_(pythia70m_sweep_\w+)": r"canrager/lm_sae/\1",
     r"llama_scope_lxr_(8|32)x": r"fnlp/Llama3_1-8B-Base-LXR-\1x",
     r"llama_scope_lxm_(8|32)x": r"fnlp/Llama3_1-8B-Base-LXM-\1x",
@@ -78,13 +88,21 @@ _FAMILIES = {
 }
 _IDS = {  # OWNER/REPO/ID as SAELens has it: the SAE's id in its repository, with * for anything
     r"andyrdt/saes-[^/]+/(resid_post_layer_\d+)_(trainer_\d+)": r"\1/\2",
-    r"(?:canrager|adamkarvonen)/[^/]+/(.+)/blocks\.(\d+)\.hook_resid_post__(trainer_\d+)": r"\1/resid_post_layer_\2/\3",
-    r"canrager/[^/]+/(.+)/blocks\.(\d+)\.hook_resid_post__(trainer_\d+_step_\d+)": r"\1/resid_post_layer_\2_checkpoints/\3",
+    r"(?:canrager|adamkarvonen)/[^/]+/(.+)/blocks\.(\d+)\.hook_resid_post__(trainer_\d+)": (
+        r"\1/resid_post_layer_\2/\3"
+    ),
+    r"canrager/[^/]+/(.+)/blocks\.(\d+)\.hook_resid_post__(trainer_\d+_step_\d+)": (
+        r"\1/resid_post_layer_\2_checkpoints/\3"
+    ),
     r"ctigges/pythia-70m-deduped__res-sm_processed/blocks\.0\.hook_resid_pre": r"e-res-sm",
-    r"ctigges/pythia-70m-deduped__(att|mlp|res)-sm_processed/blocks\.(\d+)\.hook_\1(?:n_out|_out|id_post)": r"\2-\1-sm",
+    r"ctigges/pythia-70m-deduped__(att|mlp|res)-sm_processed/blocks\.(\d+)\.hook_\1(?:n_out|_out|id_post)": (
+        r"\2-\1-sm"
+    ),
     r"fnlp/Llama3_1-8B-Base-LX([RAM])-(8|32)x/l(\d+)(?i:\1)_\2x": r"Llama3_1-8B-Base-L\3\1-\2x",
     r"fnlp/Llama-Scope-R1-Distill/l(\d+)r_800m_slimpajama": r"800M-Slimpajama-0-OpenR1-Math-220k/L\1R",
-    r"fnlp/Llama-Scope-R1-Distill/l(\d+)r_400m_slimpajama_400m_openr1_math": r"400M-Slimpajama-400M-OpenR1-Math-220k/L\1R",
+    r"fnlp/Llama-Scope-R1-Distill/l(\d+)r_400m_slimpajama_400m_openr1_math": (
+        r"400M-Slimpajama-400M-OpenR1-Math-220k/L\1R"
+    ),
     r"fnlp/Llama-Scope-R1-Distill/l(\d+)r_800m_openr1_math": r"0-Slimpajama-800M-OpenR1-Math-220k/L\1R",
     r"Goodfire/[^/]+/layer_(\d+)|qresearch/[^/]+/blocks\.(\d+)\.hook_resid_post": r"*-SAE-l\1\2.pt*",
     r"jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs/blocks\.(\d+)\.hook_resid_post": r"v5_32k_layer_\1.pt",

@@ -89,7 +89,10 @@ def remedy(folder: Path, config: EvalConfig | None = None) -> str:
         name: value for name, value in (config.changes() if config else {}).items() if name != "device"
     }
     flags = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in changes.items())
-    return f"the SAEs are saved, and `monosemy eval {shlex.quote(str(folder))}{flags}` makes only what is missing"
+    return (
+        f"the SAEs are saved, and `monosemy eval {shlex.quote(str(folder))}{flags}` makes only what is "
+        "missing"
+    )
 
 
 def context_stream(plan: Plan, tokenizer: Any, split: Any, prefetch: bool = False) -> ContextStream:

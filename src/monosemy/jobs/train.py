@@ -320,7 +320,8 @@ class TrainingProgress(Progress):
     def record(self, record: Record) -> None:
         if self.verbose:
             self.write(
-                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  FVU {record['fvu']:.4f}  dead {record['dead']:.0f}"
+                f"{record['step']:>8} {record['sae']:32} loss {record['loss']:.4f}  L0 {record['l0']:.1f}  "
+                f"FVU {record['fvu']:.4f}  dead {record['dead']:.0f}"
             )
 
 
@@ -357,10 +358,11 @@ def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
 
 def _where(folder: Path) -> str:
     plotted = sorted(folder.glob("plots/*.png"))
+    first = next(iter(sorted(folder.glob("*/trainer_0"))), folder)
     return "\n".join(
         [
             "open:",
             *(f"  {path}" for path in [folder / "report.html", *plotted, folder / "rows.jsonl"]),
-            f"load: monosemy.load({shlex.quote(str(next(iter(sorted(folder.glob('*/trainer_0'))), folder)))})",
+            f"load: monosemy.load({shlex.quote(str(first))})",
         ]
     )

@@ -119,7 +119,8 @@ class _SumByLatent(Function):
 
 
 def sort_by_latent(pattern: SparsePattern) -> tuple[Tensor, Tensor]:
-    """Return the places of the entries in order of latents, int32 [N], and the latents' offsets, int32 [F + 1]."""
+    """Return the places of the entries in order of latents, int32 [N], and the latents' offsets, int32 [F +
+    1]."""
     return pattern.by_latent(backend_for(pattern.indices_N).sort_by_latent)
 
 

@@ -29,9 +29,9 @@ class Selection(NamedTuple):
     """What a selection gives: the latent of each entry, where each token's entries begin, and the
     pre-activations there.
 
-    `offsets_B1` has one place more than there are tokens, so that its last says how many entries there are. On
-    a GPU the lists have a fixed length, N is their capacity, and what lies behind the last entry is padding:
-    latent 0, value 0.
+    `offsets_B1` has one place more than there are tokens, so that its last says how many entries there are.
+    On a GPU the lists have a fixed length, N is their capacity, and what lies behind the last entry is
+    padding: latent 0, value 0.
     """
 
     indices_N: Tensor  # int32
@@ -94,7 +94,8 @@ class SparsePattern:
         return torch.searchsorted(self.offsets_R1[1:-1], places_N, right=True, out_int32=True)
 
     def by_latent(self, sort: Sort) -> tuple[Tensor, Tensor]:
-        """Return the places of the entries in order of latents, int32 [N], and the latents' offsets, int32 [F + 1].
+        """Return the places of the entries in order of latents, int32 [N], and the latents' offsets, int32 [F
+        + 1].
 
         `sort` is a backend's `sort_by_latent`; all give the same order, which is kept.
         """

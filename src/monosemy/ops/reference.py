@@ -22,8 +22,8 @@ Constraint = Literal["project", "constrain", "free"]
 def estimate(
     x_BD: Tensor, W_FD: Tensor, b_F: Tensor, workspace: Callable[..., Tensor], bf16_FD: Tensor | None = None
 ) -> Estimate | None:
-    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays; `workspace`
-    gives arrays to use.
+    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays;
+    `workspace` gives arrays to use.
 
     None as well where no bound of its error is known, which is so of numbers that are not finite.
     """

@@ -1066,10 +1066,12 @@ def update(
 
 _TYPES = {
     "*u8": "among_F mask_BF",
-    "*i32": "offsets_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B indices_N bags_N order_N offsets_F1 offsets_R1",
+    "*i32": "offsets_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B indices_N bags_N order_N "
+    "offsets_F1 offsets_R1",
     "*i64": "table",
     "*bf16": "bf16_copy",
-    "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D sums_F add_F "
+    "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D "
+    "sums_F add_F "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
     "i32": "n B F limit stride_B",
 }

@@ -20,9 +20,9 @@ class Optimizer:
     """Adam over stacked parameters {name: [S, ..]}, with the decoder's constraint and the clipping of the
     architecture.
 
-    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `bf16_copy` names a parameter of
-    which a bfloat16 copy is kept up to date, for products in that precision. An SAE whose loss or gradient is
-    not finite is left as it is.
+    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `bf16_copy` names a parameter
+    of which a bfloat16 copy is kept up to date, for products in that precision. An SAE whose loss or gradient
+    is not finite is left as it is.
     """
 
     def __init__(

@@ -74,7 +74,8 @@ COLUMNS = (
     Column(
         "loss_recovered_zero",
         "Loss recovered",
-        "With the SAE's reconstruction in the place of the activations: 1 as the untouched model predicts, 0 as with the activations set "
+        "With the SAE's reconstruction in the place of the activations: 1 as the untouched model predicts, "
+        "0 as with the activations set "
         "to zero. In brackets: where 95 of 100 re-draws of the held-out text would fall.",
         4,
         "loss_recovered_zero_low",
@@ -98,7 +99,8 @@ COLUMNS = (
     Column(
         "fvu",
         "FVU",
-        "Share of the activations' variance that the SAE misses; 0 is perfect, 1 no better than their mean. A star: over 1.2 times what "
+        "Share of the activations' variance that the SAE misses; 0 is perfect, 1 no better than their mean. "
+        "A star: over 1.2 times what "
         "exact top-k would miss.",
         4,
         plotted="log",
@@ -183,7 +185,8 @@ def _that_fits(runs: Sequence[_Run], names: Sequence[str], latents: int | None, 
         html = _html(runs, names, pages, library, str(missing))
     if len(html) > LIMIT:
         raise DoesNotFit(
-            f"a report of {len(runs)} runs takes {len(html):,} bytes even without pages for latents; name fewer runs"
+            f"a report of {len(runs)} runs takes {len(html):,} bytes even without pages for latents; name "
+            "fewer runs"
         )
     return html
 
@@ -451,7 +454,8 @@ def _architectures(runs: Sequence[_Run]) -> list[str]:
 
 
 def _look(name: str, runs: Sequence[_Run]) -> tuple[str, str, str]:
-    """Return an architecture's colors and marker; one without a look is gray and takes markers from the end."""
+    """Return an architecture's colors and marker; one without a look is gray and takes markers from the
+    end."""
     known = looks()
     if name in known:
         return known[name][:3]

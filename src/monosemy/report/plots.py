@@ -439,7 +439,8 @@ def _against_l0(
 def _series(
     axis: Axes, rows: Sequence[Row], key: str, mark: Mapping[str, Any], low: str, high: str, *, log_y: bool
 ) -> None:
-    """Draw the SAEs of one architecture and width as joined points, their intervals and their hollow twins."""
+    """Draw the SAEs of one architecture and width as joined points, their intervals and their hollow
+    twins."""
     color = mark["color"]
     hollow = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 1.0}
     axis.plot([row["l0"] for row in rows], [row[key] for row in rows], color=color, linewidth=0.9, alpha=0.55)

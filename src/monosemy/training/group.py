@@ -138,7 +138,9 @@ class TrainerGroup:
         """Load what `state_dict` returned for an equal SAE, in this or an earlier version."""
         s, state = self.index[name], current_names(state)
         self.trainers[s].load_state_dict(state)
-        self.optimizer.load_state_dict(s, {key.removeprefix("optimizer."): tensor for key, tensor in state.items()})
+        self.optimizer.load_state_dict(
+            s, {key.removeprefix("optimizer."): tensor for key, tensor in state.items()}
+        )
 
 
 def group_trainers(trainers: Iterable[SAETrainer]) -> list[TrainerGroup]:

@@ -196,7 +196,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _owned(store: Checkpoints | None, interrupts: Interrupts) -> Iterator[None]:
-    """Lock the folder of checkpoints, and take signals; without checkpoints there is nothing to save at one."""
+    """Lock the folder of checkpoints, and take signals; without checkpoints there is nothing to save at
+    one."""
     if store is None:
         yield
         return
