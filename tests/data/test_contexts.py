@@ -205,7 +205,7 @@ def test_smollm2_opens_and_separates_with_endoftext(smollm2):
 
 
 def test_a_long_document_is_cut_where_its_tokens_do_not_change(smollm2, monkeypatch):
-    monkeypatch.setattr("monosemy.data.contexts.PIECE", 500)
+    monkeypatch.setattr("monosemy.data.ids.PIECE", 500)
     text = prose(3000) + "\n\n  def f(x):\n\treturn  x\n" + prose(2000)
     stream = ContextStream([Source("memory", documents=[text])], smollm2, 32)
     got = unpack(drain(stream), stream)
@@ -213,7 +213,7 @@ def test_a_long_document_is_cut_where_its_tokens_do_not_change(smollm2, monkeypa
 
 
 def test_text_without_spaces_is_cut_too(tokenizer, monkeypatch):
-    monkeypatch.setattr("monosemy.data.contexts.PIECE", 100)
+    monkeypatch.setattr("monosemy.data.ids.PIECE", 100)
     stream = ContextStream([Source("memory", documents=["雨" * 5000])], tokenizer, 32)
     got = unpack(drain(stream), stream)
     assert tokenizer.decode(got) == ("雨" * 5000)[: len(got) // 3] + ("�" if len(got) % 3 else "")
@@ -385,9 +385,9 @@ def every_source(tmp_path):
     "name", [".jsonl", ".jsonl.zst", ".parquet", ".txt", "chat.jsonl", "chat.parquet", "memory", "mixture"]
 )
 def test_any_state_leads_to_the_same_contexts(tokenizer, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("monosemy.data.contexts.PIECE", 90)  # documents of several pieces
+    monkeypatch.setattr("monosemy.data.ids.PIECE", 90)  # documents of several pieces
     monkeypatch.setattr("monosemy.data.rows.PASSAGE", 200)
-    monkeypatch.setattr("monosemy.data.contexts.READ_AHEAD", 700)  # several pieces to a call
+    monkeypatch.setattr("monosemy.data.ids.READ_AHEAD", 700)  # several pieces to a call
     sources = every_source(tmp_path)[name]
 
     def start():
@@ -492,7 +492,7 @@ def threads():
 
 def test_the_thread_is_ahead_and_goes_with_its_stream(tokenizer, monkeypatch):
     """While the state stays that of what was handed out."""
-    monkeypatch.setattr("monosemy.data.contexts.READ_AHEAD", 1)
+    monkeypatch.setattr("monosemy.data.ids.READ_AHEAD", 1)
     taken = []
     documents = (taken.append(i) or document for i, document in enumerate(DOCUMENTS))
     stream = ContextStream([Source("memory", documents=documents)], tokenizer, 16, prefetch=True)
@@ -554,7 +554,7 @@ class Failing:
 def test_an_error_arrives_where_it_happened_and_the_next_attempt_goes_on(
     tokenizer, tmp_path, prefetch, monkeypatch
 ):
-    monkeypatch.setattr("monosemy.data.contexts.READ_AHEAD", 1)
+    monkeypatch.setattr("monosemy.data.ids.READ_AHEAD", 1)
     mended = tmp_path / "mended"
     stream = ContextStream([Source("failing", documents=Failing(mended))], tokenizer, 16, prefetch=prefetch)
     contexts = []
@@ -1053,7 +1053,7 @@ def test_a_hub_that_fails_at_the_start_is_told(tokenizer, hub, fault):
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 def test_a_hub_that_stays_away_is_told_and_the_next_attempt_goes_on(tokenizer, hub, kind, monkeypatch):
-    monkeypatch.setattr("monosemy.data.contexts.READ_AHEAD", 1)
+    monkeypatch.setattr("monosemy.data.ids.READ_AHEAD", 1)
     server = hub(kind)
     expected = drain(ContextStream([Source("memory", documents=MANY)], tokenizer, 64))
     stream = ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64)

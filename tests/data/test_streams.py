@@ -99,7 +99,7 @@ def test_a_run_whose_hub_stays_away_stops_with_75_and_goes_on_to_the_same_weight
     monkeypatch,
 ):
     # or so short a text would be read whole before the first step
-    monkeypatch.setattr("monosemy.data.contexts.READ_AHEAD", 1)
+    monkeypatch.setattr("monosemy.data.ids.READ_AHEAD", 1)
     HfFileSystem.clear_instance_cache()
     documents = [
         json.loads(line)["text"]
