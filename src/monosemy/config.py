@@ -10,53 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from monosemy.errors import invalid
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A range that a setting's value lies in, in code and in the words of its error."""
-
-    holds: Callable[[Any], bool]
-    allowed: str
-    remedy: str = "correct it"
-
-
-AT_LEAST_1 = Rule(lambda n: n >= 1, "1 or more", "raise it")
-AT_LEAST_0 = Rule(lambda x: 0 <= x < math.inf, "0 or more", "raise it to 0, or lower it to a finite number")
-ABOVE_0 = Rule(lambda x: 0 < x < math.inf, "a number above 0", "raise it")
-SECONDS = Rule(AT_LEAST_0.holds, "seconds, 0 or more")
-CONTEXT = Rule(lambda n: n >= 2, "2 or more: a BOS token and one of text", "raise it")
-FRACTION = Rule(lambda x: 0 <= x <= 1, "0 to 1", "give a share between 0 and 1")
-FIELD_NAME = Rule(bool, "the name of a field", "name the one that holds the text")
-DEVICE = Rule(
-    lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
-    "auto, cpu, cuda or cuda:N: kernels are made for these",
-    "correct it, or use --device cpu",
+from monosemy.rules import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    CONTEXT,
+    DEVICE,
+    FIELD_NAME,
+    FRACTION,
+    REPOSITORY,
+    REVISION,
+    SECONDS,
+    Rule,
+    check,
 )
-REVISION = Rule(
-    lambda name: re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", name, re.ASCII) is not None,
-    "a branch, tag or commit",
-)
-
-
-def is_hub_repository(name: str) -> bool:
-    """Whether a name is OWNER/NAME by the rules of the Hugging Face hub."""
-    parts = name.split("/")
-    allowed = all(re.fullmatch(r"[A-Za-z0-9_]([\w.-]*\w)?", part, re.ASCII) for part in parts)
-    return len(parts) == 2 and allowed and len(name) <= 96 and not re.search(r"--|\.\.|\.git$", name)
-
-
-REPOSITORY = Rule(is_hub_repository, "OWNER/NAME on the hub")
 
 
 @dataclass(frozen=True)
@@ -282,7 +254,7 @@ class TrainConfig(
     """Train, evaluate and plot sparse autoencoders on the activations of a language model."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
@@ -409,7 +381,7 @@ class EvalConfig(EvalSource, EvalProbing, EvalSizes, EvalPaths):
     """
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
 
     def changes(self) -> dict[str, Any]:
         """Return the settings of a `TrainConfig` that change for a run's own evaluation."""
@@ -437,70 +409,3 @@ def architecture_names() -> tuple[str, ...]:
 
 
 # --- types and rules ----------------------------------------------------------------------------------------
-
-
-def _check(config: TrainConfig | EvalConfig) -> None:
-    """Turn JSON's lists and paths into a setting's type.
-
-    Raises ValueError for another type, and outside a field's rule.
-    """
-    for name, kind in get_type_hints(type(config), include_extras=True).items():
-        if kind is KW_ONLY:
-            continue
-        value = getattr(config, name)
-        if isinstance(value, list):  # as JSON has it
-            object.__setattr__(config, name, tuple(value))
-        elif isinstance(value, os.PathLike):
-            object.__setattr__(config, name, os.fspath(value))
-        if not _fits(getattr(config, name), kind):
-            raise invalid(name, value, _describe(kind), "correct its type")
-        for item, rule in _rules(getattr(config, name), kind):
-            if not rule.holds(item):
-                raise invalid(name, item, rule.allowed, rule.remedy)
-
-
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a setting's type; a whole number is also a float, a bool is no number."""
-    if get_origin(kind) is Annotated:
-        return _fits(value, get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if get_args(kind):
-        return any(_fits(value, one) for one in get_args(kind))
-    return isinstance(value, int | float if kind is float else kind) and (
-        kind is bool or not isinstance(value, bool)
-    )
-
-
-def _rules(value: object, kind: Any) -> Iterator[tuple[object, Rule]]:
-    """Yield each value that a rule applies to, with the rule."""
-    if get_origin(kind) is Annotated:
-        yield from ((value, rule) for rule in kind.__metadata__)
-    elif get_origin(kind) is tuple and isinstance(value, tuple):
-        for item in value:
-            yield from _rules(item, get_args(kind)[0])
-    elif get_origin(kind) is not Literal and value is not None:
-        for one in get_args(kind):
-            yield from _rules(value, one)
-
-
-def _describe(kind: Any) -> str:
-    """Describe a setting's type in words."""
-    if get_origin(kind) is Annotated:
-        return _describe(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
-    if get_origin(kind) is tuple:
-        return f"a list, each {_describe(get_args(kind)[0])}"
-    if get_args(kind):
-        return " or ".join(map(_describe, get_args(kind)))
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        NoneType: "nothing",
-    }
-    return names[kind]

@@ -9,12 +9,13 @@ import torch
 
 from monosemy.architectures.standard import Standard
 from monosemy.cli import main
-from monosemy.evaluation import latents
+from monosemy.evaluation import geometry
 from monosemy.evaluation.missing import Missing
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 from monosemy.report import page, plots
+from monosemy.system import arrays
 from monosemy.system.files import DiskFull
 
 SITES = ("resid_post_layer_0", "resid_post_layer_2")
@@ -164,9 +165,9 @@ def test_a_site_that_cannot_be_spliced_costs_its_losses(run, monkeypatch, caplog
 @pytest.mark.parametrize(
     ("where", "what", "absent"),
     [
-        ("monosemy.evaluation.latents.nearest", "decoder geometry", "latents.npz"),
+        ("monosemy.evaluation.geometry.nearest", "decoder geometry", "latents.npz"),
         ("monosemy.evaluation.latents.choose", "latents", "latents.npz"),
-        ("monosemy.evaluation.latents.norm_map", "effects on logits", ""),
+        ("monosemy.evaluation.geometry.norm_map", "effects on logits", ""),
         ("monosemy.evaluation.latents.token_bytes", "text of the report", "eval_text.npz"),
         ("monosemy.report.plots.fvu_against_l0", "plot fvu", "fvu.png"),
         ("monosemy.report.page._library", "interactive plots of the page", ""),
@@ -208,11 +209,11 @@ def test_a_part_that_fails_costs_no_other(run, where, what, absent, monkeypatch,
 
 def test_an_sae_whose_effects_failed_is_made_again_and_says_so_on_its_page(run, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(latents, "norm_map", raising)
+        broken.setattr(geometry, "norm_map", raising)
         assert main(["eval", str(run)]) == 1
-    assert "page_promotes" not in latents.arrays.load(run / NAMES[0] / "latents.npz")[0]
+    assert "page_promotes" not in arrays.load(run / NAMES[0] / "latents.npz")[0]
     assert main(["eval", str(run)]) == 0
-    assert "page_promotes" in latents.arrays.load(run / NAMES[0] / "latents.npz")[0]
+    assert "page_promotes" in arrays.load(run / NAMES[0] / "latents.npz")[0]
 
 
 @pytest.mark.parametrize("file", [f"{NAMES[1]}/latents.npz", "eval_text.npz"])

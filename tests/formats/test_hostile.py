@@ -469,7 +469,7 @@ def test_no_name_in_a_folder_is_used_as_a_path(name, tmp_path):
 
 # --- anything at all ----------------------------------------------------------------------------------------
 
-QUICK = 5000
+QUICK = 500
 VALUES = [
     None,
     True,

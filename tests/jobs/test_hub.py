@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from monosemy.jobs import hub
+from monosemy.jobs import hub, model_card
 
 REPO = "me/saes"
 TOKEN = "hf_" + "canary" * 5
@@ -346,7 +346,7 @@ def test_a_folder_that_is_not_there_is_an_upload_that_failed(tmp_path: Path) -> 
 
 
 def test_the_card_tells_what_the_run_is(run: Path) -> None:
-    card = hub.model_card(run, REPO)
+    card = model_card.model_card(run, REPO)
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "monosemy",
@@ -373,7 +373,7 @@ def test_the_card_tells_what_the_run_is(run: Path) -> None:
 def test_the_card_of_an_early_end_says_so_and_lists_what_has_no_row(run: Path) -> None:
     (run / "status.json").write_text('{"status": "stopped_early"}')
     (run / "rows.jsonl").unlink()
-    card = hub.model_card(run)
+    card = model_card.model_card(run)
     assert "**The run's status is `stopped_early`" in card
     assert "| `resid_post_layer_3/trainer_1` | - | - | - | - | - | - | - | - |" in card
 
@@ -385,15 +385,15 @@ def test_names_cannot_break_the_card(run: Path) -> None:
     (run / "run.json").write_text(
         json.dumps({"config": {"model_name": nasty, "note": "```\n# no"}, nasty: nasty})
     )
-    card = hub.model_card(run)
+    card = model_card.model_card(run)
     front = yaml.safe_load(card.split("---\n", 2)[1])
     assert nasty in front["tags"]
     table = next(line for line in card.splitlines() if line.startswith("| `s/trainer_0`"))
-    assert len(table.replace(r"\|", "").split("|")) == len(hub.COLUMNS) + 2
+    assert len(table.replace(r"\|", "").split("|")) == len(model_card.COLUMNS) + 2
     assert not [line for line in card.splitlines() if line.startswith(("# [", "# no", "<script"))]
     heading = next(line for line in card.splitlines() if line.startswith("# Sparse"))
     assert "<script>" not in heading and r"\[x\]" in heading
 
 
 def test_an_empty_folder_still_has_a_card(tmp_path: Path) -> None:
-    assert hub.model_card(tmp_path).startswith("---\nlibrary_name: monosemy\n")
+    assert model_card.model_card(tmp_path).startswith("---\nlibrary_name: monosemy\n")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import monosemy
 from monosemy.cli import main
-from monosemy.evaluation.latents import norm_map
+from monosemy.evaluation.geometry import norm_map
 from monosemy.lm.info import Site, check_weights, describe
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from tests.jobs.test_run import train

@@ -13,7 +13,7 @@ import torch
 
 from monosemy.cli import main
 from monosemy.config import architecture_names
-from monosemy.evaluation import latents
+from monosemy.evaluation import geometry, latents
 from monosemy.evaluation.latents import BEFORE, LOWEST, OCTAVES, SAMPLED, STRONGEST, WINDOW, LatentStats
 from monosemy.jobs import memory
 from monosemy.lm.info import Site
@@ -145,23 +145,23 @@ def planted(d_in=24, d_sae=48):
 
 def test_planted_copies_are_found():
     sae = planted()
-    before = latents.geometry(sae).columns()
+    before = geometry.geometry(sae).columns()
     sae.W_dec.data[7] = 3 * sae.W_dec.data[30]
     sae.W_dec.data[9] = (
         sae.W_dec.data[11] + 0.3 * sae.W_dec.data[12] * sae.W_dec.data[11].norm() / sae.W_dec.data[12].norm()
     )
-    near_F, cosine_F = latents.nearest(sae.W_dec)
+    near_F, cosine_F = geometry.nearest(sae.W_dec)
     assert near_F[7] == 30 and near_F[30] == 7 and cosine_F[7] == pytest.approx(1)
-    after = latents.geometry(sae).columns()
+    after = geometry.geometry(sae).columns()
     assert (before["copies"], before["near_copies"]) == (0, 0) and (
         after["copies"],
         after["near_copies"],
     ) == (2, 4)
-    ids, cosines = latents.neighbors(sae.W_dec, torch.tensor([7, 0]), 3)
+    ids, cosines = geometry.neighbors(sae.W_dec, torch.tensor([7, 0]), 3)
     assert ids[0, 0] == 30 and 0 not in ids[1] and (cosines.diff(dim=1) <= 0).all()
     assert before["encoder_decoder_cosine"] == pytest.approx(1)
     sae.W_dec.data.fill_(torch.nan)
-    assert latents.geometry(sae).columns()["decoder_max_cosine"] is None
+    assert geometry.geometry(sae).columns()["decoder_max_cosine"] is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
@@ -191,7 +191,7 @@ def test_a_decoder_that_writes_one_token_promotes_it(kind):
     gain_D = norm.weight.data + (kind == "gemma2")
     rows_PD = W_VD[[17, 50, 99]] / gain_D
     masked_V = torch.zeros(200, dtype=torch.bool)
-    up, z, _, down_z = latents.logit_effects(rows_PD, lm, masked_V)
+    up, z, _, down_z = geometry.logit_effects(rows_PD, lm, masked_V)
     if kind != "gpt2":  # a centered row is not quite that token's
         assert up[:, 0].tolist() == [17, 50, 99]
     centered_PD = rows_PD - rows_PD.mean(1, keepdim=True) if kind == "gpt2" else rows_PD
@@ -200,12 +200,12 @@ def test_a_decoder_that_writes_one_token_promotes_it(kind):
     torch.testing.assert_close(z, effect_PV.topk(10).values, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(down_z, effect_PV.topk(10, largest=False).values, rtol=1e-3, atol=1e-3)
     masked_V[up[0, 0]] = True
-    assert up[0, 0] not in latents.logit_effects(rows_PD, lm, masked_V)[0][0]
+    assert up[0, 0] not in geometry.logit_effects(rows_PD, lm, masked_V)[0][0]
 
 
 def test_pages_are_chosen_fairly(codes):
     g, sae = gathered(codes), planted(8, F)
-    like, entropy_F = latents.geometry(sae), torch.zeros(F, dtype=torch.float64)
+    like, entropy_F = geometry.geometry(sae), torch.zeros(F, dtype=torch.float64)
     chosen, reasons = latents.choose(g, like, 15, entropy_F)
     assert (
         len(set(chosen.tolist())) == len(chosen) == 15 and 0 not in chosen
@@ -213,7 +213,7 @@ def test_pages_are_chosen_fairly(codes):
     random = set(chosen[reasons == 0].tolist())
     assert len(random) == 5 and all(g.contexts_F[latent] >= latents.RARE_CONTEXTS for latent in random)
     assert (reasons[:8] == 0).sum() in (2, 3)  # so a report that keeps fewer pages keeps the shares
-    other = latents.Geometry(like.near_F.roll(3), like.near_cosine_F.flip(0), -like.enc_dec_F)
+    other = geometry.Geometry(like.near_F.roll(3), like.near_cosine_F.flip(0), -like.enc_dec_F)
     turned = latents.choose(g, other, 15, entropy_F + 1)
     assert random == set(turned[0][turned[1] == 0].tolist())  # the draw knows nothing of the weights
     everyone, _ = latents.choose(g, like, 1000, entropy_F)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import invalid
-from monosemy.evaluation.latents import ALWAYS, DENSE, LatentStats, geometry
+from monosemy.evaluation.geometry import geometry
+from monosemy.evaluation.latents import ALWAYS, DENSE, LatentStats
 from monosemy.evaluation.missing import Missing
 from monosemy.limits import SELECTION_TOKENS
 

@@ -26,7 +26,7 @@ from monosemy.config import EvalConfig, ResolvedConfig
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.data.sources import sources_of
 from monosemy.errors import invalid
-from monosemy.evaluation import latents
+from monosemy.evaluation import geometry, latents
 from monosemy.evaluation.metrics import ROWS, Row, dictionary_learning_results
 from monosemy.evaluation.missing import ERRORS, Missing
 from monosemy.evaluation.on_model import evaluate_on_model
@@ -282,7 +282,7 @@ def _add_latents(
     gathered."""
     c, name, began = run.config, row["sae"], time.monotonic()
     with missing.part(GEOMETRY, name):
-        like = latents.geometry(sae)
+        like = geometry.geometry(sae)
         row |= like.columns()
     if gathered is None or missing.lacks(GEOMETRY, name):
         return

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from monosemy import __version__
 from monosemy.errors import invalid
-from monosemy.evaluation import latents
+from monosemy.evaluation import geometry, latents
 from monosemy.evaluation.metrics import Row, evaluate, named_saes
 from monosemy.evaluation.missing import Missing
 from monosemy.report import page, plots
@@ -90,7 +90,7 @@ def write_report(
 
 def _write_latents(path: Path, g: latents.LatentStats, sae: SAE, pages: int) -> None:
     began = time.monotonic()
-    columns = latents.statistics(g, sae, latents.geometry(sae), pages)
+    columns = latents.statistics(g, sae, geometry.geometry(sae), pages)
     columns |= latents.strongest_rows(g, columns["page_latent"])
     latents.write(path, g, columns, seconds=time.monotonic() - began, text=False)
 

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 from markupsafe import Markup
 
 from monosemy.errors import invalid
+from monosemy.evaluation.columns import COLUMNS, finite
 from monosemy.evaluation.missing import Missing
 from monosemy.report import plots
 from monosemy.report.looks import MARKERS, UNKNOWN, looks, ordered
@@ -38,102 +38,6 @@ log = logging.getLogger(__name__)
 
 LIMIT = 14_500_000  # bytes of a report; latents lose their pages until it fits
 POINTS = 200  # of a training curve
-
-
-@dataclass(frozen=True)
-class Column:
-    """A number of the table: its key in a row, its name, what it says, and how it is printed."""
-
-    key: str
-    label: str
-    help: str
-    digits: int | None = None  # after the point; None: a whole number
-    low: str = ""  # keys of its interval
-    high: str = ""
-    plotted: str = ""  # "linear" or "log" where it can be an axis
-    mark: str = ""  # a key that puts a star behind it
-
-    def text(self, row: Row) -> str:
-        value = _finite(row, self.key)
-        if value is None:
-            return "-"
-        low, high = _finite(row, self.low), _finite(row, self.high)
-        star = "*" if row.get(self.mark) else ""
-        return (
-            self._one(value)
-            + star
-            + (f" [{self._one(low)}, {self._one(high)}]" if low is not None and high is not None else "")
-        )
-
-    def _one(self, value: float) -> str:
-        return f"{value:,.0f}" if self.digits is None else f"{value:,.{self.digits}f}"
-
-
-COLUMNS = (
-    Column("l0", "L0", "How many latents are active on an average token.", 1, plotted="log"),
-    Column(
-        "loss_recovered_zero",
-        "Loss recovered",
-        "With the SAE's reconstruction in the place of the activations: 1 as the untouched model predicts, "
-        "0 as with the activations set "
-        "to zero. In brackets: where 95 of 100 re-draws of the held-out text would fall.",
-        4,
-        "loss_recovered_zero_low",
-        "loss_recovered_zero_high",
-        "linear",
-    ),
-    Column(
-        "ce_diff",
-        "CE diff",
-        "How much worse the model's next-token prediction gets, in nats per token.",
-        4,
-        plotted="log",
-    ),
-    Column(
-        "kl",
-        "KL",
-        "How far the model's next-token probabilities move, in nats per token; 0 is not at all.",
-        4,
-        plotted="log",
-    ),
-    Column(
-        "fvu",
-        "FVU",
-        "Share of the activations' variance that the SAE misses; 0 is perfect, 1 no better than their mean. "
-        "A star: over 1.2 times what "
-        "exact top-k would miss.",
-        4,
-        plotted="log",
-        mark="threshold_flag",
-    ),
-    Column("cossim", "Cosine", "Mean cosine of activations and reconstructions.", 4, plotted="linear"),
-    Column(
-        "never_fired",
-        "Never fired",
-        "Latents that are active on none of the held-out tokens.",
-        plotted="linear",
-    ),
-    Column("dense", "Dense", "Latents that are active on more than 10 % of the tokens."),
-    Column("always_on", "Always on", "Latents that are active on more than half of the tokens."),
-    Column(
-        "near_copies", "Near copies", "Latents whose decoder has a cosine over 0.9 with another latent's."
-    ),
-    Column("copies", "Copies", "Latents whose decoder has a cosine over 0.999 with another latent's."),
-    Column(
-        "encoder_decoder_cosine",
-        "Enc-dec cosine",
-        "Mean cosine of a latent's encoder and decoder: does it read what it writes?",
-        3,
-    ),
-    Column(
-        "probing_auc_top_1",
-        "Probe, 1 latent",
-        "Mean AUC of probes that tell classes of texts apart by one latent.",
-        3,
-    ),
-    Column("probing_auc_top_5", "Probe, 5 latents", "The same by five latents.", 3),
-    Column("probing_auc_llm", "Probe, no SAE", "The same by the activations themselves.", 3),
-)
 
 
 NO_TEXT: dict[str, np.ndarray] = {  # a vocabulary of no tokens
@@ -325,7 +229,7 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
         runs=overview["runs"],
         saes=saes,
         columns=[
-            column for column in COLUMNS if any(_finite(sae["row"], column.key) is not None for sae in saes)
+            column for column in COLUMNS if any(finite(sae["row"], column.key) is not None for sae in saes)
         ],
         looks=overview["looks"],
         markers=MARKERS,
@@ -360,7 +264,7 @@ def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, An
     row = sae.row
     setting = (
         f"{row['sparsity_setting']} {row['sparsity']:g}"
-        if _finite(row, "sparsity") is not None and row.get("sparsity_setting")
+        if finite(row, "sparsity") is not None and row.get("sparsity_setting")
         else ""
     )
     return {
@@ -375,7 +279,7 @@ def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, An
         "setting": setting,
         "status": row.get("status", ""),
         "row": {
-            key: _finite(row, key) if isinstance(value, int | float) else value for key, value in row.items()
+            key: finite(row, key) if isinstance(value, int | float) else value for key, value in row.items()
         },
         "text": {column.key: column.text(row) for column in COLUMNS},
         "facts": sae.facts,
@@ -445,7 +349,7 @@ def _curves(records: Sequence[Row]) -> dict[str, list[Any]]:
     """Measures against training tokens, at most POINTS of them, evenly thinned."""
     keep = records[:: math.ceil(len(records) / POINTS)] if records else []
     keys = ("tokens", "loss", "fvu", "l0", "dead")
-    return {key: [_finite(record, key) for record in keep] for key in keys}
+    return {key: [finite(record, key) for record in keep] for key in keys}
 
 
 def _architectures(runs: Sequence[_Run]) -> list[str]:
@@ -461,15 +365,6 @@ def _look(name: str, runs: Sequence[_Run]) -> tuple[str, str, str]:
         return known[name][:3]
     strangers = [other for other in _architectures(runs) if other not in known]
     return *UNKNOWN, list(MARKERS)[-1 - strangers.index(name) % len(MARKERS)]
-
-
-def _finite(row: Mapping[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    return (
-        value
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        else None
-    )
 
 
 def _shortened(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,133 @@
+"""Geometry of decoder rows, and their effects on logits.
+
+F latents, D width, P some latents, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from monosemy.lm.model import LanguageModel
+
+ELEMENTS = 2**24  # of a product with all decoder rows, or with the vocabulary, at a time
+TWIN, COPY = 0.9, 0.999  # decoder cosines
+
+
+def unit_rows(W_FD: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(W_FD.float(), dim=1)
+
+
+@torch.inference_mode()
+def encoder_decoder(sae: Any) -> Tensor:
+    """The cosine of each latent's encoder and decoder, [F]."""
+    return (unit_rows(sae.W_enc) * unit_rows(sae.W_dec)).sum(1)
+
+
+@torch.inference_mode()
+def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """The other latent with the most similar decoder row, and the cosine of the two: [F] each."""
+    unit_FD = unit_rows(W_dec_FD)
+    found = [
+        _others(unit_FD, rows).max(1)
+        for rows in _pieces(torch.arange(len(unit_FD), device=unit_FD.device), len(unit_FD))
+    ]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+@torch.inference_mode()
+def neighbors(W_dec_FD: Tensor, rows_P: Tensor, count: int = 6) -> tuple[Tensor, Tensor]:
+    """The `count` other latents nearest to some, and their cosines: [P, count] each."""
+    unit_FD = unit_rows(W_dec_FD)
+    found = [
+        _others(unit_FD, rows).topk(min(count, len(unit_FD) - 1)) for rows in _pieces(rows_P, len(unit_FD))
+    ]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+def _pieces(rows: Tensor, columns: int) -> Sequence[Tensor]:
+    return rows.split(max(1, ELEMENTS // columns))
+
+
+def _others(unit_FD: Tensor, rows: Tensor) -> Tensor:
+    """The cosines of some rows with all, [rows, F], where a row's own is -2."""
+    return (unit_FD[rows] @ unit_FD.T).clamp_(-1, 1).scatter_(1, rows[:, None], -2.0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How alike an SAE's latents are to one another, and each one's encoder to its decoder, [F] each."""
+
+    near_F: Tensor  # the latent with the most similar decoder row
+    near_cosine_F: Tensor
+    enc_dec_F: Tensor  # the cosine of encoder and decoder
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a row."""
+        means = {
+            "decoder_max_cosine": float(self.near_cosine_F.double().mean()),
+            "encoder_decoder_cosine": float(self.enc_dec_F.double().mean()),
+        }
+        counts = {
+            "near_copies": int((self.near_cosine_F > TWIN).sum()),
+            "copies": int((self.near_cosine_F > COPY).sum()),
+        }
+        return counts | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
+
+
+def geometry(sae: Any) -> Geometry:
+    """Compare all pairs of decoder rows; F^2 D products, so it is done once for the row and the pages."""
+    return Geometry(*nearest(sae.W_dec), encoder_decoder(sae))
+
+
+def norm_map(lm: LanguageModel) -> Tensor:
+    """Return the linear part [D, D] of the model's final norm, up to the number by which it divides.
+
+    That is gain and centering, whatever the norm's kind: the norm's odd part on each unit vector; the
+    identity where a model has no final norm. The norm is the module after the last layer whose output is the
+    final state: one before them is not taken for it, though a zero embedding may give an equal output.
+    """
+    decoder, layers = lm.decoder, lm.layers
+    parts = [
+        child for child in decoder.children() if child is not layers and any(True for _ in child.parameters())
+    ]
+    calls = lm.probe([*parts, layers[-1], decoder])
+    final = calls[-1].output.last_hidden_state
+    unit_DD = torch.eye(final.shape[-1], device=final.device)
+    after = next(i for i, call in enumerate(calls) if call.module is layers[-1]) + 1
+    equal = (call.module for call in calls[after:-1] if torch.equal(call.tensor.flatten(), final.flatten()))
+    if (norm := next(equal, None)) is None:
+        return unit_DD
+    far_DD = (1e3 * unit_DD).to(final.dtype)
+    with torch.no_grad():
+        return (norm(far_DD).float() - norm(-far_DD).float()) / 2
+
+
+@torch.inference_mode()
+def logit_effects(
+    W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What decoder rows add to the logits directly, through the final norm and the unembedding, in standard
+    deviations over the vocabulary.
+
+    (tokens promoted, how much, tokens suppressed, how much), [P, count] each. `masked_V` are tokens that are
+    not told, such as special ones. The norm divides by a number that depends on the token, which no ranking
+    sees and the standard deviation cancels.
+    """
+    W_VD = lm.model.get_output_embeddings().weight.float()
+    found: list[tuple[Tensor, ...]] = []
+    for rows_PD in _pieces(W_dec_PD.float() @ norm_map(lm), len(W_VD)):
+        effect_PV = rows_PD @ W_VD.T
+        effect_PV -= effect_PV.mean(1, keepdim=True)  # softmax does not see what all logits share
+        spread_P1 = torch.linalg.vector_norm(effect_PV, dim=1, keepdim=True) / len(W_VD) ** 0.5
+        effect_PV /= spread_P1.clamp(min=torch.finfo(torch.float32).tiny)
+        up = effect_PV.masked_fill_(masked_V, -torch.inf).topk(min(count, len(W_VD)))
+        down = effect_PV.masked_fill_(masked_V, torch.inf).topk(min(count, len(W_VD)), largest=False)
+        found.append((up.indices, up.values, down.indices, down.values))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
