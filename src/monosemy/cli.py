@@ -40,7 +40,7 @@ USAGE = """usage: monosemy COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`monosemy train|eval|convert|report|push ...`. Returns the exit code."""
+    """Run `monosemy train|eval|convert|report|list|push ...`. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
@@ -162,7 +162,7 @@ def _parse(
 
 
 def _saved_config(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
-    """The configuration that --config names, and the other arguments, which change it."""
+    """Return the configuration that --config names, and the other arguments, which change it."""
     for i, argument in enumerate(arguments):
         if argument == "--config":
             if i + 1 == len(arguments):

@@ -57,7 +57,7 @@ RECIPES = {"monosemy": MONOSEMY, "dictionary_learning": DICTIONARY_LEARNING}
 
 
 def learning_rate(recipe: Recipe, short_run_lr: float, width: int, steps: int) -> float:
-    """The peak learning rate of a run, where none is given.
+    """Return the peak learning rate of a run, where none is given.
 
     dictionary_learning's at its length; the architecture's own in the shortest runs, less in wide SAEs;
     between them a power of the number of steps.

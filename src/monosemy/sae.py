@@ -177,8 +177,8 @@ class SAE(nn.Module, ABC):
         return Preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None, execution)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
-        """f of activations x [.., D], [.., F]; with `latents` [M] only those columns, [.., M], at their cost
-        alone.
+        """Compute f [.., F] of activations x [.., D]; with `latents` [M] only those columns, [.., M], at
+        their cost alone.
 
         `mode="top_k"` selects as in training (the k largest of each token, or of the batch) instead of by the
         running threshold. Activations of another precision are taken in the SAE's. Raises ValueError for x of
@@ -208,12 +208,12 @@ class SAE(nn.Module, ABC):
         return f.view(*x.shape[:-1], pre.shape[-1])
 
     def decode(self, f: Tensor) -> Tensor:
-        """f W_dec + b_dec: [.., F] to [.., D]. Raises ValueError for f of another width."""
+        """Compute f W_dec + b_dec: [.., F] to [.., D]. Raises ValueError for f of another width."""
         self._check(f, "f", self.d_sae, "latents [.., d_sae] as `encode` gives them")
         return f.to(self.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor, mode: str | None = None) -> Tensor:
-        """The reconstruction of x [.., D]."""
+        """Return the reconstruction of x [.., D]."""
         return self.decode(self.encode(x, mode=mode))
 
     @property
@@ -461,13 +461,13 @@ def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) ->
 
 
 def unit(x: Tensor, dim: int, eps: float = 0.0) -> Tensor:
-    """x divided by its norms along a dimension, plus eps."""
+    """Divide x by its norms along a dimension, plus eps."""
     return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + eps)
 
 
 def reset_relu(sae: SAE, generator: torch.Generator) -> None:
-    """How the ReLU kinds begin: decoder rows of norm 0.1, the encoder their transpose, a small random encoder
-    bias.
+    """Draw the initial weights of the ReLU kinds: decoder rows of norm 0.1, the encoder their transpose, a
+    small random encoder bias.
 
     Drawn in dictionary_learning's order, which makes two linear layers first and keeps only the bias of one.
     """

@@ -50,8 +50,8 @@ class Schedule:
         decay_start_fraction: float = 0.8,
         **fixed: Any,
     ) -> Schedule:
-        """The schedule of a run of `steps` steps of `batch` tokens; what is given in `fixed` (and not None)
-        stands as it is.
+        """Return the schedule of a run of `steps` steps of `batch` tokens; what is given in `fixed` (and not
+        None) stands as it is.
 
         Raises ValueError where a phase would not end before the decay begins.
         """
@@ -98,7 +98,7 @@ class Schedule:
         return schedule
 
     def lr(self, step: int) -> float:
-        """The factor on the learning rate: linear from 0 over the warm-up, 1, then linear to 0 from
+        """Return the factor on the learning rate: linear from 0 over the warm-up, 1, then linear to 0 from
         `decay_start` on."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
@@ -107,5 +107,5 @@ class Schedule:
         return 1.0
 
     def sparsity(self, step: int) -> float:
-        """The factor on a sparsity penalty: linear from 0 to 1 over `sparsity_warmup_steps`."""
+        """Return the factor on a sparsity penalty: linear from 0 to 1 over `sparsity_warmup_steps`."""
         return min(step / self.sparsity_warmup_steps, 1.0) if self.sparsity_warmup_steps else 1.0

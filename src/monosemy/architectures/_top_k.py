@@ -58,7 +58,7 @@ class TopKFamily(SAE):
 
     @abstractmethod
     def smallest_kept(self, codes: Codes) -> Tensor:
-        """The number that the running threshold follows."""
+        """Return the number that the running threshold follows."""
 
     def init_weights(self, rows_FD: Tensor) -> None:
         """Decoder rows, and the encoder equal to them."""
@@ -93,8 +93,8 @@ class TopKFamily(SAE):
 
 
 def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Tensor:
-    """How badly the k_aux = min(D / 2, dead) strongest dead latents of each token explain what the others
-    left over.
+    """Measure how badly the k_aux = min(D / 2, dead) strongest dead latents of each token explain what the
+    others left over.
 
     mean ||e - e_hat||^2 / mean ||e - mean e||^2, with e the residual, held fixed, and e_hat without b_dec.
     Gao et al., Scaling and evaluating sparse autoencoders (2024), section 2.3 and appendix A.2,
@@ -115,8 +115,8 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Ten
 
 @torch.no_grad()
 def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
-    """The point with the least summed distance to the rows of x, [D], by Weiszfeld's iteration from their
-    mean.
+    """Return the point with the least summed distance to the rows of x, [D], by Weiszfeld's iteration from
+    their mean.
 
     A row that the guess falls on would weigh infinitely much and is kept at the largest finite weight of its
     distance.

@@ -14,7 +14,8 @@ from monosemy.sae import SAE, Look, StepContext, register, uniform, unit
 
 
 def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
-    """g times the rectangle kernel: within half a bandwidth of the threshold, 0 elsewhere, in one pass."""
+    """Multiply g by the rectangle kernel: within half a bandwidth of the threshold, 0 elsewhere, in one
+    pass."""
     return torch.ops.aten.hardtanh_backward(g, distance, -bandwidth / 2, bandwidth / 2)
 
 
@@ -105,7 +106,7 @@ class JumpReLU(SAE):
         self.W_dec.data.copy_(rows_FD)
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
-        """Everything that fires or lies within reach of the kernel."""
+        """Return everything that fires or lies within reach of the kernel."""
         return pre.above(self.threshold.detach() - self.settings.bandwidth / 2)
 
     def active(self, codes: Codes) -> Codes:
@@ -135,7 +136,7 @@ class JumpReLU(SAE):
         return (2 / self.settings.target_l0) * (l0_B1 - self.settings.target_l0).pow(2).mean()
 
     def _off_target_relatively(self, codes: Codes, f: Codes, ctx: StepContext) -> Tensor:
-        """(mean L0 / target_l0 - 1)^2."""
+        """Compute (mean L0 / target_l0 - 1)^2."""
         B, bandwidth = codes.tokens, self.settings.bandwidth
         stepped = codes if ctx.recipe.step_of_preactivations else f
         l0 = stepped.total(lambda v, threshold: _Step.apply(v, threshold, bandwidth), self.threshold) / B

@@ -53,7 +53,7 @@ class PAnneal(SAE):
         reset_relu(self, generator)
 
     def annealing(self, ctx: StepContext) -> tuple[list[int], list[float]]:
-        """The steps at which p changes, and its value from each on.
+        """Return the steps at which p changes, and its value from each on.
 
         The first change is to p_start itself.
         """
@@ -63,12 +63,12 @@ class PAnneal(SAE):
         return steps, torch.linspace(s.p_start, s.p_end, n).tolist()
 
     def _last_change(self, ctx: StepContext) -> int:
-        """The last change's step: a phase before the run's end, or at it, where it comes too late."""
+        """Return the last change's step: a phase before the run's end, or at it, where it comes too late."""
         T, start = ctx.schedule.steps, ctx.schedule.anneal_start
         return T - (T - start) // self.settings.n_sparsity_updates if ctx.recipe.annealing_ends else T
 
     def p(self, ctx: StepContext) -> tuple[float, float | None]:
-        """p during this step, and the p that comes after it (None before the annealing begins)."""
+        """Return p during this step, and the p that comes after it (None before the annealing begins)."""
         steps, values = self.annealing(ctx)
         done = sum(ctx.step > s for s in steps)
         if done == 0:

@@ -26,13 +26,13 @@ def unit_rows(W_FD: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encoder_decoder(sae: Any) -> Tensor:
-    """The cosine of each latent's encoder and decoder, [F]."""
+    """Return the cosine of each latent's encoder and decoder, [F]."""
     return (unit_rows(sae.W_enc) * unit_rows(sae.W_dec)).sum(1)
 
 
 @torch.inference_mode()
 def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor]:
-    """The other latent with the most similar decoder row, and the cosine of the two: [F] each."""
+    """Return the other latent with the most similar decoder row, and the cosine of the two: [F] each."""
     unit_FD = unit_rows(W_dec_FD)
     found = [
         _others(unit_FD, rows).max(1)
@@ -43,7 +43,7 @@ def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def neighbors(W_dec_FD: Tensor, rows_P: Tensor, count: int = 6) -> tuple[Tensor, Tensor]:
-    """The `count` other latents nearest to some, and their cosines: [P, count] each."""
+    """Return the `count` other latents nearest to some, and their cosines: [P, count] each."""
     unit_FD = unit_rows(W_dec_FD)
     found = [
         _others(unit_FD, rows).topk(min(count, len(unit_FD) - 1)) for rows in _pieces(rows_P, len(unit_FD))
@@ -56,7 +56,7 @@ def _pieces(rows: Tensor, columns: int) -> Sequence[Tensor]:
 
 
 def _others(unit_FD: Tensor, rows: Tensor) -> Tensor:
-    """The cosines of some rows with all, [rows, F], where a row's own is -2."""
+    """Return the cosines of some rows with all, [rows, F], where a row's own is -2."""
     return (unit_FD[rows] @ unit_FD.T).clamp_(-1, 1).scatter_(1, rows[:, None], -2.0)
 
 
@@ -69,7 +69,7 @@ class Geometry:
     enc_dec_F: Tensor  # the cosine of encoder and decoder
 
     def columns(self) -> dict[str, Any]:
-        """The columns of a row."""
+        """Return the columns of a row."""
         means = {
             "decoder_max_cosine": float(self.near_cosine_F.double().mean()),
             "encoder_decoder_cosine": float(self.enc_dec_F.double().mean()),
@@ -113,8 +113,8 @@ def norm_map(lm: LanguageModel) -> Tensor:
 def logit_effects(
     W_dec_PD: Tensor, lm: LanguageModel, masked_V: Tensor, count: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What decoder rows add to the logits directly, through the final norm and the unembedding, in standard
-    deviations over the vocabulary.
+    """Return what decoder rows add to the logits directly, through the final norm and the unembedding, in
+    standard deviations over the vocabulary.
 
     (tokens promoted, how much, tokens suppressed, how much), [P, count] each. `masked_V` are tokens that are
     not told, such as special ones. The norm divides by a number that depends on the token, which no ranking

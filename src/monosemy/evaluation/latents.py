@@ -43,7 +43,7 @@ SHARES = (1 / 3, 0.4, 0.07, 0.07, 0.07, 0.06)  # of the pages, but for "other", 
 
 
 def state_bytes(d_sae: int) -> int:
-    """What a `LatentStats` holds of an SAE."""
+    """Return what a `LatentStats` holds of an SAE."""
     slots = STRONGEST + OCTAVES * SAMPLED
     return d_sae * (3 * 8 + 4 + 4 * BINS + slots * (8 + 4 + 4 + WINDOW) + 3 * OCTAVES * 2)
 
@@ -126,7 +126,7 @@ class LatentStats:
         self.contexts_F += torch.bincount(latents_M, minlength=self.F)
 
         def windows(m: Tensor) -> Tensor:
-            """The activations around the peaks of some candidates, 0 to 255 of each peak, [m, W]."""
+            """Return the activations around the peaks of some candidates, 0 to 255 of each peak, [m, W]."""
             counts = ends_M[m] - begins_M[m]
             which = torch.arange(len(m), device=m.device).repeat_interleave(counts)
             entry = begins_M[m].repeat_interleave(counts) + _counting(counts)
@@ -209,12 +209,12 @@ class _Kept:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """The bits of positive floats as numbers, which are in the same order."""
+    """Return the bits of positive floats as numbers, which are in the same order."""
     return values.contiguous().view(torch.int32).long()
 
 
 def _counting(counts: Tensor) -> Tensor:
-    """0, 1, .., n - 1 for each of the counts n, one after the other."""
+    """Count 0, 1, .., n - 1 for each of the counts n, one after the other."""
     ends = counts.cumsum(0)
     return torch.arange(int(ends[-1]) if len(ends) else 0, device=counts.device) - (
         ends - counts
@@ -222,7 +222,7 @@ def _counting(counts: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A hash of numbers, 0 to 2**62 - 1 (the finalizer of MurmurHash3, in arithmetic that wraps)."""
+    """Return a hash of numbers, 0 to 2**62 - 1 (the finalizer of MurmurHash3, in arithmetic that wraps)."""
     for factor in (-49064778989728563, -4265267296055464877):
         x = (x ^ ((x >> 33) & (2**31 - 1))) * factor
     return (x ^ ((x >> 33) & (2**31 - 1))) & (2**62 - 1)
@@ -235,8 +235,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def choose(g: LatentStats, like: Geometry, pages: int, entropy_F: Tensor) -> tuple[Tensor, Tensor]:
-    """At most `pages` latents, each with the number of its reason; any prefix holds the reasons in about the
-    same shares.
+    """Return at most `pages` latents, each with the number of its reason; any prefix holds the reasons in
+    about the same shares.
 
     A third are the lowest hashes among those that fire in `RARE_CONTEXTS` contexts: a fair sample. Then the
     interesting ones (their peaks strong against their mean, and of few kinds of tokens), dense, rare, with a
@@ -285,7 +285,7 @@ def _without_twins(order: Tensor, nearest_F: Tensor, cosine_F: Tensor) -> Tensor
 
 
 def _rank(x_F: Tensor, among_F: Tensor) -> Tensor:
-    """Where each stands among some, 0 to 1; 0 for all others."""
+    """Return where each stands among some, 0 to 1; 0 for all others."""
     rank_F = torch.zeros_like(x_F)
     where = among_F.nonzero()[:, 0]
     rank_F[where[x_F[where].argsort(stable=True)]] = torch.linspace(
@@ -295,7 +295,7 @@ def _rank(x_F: Tensor, among_F: Tensor) -> Tensor:
 
 
 def peak_entropy(tokens_FR: Tensor) -> Tensor:
-    """The entropy in bits of the tokens at each latent's kept peaks, [F]; -1 marks an empty place."""
+    """Return the entropy in bits of the tokens at each latent's kept peaks, [F]; -1 marks an empty place."""
     same_FR = (tokens_FR[:, :, None] == tokens_FR[:, None, :]).sum(2).double()
     held_FR = tokens_FR >= 0
     n_F1 = held_FR.sum(1, keepdim=True).clamp(min=1)
@@ -305,8 +305,8 @@ def peak_entropy(tokens_FR: Tensor) -> Tensor:
 def statistics(
     g: LatentStats, sae: Any, like: Geometry, pages: int, contexts_CL: Tensor | None = None
 ) -> dict[str, np.ndarray]:
-    """What is kept of an SAE's latents, by name: columns of all of them [F, ..], then those of the chosen
-    ones, `page_..` [P, ..].
+    """Return what is kept of an SAE's latents, by name: columns of all of them [F, ..], then those of the
+    chosen ones, `page_..` [P, ..].
 
     `contexts_CL` are the tokens at the places that were gathered; without them the choice of pages does not
     look at tokens.
@@ -365,8 +365,8 @@ def statistics(
 def effects(
     sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, masked_V: Tensor
 ) -> dict[str, np.ndarray]:
-    """The columns of what some latents promote and suppress, [P, ..]; none for a site that does not write
-    into the residual stream."""
+    """Return the columns of what some latents promote and suppress, [P, ..]; none for a site that does not
+    write into the residual stream."""
     if (
         not len(latents_P)
         or site.kind == "module"
@@ -381,15 +381,16 @@ def effects(
 
 
 def strongest_rows(g: LatentStats, latents_P: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns of the rows [P, R] on which some latents are strongest, and how strong: of activations that
-    are no text's."""
+    """Return the columns of the rows [P, R] on which some latents are strongest, and how strong: of
+    activations that are no text's."""
     rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(g.device)
     at_PR, peak_PR = (chosen[rows_P].cpu().numpy() for chosen in (g.top.at_SR, g.top.peak_SR))
     return {"page_rows": at_PR.astype(np.int32), "page_row_values": peak_PR.astype(np.float32)}
 
 
 def untold(lm: LanguageModel, tokenizer: Any, special_ids: Sequence[int]) -> Tensor:
-    """Which ids no effect on logits names, [V]: special ones, and those that the tokenizer does not know."""
+    """Return which ids no effect on logits names, [V]: special ones, and those that the tokenizer does not
+    know."""
     V = lm.model.get_output_embeddings().weight.shape[0]
     masked_V = torch.ones(V, dtype=torch.bool)
     masked_V[: min(V, len(tokenizer))] = False
@@ -452,7 +453,7 @@ def write_text(
 
 
 def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
-    """The bytes of each token, by the tokenizer's own table: a token may be a part of a character."""
+    """Return the bytes of each token, by the tokenizer's own table: a token may be a part of a character."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = (
         json.dumps(json.loads(backend.to_str()).get("decoder")) if backend is not None else '"ByteFallback"'
@@ -478,8 +479,8 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes: printable Latin-1 as itself, the others from
-    U+0100 on."""
+    """Return the characters by which byte-level BPE writes bytes: printable Latin-1 as itself, the others
+    from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

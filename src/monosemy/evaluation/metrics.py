@@ -42,8 +42,8 @@ def evaluate(
     gather: Mapping[str, LatentStats] | None = None,
     missing: Missing | None = None,
 ) -> list[Row]:
-    """A row for each SAE, in order, on activations of any kind [B, D]: of a vision model, of proteins, of a
-    simulator.
+    """Return a row for each SAE, in order, on activations of any kind [B, D]: of a vision model, of proteins,
+    of a simulator.
 
     The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry;
     `tokens` counts rows, as `unit` says. `batches` may be an iterator: it is read once, moved to the SAEs'
@@ -93,7 +93,7 @@ def evaluate(
 
 
 def named_saes(saes: SAE | Sequence[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
-    """SAEs by their names; those of a list are sae_0, sae_1, ..
+    """Return SAEs by their names; those of a list are sae_0, sae_1, ..
 
     Raises ValueError for none, and for what is no SAE.
     """
@@ -115,8 +115,8 @@ def named_saes(saes: SAE | Sequence[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
 
 
 def dictionary_learning_results(row: Row) -> dict[str, Any]:
-    """A row as dictionary_learning's `eval_results.json` nests it: its keys under its names, and ours beside
-    them."""
+    """Return a row as dictionary_learning's `eval_results.json` nests it: its keys under its names, and ours
+    beside them."""
     return {**row, "hyperparameters": {"n_inputs": row["n_inputs"], "context_length": row["context_length"]}}
 
 
@@ -137,7 +137,7 @@ SAE_BENCH = {
 
 
 def sae_bench_results(row: Row) -> dict[str, dict[str, Any]]:
-    """A row under SAEBench's names, by its categories.
+    """Return a row under SAEBench's names, by its categories.
 
     Their values are comparable where the row was made with `sae_bench=True`.
     """
@@ -153,8 +153,8 @@ def sae_bench_results(row: Row) -> dict[str, dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned plain text: loss recovered is against zero ablation, with its 95 % interval; *
-    flags a threshold."""
+    """Return the rows as aligned plain text: loss recovered is against zero ablation, with its 95 % interval;
+    * flags a threshold."""
     columns = ("sae", "architecture", "L0", "FVU", "cosine", "loss recovered", "CE diff", "KL", "alive")
 
     def cells(row: Row) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _common(saes: Mapping[str, SAE]) -> tuple[int, torch.device]:
-    """The width and the device that all SAEs have."""
+    """Return the width and the device that all SAEs have."""
     found = {(sae.d_in, next(sae.parameters()).device) for sae in saes.values()}
     if len(found) > 1:
         said = ", ".join(f"{width} on {device}" for width, device in sorted(found, key=str))
@@ -195,7 +195,7 @@ def _common(saes: Mapping[str, SAE]) -> tuple[int, torch.device]:
 
 
 def _regrouped(batches: Iterable[Tensor], D: int, device: torch.device) -> Iterator[Tensor]:
-    """The rows in groups of SELECTION_TOKENS, the last one smaller, in float32 on a device."""
+    """Yield the rows in groups of SELECTION_TOKENS, the last one smaller, in float32 on a device."""
     waiting: list[Tensor] = []
     for i, x_BD in enumerate(batches):
         shape = tuple(getattr(x_BD, "shape", ()))
@@ -286,7 +286,7 @@ class ReconstructionSums:
 
 
 def new_sums(sae: SAE, device: torch.device, seen: LatentStats | None) -> dict[str, ReconstructionSums]:
-    """For each of an SAE's modes; what is gathered of latents is seen in the first."""
+    """Make the sums of each of an SAE's modes; what is gathered of latents is seen in the first."""
     return {
         mode: ReconstructionSums(sae, device, seen if mode == sae.modes[0] else None) for mode in sae.modes
     }
@@ -296,8 +296,8 @@ def new_sums(sae: SAE, device: torch.device, seen: LatentStats | None) -> dict[s
 
 
 def make_row(name: str, sae: SAE, info: Row, columns: Mapping[str, Row]) -> Row:
-    """A row from its columns in each mode: those of the first under their own names, those of another after
-    the mode's."""
+    """Return a row from its columns in each mode: those of the first under their own names, those of another
+    after the mode's."""
     row: Row = {"sae": name, "architecture": sae.name, "d_in": sae.d_in, "d_sae": sae.d_sae} | info
     for mode in sae.modes:
         prefix = "" if mode == sae.modes[0] else f"{mode}_"
@@ -312,7 +312,7 @@ def _finite(value: Any) -> Any:
 
 
 def reconstruction_columns(sums: ReconstructionSums, variance: float) -> Row:
-    """The columns that need no language model, of one SAE in one mode.
+    """Return the columns that need no language model, of one SAE in one mode.
 
     First dictionary_learning's, under its names, then ours.
     """

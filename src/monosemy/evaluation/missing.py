@@ -70,7 +70,7 @@ class Missing:
         return bool(self.parts)
 
     def __str__(self) -> str:
-        """What is missing, as one clause: parts that failed alike together."""
+        """Return what is missing, as one clause: parts that failed alike together."""
         alike: dict[tuple[str, str], list[str]] = {}
         for part in self.parts:
             alike.setdefault((part.what, part.cause), []).append(part.of)
@@ -88,7 +88,7 @@ class Missing:
 
 
 def _listed(names: list[str]) -> str:
-    """' of a, b and 3 others'; nothing for a part of the whole."""
+    """List as ' of a, b and 3 others'; nothing for a part of the whole."""
     named = [name for name in names if name]
     rest = len(named) - NAMED
     return (f" of {', '.join(named[:NAMED])}" if named else "") + (

@@ -63,7 +63,8 @@ def evaluate_on_model(
     sae_bench: bool = False,
     missing: Missing | None = None,
 ) -> list[Row]:
-    """A row for each SAE, in order; SAEs take raw activations and are on the model's device, in float32.
+    """Return a row for each SAE, in order; SAEs take raw activations and are on the model's device, in
+    float32.
 
     The model runs `batch_size` contexts at a time; what lies before a site runs once for all its SAEs.
     Splicing costs each SAE (and each of its modes) a run of everything after the site: `splice_contexts`
@@ -220,8 +221,8 @@ class _SiteEvaluation:
 
 
 def _groups(contexts_CL: Tensor, spliced: int) -> Iterator[tuple[int, Tensor]]:
-    """The contexts in groups of about SELECTION_TOKENS tokens, which do not depend on the batch size, with
-    each group's first index."""
+    """Yield the contexts in groups of about SELECTION_TOKENS tokens, which do not depend on the batch size,
+    with each group's first index."""
     size = max(1, SELECTION_TOKENS // contexts_CL.shape[1])
     for start, stop in ((0, spliced), (spliced, len(contexts_CL))):
         for first in range(start, stop, size):
@@ -276,7 +277,7 @@ def _spliced(
     first: int,
     sae_bench: bool,
 ) -> Iterator[tuple[Key, Tensor, Tensor, Tensor | None]]:
-    """What `_losses` yields of one group, whose counted tokens (`mask_GL`) are replaced by each of the
+    """Yield what `_losses` yields of one group, whose counted tokens (`mask_GL`) are replaced by each of the
     reconstructions [N, D] in turn."""
     compared_GL = mask_GL.clone()
     compared_GL[:, -1] &= sae_bench
@@ -295,7 +296,7 @@ def _spliced(
 def _losses(
     lm: LanguageModel, clean_PD: Tensor, spliced_PD: Mapping[Key, Tensor], where_P: Tensor, next_P: Tensor
 ) -> Iterator[tuple[Key, Tensor, Tensor, Tensor | None]]:
-    """(which run, contexts, cross-entropies, KL(clean || run)) in pieces, of the clean run and of
+    """Yield (which run, contexts, cross-entropies, KL(clean || run)) in pieces, of the clean run and of
     every spliced one.
 
     The context is -1 where nothing is predicted and the cross-entropy means nothing.
@@ -337,7 +338,7 @@ class _Losses:
 
 
 def _loss_columns(spliced: _Losses, losses: Mapping[Key, _Losses], weights_WC: Tensor) -> Row:
-    """The columns of the language model's losses, of one SAE in one mode.
+    """Return the columns of the language model's losses, of one SAE in one mode.
 
     First dictionary_learning's, under its names, then ours.
     """
@@ -369,7 +370,7 @@ def _loss_columns(spliced: _Losses, losses: Mapping[Key, _Losses], weights_WC: T
 
 
 def _bootstrap(C: int, seed: int) -> Tensor:
-    """How often each context is drawn, [W, C], in DRAWS draws of C contexts with replacement."""
+    """Return how often each context is drawn, [W, C], in DRAWS draws of C contexts with replacement."""
     drawn_WC = torch.randint(max(C, 1), (DRAWS, C), generator=rng.generator(seed, "bootstrap"))
     return torch.zeros(DRAWS, C, dtype=torch.float64).scatter_add_(
         1, drawn_WC, torch.ones(DRAWS, C, dtype=torch.float64)
@@ -377,8 +378,8 @@ def _bootstrap(C: int, seed: int) -> Tensor:
 
 
 def _interval(above_C: Tensor, below_C: Tensor, weights_WC: Tensor) -> tuple[float, float]:
-    """The central 95 % of a ratio of sums over contexts, by the percentile bootstrap (Efron and Tibshirani
-    1993, chapter 13)."""
+    """Return the central 95 % of a ratio of sums over contexts, by the percentile bootstrap (Efron and
+    Tibshirani 1993, chapter 13)."""
     C = weights_WC.shape[1]
     if not C:
         return math.nan, math.nan

@@ -50,7 +50,8 @@ def probe(
     *,
     batch_size: int = 8,
 ) -> dict[str, Row]:
-    """For each SAE its columns: accuracy, AUC and F1 of test texts, as means over the pairs of classes.
+    """Measure each SAE by sparse probes: accuracy, AUC and F1 of test texts, as means over the pairs of
+    classes.
 
     `probing_auc_top_5` is of a probe on the 5 latents whose means differ most, `probing_auc_llm` of one on
     the activations themselves.
@@ -97,7 +98,7 @@ def probe(
 def _last_tokens(
     lm: LanguageModel, sites: Sequence[Site], tokenizer: Any, texts: Sequence[str], batch_size: int
 ) -> dict[Site, Tensor]:
-    """The activations [T, D] of each text's last token, float32 on the CPU.
+    """Return the activations [T, D] of each text's last token, float32 on the CPU.
 
     Causal attention: what is after it in a batch is not seen.
     """
@@ -117,7 +118,7 @@ def _last_tokens(
 
 
 def _means(results: Path, ks: Mapping[int | None, str]) -> Row:
-    """The means over data sets of what sae-probes wrote for each of the probes in `ks`."""
+    """Return the means over data sets of what sae-probes wrote for each of the probes in `ks`."""
     entries = [
         entry
         for path in sorted(results.rglob("*.json"))

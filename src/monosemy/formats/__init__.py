@@ -93,7 +93,7 @@ def load(
 def read(
     path: str | Path, format: str | None = None, *, unfinished: bool = False, source: str | None = None
 ) -> tuple[SAE, dict[str, Any]]:
-    """`load`, and what the folder says of the SAE: its site, model, status, ... where known."""
+    """Load an SAE, and return what its folder says of the SAE: its site, model, status, ... where known."""
     parts = _parts(Path(path), format, unfinished, source)
     sae = parts.build()
     if sae.constraint == "free" and not torch.allclose(
@@ -178,7 +178,7 @@ def convert(
 
 
 def _parts(path: Path, format: str | None, unfinished: bool, source: str | None = None) -> Parts:
-    """What lies in a folder or file, with what was kept beside another tool's layout."""
+    """Return what lies in a folder or file, with what was kept beside another tool's layout."""
     if format is not None and format not in FORMATS:
         raise invalid("format", format, ", ".join(FORMATS), "leave it out to have it detected")
     if format is None:
@@ -208,7 +208,7 @@ def _parts(path: Path, format: str | None, unfinished: bool, source: str | None 
 
 
 def _found(path: Path, source: str | None) -> dict[str, layouts.Entry]:
-    """What the names of its files make of a folder or file."""
+    """Return what the names of its files make of a folder or file."""
     source = source or path.absolute().as_posix()
     if path.is_file():
         return layouts.find([path.name], source)
@@ -225,7 +225,7 @@ def _closed(path: Path, entry: layouts.Entry) -> ValueError:
 
 
 def _nothing(path: Path, found: dict[str, layouts.Entry]) -> ValueError:
-    """The error for a folder that is no SAE's own, though its files may be SAEs."""
+    """Return the error for a folder that is no SAE's own, though its files may be SAEs."""
     files = [entry.path for entry in found.values() if entry.format in layouts.ONE_FILE]
     own = f"file, such as {path / files[0]}" if files else "folder, such as RUN/resid_post_layer_3/trainer_0"
     allowed = (
@@ -272,7 +272,7 @@ def _is_origin(origin: Any) -> bool:
 
 
 def _restored(parts: Parts, folder: Path, format: str) -> Parts:
-    """The SAE that was converted to this folder: what it has no place for is in monosemy.json."""
+    """Return the SAE that was converted to this folder: what it has no place for is in monosemy.json."""
     record = untrusted.json_object(folder / KEPT)
     if record.get("files") != {name: untrusted.sha256(folder / name) for name in _WRITTEN[format].FILES}:
         remedy = f"take {KEPT} away to read the folder as it is, without what its layout has no place for"
@@ -293,7 +293,7 @@ def _restored(parts: Parts, folder: Path, format: str) -> Parts:
 
 
 def _status(folder: Path, config: dict[str, Any]) -> str:
-    """complete, or what its run says of the SAE instead."""
+    """Return "complete", or what its run says of the SAE instead."""
     own = config.get("status", "complete")
     if own != "complete":
         return str(own)[:80]

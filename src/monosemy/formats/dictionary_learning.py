@@ -89,8 +89,8 @@ LAYOUTS = {
 
 
 def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
-    """The SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow type
-    where nothing is lost."""
+    """Return the SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow
+    type where nothing is lost."""
     layout = LAYOUTS[sae.name]
     state = written(sae, layout.tensors if _as_layout(sae) else _UNCENTERED, dtype)
     if "k" in layout.settings:
@@ -101,7 +101,10 @@ def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
 
 
 def read(folder: Path, source: str) -> Parts:
-    """The SAE that a config.json and an ae.pt describe. Raises ValueError for a class that is not known."""
+    """Return the SAE that a config.json and an ae.pt describe.
+
+    Raises ValueError for a class that is not known.
+    """
     config = untrusted.json_object(folder / "config.json")
     trainer = config["trainer"] if isinstance(config.get("trainer"), dict) else {}
     name, layout = _layout(trainer)
@@ -174,7 +177,7 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
 
 
 def entry(sae: SAE) -> dict[str, Any]:
-    """What the "trainer" entry of config.json says of the SAE itself."""
+    """Return what the "trainer" entry of config.json says of the SAE itself."""
     layout = LAYOUTS[sae.name]
     settings = {theirs: getattr(sae.settings, ours) for ours, theirs in layout.settings.items()}
     return {
@@ -201,8 +204,8 @@ def trainer_config(
     submodule_name: str,
     device: str,
 ) -> dict[str, Any]:
-    """The "trainer" entry of config.json, with the keys that the architecture's trainer writes and those that
-    it forgets."""
+    """Return the "trainer" entry of config.json, with the keys that the architecture's trainer writes and
+    those that it forgets."""
     config = entry(sae) | {
         "lr": lr,
         "seed": seed,
@@ -238,7 +241,7 @@ def _as_layout(sae: SAE) -> bool:
 
 
 def _layout(trainer: dict[str, Any]) -> tuple[str, _Layout]:
-    """The architecture by its trainer's class, or where that is another's, by its dictionary's."""
+    """Return the architecture by its trainer's class, or where that is another's, by its dictionary's."""
     by_class = {layout.trainer_class: name for name, layout in LAYOUTS.items()}
     by_dict = {layout.dict_class: name for name, layout in LAYOUTS.items() if layout.tensors is not _RELU}
     by_dict |= {"AutoEncoder": "standard", "AutoEncoderNew": "standard_new"}

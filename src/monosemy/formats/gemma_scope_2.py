@@ -48,7 +48,7 @@ def _check(config: dict[str, Any]) -> None:
 
 
 def _site(hook: Any, source: str) -> str | None:
-    """Where it reads, by its config.json and by its path. Raises ValueError where they differ."""
+    """Return where it reads, by its config.json and by its path. Raises ValueError where they differ."""
     named = re.search(r"(?:^|/)(resid_post|mlp_out|attn_out)(?:_all)?/layer_(\d{1,3})_", source)
     match = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d{1,3})\.([\w.]{1,80})", str(hook)[:200])
     by_path = PLACES[named[1]].format(named[2]) if named else None

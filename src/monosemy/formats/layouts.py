@@ -85,7 +85,7 @@ def find(files: Collection[str], source: str = "") -> dict[str, Entry]:
 
 
 def _in_folder(folder: PurePosixPath, inside: set[str], source: str) -> Entry | None:
-    """The SAE whose files lie in a folder, if there is one."""
+    """Return the SAE whose files lie in a folder, if there is one."""
     known = [(format, files) for format, files in _FOLDERS if files[0] in inside]
     for format, files in known:
         if inside.issuperset(files):
@@ -102,7 +102,7 @@ def _in_folder(folder: PurePosixPath, inside: set[str], source: str) -> Entry | 
 
 
 def _one_file_each(folder: PurePosixPath, inside: set[str]) -> list[Entry]:
-    """The SAEs of a folder that are one file each."""
+    """Return the SAEs of a folder that are one file each."""
     return [
         Entry(format, (str(folder / name),), str(folder / name), named=True)
         for name in sorted(inside)

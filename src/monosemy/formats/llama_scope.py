@@ -97,7 +97,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
 
 
 def _scale(config: Mapping[str, Any], norms: Mapping[str, Tensor], d_in: int, where: str) -> float:
-    """What activations are multiplied with before they are encoded."""
+    """Return what activations are multiplied with before they are encoded."""
     kind = config.get("norm_activation")
     if kind == "inference":
         return 1.0
@@ -129,14 +129,14 @@ def _threshold(config: Mapping[str, Any], where: str) -> Tensor:
 
 
 def _number(value: Any) -> float:
-    """A number, or NaN for anything else."""
+    """Return a number, or NaN for anything else."""
     if isinstance(value, Tensor):
         return float(value) if value.numel() == 1 else math.nan
     return float(value) if type(value) in (int, float) and abs(value) < 1e30 else math.nan
 
 
 def _folded(ours: dict[str, Tensor], scale: float, by_norm: bool) -> dict[str, Tensor]:
-    """The same SAE for raw activations, its decoder's norms in the encoder if `by_norm`."""
+    """Return the same SAE for raw activations, its decoder's norms in the encoder if `by_norm`."""
     W_enc, W_dec, b_enc, b_dec = (ours[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
     norm_F = torch.linalg.vector_norm(W_dec, dim=1) if by_norm else torch.ones(len(W_dec))
     return {

@@ -39,7 +39,7 @@ class Parts:
     names: Mapping[str, str] = field(default_factory=dict)  # what the layout calls its tensors, for errors
 
     def build(self) -> SAE:
-        """The SAE, in evaluation mode on the CPU.
+        """Return the SAE, in evaluation mode on the CPU.
 
         Raises ValueError where the parts do not fit each other, before they are copied.
         """
@@ -138,15 +138,15 @@ def neutral(config: Mapping[str, Any], where: str, reason: str, **plain: Any) ->
 
 
 def matrix_shape(tensor: Tensor, where: str) -> tuple[int, int]:
-    """The two sizes of a matrix. Raises ValueError for another tensor."""
+    """Return the two sizes of a matrix. Raises ValueError for another tensor."""
     if tensor.dim() != 2:
         raise invalid(where, tuple(tensor.shape), "a matrix", "copy it again")
     return tensor.shape[0], tensor.shape[1]
 
 
 def written(sae: SAE, names: Mapping[str, str], dtype: str | None = None) -> dict[str, Tensor]:
-    """The SAE's tensors under a layout's names, contiguous copies; narrow ones where they came so and nothing
-    is lost."""
+    """Return the SAE's tensors under a layout's names, contiguous copies; narrow ones where they came so and
+    nothing is lost."""
     state = sae.state_dict()
     ours = {theirs: state[name].T if theirs.endswith("'") else state[name] for name, theirs in names.items()}
     if dtype in NARROW and all(torch.equal(t, t.to(NARROW[dtype]).to(t.dtype)) for t in ours.values()):
@@ -155,13 +155,13 @@ def written(sae: SAE, names: Mapping[str, str], dtype: str | None = None) -> dic
 
 
 def dtype_of(tensors: Mapping[str, Tensor]) -> str:
-    """The type that all of a file's tensors share, or float32."""
+    """Return the type that all of a file's tensors share, or float32."""
     found = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     return found.pop() if len(found) == 1 else "float32"
 
 
 def whole(config: Mapping[str, Any], key: str, where: str) -> int:
-    """An entry that must be a whole number. Raises ValueError."""
+    """Return an entry that must be a whole number. Raises ValueError."""
     value = config.get(key)
     if type(value) is not int:
         raise invalid(f"{where}: {key}", _short(value), "a whole number", "copy the folder again")
@@ -169,12 +169,12 @@ def whole(config: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def text(value: Any) -> str | None:
-    """An entry that is told to people and looked up, if it is one: a line of text."""
+    """Return an entry that is told to people and looked up, if it is one: a line of text."""
     return value if isinstance(value, str) and 0 < len(value) <= 300 and value.isprintable() else None
 
 
 def hook_name(site: str | None) -> str | None:
-    """A site under TransformerLens' name, a module under its own."""
+    """Return a site under TransformerLens' name, a module under its own."""
     return (
         re.sub(r"^(resid_pre|resid_post|mlp_out|attn_out)\.(\d+)$", r"blocks.\2.hook_\1", site)
         if site
@@ -183,7 +183,8 @@ def hook_name(site: str | None) -> str | None:
 
 
 def site_of(name: Any) -> str | None:
-    """The site that a hook's name says, or the name itself where it says none that can be read here."""
+    """Return the site that a hook's name says, or the name itself where it says none that can be read
+    here."""
     name = text(name)
     try:
         return str(Site.parse(name)) if name else None
@@ -192,7 +193,7 @@ def site_of(name: Any) -> str | None:
 
 
 def module_site(folder: PurePath) -> str | None:
-    """The site in a folder's name as sparsify has it: `layers.3`, `h.3`, `layers.3.mlp`."""
+    """Return the site in a folder's name as sparsify has it: `layers.3`, `h.3`, `layers.3.mlp`."""
     if match := re.fullmatch(r"(?:layers|h|blocks)\.(\d{1,4})", folder.name):
         return f"resid_post.{match[1]}"
     if match := re.fullmatch(r"(?:layers|h|blocks)\.(\d{1,4})\.(mlp|attn|self_attn|attention)", folder.name):

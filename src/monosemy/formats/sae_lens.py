@@ -52,7 +52,7 @@ TO_THEIRS = {
 
 
 def read(folder: Path, source: str) -> Parts:
-    """The SAE in one of SAELens' folders, of version 6 or before.
+    """Return the SAE in one of SAELens' folders, of version 6 or before.
 
     Raises ValueError for what is computed otherwise here.
     """
@@ -150,7 +150,7 @@ def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tenso
 
 
 def _architecture(cfg: dict[str, Any], metadata: dict[str, Any]) -> tuple[str, int | None]:
-    """Which of NAMES it is, and its k. Raises ValueError for what is computed otherwise here."""
+    """Return which of NAMES it is, and its k. Raises ValueError for what is computed otherwise here."""
     theirs, k = _selection(cfg)
     if not isinstance(theirs, str) or theirs not in NAMES:
         allowed = f"{', '.join(NAMES)} (others are no SAE, or compute what none here does)"
@@ -199,7 +199,7 @@ def _selection(cfg: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _fold_norms(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same TopK SAE with its decoder's norms in the encoder, by which SAELens selects where it
+    """Return the same TopK SAE with its decoder's norms in the encoder, by which SAELens selects where it
     rescales."""
     norm_F = torch.linalg.vector_norm(ours["W_dec"].float(), dim=-1)
     if (

@@ -24,7 +24,7 @@ RELU = ("standard", "standard_new", "p_anneal")
 
 
 def read(folder: Path, source: str) -> Parts:
-    """The SAE in one of sparsify's folders.
+    """Return the SAE in one of sparsify's folders.
 
     Raises ValueError for a transcoder, and for selections that are not computed here.
     """

@@ -32,7 +32,7 @@ DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises ValueError where it holds anything else, or more than a configuration does.
     """
@@ -52,13 +52,13 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file that is known to be there."""
+    """Return the digest of a file that is known to be there."""
     with _regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped rather than read.
+    """Return the tensors of a safetensors file, mapped rather than read.
 
     Raises ValueError for a damaged or strange one.
     """
@@ -98,7 +98,7 @@ def npz(path: Path, *spellings: Collection[str]) -> dict[str, Tensor]:
 
 
 def state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors in what torch.save wrote, mapped rather than read.
+    """Return the tensors in what torch.save wrote, mapped rather than read.
 
     Raises ValueError for an archive with anything else in it.
     """
@@ -148,15 +148,15 @@ _DAMAGE = (
 
 
 def _regular(path: Path) -> BufferedReader:
-    """The file, opened; not a pipe or a device, which might never end."""
+    """Return the file, opened; not a pipe or a device, which might never end."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path.name}")
     return open(path, "rb")
 
 
 def _plain_archive(file: BufferedReader) -> zipfile.ZipFile:
-    """A zip whose members are stored as they are and lie apart, so that what is read from it is no larger
-    than the file."""
+    """Return a zip whose members are stored as they are and lie apart, so that what is read from it is no
+    larger than the file."""
     size = file.seek(0, 2)
     file.seek(max(size - 98, 0))
     # the end record of 22 bytes, before it the locator of 20 and the long end record of 56 where there are
@@ -186,7 +186,7 @@ def _plain_archive(file: BufferedReader) -> zipfile.ZipFile:
 
 
 def _npy(data: bytes) -> Tensor:
-    """The array in the bytes of an .npy file, as float32."""
+    """Return the array in the bytes of an .npy file, as float32."""
     version, header = data[6:8], data[:10] if data[6:7] == b"\1" else data[:12]
     if data[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
         raise ValueError("not an .npy file")

@@ -31,7 +31,7 @@ DENSE_STEP = 12  # encoder and decoder, forward and backward
 def contexts_of_evaluation(
     c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], context_length: int
 ) -> int:
-    """As many held-out contexts as take, with the latents' pages, about as long as training, FEWEST to
+    """Return as many held-out contexts as take, with the latents' pages, about as long as training, FEWEST to
     MOST."""
     spliced, read = (
         context_length * evaluation(c, model, sites, grid, spliced=spliced) for spliced in (True, False)

@@ -187,15 +187,15 @@ def _plan(
 
 
 def _resolved(path: str | Path, format: str | None) -> dict[str, Resolved]:
-    """The SAEs of a path, by what a row calls them: a folder's own, a run's, or one from the hub by its
-    name."""
+    """Return the SAEs of a path, by what a row calls them: a folder's own, a run's, or one from the hub by
+    its name."""
     if not Path(path).exists():
         return {str(path): resolve(path, trusted=format)}
     return {str(folder): Resolved(folder, format=_format(folder, format)) for folder in _saes(Path(path))}
 
 
 def _saes(path: Path) -> list[Path]:
-    """The folder itself, or those of a run's SAEs."""
+    """Return the folder itself, or those of a run's SAEs."""
     if not (path / "run.json").is_file():
         return [path]
     return sorted(
@@ -205,13 +205,13 @@ def _saes(path: Path) -> list[Path]:
 
 
 def _run(folder: Path) -> Path | None:
-    """The run that an SAE's folder lies in."""
+    """Return the run that an SAE's folder lies in."""
     run = folder.absolute().parent.parent
     return run if (run / "run.json").is_file() else None
 
 
 def _format(folder: Path, asked: str | None) -> str | None:
-    """What was asked for, for folders that their files do not tell."""
+    """Return what was asked for, for folders that their files do not tell."""
     try:
         return formats.detect(folder)
     except ValueError:
@@ -240,7 +240,7 @@ def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | No
 
 
 def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None) -> str:
-    """The one model of all folders.
+    """Return the one model of all folders.
 
     What is told goes before what they say, which may be another name of it.
     """
@@ -257,8 +257,8 @@ def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None
 
 
 def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
-    """The commit of the model that the SAEs were trained on, where their folders say it; where they say
-    several, the first, with a warning."""
+    """Return the commit of the model that the SAEs were trained on, where their folders say it; where they
+    say several, the first, with a warning."""
     said = {
         name: metadata.get("revision")
         for name, (_, metadata) in read.items()
@@ -279,8 +279,8 @@ def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> 
 def _norm_limits(
     runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float
 ) -> dict[Site, float | None]:
-    """The runs' limits; for other sites the same multiple of the median norm in some contexts, their BOS
-    tokens left out."""
+    """Return the runs' limits; for other sites the same multiple of the median norm in some contexts, their
+    BOS tokens left out."""
     limits: dict[Site, float | None] = {}
     if multiple:
         resolved = lm.activations(contexts_CL.to(lm.device))

@@ -147,14 +147,14 @@ class Run:
         log.info("memory of the %s: %s at most, %s predicted", of, size(measured), size(predicted))
 
     def record(self, record: Record) -> None:
-        """One line of metrics.jsonl, mirrored to the trackers."""
+        """Append a line to metrics.jsonl, mirrored to the trackers."""
         append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.log(record)
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Where what is done here breaks off, say so.
+        """Yield where what is done here breaks off, say so.
 
         Before the folder was opened there is nothing to tell.
         """
@@ -191,5 +191,6 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(plan: Plan) -> int:
-    """The most bytes that were held at a time: of the GPU's memory where one is used, else resident."""
+    """Return the most bytes that were held at a time: of the GPU's memory where one is used, else
+    resident."""
     return high_water(torch.cuda if plan.gpu and torch.cuda.is_available() else None)

@@ -252,7 +252,7 @@ def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:
 
 
 def _widths(model: ModelInfo) -> int:
-    """The outputs of all matrices of a layer, of one token: about what its forward holds at once.
+    """Return the outputs of all matrices of a layer, of one token: about what its forward holds at once.
 
     Too much for a mixture of experts; attention scores of a model that makes them whole, such as Gemma 2, are
     not in it.
@@ -264,8 +264,8 @@ def _widths(model: ModelInfo) -> int:
 
 
 def high_water(cuda: Any = None) -> int:
-    """The most bytes that this process has held: resident, or what torch has allocated where its module
-    `cuda` is given."""
+    """Return the most bytes that this process has held: resident, or what torch has allocated where its
+    module `cuda` is given."""
     if cuda is not None:
         return cuda.max_memory_allocated()
     try:  # what getrusage says is never less than what the process that started this one held
@@ -280,8 +280,8 @@ def high_water(cuda: Any = None) -> int:
 
 
 def tensor_bytes(holder: Any, *, apart: Iterable[Any] = ()) -> int:
-    """What all tensors take that an object holds, however deep, each storage once; not those of objects that
-    are kept apart."""
+    """Return what all tensors take that an object holds, however deep, each storage once; not those of
+    objects that are kept apart."""
     storages: dict[int, int] = {}
     seen, ahead = {id(x) for x in apart}, [holder]
     while ahead:
@@ -301,5 +301,5 @@ def tensor_bytes(holder: Any, *, apart: Iterable[Any] = ()) -> int:
 
 
 def size(n: float) -> str:
-    """Bytes as one reads them."""
+    """Format bytes for people."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / MIB:.1f} MiB"

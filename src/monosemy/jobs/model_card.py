@@ -27,8 +27,8 @@ PLOTS = {
 
 
 def model_card(run_folder: str | Path, repo_id: str = "USER/NAME") -> str:
-    """The README.md of a run: what it is, every SAE with its numbers, the plots, how to load one, where it
-    comes from, what it is not.
+    """Return the README.md of a run: what it is, every SAE with its numbers, the plots, how to load one,
+    where it comes from, what it is not.
 
     Everything is read from the run's folder, whatever part of it exists. Text from names and settings is
     escaped.
@@ -134,7 +134,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All SAEs; a number that a row does not have is a dash, never 0."""
+    """Return all SAEs; a number that a row does not have is a dash, never 0."""
 
     def cell(write: Callable[[Mapping[str, Any]], str], row: Mapping[str, Any]) -> str:
         try:
@@ -212,7 +212,7 @@ def _limits(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
 
 
 def _provenance(run: Mapping[str, Any]) -> str:
-    """Everything that run.json holds: short entries as a list, then the whole configuration."""
+    """Return everything that run.json holds: short entries as a list, then the whole configuration."""
     if not run:
         return ""
     points = []
@@ -233,12 +233,13 @@ def _provenance(run: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as plain text in Markdown, also in a table."""
+    """Return a value as plain text in Markdown, also in a table."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def _code(value: Any) -> str:
-    """A value as a code span, also in a table: the fence is longer than any run of backticks inside."""
+    """Return a value as a code span, also in a table: the fence is longer than any run of backticks
+    inside."""
     text = " ".join(str(value).split()).replace("|", r"\|")
     fence = "`" * (max((len(ticks) for ticks in re.findall(r"`+", text)), default=0) + 1)
     return (

@@ -211,8 +211,8 @@ class Plan:
 
 
 def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
-    """The model's commit that a run in this folder was begun with; None where there is no run, or one of
-    another model or revision."""
+    """Return the model's commit that a run in this folder was begun with; None where there is no run, or one
+    of another model or revision."""
     recorded = _recorded(folder)
     if recorded is None or (recorded.get("model_name"), recorded.get("revision")) != (
         config.model_name,
@@ -353,7 +353,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _folder(c: TrainConfig) -> tuple[Path, str]:
-    """The run's folder: `save_dir`, or one beside it where that one holds another model's or other
+    """Return the run's folder: `save_dir`, or one beside it where that one holds another model's or other
     architectures' run."""
     asked = path_of("save_dir", c.save_dir)
     recorded = _recorded(asked)
@@ -399,7 +399,7 @@ def _folder(c: TrainConfig) -> tuple[Path, str]:
 
 
 def _recorded(folder: Path) -> dict | None:
-    """The configuration of the run that a folder holds, if it holds one."""
+    """Return the configuration of the run that a folder holds, if it holds one."""
     path = folder / "run.json"
     if not path.is_file():
         return None

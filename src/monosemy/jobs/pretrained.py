@@ -245,7 +245,7 @@ def _parsed(name: str) -> tuple[str, str]:
 
 
 def _chosen(held: _Repository, inside: str, sae_id: str | None) -> tuple[str, Entry]:
-    """The SAE that is meant, by its whole id.
+    """Return the SAE that is meant, by its whole id.
 
     Raises ValueError with the ids that come nearest, and HubUnreachable.
     """
@@ -292,8 +292,8 @@ def _some(names: list[str]) -> str:
 
 
 def _files(entry: Entry, sae_id: str, format: str | None, held: _Repository) -> tuple[str, ...]:
-    """The files to fetch: the entry's, or where dictionary_learning's of a folder that has both are asked
-    for, those.
+    """Return the files to fetch: the entry's, or where dictionary_learning's of a folder that has both are
+    asked for, those.
 
     With them comes what an SAE's run says of all of its SAEs: whether their training is complete.
     """
@@ -380,12 +380,12 @@ class _Repository:
 
 
 def _home(repo_id: str) -> Path:
-    """The repository's folder in the cache of the hub's library."""
+    """Return the repository's folder in the cache of the hub's library."""
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
 def _repository(repo_id: str, revision: str | None, *, sizes: bool = False) -> _Repository:
-    """The repository at the commit that a revision means now; from the cache where the hub is out of
+    """Return the repository at the commit that a revision means now; from the cache where the hub is out of
     reach."""
     if revision is not None and not re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", revision, re.ASCII):
         raise invalid("revision", revision, "a branch, tag or commit", "correct it")
@@ -402,7 +402,7 @@ def _repository(repo_id: str, revision: str | None, *, sizes: bool = False) -> _
 
 
 def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | None:
-    """What the cache has of a repository at a revision."""
+    """Return what the cache has of a repository at a revision."""
     home = _home(repo_id)
     ref = home / "refs" / (revision or "main")
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
@@ -418,7 +418,7 @@ def _cached(repo_id: str, revision: str | None, silence: str) -> _Repository | N
 def _described(
     repo_id: str, revision: str | None, sizes: bool
 ) -> tuple[str, dict[str, RepoSibling | RepoFile]]:
-    """A revision's commit and its files, with their sizes and digests where those are asked for."""
+    """Return a revision's commit and its files, with their sizes and digests where those are asked for."""
     info = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS, files_metadata=sizes)
     files: dict[str, RepoSibling | RepoFile] = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     if len(files) >= MANY:
@@ -443,7 +443,7 @@ def _check(path: Path, name: str, repo_id: str, listed: RepoSibling | RepoFile) 
 
 
 def _differs(path: Path, kind: str, before: bytes, wanted: str) -> str:
-    """How the digest of `before` and a file differs from the one that is wanted, "" where it does not."""
+    """Say how the digest of `before` and a file differs from the one that is wanted, "" where it does not."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(
             file, lambda: hashlib.new(kind, before, usedforsecurity=False)
@@ -453,7 +453,7 @@ def _differs(path: Path, kind: str, before: bytes, wanted: str) -> str:
 
 @contextmanager
 def _answers(repo_id: str, revision: str | None) -> Iterator[None]:
-    """The hub's refusals as ValueErrors, and its silence as HubUnreachable."""
+    """Yield the hub's refusals as ValueErrors, and its silence as HubUnreachable."""
     page = f"https://huggingface.co/{repo_id}"
     try:
         yield
@@ -508,7 +508,7 @@ def _of_disk(error: BaseException) -> bool:
 
 
 def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
-    """What it means that the hub refused without a name for it, was in trouble, or did not answer.
+    """Return what it means that the hub refused without a name for it, was in trouble, or did not answer.
 
     Large files come from a store elsewhere, by addresses that expire; what it refuses may be had in a while.
     """
@@ -533,7 +533,7 @@ def _failed(repo_id: str, page: str, error: BaseException) -> Exception:
 
 
 def _reason(error: BaseException) -> str:
-    """What lies at the root of an error, in a line."""
+    """Return what lies at the root of an error, in a line."""
     status = status_of(error)
     if status is not None:
         return f"HTTP {status}"
@@ -542,7 +542,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _card(sae: SAE, repo_id: str, place: str) -> str:
-    """A model card: what the SAE is, and how it is loaded."""
+    """Return a model card: what the SAE is, and how it is loaded."""
     where = (
         f"`{sae.metadata['model']}` at `{sae.metadata['site']}`"
         if {"model", "site"} <= sae.metadata.keys()

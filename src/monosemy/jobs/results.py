@@ -74,7 +74,7 @@ def make(run: Run, status: tuple[str, str]) -> tuple[list[Row], Missing]:
 
 
 def status_with(status: tuple[str, str], missing: Missing) -> tuple[str, str]:
-    """A run's status and reason, where parts of its evaluation may be missing."""
+    """Return a run's status and reason, where parts of its evaluation may be missing."""
     state, reason = status
     if not missing:
         return status
@@ -96,7 +96,8 @@ def remedy(folder: Path, config: EvalConfig | None = None) -> str:
 
 
 def context_stream(plan: Plan, tokenizer: Any, split: Any, prefetch: bool = False) -> ContextStream:
-    """A plan's text, of documents to train on ("train") or of those kept for evaluation ("held_out")."""
+    """Return a plan's text, of documents to train on ("train") or of those kept for evaluation
+    ("held_out")."""
     c = plan.config
     return ContextStream(
         sources_of(c),
@@ -113,7 +114,7 @@ def context_stream(plan: Plan, tokenizer: Any, split: Any, prefetch: bool = Fals
 
 
 def held_out_contexts(c: ResolvedConfig, held_out: ContextStream) -> Tensor:
-    """As many contexts as a configuration evaluates on, or all there are.
+    """Return as many contexts as a configuration evaluates on, or all there are.
 
     Raises ValueError where there is none.
     """
@@ -298,7 +299,8 @@ def _add_latents(
 def _opened(
     run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Missing
 ) -> tuple[dict[str, tuple[Site, SAE]], dict[str, Row]]:
-    """The SAEs that can be read, on the model's device, and what their rows say beside measurements."""
+    """Return the SAEs that can be read, on the model's device, and what their rows say beside
+    measurements."""
     saes, info = {}, {}
     for name, site in names.items():
         with missing.part(ROWS, name):
@@ -312,7 +314,7 @@ def _opened(
 
 
 def _names(run: Run) -> dict[str, Site]:
-    """The run's SAEs in order, by their folders and by what status.json says was trained."""
+    """Return the run's SAEs in order, by their folders and by what status.json says was trained."""
     found = {}
     for site in run.plan.sites:
         folders = {path.name for path in (run.folder / site.folder).glob("trainer_*")}
@@ -325,8 +327,8 @@ def _names(run: Run) -> dict[str, Site]:
 
 
 def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
-    """The rows of an earlier evaluation that need not be made again: none where nothing was missing, or with
-    other settings."""
+    """Return the rows of an earlier evaluation that need not be made again: none where nothing was missing,
+    or with other settings."""
     record = _read_record(run)
     if record.get("settings") != _settings(run):
         return {}
@@ -343,7 +345,7 @@ def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
 
 
 def _rows_by_sae(run: Run) -> dict[str, Row]:
-    """The rows by SAE; none where the file is damaged, and so is made again."""
+    """Return the rows by SAE; none where the file is damaged, and so is made again."""
     try:
         return {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
     except (ValueError, TypeError, KeyError):
@@ -359,14 +361,14 @@ def _readable(path: Path) -> bool:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """What rows and latents depend on beside the SAEs, and what a later call may change."""
+    """Return what rows and latents depend on beside the SAEs, and what a later call may change."""
     c = run.config
     names = ("eval_num_inputs", "eval_spliced_inputs", "report_latents", "report_text")
     return {"version": __version__} | {name: getattr(c, name) for name in names}
 
 
 def _read_record(run: Run) -> dict[str, Any]:
-    """evaluation.json; nothing where there is none or it is damaged."""
+    """Read evaluation.json; nothing where there is none or it is damaged."""
     try:
         record = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -387,7 +389,7 @@ def _write_record(run: Run, missing: Missing) -> None:
 
 
 def _digest(folder: Path) -> str:
-    """Of all that an SAE computes with: its tensors, and its settings."""
+    """Hash all that an SAE computes with: its tensors, and its settings."""
     try:
         metadata = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         payload = json.dumps(

@@ -32,18 +32,18 @@ class Tracker(Protocol):
     """What a run tells its trackers. No method may block for long or raise."""
 
     def start(self, run: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> None:
-        """The run's configuration, and {"name": "resid_post_layer_3/trainer_0", "config": {...}} for each
-        SAE."""
+        """Start with the run's configuration, and {"name": "resid_post_layer_3/trainer_0", "config": {...}}
+        for each SAE."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One record of `metrics.jsonl`: of an SAE (with "sae") or of the whole run (with "run"); steps never
-        decrease."""
+        """Mirror one record of `metrics.jsonl`: of an SAE (with "sae") or of the whole run (with "run");
+        steps never decrease."""
 
     def summarize(self, row: Mapping[str, Any]) -> None:
-        """One SAE's evaluation row."""
+        """Mirror one SAE's evaluation row."""
 
     def finish(self, status: str, timeout: float = 25.0) -> None:
-        """The run has ended as `status` says ("complete", "stopped_early", ...).
+        """End the run as `status` says ("complete", "stopped_early", ...).
 
         Returns within `timeout` seconds.
         """
@@ -128,7 +128,7 @@ class Wandb:
             )
 
     def _serve(self) -> None:
-        """The thread: hand the queue to the process, line by line, until the end or a failure."""
+        """Hand the queue to the process, line by line, until the end or a failure."""
         reply: dict[str, Any] = {}
         process = None
         try:
@@ -170,7 +170,7 @@ class Wandb:
             self._kill()
 
     def _warn(self, reason: str) -> None:
-        """The one warning."""
+        """Warn once."""
         if not self._warned:
             self._warned = True
             log.warning(
@@ -186,8 +186,8 @@ class Wandb:
 
 
 def _run_wandb() -> None:
-    """The process: JSON commands from standard input, answers to `start` and `finish` (or the reason of a
-    failure) on standard output."""
+    """Run in the process of its own: JSON commands from standard input, answers to `start` and `finish` (or
+    the reason of a failure) on standard output."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever wandb prints must not pass for an answer
     runs: dict[str, Any] = {}
@@ -220,7 +220,7 @@ def _run_wandb() -> None:
 
 
 def _open_runs(command: Mapping[str, Any]) -> dict[str, Any]:
-    """One wandb run per SAE, open side by side (`reinit="create_new"`)."""
+    """Return one wandb run per SAE, open side by side (`reinit="create_new"`)."""
     import wandb  # here and not above: only this process needs it
 
     settings = wandb.Settings(
@@ -256,7 +256,7 @@ def _open_runs(command: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _log(runs: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """An SAE's record to its run; the whole run's figures to every run, under `run/`."""
+    """Log an SAE's record to its run; the whole run's figures to every run, under `run/`."""
     if "sae" in record:
         runs[record["sae"]].log(
             {key: value for key, value in record.items() if isinstance(value, int | float)},

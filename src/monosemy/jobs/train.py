@@ -227,7 +227,7 @@ class _Training:
 
 
 def _ended(plan: Plan) -> tuple[str, str] | None:
-    """How the training ended of a run that has all its SAEs and no checkpoint to go on from: only its
+    """Return how the training ended of a run that has all its SAEs and no checkpoint to go on from: only its
     evaluation can lack something."""
     names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site)]
     path = plan.folder / "run.json"
@@ -239,7 +239,7 @@ def _ended(plan: Plan) -> tuple[str, str] | None:
 
 
 def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[str, Any]]]:
-    """What an evaluation left out, or all of it, of a run that is trained.
+    """Return what an evaluation left out, or all of it, of a run that is trained.
 
     Returns status and reason, and the rows.
     """
@@ -265,7 +265,7 @@ def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> Activati
 
 
 def _first_batch(c: ResolvedConfig, stream: ActivationStream) -> dict[Any, Tensor]:
-    """The first batch, for which the norm factors are measured that members are made with."""
+    """Return the first batch, for which the norm factors are measured that members are made with."""
     try:
         batch = stream.next()
     except StreamEnded as ended:

@@ -43,8 +43,8 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
 
 
 def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
-    """The k-th largest of a strided sample bounds the search from below, so that the exact selection looks at
-    few candidates."""
+    """Select the k-th largest of a strided sample bounds the search from below, so that the exact selection
+    looks at few candidates."""
     flat = pre_BF.flatten()
     stride = max(len(flat) // 65_536, 1) | 1  # odd, to look at different latents
     sample = flat[::stride]
@@ -76,8 +76,8 @@ def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
 
 
 def _by_latent(values_N: Tensor, rows_RD: Tensor, e: SparsePattern) -> Tensor:
-    """The sum over each latent's entries of value times the row of the entry's bag, [F, D]: an embedding bag
-    whose bags are latents."""
+    """Return the sum over each latent's entries of value times the row of the entry's bag, [F, D]: an
+    embedding bag whose bags are latents."""
     order_N, offsets_F1 = e.by_latent(sort_by_latent)
     return nnf.embedding_bag(
         e.bags_N[order_N], rows_RD, offsets_F1[:-1], mode="sum", per_sample_weights=values_N[order_N]
@@ -100,7 +100,7 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor
 def threshold_dense(
     pre_BF: Tensor, threshold: Tensor | float, values_BF: Tensor, mask_BF: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A few rows at a time, which stay in the cache."""
+    """Return a few rows at a time, which stay in the cache."""
     parts = [
         reference.threshold_dense(pre_BF[rows], threshold, values_BF[rows], mask_BF[rows])
         for rows in by_rows(pre_BF)
@@ -120,7 +120,7 @@ def count_positive(x_BF: Tensor) -> Tensor:
 
 
 def _radial(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
-    """What times p is to be subtracted from the gradient, for each row."""
+    """Return what times p is to be subtracted from the gradient, for each row."""
     norm_R = torch.linalg.vector_norm(p_RC, dim=1) + (1e-6 if constraint == "project" else 0)
     return torch.linalg.vecdot(g_RC, p_RC) / norm_R.square()
 

@@ -16,8 +16,8 @@ _forced: list[str] = []
 
 
 def backend_for(tensor: Tensor | Estimate) -> ModuleType:
-    """The module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the plain
-    meaning elsewhere.
+    """Return the module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the
+    plain meaning elsewhere.
 
     An estimate is read by the form that makes them.
     """

@@ -65,7 +65,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _built() -> Path:
-    """The library in the cache.
+    """Return the library in the cache.
 
     Its name carries what it was made from and the hash of its content: a damaged one is never loaded.
     """
@@ -95,7 +95,7 @@ def _digest(data: bytes) -> str:
 
 
 def _openmp() -> list[str]:
-    """The OpenMP runtime that torch has loaded: a second one would keep threads of its own."""
+    """Return the OpenMP runtime that torch has loaded: a second one would keep threads of its own."""
     maps = Path("/proc/self/maps")
     return (
         sorted({line.split()[-1] for line in maps.read_text().splitlines() if "/libgomp" in line})
@@ -197,7 +197,7 @@ class _Exactly(ctypes.Structure):
 
 
 def _exactly(pre: Tensor | Estimate) -> tuple[Tensor, Any]:
-    """The pre-activations, and what C makes of an estimate exact with."""
+    """Return the pre-activations, and what C makes of an estimate exact with."""
     if isinstance(pre, Tensor):
         return pre, ctypes.byref(_Exactly())
     pre_BF, error_B, relative, *operands = pre
@@ -217,7 +217,8 @@ def _kind(pre_BF: Tensor) -> bool:
 
 
 def _width(M: int, k: int) -> int:
-    """How many latents a group holds, so that k of M are looked for among twice as many groups or more."""
+    """Return how many latents a group holds, so that k of M are looked for among twice as many groups or
+    more."""
     return next((width for width in (64, 32, 16, 8) if 2 * k * width <= M), 1)
 
 
@@ -302,7 +303,7 @@ def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
 def _by_latent(
     rows_RD: Tensor, e: SparsePattern, values_N: Tensor | None, W_FD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """For each latent the sum of value times the bag's row over its pattern, [F, D], and each entry's dot
+    """Sum by latent: value times the bag's row over its pattern, [F, D], and each entry's dot
     product of that row with W's, [N].
 
     Without values there are no sums, without W no dot products.
@@ -383,7 +384,7 @@ CONSTRAINTS = {"free": 0, "project": 1, "constrain": 2}  # as in kernels.c
 
 
 def _sizes(p: Tensor, constraint: Constraint) -> tuple[int, int, int]:
-    """How many SAEs, how many elements of each, and of a row of them."""
+    """Return how many SAEs, how many elements of each, and of a row of them."""
     return len(p), p[0].numel(), FLAT if constraint == "free" else p.shape[-1]
 
 

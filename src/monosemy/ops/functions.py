@@ -28,7 +28,7 @@ class Workspace:
         self.array: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An array with any content, the same one whenever the name and the needs are the same."""
+        """Return an array with any content, the same one whenever the name and the needs are the same."""
         dtype = dtype or like.dtype
         key, numel = (name, dtype, like.device), torch.Size(shape).numel()
         array = self.array.get(key)
@@ -50,8 +50,8 @@ def preactivations(
     use_estimate: bool = False,
     workspace: Workspace | None = None,
 ) -> Tensor | Estimate:
-    """x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is of
-    bfloat16 operands, and rounded to it.
+    """Compute x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is
+    of bfloat16 operands, and rounded to it.
 
     Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from
     the product of float32.
@@ -69,18 +69,18 @@ def preactivations(
 
 
 def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Selection:
-    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
-    to k."""
+    """Select the k largest of each token; with a mask `among_F` those of its latents alone, as many as there
+    are up to k."""
     return backend_for(pre).top_k(pre, k, among_F)
 
 
 def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
-    """The n largest of the whole batch."""
+    """Select the n largest of the whole batch."""
     return backend_for(pre).batch_top_k(pre, n)
 
 
 def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
-    """Everything above a threshold: a number, or one for each latent [F].
+    """Select everything above a threshold: a number, or one for each latent [F].
 
     On a GPU the lists hold `capacity` pattern.
     """
@@ -102,7 +102,7 @@ class _Take(Function):
 
 
 def gather(w_F: Tensor, pattern: SparsePattern) -> Tensor:
-    """w of each entry's latent, [N]; its gradient is summed by latent."""
+    """Gather w of each entry's latent, [N]; its gradient is summed by latent."""
     return _Take.apply(w_F, pattern)
 
 
@@ -125,7 +125,7 @@ def sort_by_latent(pattern: SparsePattern) -> tuple[Tensor, Tensor]:
 
 
 def sum_by_latent(values_N: Tensor, pattern: SparsePattern) -> Tensor:
-    """The sum of each latent's values, [F]."""
+    """Return the sum of each latent's values, [F]."""
     return _SumByLatent.apply(values_N, pattern)
 
 
@@ -161,8 +161,8 @@ def encode_sparse(
     values_N: Tensor,
     pattern: SparsePattern,
 ) -> Tensor:
-    """The pre-activations of the pattern, [N], differentiable in W_enc, b_enc and b_dec (where x was centered
-    by it).
+    """Return the pre-activations of the pattern, [N], differentiable in W_enc, b_enc and b_dec (where x was
+    centered by it).
 
     x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of
     [B, F] with it.
@@ -187,7 +187,7 @@ class _Decode(Function):
 
 
 def decode(values_N: Tensor, W_FD: Tensor, pattern: SparsePattern) -> Tensor:
-    """For each bag the sum of value times the latent's row of W, [R, D]."""
+    """Sum by bag: value times the latent's row of W, [R, D]."""
     return _Decode.apply(values_N.contiguous(), W_FD, pattern)
 
 
@@ -254,7 +254,8 @@ def encode_dense(
     *,
     bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The pre-activations above a threshold and zero elsewhere, [B, F]: `encode_sparse` in the dense layout.
+    """Return the pre-activations above a threshold and zero elsewhere, [B, F]: `encode_sparse` in the dense
+    layout.
 
     They come twice, for two uses, whose gradients are then added in an array that is lent. With them comes
     where they are above, [B, F], and of each latent the sum of its values, which costs its gradient no pass
@@ -271,7 +272,7 @@ def _gradients(
     buffer: Buffer,
     w_F: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """What a function's gradient g becomes for the values and for numbers of each latent, by autograd;
+    """Return what a function's gradient g becomes for the values and for numbers of each latent, by autograd;
     without g, the sum's, and the sum."""
     d_BF, d_w_F, total = buffer(values_BF), [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
     one = values_BF.new_ones(())
@@ -308,7 +309,7 @@ class _Power(Function):
 
 
 def power(x: Tensor, p: float) -> Tensor:
-    """x^p of positive x, elementwise; its gradient p x^p / x needs no power of its own."""
+    """Compute x^p of positive x, elementwise; its gradient p x^p / x needs no power of its own."""
     return _Power.apply(x, p)
 
 
@@ -346,7 +347,7 @@ class _TotalDense(Function):
         buffer: Buffer,
         *w_F: Tensor,
     ) -> Tensor:
-        """With the gradient at once, which is the same but for a factor whatever comes after."""
+        """Compute the gradient at once, too, which is the same but for a factor whatever comes after."""
         if not any(ctx.needs_input_grad):
             total, out_BF = values_BF.new_zeros(()), buffer(values_BF)
             for rows in by_rows(values_BF):
@@ -368,21 +369,21 @@ class _TotalDense(Function):
 def map_dense(
     function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor
 ) -> Tensor:
-    """An elementwise function of the values and of numbers of each latent, where the mask is set and zero
-    elsewhere, [B, F]."""
+    """Return an elementwise function of the values and of numbers of each latent, where the mask is set and
+    zero elsewhere, [B, F]."""
     return _MapDense.apply(function, values_BF, mask_BF, buffer, *w_F)
 
 
 def total_dense(
     function: Callable[..., Tensor], values_BF: Tensor, mask_BF: Tensor, buffer: Buffer, *w_F: Tensor
 ) -> Tensor:
-    """The sum of such a function, []."""
+    """Return the sum of such a function, []."""
     return _TotalDense.apply(function, values_BF, mask_BF, buffer, *w_F)
 
 
 @torch.no_grad()
 def count_positive(values_BF: Tensor) -> Tensor:
-    """On how many tokens each latent is positive, float32 [F]."""
+    """Return on how many tokens each latent is positive, float32 [F]."""
     return backend_for(values_BF).count_positive(values_BF)
 
 
@@ -403,7 +404,7 @@ class _DecodeDense(Function):
 
 
 def decode_dense(values_BF: Tensor, W_FD: Tensor, buffer: Buffer, *, bf16: bool = False) -> Tensor:
-    """values W, [B, D]: `decode` in the dense layout.
+    """Compute values W, [B, D]: `decode` in the dense layout.
 
     With `bf16` its products, of the backward pass too, are of bfloat16 operands.
     """

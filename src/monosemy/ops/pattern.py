@@ -39,7 +39,7 @@ class Selection(NamedTuple):
     values_N: Tensor  # the weights' dtype
 
     def dense(self, F: int) -> Tensor:
-        """The values where they were picked and zero elsewhere, [B, F]."""
+        """Return the values where they were picked and zero elsewhere, [B, F]."""
         B = len(self.offsets_B1) - 1
         tokens_N = SparsePattern(self.indices_N, self.offsets_B1, F).bags_N
         return self.values_N.new_zeros(B, F).index_put_((tokens_N, self.indices_N), self.values_N)
@@ -104,7 +104,7 @@ class SparsePattern:
         return self._by_latent
 
     def rebagged(self, offsets_R1: Tensor) -> SparsePattern:
-        """The same entries in other bags."""
+        """Return the same entries in other bags."""
         other = SparsePattern(self.indices_N, offsets_R1, self.F, padded=self.padded)
         other._by_latent = self._by_latent
         return other

@@ -22,7 +22,7 @@ Constraint = Literal["project", "constrain", "free"]
 def estimate(
     x_BD: Tensor, W_FD: Tensor, b_F: Tensor, workspace: Callable[..., Tensor], bf16_FD: Tensor | None = None
 ) -> Estimate | None:
-    """The pre-activations x W^T + b by a product of low precision, where this form has one that pays;
+    """Return the pre-activations x W^T + b by a product of low precision, where this form has one that pays;
     `workspace` gives arrays to use.
 
     None as well where no bound of its error is known, which is so of numbers that are not finite.
@@ -43,8 +43,8 @@ def _picked(pre_BF: Tensor, chosen_BF: Tensor) -> Selection:
 
 
 def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
-    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
-    to k."""
+    """Select the k largest of each token; with a mask `among_F` those of its latents alone, as many as there
+    are up to k."""
     allowed_BF = torch.ones_like(pre_BF, dtype=torch.bool) if among_F is None else among_F.expand_as(pre_BF)
     k = min(k, int(allowed_BF[0].sum()))
     order_BK = (
@@ -54,7 +54,7 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
 
 
 def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
-    """The n largest of the whole batch."""
+    """Select the n largest of the whole batch."""
     order = pre_BF.flatten().sort(descending=True, stable=True).indices[:n]
     return _picked(
         pre_BF,
@@ -63,7 +63,7 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
 
 
 def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
-    """Everything above a threshold: a number, or one for each latent [F].
+    """Select everything above a threshold: a number, or one for each latent [F].
 
     On a GPU the lists hold `capacity` pattern.
     """
@@ -71,8 +71,8 @@ def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None
 
 
 def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """The places of the entries in order of latents, int32 [N], and where each latent's begin, int32 [F +
-    1]."""
+    """Return the places of the entries in order of latents, int32 [N], and where each latent's begin, int32
+    [F + 1]."""
     order_N = indices_N.sort(stable=True).indices.int()
     return order_N, torch.nn.functional.pad(torch.bincount(indices_N, minlength=F).cumsum(0), (1, 0)).int()
 
@@ -81,19 +81,20 @@ def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tenso
 
 
 def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
-    """The sum of each latent's values, [F]."""
+    """Return the sum of each latent's values, [F]."""
     return values_N.new_zeros(e.F).index_add_(0, e.indices_N, values_N)
 
 
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
-    """For each bag the sum of value times the latent's row of W, [R, D]."""
+    """Sum by bag: value times the latent's row of W, [R, D]."""
     return W_FD.new_zeros(e.R, W_FD.shape[1]).index_add_(0, e.bags_N, values_N[:, None] * W_FD[e.indices_N])
 
 
 def decode_backward(
     g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D]."""
+    """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F,
+    D]."""
     g_ND = g_RD[e.bags_N]
     d_values_N = (g_ND * W_FD[e.indices_N]).sum(1)
     return d_values_N, torch.zeros_like(W_FD).index_add_(
@@ -102,8 +103,8 @@ def decode_backward(
 
 
 def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
-    """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and
-    b_enc, [F]. Bags are tokens."""
+    """Return the gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D],
+    and b_enc, [F]. Bags are tokens."""
     d_W_FD = x_BD.new_zeros(e.F, x_BD.shape[1]).index_add_(0, e.indices_N, g_N[:, None] * x_BD[e.bags_N])
     return d_W_FD, sum_by_latent(g_N, e)
 
@@ -130,7 +131,7 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
 
 
 def count_positive(x_BF: Tensor) -> Tensor:
-    """On how many tokens each latent is positive, float32 [F]."""
+    """Return on how many tokens each latent is positive, float32 [F]."""
     return (x_BF > 0).sum(0).float()
 
 
@@ -138,8 +139,8 @@ def count_positive(x_BF: Tensor) -> Tensor:
 
 
 def _projected(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
-    """The gradient without its part along p's rows; "project" (OpenAI's code) divides by the norm plus 1e-6,
-    "constrain" by the norm."""
+    """Return the gradient without its part along p's rows; "project" (OpenAI's code) divides by the norm plus
+    1e-6, "constrain" by the norm."""
     if constraint == "free":
         return g_RC
     norm_R1 = torch.linalg.vector_norm(p_RC, dim=1, keepdim=True) + (1e-6 if constraint == "project" else 0)
@@ -147,7 +148,7 @@ def _projected(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
 
 
 def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
-    """Each SAE's squared norm of the gradient that `update` will use, [S].
+    """Return each SAE's squared norm of the gradient that `update` will use, [S].
 
     `p` is [S, ..], gradients one of each SAE.
     """

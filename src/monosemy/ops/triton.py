@@ -39,8 +39,8 @@ from monosemy.ops.reference import AdamStep, Constraint, estimate  # noqa: F401
 
 @triton.jit
 def _keys(x, BITS: tl.constexpr):
-    """The first BITS bits of whole numbers that are ordered as the values are. -0 is 0, and a NaN is the
-    largest, as in torch."""
+    """Return the first BITS bits of whole numbers that are ordered as the values are. -0 is 0, and a NaN is
+    the largest, as in torch."""
     x = x.to(tl.float32)
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     keys = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
@@ -49,14 +49,15 @@ def _keys(x, BITS: tl.constexpr):
 
 @triton.jit
 def _least(key, BITS: tl.constexpr):
-    """The least value with this key; for what is the key of none a NaN, and nothing is less than that."""
+    """Return the least value with this key; for what is the key of none a NaN, and nothing is less than
+    that."""
     bits = key << (32 - BITS)
     return tl.where(bits >> 31 != 0, bits ^ 0x80000000, ~bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _kth(keys, k, BITS: tl.constexpr):
-    """The k-th largest of some keys, bit by bit."""
+    """Return the k-th largest of some keys, bit by bit."""
     key = tl.full([], 0, tl.uint32)
     bit = tl.full([], 1 << (BITS - 1), tl.uint32)
     for _ in range(BITS):
@@ -67,7 +68,7 @@ def _kth(keys, k, BITS: tl.constexpr):
 
 @triton.jit
 def _in_row(pre_BF, among_F, row, cols, F: tl.constexpr):
-    """The values of some columns of a row, and which of them may be chosen."""
+    """Return the values of some columns of a row, and which of them may be chosen."""
     allowed = cols < F
     x = tl.load(pre_BF + tl.cast(row, tl.int64) * F + cols, mask=allowed, other=float("-inf")).to(tl.float32)
     if among_F is not None:  # after the load, which so reads in wide words
@@ -78,7 +79,7 @@ def _in_row(pre_BF, among_F, row, cols, F: tl.constexpr):
 
 @triton.jit
 def _kth_in_row(pre_BF, among_F, row, k, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The key of the k-th largest of a row, bit by bit."""
+    """Return the key of the k-th largest of a row, bit by bit."""
     key = tl.full([], 0, tl.uint32)
     bit = tl.full([], 1 << (BITS - 1), tl.uint32)
     for _ in range(BITS):
@@ -93,7 +94,7 @@ def _kth_in_row(pre_BF, among_F, row, k, F: tl.constexpr, BITS: tl.constexpr, BL
 
 @triton.jit
 def _maxima(pre_BF, among_F, row, F: tl.constexpr, M: tl.constexpr):
-    """The largest of each share of a row; a NaN where there is one."""
+    """Return the largest of each share of a row; a NaN where there is one."""
     largest_M = tl.full([M], float("-inf"), tl.float32)
     for first in range(0, F, M):
         x, _ = _in_row(pre_BF, among_F, row, first + tl.arange(0, M), F)
@@ -112,7 +113,7 @@ def _note(reached_M, row, shares_BM, M: tl.constexpr):
 
 @triton.jit
 def _in_shares(pre_BF, among_F, row, noted_M, number, first, at, F: tl.constexpr):
-    """The columns that some of the noted shares have from `first` on, their values, and which may be
+    """Return the columns that some of the noted shares have from `first` on, their values, and which may be
     chosen."""
     cols = first + tl.load(noted_M + 1 + at, mask=at < number, other=F)
     x, allowed = _in_row(pre_BF, among_F, row, cols, F)
@@ -121,7 +122,7 @@ def _in_shares(pre_BF, among_F, row, noted_M, number, first, at, F: tl.constexpr
 
 @triton.jit
 def _digits(counts_P256, n, PASSES: tl.constexpr):
-    """The first digits of the n-th largest key, from how often each digit followed those before."""
+    """Return the first digits of the n-th largest key, from how often each digit followed those before."""
     digits_256 = tl.arange(0, 256)
     key = tl.full([], 0, tl.uint32)
     left = n
@@ -138,7 +139,7 @@ def _digits(counts_P256, n, PASSES: tl.constexpr):
 def _bound_rows_kernel(
     pre_BF, among_F, offsets_B1, bounds_B, shares_BM, F: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr
 ):
-    """A bound for the k largest of a token, and the shares that reach it."""
+    """Return a bound for the k largest of a token, and the shares that reach it."""
     row = tl.program_id(0)
     k = tl.load(offsets_B1 + row + 1) - tl.load(offsets_B1 + row)
     if k > 0:
@@ -152,7 +153,7 @@ def _bound_rows_kernel(
 
 @triton.jit
 def _maxima_kernel(pre_BF, maxima_BM, coarse_BM, F: tl.constexpr, M: tl.constexpr, COARSE: tl.constexpr):
-    """The largest of each share of a token's latents, and of fewer shares."""
+    """Return the largest of each share of a token's latents, and of fewer shares."""
     row = tl.program_id(0).to(tl.int64)
     largest_M = _maxima(pre_BF, None, row, F, M)
     tl.store(maxima_BM + row * M + tl.arange(0, M), largest_M.to(maxima_BM.dtype.element_ty))
@@ -162,7 +163,7 @@ def _maxima_kernel(pre_BF, maxima_BM, coarse_BM, F: tl.constexpr, M: tl.constexp
 
 @triton.jit
 def _bound_batch_kernel(maxima_BM, counts_P256, n, bounds_B, shares_BM, M: tl.constexpr):
-    """The bound for the n largest of the batch, and the shares of a token that reach it."""
+    """Return the bound for the n largest of the batch, and the shares of a token that reach it."""
     row = tl.program_id(0)
     bound = _least(_digits(counts_P256, n, 2), 16)
     tl.store(bounds_B + row, bound)
@@ -203,8 +204,8 @@ def _list_kernel(
 
 @triton.jit
 def _length(lists_BC, row, F: tl.constexpr, C: tl.constexpr):
-    """The length of a row's list and whether it is used; without a list, or with one that overflowed, the row
-    is its own."""
+    """Return the length of a row's list and whether it is used; without a list, or with one that overflowed,
+    the row is its own."""
     length = F
     if lists_BC is not None:
         length = tl.load(lists_BC + tl.cast(row, tl.int64) * (C + 1))
@@ -213,7 +214,7 @@ def _length(lists_BC, row, F: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _in_list(pre_BF, among_F, lists_BC, row, at, F: tl.constexpr, C: tl.constexpr):
-    """The latents at some places of a row's list, their values, and which there are."""
+    """Return the latents at some places of a row's list, their values, and which there are."""
     latents = at
     if lists_BC is not None:
         length, used = _length(lists_BC, row, F, C)
@@ -237,7 +238,7 @@ def _numbers(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many of a row's list are greater than the key, and how many equal it."""
+    """Return how many of a row's list are greater than the key, and how many equal it."""
     length, _used = _length(lists_BC, row, F, C)
     n_greater, n_equal = 0, 0
     for first in range(0, length, BLOCK):
@@ -299,8 +300,8 @@ def _count_kernel(
 
 @triton.jit
 def _starts_kernel(greater_B, equal_B, offsets_B1, B, limit, BLOCK: tl.constexpr):
-    """Where each token's entries begin, of all that is greater and, if counted, of the first that are equal,
-    up to the limit."""
+    """Return where each token's entries begin, of all that is greater and, if counted, of the first that are
+    equal, up to the limit."""
     left = 0
     if equal_B is not None:
         for first in range(0, B, BLOCK):
@@ -365,7 +366,7 @@ def _pick_kernel(
 
 @triton.jit
 def _over(x, allowed, cols, threshold, EACH: tl.constexpr):
-    """Which values are above the threshold."""
+    """Return which values are above the threshold."""
     limit = tl.load(threshold + cols, mask=allowed, other=0) if EACH else tl.load(threshold)
     return allowed & (x > limit.to(tl.float32))
 
@@ -420,12 +421,12 @@ def _above_kernel(
 
 
 def _block(wanted: int, least: int, most: int, F: int) -> int:
-    """A power of two, no longer than a row needs."""
+    """Return a power of two, no longer than a row needs."""
     return min(max(next_power_of_2(wanted), least), most, next_power_of_2(F))
 
 
 def _sizes(F: int, k: int) -> tuple[int, int]:
-    """How many shares (M) and places in its list (C) a row has, of which about k are kept."""
+    """Return how many shares (M) and places in its list (C) a row has, of which about k are kept."""
     return _block(4 * k, 2048, 8192, F), _block(2 * k, 1024, 8192, F)
 
 
@@ -447,7 +448,7 @@ def _room(pre_BF: Tensor, *sizes: int) -> list[Tensor]:
 
 
 def _starts(greater_B: Tensor, equal_B: Tensor | None, limit: int) -> Tensor:
-    """Where each token's entries begin, and where the last's end, [B + 1]."""
+    """Return where each token's entries begin, and where the last's end, [B + 1]."""
     B = len(greater_B)
     offsets_B1 = greater_B.new_empty(B + 1)
     _starts_kernel[(1,)](greater_B, equal_B, offsets_B1, B, limit, BLOCK=1024)
@@ -455,13 +456,13 @@ def _starts(greater_B: Tensor, equal_B: Tensor | None, limit: int) -> Tensor:
 
 
 def _padding(offsets_B1: Tensor, N: int) -> Selection:
-    """A list with nothing written into it yet."""
+    """Return a list with nothing written into it yet."""
     return Selection(offsets_B1.new_zeros(N), offsets_B1, offsets_B1.new_zeros(N, dtype=torch.float32))
 
 
 def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
-    """The k largest of each token; with a mask `among_F` those of its latents alone, as many as there are up
-    to k. Capacity B k."""
+    """Select the k largest of each token; with a mask `among_F` those of its latents alone, as many as there
+    are up to k. Capacity B k."""
     (B, F), k, bits = pre_BF.shape, min(k, pre_BF.shape[1]), _bits(pre_BF)
     chosen = k if among_F is None else among_F.sum(dtype=torch.int32).clamp(max=k)
     indices_N, offsets_B1, values_N = picked = _padding(
@@ -495,7 +496,7 @@ def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
 
 
 def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
-    """The n largest of the whole batch. Capacity n."""
+    """Select the n largest of the whole batch. Capacity n."""
     (B, F), n, bits = pre_BF.shape, min(n, pre_BF.numel()), _bits(pre_BF)
     (M, C), coarse, programs = _sizes(F, cdiv(n, B)), _block(4 * cdiv(n, B), 128, 8192, F), min(B, 512)
     counts_P256 = torch.zeros(2 + bits // 8, 256, dtype=torch.int32, device=pre_BF.device)
@@ -540,16 +541,16 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
 
 
 def _there(threshold: Tensor | float, pre_BF: Tensor) -> Tensor:
-    """The threshold on the device; a single number as torch compares with it, rounded to the precision of
-    what is compared."""
+    """Return the threshold on the device; a single number as torch compares with it, rounded to the precision
+    of what is compared."""
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, device=pre_BF.device)
     return threshold.contiguous() if threshold.ndim else threshold.to(pre_BF.dtype)
 
 
 def _count_above(pre_BF: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor, Tensor, dict[str, int]]:
-    """How many of each token are above, and for `_above_kernel` the threshold on the device, the shares, and
-    the constants."""
+    """Return how many of each token are above, and for `_above_kernel` the threshold on the device, the
+    shares, and the constants."""
     _bits(pre_BF)
     (B, F), threshold = pre_BF.shape, _there(threshold, pre_BF)
     sizes = {"F": F, "M": _sizes(F, 1)[0], "EACH": threshold.ndim}
@@ -560,13 +561,13 @@ def _count_above(pre_BF: Tensor, threshold: Tensor | float) -> tuple[Tensor, Ten
 
 
 def count_above(pre_BF: Tensor, threshold: Tensor | float) -> Tensor:
-    """How many entries `above` would list if it had the capacity, int64 []."""
+    """Return how many entries `above` would list if it had the capacity, int64 []."""
     return _count_above(pre_BF, threshold)[0].sum()
 
 
 def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
-    """Everything above a threshold: a number, or one for each latent [F]. What exceeds the capacity (else B
-    F) is left out.
+    """Select everything above a threshold: a number, or one for each latent [F]. What exceeds the capacity
+    (else B F) is left out.
 
     So if `offsets_B1[-1]` is the capacity, something may be missing; `count_above` knows.
     """
@@ -579,8 +580,8 @@ def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None
 
 
 def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """The places of the entries in order of latents, int32 [N], padding last, and where each latent's begin,
-    int32 [F + 1]."""
+    """Return the places of the entries in order of latents, int32 [N], padding last, and where each latent's
+    begin, int32 [F + 1]."""
     narrow = torch.int16 if F < 2**15 else torch.int32  # half the digits to sort by
     padding_N = torch.arange(len(indices_N), device=indices_N.device) >= offsets_R1[-1]
     sorted_N, order_N = indices_N.masked_fill(padding_N, F).to(narrow).sort(stable=True)
@@ -646,8 +647,8 @@ def _decode_kernel(
 
 @triton.jit
 def _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK: tl.constexpr):
-    """The latent of a piece and the places in the order where it begins and ends; these are equal where there
-    is nothing."""
+    """Return the latent of a piece and the places in the order where it begins and ends; these are equal
+    where there is nothing."""
     cut = tl.maximum(piece - F, 0) * CHUNK
     inside = (piece >= F) & (cut < tl.load(offsets_F1 + F))
     across = tl.load(indices_N + tl.load(order_N + cut, mask=inside, other=0), mask=inside, other=0)
@@ -735,7 +736,7 @@ def _tile(D: int, most: int) -> dict[str, int]:
 
 
 def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
-    """The sum of each latent's values, [F]."""
+    """Return the sum of each latent's values, [F]."""
     _floats(values_N=values_N)
     sums_F = values_N.new_empty(e.F)
     _sum_kernel[(cdiv(e.F, 16),)](values_N, *e.by_latent(sort_by_latent), sums_F, e.F, BLOCK_F=16, BLOCK_N=64)
@@ -743,7 +744,7 @@ def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
 
 
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
-    """For each bag the sum of value times the latent's row of W, [R, D]."""
+    """Sum by bag: value times the latent's row of W, [R, D]."""
     _floats(values_N=values_N, W_FD=W_FD)
     D = W_FD.shape[1]
     out_RD, tile = W_FD.new_empty(e.R, D), _tile(D, 1024)
@@ -778,7 +779,8 @@ def _by_latent(
 def decode_backward(
     g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D]."""
+    """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F,
+    D]."""
     _floats(g_RD=g_RD, values_N=values_N, W_FD=W_FD)
     d_values_N, d_W_FD = _by_latent(g_RD, values_N, W_FD, e, weight)
     assert d_values_N is not None
@@ -786,8 +788,8 @@ def decode_backward(
 
 
 def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
-    """The gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D], and
-    b_enc, [F]. Bags are tokens."""
+    """Return the gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D],
+    and b_enc, [F]. Bags are tokens."""
     _floats(g_N=g_N, x_BD=x_BD)
     d_W_FD = _by_latent(x_BD, g_N, None, e, True)[1]
     assert d_W_FD is not None
@@ -872,7 +874,7 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
 
 
 def count_positive(x_BF: Tensor) -> Tensor:
-    """On how many tokens each latent is positive, float32 [F]."""
+    """Return on how many tokens each latent is positive, float32 [F]."""
     return (x_BF > 0).sum(0, dtype=torch.float32)
 
 
@@ -900,14 +902,14 @@ def _addresses_kernel(table, g0, g1, g2, g3, g4, g5, g6, g7):
 
 @triton.jit
 def _elements(n: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where the elements of some rows stand, of n in all, and which there are."""
+    """Return where the elements of some rows stand, of n in all, and which there are."""
     at = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
     return at, (tl.arange(0, BLOCK_C) < C)[None, :] & (at < n)
 
 
 @triton.jit
 def _gradient(table, s, at, there, p, CONSTRAINT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Some rows of an SAE's gradient, without its part along the rows of p."""
+    """Return some rows of an SAE's gradient, without its part along the rows of p."""
     address = tl.load(table + s).to(tl.pointer_type(tl.float32))
     g = tl.load(tl.multiple_of(address, ALIGNED) + at, mask=there, other=0)
     if CONSTRAINT != "free":
@@ -993,7 +995,7 @@ def _update_kernel(
 
 
 def _addresses(grads: Sequence[Tensor]) -> Tensor:
-    """Where each tensor stands, int64 [S] and some more, on their device."""
+    """Return where each tensor stands, int64 [S] and some more, on their device."""
     table = torch.empty(8 * cdiv(len(grads), 8), dtype=torch.int64, device=grads[0].device)
     for first in range(0, len(grads), 8):
         eight = (list(grads[first : first + 8]) + [grads[0]] * 7)[:8]
@@ -1020,7 +1022,7 @@ def _shape(n: int, C: int, constraint: Constraint) -> dict[str, Any]:
 def _rows(
     p: Tensor, grads: Sequence[Tensor], constraint: Constraint
 ) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
-    """The gradients' addresses, the grid, and what else both kernels are told."""
+    """Return the gradients' addresses, the grid, and what else both kernels are told."""
     _floats(p=p, **{f"grads[{s}]": g for s, g in enumerate(grads)})
     assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), (
         "grads: not one of each SAE, of its shape"
@@ -1032,7 +1034,7 @@ def _rows(
 
 
 def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
-    """Each SAE's squared norm of the gradient that `update` will use, [S].
+    """Return each SAE's squared norm of the gradient that `update` will use, [S].
 
     `p` is [S, ..], gradients one of each SAE.
     """
@@ -1078,8 +1080,8 @@ _TYPES = {
 
 
 class Variant(NamedTuple):
-    """A kernel with what it is compiled for: the type of each argument and the constants, `num_warps` beside
-    them."""
+    """Return a kernel with what it is compiled for: the type of each argument and the constants, `num_warps`
+    beside them."""
 
     kernel: Any
     signature: dict[str, str]

@@ -57,7 +57,8 @@ class Optimizer:
     def step(
         self, grads: Mapping[str, Sequence[Tensor]], lr_S: Tensor, loss_S: Tensor, which: slice = slice(None)
     ) -> Tensor:
-        """One update of the SAEs `which` from a gradient of each, in their order; gradients are consumed.
+        """Return one update of the SAEs `which` from a gradient of each, in their order; gradients are
+        consumed.
 
         Returns which of them were updated, bool [S]: those whose loss and gradient are finite.
         """
@@ -93,7 +94,7 @@ class Optimizer:
         return updated_S
 
     def state_dict(self, s: int) -> dict[str, Tensor]:
-        """Everything but the parameters that the next step of one SAE depends on."""
+        """Return everything but the parameters that the next step of one SAE depends on."""
         return {"steps": self.steps_S[s]} | {
             f"{k}.{n}": t[s] for k, of in (("m", self.m), ("v", self.v)) for n, t in of.items()
         }

@@ -96,7 +96,7 @@ def _write_latents(path: Path, g: latents.LatentStats, sae: SAE, pages: int) -> 
 
 
 def _folder(folder: Path) -> Path:
-    """A new or empty folder, or that of an earlier report."""
+    """Return a new or empty folder, or that of an earlier report."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))):
         raise invalid(
             "folder",
@@ -118,7 +118,7 @@ def _is_ours(folder: Path) -> bool:
 def _records(
     metrics: Sequence[Row], names: Sequence[str], saes: Mapping[str, SAE], site: str
 ) -> list[dict[str, Any]]:
-    """The records of `fit`, which calls SAEs by their place, under their names."""
+    """Return the records of `fit`, which calls SAEs by their place, under their names."""
     found = [(names[int(record["sae"])], record) for record in metrics]
     return [record | {"sae": name, "site": site, "architecture": saes[name].name} for name, record in found]
 

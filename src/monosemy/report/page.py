@@ -77,7 +77,7 @@ def write(
 
 
 def _that_fits(runs: Sequence[_Run], names: Sequence[str], latents: int | None, missing: Missing) -> bytes:
-    """The page, with as many pages of latents as fit."""
+    """Return the page, with as many pages of latents as fit."""
     pages = max((sae.pages for run in runs for sae in run.saes), default=0)
     pages = pages if latents is None else min(pages, latents)
     library = ""
@@ -111,8 +111,8 @@ class _Latents:
         self.pages = len(self.columns.get("page_latent", ()))
 
     def block(self, pages: int, renumbered: np.ndarray) -> dict[str, np.ndarray]:
-        """The columns as the page has them: the first pages only, places by the contexts that are kept,
-        numbers no finer than is shown."""
+        """Return the columns as the page has them: the first pages only, places by the contexts that are
+        kept, numbers no finer than is shown."""
         packed: dict[str, np.ndarray] = {}
         for name, column in self.columns.items():
             if name.startswith("page_"):
@@ -159,13 +159,13 @@ class _Run:
                 }
 
     def cost(self, name: str) -> float | None:
-        """What the gathering of all SAEs' latents cost; older runs have it beside their text."""
+        """Return what the gathering of all SAEs' latents cost; older runs have it beside their text."""
         found = [sae.facts[name] for sae in self.saes if name in sae.facts]
         return sum(found) if found else self.text_facts.get(name)
 
     def kept_text(self, pages: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The text of the contexts that the pages show, with its vocabulary, and where each of its places
-        went."""
+        """Return the text of the contexts that the pages show, with its vocabulary, and where each of its
+        places went."""
         ids_CL = self.text.get("ids", np.zeros((0, 1), np.uint32))
         L = ids_CL.shape[1]
         at = [sae.columns["page_at"][:pages].ravel() for sae in self.saes if "page_at" in sae.columns]
@@ -180,7 +180,7 @@ class _Run:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """What the runs are called: as much of their paths' ends as tells them apart."""
+    """Return what the runs are called: as much of their paths' ends as tells them apart."""
     parts = [folder.absolute().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -246,7 +246,8 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
 
 
 def pack(columns: Mapping[str, np.ndarray]) -> tuple[str, list[Any]]:
-    """Columns as one compressed block in base64, and its layout: [name, type, shape, first byte] of each.
+    """Return columns as one compressed block in base64, and its layout: [name, type, shape, first byte] of
+    each.
 
     Numbers of several bytes lie as planes, all first bytes, then all second ones: what is alike then lies
     together.
@@ -291,7 +292,7 @@ def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, An
 
 
 def _run(run: _Run, name: str) -> dict[str, Any]:
-    """What is told of a run, and its provenance as (label, text)."""
+    """Return what is told of a run, and its provenance as (label, text)."""
     facts, config = run.facts, run.facts.get("config", {})
     training, model, memory = facts.get("training", {}), facts.get("model", {}), facts.get("memory", {})
     rows, unit = run.rows, plots.unit(run.rows)
@@ -368,7 +369,7 @@ def _look(name: str, runs: Sequence[_Run]) -> tuple[str, str, str]:
 
 
 def _shortened(x: np.ndarray) -> np.ndarray:
-    """Floats with 11 of their 23 bits after the point, rounded: three digits, and half the size once
+    """Round floats to 11 of their 23 bits after the point, rounded: three digits, and half the size once
     compressed."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FF + ((bits >> 12) & 1)) & np.uint32(0xFFFFF000)).view(np.float32)

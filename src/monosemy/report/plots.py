@@ -97,7 +97,7 @@ def look(architecture: str, known: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def _mark(architecture: str, known: Sequence[str], size: float) -> dict[str, Any]:
-    """The line properties of an architecture's marker, sized so that all have about the same area."""
+    """Return the line properties of an architecture's marker, sized so that all have about the same area."""
     color, marker = look(architecture, known)
     if marker.startswith("$"):
         return {"color": color, "marker": marker, "markersize": 1.2 * size, "markeredgewidth": 0.3}
@@ -244,8 +244,8 @@ def _lines(records: Iterable[Row], rows: Sequence[Row]) -> tuple[dict[str, list[
 
 
 def firing_frequencies(rows: Sequence[Row]) -> Figure:
-    """How many latents fire how often: small multiples, a row per site, a column per architecture, a step
-    line per SAE.
+    """Return how many latents fire how often: small multiples, a row per site, a column per architecture, a
+    step line per SAE.
 
     The histogram's bins are those of the row: `firing_counts` counts latents between the edges of
     `firing_log10_edges`. Latents that never fired are in no bin; `alive` counts them.
@@ -299,7 +299,7 @@ def figures(rows: Sequence[Row], records: Iterable[Row]) -> dict[str, Figure]:
 
 
 def _drawings(rows: Sequence[Row], records: Sequence[Row]) -> dict[str, Callable[[], Figure]]:
-    """The plots for which some SAE has a number, by name."""
+    """Return the plots for which some SAE has a number, by name."""
     records = [record for record in records if "sae" in record]
     drawings: dict[str, tuple[bool, Callable[[], Figure]]] = {
         "loss_recovered": (
@@ -360,12 +360,12 @@ def _save(figure: Figure, path: Path, **options: Any) -> None:
 
 
 def unit(rows: Sequence[Row]) -> str:
-    """What was counted: tokens of a language model's text, or rows of batches."""
+    """Return what was counted: tokens of a language model's text, or rows of batches."""
     return next((str(row["unit"]) for row in rows if "unit" in row), "tokens")
 
 
 def read_lines(path: str | Path) -> list[Row]:
-    """The objects of a .jsonl file; none if there is no such file.
+    """Return the objects of a .jsonl file; none if there is no such file.
 
     A last line that a killed run left half-written is dropped.
     """
@@ -479,8 +479,8 @@ def _facets(
     share_x: bool = False,
     share_y: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with one titled panel per site (at least one panel), `columns` in a row, and room for a legend
-    at the right."""
+    """Return a figure with one titled panel per site (at least one panel), `columns` in a row, and room for a
+    legend at the right."""
     count = max(len(sites), 1)
     across = min(count, columns)
     down = math.ceil(count / across)
@@ -494,8 +494,8 @@ def _facets(
 
 
 def _stretches(line: Sequence[Row], key: str, *, positive: bool) -> np.ndarray:
-    """One SAE's measure as [at most 120, 4]: tokens, mean, smallest and largest value of each stretch of the
-    log."""
+    """Return one SAE's measure as [at most 120, 4]: tokens, mean, smallest and largest value of each stretch
+    of the log."""
     points = [
         (record["tokens"], value)
         for record in line
@@ -508,7 +508,7 @@ def _stretches(line: Sequence[Row], key: str, *, positive: bool) -> np.ndarray:
 
 
 def _curve(axis: Axes, curve: np.ndarray, mark: dict[str, Any], style: Any) -> None:
-    """One SAE's measure against tokens, with its marker at the end."""
+    """Draw one SAE's measure against tokens, with its marker at the end."""
     if len(curve):
         tokens, mean, low, high = curve.T
         if (low < high).any():
@@ -525,8 +525,8 @@ def _legend(
     hollow: str = "",
     styles: Mapping[str, Any] | None = None,
 ) -> None:
-    """The architectures that the figure shows, outside the data; then what a hollow marker means, then line
-    styles by name."""
+    """Draw the legend outside the data: the architectures that the figure shows; then what a hollow marker
+    means, then line styles by name."""
     handles = [
         Line2D([], [], **_mark(name, names, 6.5), linewidth=1.1 if line else 0, label=_plain(name))
         for name in names
@@ -552,7 +552,7 @@ def _legend(
 
 
 def _below(figure: Figure, *lines: str) -> None:
-    """What stands under the whole figure: empty lines fall away."""
+    """Write under the whole figure; empty lines fall away."""
     text = "\n".join(line for line in lines if line)
     if text:
         figure.supxlabel(text, fontsize=8)
@@ -563,7 +563,7 @@ def _left_out(count: int, total: int, what: str) -> str:
 
 
 def _l0_axis(axes: Sequence[Axes], values: Sequence[float]) -> None:
-    """One log scale for all facets, with plain numbers on it."""
+    """Set one log scale for all facets, with plain numbers on it."""
     low, high = (min(values) / 1.25, max(values) * 1.25) if values else (1.0, 100.0)
     for axis in axes:
         axis.set_xscale("log")
@@ -605,8 +605,8 @@ def _scale_y(axis: Axes, *, log: bool) -> None:
 
 
 def _floor(values: Sequence[float]) -> float | None:
-    """Where a linear axis should end below, if a few values are so low that all others would become one line;
-    else None."""
+    """Return where a linear axis should end below, if a few values are so low that all others would become
+    one line; else None."""
     if len(values) < 4:
         return None
     low, middle, high = np.quantile(values, [0.25, 0.5, 1.0])
@@ -615,7 +615,7 @@ def _floor(values: Sequence[float]) -> float | None:
 
 
 def _number(row: Row, key: str) -> float | None:
-    """The row's finite number under `key`, or None: missing, null and NaN are the same to a plot."""
+    """Return the row's finite number under `key`, or None: missing, null and NaN are the same to a plot."""
     value = row.get(key)
     return (
         value
@@ -625,13 +625,13 @@ def _number(row: Row, key: str) -> float | None:
 
 
 def _pair(row: Row, one: str, other: str) -> tuple[float, float] | None:
-    """Two of the row's numbers, if it has both."""
+    """Return two of the row's numbers, if it has both."""
     pair = _number(row, one), _number(row, other)
     return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
 
 
 def _sites(rows: Sequence[Row]) -> list[str]:
-    """The sites, layers in the order of their numbers."""
+    """Return the sites, layers in the order of their numbers."""
 
     def parts(site: str) -> list[Any]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", site)]
@@ -640,7 +640,7 @@ def _sites(rows: Sequence[Row]) -> list[str]:
 
 
 def _architectures(rows: Sequence[Row]) -> list[str]:
-    """The architectures in the table's order, then the others by name."""
+    """Return the architectures in the table's order, then the others by name."""
     present = {row["architecture"] for row in rows}
     return ordered(present)
 
@@ -657,12 +657,13 @@ def _label(row: Row) -> str:
 
 
 def _never(row: Row) -> str:
-    """How many latents never fired, for printing beside the bar; nothing where the row does not say."""
+    """Return how many latents never fired, for printing beside the bar; nothing where the row does not
+    say."""
     return f"{row['never_fired']:,} of {row['d_sae']:,}" if {"never_fired", "d_sae"} <= row.keys() else ""
 
 
 def _count(value: float) -> str:
-    """A number of tokens, short: 614,400 -> 614k, 5e8 -> 500M."""
+    """Return a number of tokens, short: 614,400 -> 614k, 5e8 -> 500M."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.3g}{letter}"
@@ -670,16 +671,16 @@ def _count(value: float) -> str:
 
 
 def _rarest(row: Row) -> float:
-    """log10 of the lower edge of the first bin with a latent in it."""
+    """Return log10 of the lower edge of the first bin with a latent in it."""
     filled = np.flatnonzero(row["firing_counts"])
     return row["firing_log10_edges"][filled[0]] if len(filled) else -4.0
 
 
 def _short(name: str, length: int) -> str:
-    """A name that fits: the middle of a long one gives way."""
+    """Return a name that fits: the middle of a long one gives way."""
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib shall print it: a dollar sign would start a formula."""
+    """Return a name as matplotlib shall print it: a dollar sign would start a formula."""
     return name.replace("$", r"\$")

@@ -32,7 +32,7 @@ def save(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The columns and the facts of a file. Raises ValueError for a damaged one, and OSError."""
+    """Return the columns and the facts of a file. Raises ValueError for a damaged one, and OSError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name != "facts"}, json.loads(

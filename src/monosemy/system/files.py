@@ -65,8 +65,8 @@ def _full(path: Path, needed: int, folder: Path) -> DiskFull:
 
 @contextmanager
 def atomic_path(path: Path, needed: int) -> Iterator[Path]:
-    """A path to write a file of about `needed` bytes at, which becomes `path` once it is whole and on the
-    disk. Raises as `check_disk_space`."""
+    """Yield a path to write a file of about `needed` bytes at, which becomes `path` once it is whole and on
+    the disk. Raises as `check_disk_space`."""
     part = path.with_name(f".{path.name}.part")
     try:
         with check_disk_space(path, needed):

@@ -89,7 +89,7 @@ class Progress:
 
 
 def _clock_time(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds: 1:02:03, or 2:03."""
+    """Format seconds as hours, minutes and seconds: 1:02:03, or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -21,8 +21,8 @@ SECRET_TEXT = re.compile(
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of JSON-like data without the entries that are named like a secret, numbers aside; secrets
-    inside text become `***`.
+    """Return a copy of JSON-like data without the entries that are named like a secret, numbers aside;
+    secrets inside text become `***`.
 
     What counts as one: what looks like a token of the hub, passwords and signatures in addresses, and the
     environment's own secrets.

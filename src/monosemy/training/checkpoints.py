@@ -88,7 +88,7 @@ class Checkpoints:
         self.pending.append(self.thread.submit(job))
 
     def wait(self) -> None:
-        """Until everything is written."""
+        """Wait until everything is written."""
         while self.pending:
             try:
                 self.pending.pop(0).result()
@@ -101,8 +101,8 @@ class Checkpoints:
         self.thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are all as they were written; a damaged one is named and passed
-        over."""
+        """Return the newest checkpoint whose files are all as they were written; a damaged one is named and
+        passed over."""
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
             why = _damage(folder)
             if why is None:
@@ -170,7 +170,7 @@ def _sha256(path: Path) -> str:
 
 
 def _damage(folder: Path) -> str | None:
-    """What a checkpoint lacks to be whole, or None."""
+    """Return what a checkpoint lacks to be whole, or None."""
     try:
         files = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
         for name, wanted in files.items():

@@ -48,7 +48,7 @@ class CUDAGraphCache:
         graph.replay()
 
     def _fixed(self, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batches copied to where the graphs read them; one that several members share, once."""
+        """Return the batches copied to where the graphs read them; one that several members share, once."""
         fixed: dict[int, Tensor] = {}
         for x in batches.values():
             if id(x) not in fixed:
