@@ -2,7 +2,7 @@
 (reference_pipeline.py), on the CPU.
 
     python benchmarks/end_to_end.py [--precision float32|bf16] [--steps 200] [--rounds 1] [--json FILE]
-    [--small]
+                                    [--small]
 
 Both sides train the eight architectures of examples/demo.json at both of its layers on the same text, each in
 a process of its own, in turn. Tokens are steps * batch for each layer. Seconds run from the empty buffer to

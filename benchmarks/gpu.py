@@ -1,10 +1,9 @@
 """Our kernels and steps on a GPU: whether they are right, how near they come to what the hardware allows, and
 dictionary_learning beside them.
 
-    python benchmarks/gpu.py --json gpu.jsonl                    # everything, in under 8 minutes on one H100
+    python benchmarks/gpu.py --json gpu.jsonl    # everything, in under 8 minutes on one H100
     python benchmarks/gpu.py --only checks,steps --architectures top_k gated
-    python benchmarks/gpu.py --tiny                              # the same code on a CPU with tiny shapes;
-    its times mean nothing
+    python benchmarks/gpu.py --tiny              # tiny shapes on a CPU; its times mean nothing
 
 It needs a checkout, torch, triton and transformers, and no network: weights, activations and token ids are
 random. Sections run one after the other in processes of their own, so that a kernel that breaks its CUDA
@@ -12,36 +11,29 @@ context costs its own section alone. What fails is told with its traceback, in t
 and the rest goes on. A section that has used up its time begins no further case, and says which it left out.
 
 checks: every op against its plain meaning in float64, with ties, latents that no token and that every token
-has, k = 1 and k = F, empty
-    lists and padding. Then whole steps: captured as a graph, uncaptured, and on a CPU by the plain meaning,
-    from equal weights on equal batches;
-    two runs, one after the other, bit by bit; how often a step makes the host wait, and how many launches it
-    has.
+    has, k = 1 and k = F, empty lists and padding. Then whole steps: captured as a graph, uncaptured, and on a
+    CPU by the plain meaning, from equal weights on equal batches; two runs, one after the other, bit by bit;
+    how often a step makes the host wait, and how many launches it has.
 steps: the eight architectures, the encoder's product of bfloat16 operands, k or L0 = 80 (ReLU kinds: b_enc
-lowered until L0 is 80, in the
-    sparse layout; then as they begin, in the dense one). Each step lies between two events; medians. The
-    floor is the least time that
+    lowered until L0 is 80, in the sparse layout; then as they begin, in the dense one). Each step lies
+    between two events; medians. The floor is the least time that
     the same maths takes at rates measured here: the encoder's product, a reading of it, the rows that
-    decoding and its backward
-    pass gather (or dense products, where these are faster), and for each parameter 30 bytes (22 without a
-    first moment). TARGET times
-    the floor is aimed at.
+    decoding and its backward pass gather (or dense products, where these are faster), and for each parameter
+    30 bytes (22 without a first moment). TARGET times the floor is aimed at.
 sweep: 24 SAEs, 4 each of six architectures, in groups.
 headlines: tokens per second through the activation stream and the sweep, over whole blocks: 24 SAEs on
-Pythia-70M's layer 3; four
-    BatchTopK SAEs on Qwen2.5-Coder-32B's layer 32, which must stay under 62 GB.
+    Pythia-70M's layer 3; four BatchTopK SAEs on Qwen2.5-Coder-32B's layer 32, which must stay under 62 GB.
 peers: `update` of dictionary_learning's trainers on bfloat16 activations under autocast, as its training loop
-calls it, where the package
-    is importable or `--dictionary_learning` names the folder that holds it. No language model is needed, so
-    that of its requirements only
-    einops is. To take it along in a checkout, out of git's sight:
+    calls it, where the package is importable or `--dictionary_learning` names the folder that holds it. No
+    language model is needed, so that of its requirements only einops is. To take it along in a checkout, out
+    of git's sight:
 
         echo /carried/ >> .git/info/exclude
-        mkdir -p carried && cp -r
-        .venv-peers/dictionary_learning/lib/python3*/site-packages/dictionary_learning carried/
+        mkdir -p carried
+        cp -r .venv-peers/dictionary_learning/lib/python3*/site-packages/dictionary_learning carried/
         python benchmarks/gpu.py --dictionary_learning carried
 
-B tokens, D d_in, F d_sae, k entries of a token, N pattern, R bags, S SAEs, L context, V vocabulary.
+B tokens, D d_in, F d_sae, k entries of a token, N entries, R bags, S SAEs, L context, V vocabulary.
 """
 
 from __future__ import annotations

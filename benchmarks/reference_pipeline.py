@@ -1,8 +1,9 @@
 """The reference pipeline in plain words: its buffer of activations under dictionary_learning 0.1.0's own
 trainers, one layer after the other.
 
-    python -m benchmarks.reference_pipeline SETTINGS RESULT      (JSON files; run by end_to_end.py in the
-    peer's environment)
+    python -m benchmarks.reference_pipeline SETTINGS RESULT
+
+SETTINGS and RESULT are JSON files; end_to_end.py runs it in the peer's environment.
 
 As dictionary_learning has it: the float32 model cut after the layer, a forward on padded text that a hook's
 exception ends at the layer, a buffer that is copied and filled up once half of it has been read, batches

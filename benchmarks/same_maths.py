@@ -1,14 +1,15 @@
-"""The fast step and the plain meaning of its ops, on SmolLM2's activations after layer 3: how far apart they
-are.
+"""Measure how far the fast step is from the reference ops, on SmolLM2's activations after layer 3.
 
-    python benchmarks/same_maths.py [--form compiled|aten] [--architectures top_k ...] [--parts states runs
-    bf16] [--d_sae 512] [--batch 256]
-                                    [--estimated]
+    python benchmarks/same_maths.py [--form cpu|aten] [--architectures top_k ...] [--parts states runs bf16]
+                                    [--d_sae 512] [--batch 256] [--estimated]
 
-Three tables, all of float32 but for the last. states: one step in both forms from each of the 300 states of a
-run. What float32 itself loses is measured beside it, against float64. With --estimated the sparse layout
-always begins with an estimate of the encoder's product, not only where under 3 % of latents are active. runs:
-a run of 200 steps in each form, against plain runs whose numbers were moved by one unit in the last place.
+Three tables, all of float32 but for the last:
+
+states: one step in both forms from each of the 300 states of a run. What float32 itself loses is measured
+    beside it, against float64. With --estimated the sparse layout always begins with an estimate of the
+    encoder's product, not only where under 3 % of latents are active.
+runs: a run of 200 steps in each form, against reference runs whose numbers were moved by one unit in the
+    last place.
 bf16: runs whose encoder's product is of bfloat16 operands, against three seeds of float32, on held-out text.
 
 B tokens, D d_in, F d_sae, N active pattern, T steps.

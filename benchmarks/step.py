@@ -1,12 +1,9 @@
 """Our whole training step beside those of dictionary_learning 0.1.0, SAELens 6.54.12 and sparsify 1.3.3.
 
-    python benchmarks/step.py                                           # every peer, every architecture that
-    it has
+    python benchmarks/step.py                # every peer, every architecture that it has
     python benchmarks/step.py --peer sae_lens --architectures top_k
-    python benchmarks/step.py --dead 0.3                                # TopK kinds with 30 % dead latents,
-    so that AuxK works
-    python benchmarks/step.py --dense                                   # ReLU kinds with about half of the
-    latents active
+    python benchmarks/step.py --dead 0.3     # TopK kinds with 30 % dead latents, so that AuxK works
+    python benchmarks/step.py --dense        # ReLU kinds with about half of the latents active
 
 A step is forward, backward and update, and everything else that the peer's training loop does at each step.
 Both sides run in one process (the peer's environment under .venv-peers, made when missing), in turn, on the

@@ -1,8 +1,8 @@
 """Steer a language model with a latent: add its decoder row to the activations of every token while text is
 generated.
 
-    python examples/steer.py saes/resid_post_layer_9/trainer_5 --latent 17 --strength 40 --text "My fellow
-    citizens,"
+    python examples/steer.py saes/resid_post_layer_9/trainer_5 --latent 17 --strength 40 \\
+        --text "My fellow citizens,"
 
 `--strength` is in the units of the activations, about which `monosemy report` says how strongly each latent
 fires by itself.
