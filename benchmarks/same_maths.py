@@ -227,7 +227,7 @@ def gradients_apart(ours: Seen, theirs: Seen) -> float:
 def flips(member: LoneTrainer, ours: Seen, theirs: Seen) -> tuple[int, int]:
     """How many latents only one of two steps took, and how many of them lie within 1e-5 of the selection's
     boundary."""
-    mine, other = ours.pattern(), theirs.pattern()
+    mine, other = ours.entries(), theirs.entries()
     flat = torch.cat([mine[~torch.isin(mine, other)], other[~torch.isin(other, mine)]])
     pre_BF, name = theirs.codes.pre.product_BF, member.sae.name
     kept_BF = (

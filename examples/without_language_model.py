@@ -4,8 +4,8 @@ simulator.
     python examples/without_language_model.py --folder my_report
 
 Here a small recurrent network that nobody trained is the simulator: it is driven by a few of 48 signals at a
-time, and an SAE on its states finds them again. Nothing but `import monosemy` is needed; batches may come
-from a generator, and are read once.
+time, and an SAE on its states finds them again. Nothing but `import monosemy` is needed; a generator may
+give the batches, and is read once.
 """
 
 from collections.abc import Iterator
