@@ -62,7 +62,9 @@ def _usage(command: str) -> int:
 def _guarded(job: Callable[[], int]) -> int:
     """Run a job with its errors as one clear line and their exit codes; what nobody foresaw keeps its
     traceback. No secret is printed."""
-    with redirect_stdout(Redacted(sys.stdout)), redirect_stderr(Redacted(sys.stderr)):  # type: ignore[type-var]
+    out: Any = Redacted(sys.stdout)
+    err: Any = Redacted(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
         return _told(lambda: _flushed(job()))
 
 

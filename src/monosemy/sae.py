@@ -172,9 +172,10 @@ class SAE(nn.Module, ABC):
             raise invalid("architectures", cls.name, allowed, "add the class variable `sweep_values` to it")
         return cls.sweep_values
 
-    def preactivations(self, x_BD: Tensor, execution: Execution = Execution()) -> Preactivations:  # noqa: B008
+    def preactivations(self, x_BD: Tensor, execution: Execution | None = None) -> Preactivations:
         """Compute the encoder's product of a training batch."""
-        return Preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None, execution)
+        b_dec = self.b_dec if self.pre_bias else None
+        return Preactivations(x_BD, self.W_enc, self.b_enc, b_dec, execution or Execution())
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
         """Compute f [.., F] of activations x [.., D]; with `latents` [M] only those columns, [.., M], at

@@ -68,48 +68,27 @@ class Run:
             **facts,
         }
         self.write_facts({})
-        with open(self.folder / "metrics.jsonl", "ab") as file:
-            there, wanted = file.tell(), checkpoint.state["metrics_bytes"] if checkpoint else 0
-            if there < wanted:
-                log.warning(
-                    "%s had %d bytes at the checkpoint and has %d: records are missing",
-                    file.name,
-                    wanted,
-                    there,
-                )
-            file.truncate(min(there, wanted))
-        self.write_status(
-            "running", saes={trainer.name: "running" for of_site in trainers.values() for trainer in of_site}
-        )
+        self._cut_metrics(checkpoint)
+        all_trainers = [trainer for of_site in trainers.values() for trainer in of_site]
+        self.write_status("running", saes={trainer.name: "running" for trainer in all_trainers})
         if c.use_wandb:
+            group = self.folder.absolute().name
             self.trackers.append(
-                Wandb(
-                    c.wandb_project,
-                    entity=c.wandb_entity,
-                    group=self.folder.absolute().name,
-                    folder=self.folder,
-                )
+                Wandb(c.wandb_project, entity=c.wandb_entity, group=group, folder=self.folder)
             )
         if c.hf_repo_id:
             self.uploader = Uploader(self.folder, c.hf_repo_id, waits=c.retry_seconds)
         for tracker in self.trackers:
-            tracker.start(
-                self.facts,
-                [
-                    {
-                        "name": m.name,
-                        "config": {
-                            "architecture": m.sae.name,
-                            "d_sae": m.sae.d_sae,
-                            "lr": m.lr,
-                            "seed": m.spec.seed,
-                            **vars(m.sae.settings),
-                        },
-                    }
-                    for of_site in trainers.values()
-                    for m in of_site
-                ],
-            )
+            tracker.start(self.facts, [_tracked(trainer) for trainer in all_trainers])
+
+    def _cut_metrics(self, checkpoint: Checkpoint | None) -> None:
+        """Cut off what metrics.jsonl has of steps after a checkpoint."""
+        with open(self.folder / "metrics.jsonl", "ab") as file:
+            there, wanted = file.tell(), checkpoint.state["metrics_bytes"] if checkpoint else 0
+            if there < wanted:
+                message = "%s had %d bytes at the checkpoint and has %d: records are missing"
+                log.warning(message, file.name, wanted, there)
+            file.truncate(min(there, wanted))
 
     def write_facts(self, more: dict[str, Any]) -> None:
         self.facts |= more
@@ -178,6 +157,13 @@ class Run:
             tracker.finish(status, *[LAST_WORDS] * (status == "interrupted"))
         if self.uploader is not None and status != "interrupted":
             self.uploader.finish()
+
+
+def _tracked(trainer: SAETrainer) -> dict[str, Any]:
+    """Return what trackers are told of an SAE."""
+    sae = trainer.sae
+    config = {"architecture": sae.name, "d_sae": sae.d_sae, "lr": trainer.lr, "seed": trainer.spec.seed}
+    return {"name": trainer.name, "config": {**config, **vars(sae.settings)}}
 
 
 def versions() -> dict[str, str]:

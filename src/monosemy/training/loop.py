@@ -153,23 +153,17 @@ def fit(
     measured are not finite, or the folder holds checkpoints of another call.
     """
     device = checked_device(device)
-    _check_arguments(saes, steps, log_steps, checkpoint_every)
-    steps = _length(batches) if steps is None else steps
+    steps = _check_arguments(batches, saes, steps, log_steps, checkpoint_every)
     store = Checkpoints(Path(checkpoints), checkpoint_every) if checkpoints else None
     checkpoint = store.newest() if store else None
     source = _Batches(batches, checkpoint, min(100, steps) if normalize else 1, normalize)
     B, D = source.shape
     plan = Schedule.of_run(steps, B, recipe=recipe, **schedule)
-    payload = json.dumps(
-        [[dataclasses.replace(spec, init_from=None) for spec in saes], plan, recipe], default=vars
-    )
+    specs = [dataclasses.replace(spec, init_from=None) for spec in saes]
+    payload = json.dumps([specs, plan, recipe], default=vars)
     if checkpoint and checkpoint.state["told"] != payload:
-        raise invalid(
-            "checkpoints",
-            str(checkpoints),
-            "a folder for these SAEs and this schedule alone",
-            "name another folder",
-        )
+        allowed = "a folder for these SAEs and this schedule alone"
+        raise invalid("checkpoints", str(checkpoints), allowed, "name another folder")
     metrics: list[Record] = checkpoint.state["metrics"] if checkpoint else []
     workspace, interrupts = Workspace(), Interrupts()
     shared: dict[str, Any] = {"device": device, "recipe": recipe, "bf16": bf16, "workspace": workspace}
@@ -184,8 +178,8 @@ def fit(
     options: dict[str, Any] = {"resume_from": checkpoint, "log_steps": log_steps, "on_record": metrics.append}
     with _on(device), _owned(store, interrupts):
         ended = loop.run(lambda: {"": source.next(device)}, steps, **options)
+    status = "failed" if sweep.failed else "stopped_early" if ended else "complete"
     failed = {int(name): why for name, why in sweep.failed.items()}
-    status = "failed" if failed else "stopped_early" if ended else "complete"
     return Fitted([trainer.finished() for trainer in trainers], metrics, source.norm_factor, status, failed)
 
 
@@ -240,17 +234,21 @@ class _Batches:
 
 
 def _check_arguments(
-    saes: Sequence[SAESpec], steps: int | None, log_steps: int, checkpoint_every: int
-) -> None:
+    batches: Iterable[Tensor],
+    saes: Sequence[SAESpec],
+    steps: int | None,
+    log_steps: int,
+    checkpoint_every: int,
+) -> int:
+    """Return the number of steps. Raises ValueError for what `fit` cannot do."""
     if not saes:
         remedy = "say what to train, such as SAESpec('batch_top_k', d_sae=4096)"
         raise invalid("saes", saes, "one SAESpec or more", remedy)
     for field, value in (("steps", steps), ("log_steps", log_steps), ("checkpoint_every", checkpoint_every)):
         if value is not None and value < 1:
             raise invalid(field, value, "1 or more", "raise it")
-
-
-def _length(batches: Iterable[Tensor]) -> int:
+    if steps is not None:
+        return steps
     if not isinstance(batches, Sized):
         raise invalid(
             "steps", None, "a number of steps where the batches do not have a length", "pass steps="
