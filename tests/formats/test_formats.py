@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import monosemy
 from monosemy import formats
 from monosemy.formats.dictionary_learning import LAYOUTS
+from monosemy.formats.parts import stored
 
 THEIRS = Path(__file__).parents[1] / "fixtures" / "dictionary_learning"
 every = pytest.mark.parametrize("name", sorted(LAYOUTS))
@@ -212,7 +213,7 @@ def test_tensors_must_fit(name, tmp_path):
     """Each tensor in turn missing, of another shape, or no tensor."""
     shutil.copytree(THEIRS / name, tmp_path / "sae")
     state = torch.load(THEIRS / name / "ae.pt", weights_only=True)
-    for key in (theirs.rstrip("'") for theirs in LAYOUTS[name].tensors.values()):
+    for key in (stored(theirs).name for theirs in LAYOUTS[name].tensors.values()):
         for bad in (
             {n: t for n, t in state.items() if n != key},
             state | {key: torch.zeros(3, 5)},

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, only, renamed, text, whole, written
+from monosemy.formats.parts import Names, Parts, Stored, dtype_of, only, renamed, text, whole, written
 from monosemy.sae import SAE
 
 FILES = ("ae.pt", "config.json")
@@ -27,24 +27,33 @@ FILES = ("ae.pt", "config.json")
 
 @dataclass(frozen=True)
 class _Layout:
-    """How one architecture is written: the names of its classes, and of its tensors ("'" marks a transposed
-    one)."""
+    """How one architecture is written: the names of its classes, and of its tensors."""
 
     trainer_class: str
     dict_class: str
-    tensors: dict[str, str]
+    tensors: Names
     wandb_name: str
     settings: dict[str, str]  # ours -> the trainer's
 
 
-_LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight'"}
-_RELU = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"}
-_TOPK = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec", "threshold": "threshold"}
-_UNCENTERED = _RELU | {
+_LINEAR: Names = {"W_enc": "encoder.weight", "W_dec": Stored("decoder.weight", transposed=True)}
+_RELU: Names = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"}
+_TOPK: Names = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec", "threshold": "threshold"}
+_UNCENTERED: Names = _RELU | {
     "b_dec": "decoder.bias"
 }  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
-_PLAIN = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
-_GATED = _LINEAR | {"b_enc": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag", "b_dec": "decoder_bias"}
+_PLAIN: Names = {
+    "W_enc": Stored("W_enc", transposed=True),
+    "W_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+}
+_GATED: Names = _LINEAR | {
+    "b_enc": "gate_bias",
+    "b_mag": "mag_bias",
+    "r_mag": "r_mag",
+    "b_dec": "decoder_bias",
+}
 _K = {"k": "k", "auxk_alpha": "auxk_alpha"}
 
 LAYOUTS = {

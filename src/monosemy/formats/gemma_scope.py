@@ -11,10 +11,16 @@ import re
 from pathlib import Path
 
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, matrix_shape, renamed
+from monosemy.formats.parts import Names, Parts, Stored, matrix_shape, renamed, stored
 
-NAMES = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
-LOWER = NAMES | {"W_enc": "w_enc'", "W_dec": "w_dec"}
+NAMES: Names = {
+    "W_enc": Stored("W_enc", transposed=True),
+    "W_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+    "threshold": "threshold",
+}
+LOWER: Names = NAMES | {"W_enc": Stored("w_enc", transposed=True), "W_dec": "w_dec"}
 # the last place is read nowhere here
 PLACES = {"res": "resid_post.{}", "mlp": "mlp_out.{}", "att": "blocks.{}.attn.hook_z"}
 
@@ -24,7 +30,7 @@ def read(folder: Path, source: str) -> Parts:
 
     Raises ValueError for a compressed or damaged one, and for other arrays.
     """
-    spellings = [[name.rstrip("'") for name in names.values()] for names in (NAMES, LOWER)]
+    spellings = [[stored(name).name for name in names.values()] for names in (NAMES, LOWER)]
     tensors = untrusted.npz(folder / "params.npz", *spellings)
     names = LOWER if "w_enc" in tensors else NAMES
     ours = renamed(tensors, names, "params.npz")

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, matrix_shape, only, renamed
+from monosemy.formats.parts import Names, Parts, Stored, dtype_of, matrix_shape, only, renamed
 
 OWNERS = {"Llama": "meta-llama", "DeepSeek": "deepseek-ai"}
 
@@ -20,10 +20,10 @@ def read(file: Path, source: str) -> Parts:
     tensors = untrusted.state_dict(file)
     ending = "_linear" if "encoder_linear.weight" in tensors else ""
     encoder, decoder = f"encoder{ending}", f"decoder{ending}"
-    names = {
+    names: Names = {
         "W_enc": f"{encoder}.weight",
         "b_enc": f"{encoder}.bias",
-        "W_dec": f"{decoder}.weight'",
+        "W_dec": Stored(f"{decoder}.weight", transposed=True),
         "b_dec": f"{decoder}.bias",
     }
     only(tensors, names.values(), file.name)

@@ -20,11 +20,22 @@ from torch import Tensor
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, neutral, only, renamed, site_of, whole
+from monosemy.formats.parts import (
+    Names,
+    Parts,
+    Stored,
+    dtype_of,
+    neutral,
+    only,
+    renamed,
+    site_of,
+    stored,
+    whole,
+)
 
-NAMES = {
+NAMES: Names = {
     "W_enc": "encoder.weight",
-    "W_dec": "decoder.weight'",
+    "W_dec": Stored("decoder.weight", transposed=True),
     "b_enc": "encoder.bias",
     "b_dec": "decoder.bias",
 }
@@ -79,7 +90,7 @@ def _sizes(config: Mapping[str, Any], ours: Mapping[str, Tensor], where: str) ->
     for name, shape in {"W_enc": (d_sae, d_in), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}.items():
         if ours[name].shape != shape:
             allowed = f"{shape}, by {where}"
-            raise invalid(NAMES[name].rstrip("'"), tuple(ours[name].shape), allowed, "copy both files again")
+            raise invalid(stored(NAMES[name]).name, tuple(ours[name].shape), allowed, "copy both files again")
     return d_in, d_sae
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,21 @@ from monosemy.sae import SAE, architecture
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 1 << 20  # numbers that an SAE may have beyond those in its file
+
+
+class Stored(NamedTuple):
+    """What a layout calls a tensor, and whether it keeps the transpose."""
+
+    name: str
+    transposed: bool = False
+
+
+Names = dict[str, str | Stored]  # ours -> the layout's; a plain name is not transposed
+
+
+def stored(theirs: str | Stored) -> Stored:
+    """Return how a layout keeps a tensor."""
+    return theirs if isinstance(theirs, Stored) else Stored(theirs)
 
 
 @dataclass
@@ -36,7 +51,7 @@ class Parts:
     pre_bias: bool | None = None  # whether the encoder sees x - b_dec, where the architecture does not say
     config: dict[str, Any] = field(default_factory=dict)  # site, model, status, origin, ...
     optional: Collection[str] = ()  # tensors that the layout does not have
-    names: Mapping[str, str] = field(default_factory=dict)  # what the layout calls its tensors, for errors
+    names: Names = field(default_factory=dict)  # what the layout calls its tensors, for errors
 
     def build(self) -> SAE:
         """Return the SAE, in evaluation mode on the CPU.
@@ -87,7 +102,7 @@ class Parts:
         return sae.requires_grad_(False).eval()
 
     def _called(self, name: str) -> str:
-        return self.names.get(name, name).rstrip("'")
+        return stored(self.names.get(name, name)).name
 
     def _unfit(self, found: str, allowed: str) -> ValueError:
         return invalid(
@@ -98,30 +113,23 @@ class Parts:
         )
 
 
-def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: str) -> dict[str, Tensor]:
-    """Tensors under our names, given the layout's name of each; "'" marks one that the layout keeps
-    transposed.
-
-    Raises ValueError for one that is missing.
-    """
+def renamed(tensors: Mapping[str, Tensor], names: Names, where: str) -> dict[str, Tensor]:
+    """Return tensors under our names, given the layout's of each. Raises ValueError for a missing one."""
     ours = {}
     for name, theirs in names.items():
-        tensor = tensors.get(theirs.rstrip("'"))
-        if tensor is None or (theirs.endswith("'") and tensor.dim() != 2):
+        there, transposed = stored(theirs)
+        tensor = tensors.get(there)
+        if tensor is None or (transposed and tensor.dim() != 2):
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise invalid(
-                f"{where}: {theirs.rstrip(chr(39))}",
-                found,
-                f"a tensor for {name}",
-                "check that config.json belongs to this file",
-            )
-        ours[name] = tensor.T if theirs.endswith("'") else tensor
+            remedy = "check that config.json belongs to this file"
+            raise invalid(f"{where}: {there}", found, f"a tensor for {name}", remedy)
+        ours[name] = tensor.T if transposed else tensor
     return ours
 
 
-def only(tensors: Collection[str], names: Iterable[str], where: str) -> None:
+def only(tensors: Collection[str], names: Iterable[str | Stored], where: str) -> None:
     """Refuse tensors that a layout does not have: what they stand for would be lost. Raises ValueError."""
-    known = {name.rstrip("'") for name in names}
+    known = {stored(name).name for name in names}
     unknown = sorted(set(tensors) - known)
     if unknown:
         allowed = f"the tensors {', '.join(sorted(known))}"
@@ -144,14 +152,16 @@ def matrix_shape(tensor: Tensor, where: str) -> tuple[int, int]:
     return tensor.shape[0], tensor.shape[1]
 
 
-def written(sae: SAE, names: Mapping[str, str], dtype: str | None = None) -> dict[str, Tensor]:
+def written(sae: SAE, names: Names, dtype: str | None = None) -> dict[str, Tensor]:
     """Return the SAE's tensors under a layout's names, contiguous copies; narrow ones where they came so and
     nothing is lost."""
-    state = sae.state_dict()
-    ours = {theirs: state[name].T if theirs.endswith("'") else state[name] for name, theirs in names.items()}
+    state, ours = sae.state_dict(), {}
+    for name, theirs in names.items():
+        there, transposed = stored(theirs)
+        ours[there] = state[name].T if transposed else state[name]
     if dtype in NARROW and all(torch.equal(t, t.to(NARROW[dtype]).to(t.dtype)) for t in ours.values()):
-        ours = {theirs: t.to(NARROW[dtype]) for theirs, t in ours.items()}
-    return {theirs.rstrip("'"): t.detach().contiguous().clone() for theirs, t in ours.items()}
+        ours = {there: t.to(NARROW[dtype]) for there, t in ours.items()}
+    return {there: t.detach().contiguous().clone() for there, t in ours.items()}
 
 
 def dtype_of(tensors: Mapping[str, Tensor]) -> str:

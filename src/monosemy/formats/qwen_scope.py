@@ -11,9 +11,14 @@ from pathlib import Path
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, matrix_shape, only, renamed
+from monosemy.formats.parts import Names, Parts, Stored, dtype_of, matrix_shape, only, renamed
 
-NAMES = {"W_enc": "W_enc", "W_dec": "W_dec'", "b_enc": "b_enc", "b_dec": "b_dec"}
+NAMES: Names = {
+    "W_enc": "W_enc",
+    "W_dec": Stored("W_dec", transposed=True),
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+}
 
 NAMED = r"\bSAE-Res-([\w.-]+)-W(\d{1,6})K-L0_(\d{1,6})/(?:.*/)?layer(\d{1,4})\.sae\.pt$"
 

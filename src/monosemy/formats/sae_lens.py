@@ -17,7 +17,9 @@ from torch import Tensor
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import (
+    Names,
     Parts,
+    Stored,
     dtype_of,
     hook_name,
     neutral,
@@ -33,9 +35,14 @@ from monosemy.sae import SAE
 FILES = ("sae_weights.safetensors", "cfg.json")
 VERSION = "6.54.12"  # whose layout this is
 
-_BIASED = {"W_enc": "W_enc'", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
-_GATED = _BIASED | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
-NAMES = {
+_BIASED: Names = {
+    "W_enc": Stored("W_enc", transposed=True),
+    "W_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+}
+_GATED: Names = _BIASED | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
+NAMES: dict[str, Names] = {
     "standard": _BIASED,
     "gated": _GATED,
     "jumprelu": _BIASED | {"threshold": "threshold"},

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Parts, dtype_of, module_site, neutral, only, renamed, whole, written
+from monosemy.formats.parts import Names, Parts, dtype_of, module_site, neutral, only, renamed, whole, written
 from monosemy.sae import SAE
 
 FILES = ("sae.safetensors", "cfg.json")
-NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+NAMES: Names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 RELU = ("standard", "standard_new", "p_anneal")
 
 
