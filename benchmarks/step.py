@@ -64,11 +64,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.alone import LoneTrainer
 from monosemy.formats.dictionary_learning import state_dict
-from monosemy.jobs.plan import cpu_has_bf16
 from monosemy.ops import Workspace
 from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY
 from monosemy.sae import SAE
 from monosemy.schedule import Schedule
+from monosemy.system.machine import cpu_has_bf16
 from monosemy.training.trainer import ESTIMATE_BELOW, SAESpec
 
 ROOT = Path(__file__).parents[1]

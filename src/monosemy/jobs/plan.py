@@ -27,6 +27,7 @@ from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, descri
 from monosemy.recipe import RECIPES
 from monosemy.schedule import Schedule
 from monosemy.system.files import LOCK, path_of
+from monosemy.system.machine import cpu_has_bf16, has_gpu
 from monosemy.system.redact import without_secrets
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Plan:
     @cached_property
     def gpu(self) -> bool:
         """Whether the run uses a GPU."""
-        return _has_gpu(self.config.device)
+        return has_gpu(self.config.device)
 
     @cached_property
     def memory(self) -> Estimate:
@@ -287,7 +288,7 @@ def _check_together(c: TrainConfig) -> None:
     if c.init_from is not None and not (path_of("init_from", c.init_from) / "config.json").is_file():
         remedy = "name one, such as saes/resid_post_layer_3/trainer_0"
         raise invalid("init_from", c.init_from, "the folder of a trained SAE", remedy)
-    if not _has_gpu(c.device) and not cpu_has_bf16():
+    if not has_gpu(c.device) and not cpu_has_bf16():
         for field in ("dtype", "precision"):
             if getattr(c, field) in ("bfloat16", "bf16"):
                 allowed = "auto or float32: this CPU has no bfloat16 instructions"
@@ -311,7 +312,7 @@ def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> Resol
     if model.max_length is not None and length > model.max_length:
         allowed = f"up to {model.max_length}, the longest that {model.name} was made for"
         raise invalid("context_length", length, allowed, "lower it")
-    gpu = _has_gpu(c.device)
+    gpu = has_gpu(c.device)
     dtype: Any = c.dtype
     if dtype == "auto" and gpu:
         own = model.dtype if model.dtype in ("float32", "bfloat16", "float16") else "bfloat16"
@@ -333,20 +334,6 @@ def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> Resol
     assert filled.keys() == set(RESOLVED)
     given = {f.name: getattr(c, f.name) for f in dataclasses.fields(TrainConfig)}
     return ResolvedConfig(**(given | filled))
-
-
-def _has_gpu(device: str) -> bool:
-    """Whether the run will have a GPU, as far as can be told without torch."""
-    return device.startswith("cuda") or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))
 
 
 # --- where the run goes -------------------------------------------------------------------------------------
