@@ -83,13 +83,14 @@ from monosemy.training.trainer import CAPACITY_FACTOR, SPARSE_BELOW, SAESpec, SA
 
 Row = dict[str, Any]
 ARCHITECTURES = TOP_K + RELU
+# what one leaves, the next may use
 SECONDS = {
     "checks": 150,
     "steps": 140,
     "sweep": 35,
     "headlines": 70,
     "peers": 40,
-}  # what one leaves, the next may use
+}
 TARGET = 1.7  # times the floor
 STEPS, DEAD_TOKENS = 10_000, 10_000_000  # no phase of the run ends or begins while it is timed
 WARM = 6  # steps: each phase of a run is run once as it is, and captured the second time
@@ -118,15 +119,17 @@ class Sizes:
     repeats: int = 4  # SAEs of an architecture in the sweep
     copied: int = 2**28  # float32 numbers
     every: tuple[int, int] = (33, 130)  # B and F of all selections
+    # B, F and k of those that training uses
     ordinary: tuple[tuple[int, int, int], ...] = (
         (64, 5000, 20),
         (2048, 16384, 80),
-    )  # B, F and k of those that training uses
+    )
+    # B, D, F, k
     sums: tuple[tuple[int, int, int, int], ...] = (
         (33, 24, 130, 7),
         (512, 576, 5000, 80),
         (48, 5120, 700, 20),
-    )  # B, D, F, k
+    )
     trained: tuple[int, int, int, int] = (64, 64, 2048, 8)  # B, D, F, k
     length: int = 1024
     pythia: tuple[int, int, int] = (32, 128, 2)  # contexts of a forward and of a block, blocks that are timed
@@ -461,9 +464,8 @@ def drawn(name: str, D: int, F: int, k: int, device: torch.device) -> SAE:
 @torch.no_grad()
 def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
     """Lower b_enc alike for all latents until k of each token's are active on average."""
-    candidates = (
-        (x_BD @ sae.W_enc.T).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()
-    )  # no token has more of them
+    # no token has more of them
+    candidates = (x_BD @ sae.W_enc.T).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()
     sae.b_enc.sub_(
         candidates.topk(k * len(x_BD)).values[-1] - (sae.threshold if sae.name == "jump_relu" else 0)
     )
@@ -627,7 +629,7 @@ def selections(
 
 
 def check_selections(report: Report, fast: Called) -> None:
-    """Exactly the plain meaning's pattern, of float32 and bfloat16 pre-activations."""
+    """Exactly the reference ops' entries, of float32 and bfloat16 pre-activations."""
     sizes, device, errors = report.sizes, report.device, Errors()
     aten = fast.module.__name__.endswith("aten")  # whose top_k has an order of its own among equal values
     for B, F, k, every in [(*sizes.every, 7, True), *((*shape, False) for shape in sizes.ordinary)]:
@@ -750,12 +752,13 @@ def check_dense(report: Report, fast: Called) -> None:
 def check_update(report: Report, fast: Called) -> None:
     """Three updates of three SAEs, the last of which is refused."""
     device, errors = report.device, Errors()
+    # constraint, dimensions of the parameter
     kinds = [
         ("project", 2),
         ("constrain", 2),
         ("free", 2),
         ("free", 1),
-    ]  # constraint, dimensions of the parameter
+    ]
     for (_, D, F, _), (constraint, dimensions), beta1 in itertools.product(
         report.sizes.sums, kinds, (0.9, 0.0)
     ):
@@ -1037,7 +1040,7 @@ SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
 
 
 def grid(sizes: Sizes, D: int, F: int, x_BD: Tensor, names: list[str], *, dense: bool) -> list[SAETrainer]:
-    """Some SAEs of each architecture, which share their workspace memory; in the layout that a run would
+    """Some SAEs of each architecture, which share their workspace; in the layout that a run would
     choose."""
     workspace, members = ops.Workspace(), []
     chosen = dense or sizes.k >= SPARSE_BELOW[x_BD.device.type] * F
@@ -1363,9 +1366,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=float(sum(SECONDS.values())),
         help="after which no further case is begun",
     )
-    parser.add_argument(
-        "--here", action="store_true", help=argparse.SUPPRESS
-    )  # this is a section's own process
+    # this is a section's own process
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
     if unknown := set(args.only) - SECTIONS.keys():

@@ -12,7 +12,7 @@ runs: a run of 200 steps in each form, against reference runs whose numbers were
     last place.
 bf16: runs whose encoder's product is of bfloat16 operands, against three seeds of float32, on held-out text.
 
-B tokens, D d_in, F d_sae, N active pattern, T steps.
+B tokens, D d_in, F d_sae, N active entries, T steps.
 """
 
 from __future__ import annotations

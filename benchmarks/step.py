@@ -490,9 +490,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="a file for a line of JSON for each row")
     for field, value in (("batch", 2048), ("d_in", 576), ("d_sae", 16384), ("k", 80)):
         parser.add_argument(f"--{field}", type=int, default=value)
-    parser.add_argument(
-        "--here", action="store_true", help=argparse.SUPPRESS
-    )  # this is the peer's environment
+    # this is the peer's environment
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     kinds = TOP_K if args.dead else RELU if args.dense else RELU + TOP_K
     asked = [name for name in args.architectures or kinds if name in kinds]

@@ -33,9 +33,8 @@ def main(folder: Path | None = None, steps: int = 600) -> float:
         monosemy.SAESpec("batch_top_k", d_sae=2 * TRUE, settings={"k": 4}),
         monosemy.SAESpec("standard", d_sae=2 * TRUE, settings={"l1_penalty": 0.2}),
     ]
-    fitted = monosemy.fit(
-        batches, specs
-    )  # both on the same batches; `steps=` where batches come from a generator
+    # both on the same batches; `steps=` where batches come from a generator
+    fitted = monosemy.fit(batches, specs)
     found = []
     for i, sae in enumerate(fitted.saes):
         cosines = torch.nn.functional.normalize(sae.W_dec, dim=1) @ directions.T

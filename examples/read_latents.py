@@ -22,9 +22,8 @@ def main(folder: Positional[str], text: Positional[str], strongest: int = 3) -> 
     sae.to(lm.device)
 
     tokenizer = monosemy.load_tokenizer(sae.cfg["model"])
-    ids_1L = monosemy.to_tokens(tokenizer, text).to(
-        lm.device
-    )  # with BOS as in training, where the token itself was left out
+    # with BOS as in training, where the token itself was left out
+    ids_1L = monosemy.to_tokens(tokenizer, text).to(lm.device)
     x_LD = lm.activations(ids_1L)[site][0, 1:].float()
     f_LF = sae.encode(x_LD)
     cosine_L = torch.cosine_similarity(x_LD, sae.decode(f_LF))

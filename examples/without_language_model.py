@@ -46,9 +46,8 @@ def main(folder: Path = Path("my_report"), steps: int = 300) -> list[dict]:
             f"{row['architecture']:12} L0 {row['l0']:.1f}  FVU {row['fvu']:.3f}  alive "
             f"{row['frac_alive']:.2f}  copies {row['near_copies']}"
         )
-    page = monosemy.write_report(
-        folder, fitted, simulated(40, seed=2), site="states of a simulator"
-    )  # the same rows, and what latents do
+    # the same rows, and what latents do
+    page = monosemy.write_report(folder, fitted, simulated(40, seed=2), site="states of a simulator")
     print(f"open {page}")
     return rows
 

@@ -61,13 +61,14 @@ class Activations:
     same at every pass."""
 
     def __init__(self) -> None:
+        # the "buffer" entry of config.json
         self.config = {
             "d_submodule": D,
             "io": "out",
             "ctx_len": 128,
             "out_batch_size": B,
             "device": "cpu",
-        }  # the "buffer" entry of config.json
+        }
 
     def batch(self, step: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(7)

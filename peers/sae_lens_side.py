@@ -107,9 +107,8 @@ def published(folder: Path) -> None:
         if asked["scale"] is not None:  # which from_pretrained folds in for releases that its table has
             sae.fold_activation_norm_scaling_factor(asked["scale"])
         x = load_file(folder / name / "x.safetensors")["x"]
-        heads = (
-            (1, -1) if sae.cfg.reshape_activations == "hook_z" else (-1,)
-        )  # [B, heads, d_head], which it puts side by side
+        # [B, heads, d_head], which it puts side by side
+        heads = (1, -1) if sae.cfg.reshape_activations == "hook_z" else (-1,)
         f = sae.encode(x.unflatten(-1, heads))
         made = {"f": f, "x_hat": sae.decode(f).reshape(x.shape)}
         save_file(

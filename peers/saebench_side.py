@@ -90,11 +90,12 @@ def main(run: Path, model_folder: str, text: Path, out: Path, contexts: int, bat
     out.mkdir(parents=True, exist_ok=True)
     model = language_model(model_folder)
     tokenizer = model.tokenizer
+    # as SAEBench's own command has it
     ignored = {
         tokenizer.pad_token_id,
         tokenizer.eos_token_id,
         tokenizer.bos_token_id,
-    }  # as SAEBench's own command has it
+    }
     rows = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
     config = CoreEvalConfig(
         model_name=model_folder,

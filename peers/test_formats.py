@@ -105,6 +105,7 @@ def test_we_read_what_they_write_now(tmp_path: Path) -> None:
             ].abs().max(), path
 
 
+# not sparsify, whose b_dec SAELens leaves in the input; sparsify itself is asked above
 SAE_LENS_LOADERS = {
     "dictionary_learning": "dictionary_learning_1",
     "sae_lens": "sae_lens",
@@ -119,7 +120,7 @@ SAE_LENS_LOADERS = {
     "qwen_scope": "qwen_scope",
     "goodfire": "goodfire",
     "goodfire_r1": "deepseek_r1",
-}  # not sparsify, whose b_dec SAELens leaves in the input; sparsify itself is asked above
+}
 SCALED = ("llama_scope", "llama_scope_r1")
 
 

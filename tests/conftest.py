@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the suite runs a process for each core; threads of two would wait for each other
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # as the package's own entry points do, before torch is imported
+# the suite runs a process for each core; threads of two would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# as the package's own entry points do, before torch is imported
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pytest
 import torch
@@ -21,9 +19,8 @@ from tests.certify import certified, pytest_runtest_logreport, pytest_terminal_s
 from tests.faults import Faulty
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports Triton, which then runs its kernels on the CPU
-    )
+    # before anything imports Triton, which then runs its kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = (
     "the a of to and in that it was for on are with as at be this from have or by one had not but what "

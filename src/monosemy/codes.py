@@ -1,10 +1,10 @@
 """The codes of a batch: a small sparse algebra in two layouts, and the pre-activations that codes are
 selected from.
 
-B tokens, D d_in, F d_sae, N active pattern, G groups of latents.
+B tokens, D d_in, F d_sae, N active entries, G groups of latents.
 
 A code is a *support* (which latents are active on which tokens) and values on it. `DenseCodes` holds a [B, F]
-array and a mask, `SparseCodes` flat lists of N pattern. An objective is written once, in the algebra that
+array and a mask, `SparseCodes` flat lists of N entries. An objective is written once, in the algebra that
 both share.
 """
 
@@ -37,7 +37,7 @@ class Execution:
     workspace: ops.Workspace | None = None
     """Arrays reused from one step to the next; fresh ones are allocated without it."""
     capacity: int | None = None
-    """SparsePattern that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
+    """Entries that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
 
 
 class Codes(ABC):
@@ -145,7 +145,7 @@ class DenseCodes(Codes):
 
 @dataclass
 class SparseCodes(Codes):
-    """Codes as lists of N pattern, in order of tokens and latents."""
+    """Codes as lists of N entries, in order of tokens and latents."""
 
     pre: Preactivations
     values: Tensor
@@ -157,9 +157,8 @@ class SparseCodes(Codes):
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
         values = self.values if function is None else self._valid(self._apply(function, *w_F))
-        return ops.sum_by_latent(
-            values, self.pattern
-        ).sum()  # its order does not depend on the number of threads
+        # its order does not depend on the number of threads
+        return ops.sum_by_latent(values, self.pattern).sum()
 
     def by_latent(self) -> Tensor:
         return ops.sum_by_latent(self.values, self.pattern)
@@ -168,7 +167,7 @@ class SparseCodes(Codes):
         return function(self.values, *(ops.gather(w, self.pattern) for w in w_F))
 
     def _valid(self, values_N: Tensor) -> Tensor:
-        """Zero the values of padding pattern."""
+        """Zero the values of padding entries."""
         return values_N if self.pattern.valid_N is None else torch.where(self.pattern.valid_N, values_N, 0)
 
     def size_by_latent(self) -> Tensor:
@@ -210,9 +209,10 @@ class Preactivations:
         W_enc_FD: Tensor,
         b_enc_F: Tensor,
         b_dec_D: Tensor | None,
-        execution: Execution = Execution(),
+        execution: Execution | None = None,
     ) -> None:
         """Compute (x - b_dec) W_enc^T + b_enc, or x W_enc^T + b_enc where `b_dec_D` is None."""
+        execution = execution or Execution()
         self.weights = (W_enc_FD, b_enc_F, b_dec_D)
         self.execution, self.buffers = execution, 0
         self.centered_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()

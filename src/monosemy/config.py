@@ -278,6 +278,9 @@ class TrainConfig(
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+RESOLVED = ("dataset", "context_length", "llm_batch_size", "sae_batch_size", "eval_num_inputs")
+
+
 @dataclass(frozen=True)
 class ResolvedConfig(TrainConfig):
     """A configuration whose blanks are filled in; `plan` makes it."""
@@ -291,16 +294,9 @@ class ResolvedConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         """Raises ValueError as TrainConfig does; a blank is a mistake of ours."""
-        blanks = [
-            f.name
-            for f in dataclasses.fields(ResolvedConfig)
-            if f.name in RESOLVED and not getattr(self, f.name)
-        ]
+        blanks = [name for name in RESOLVED if not getattr(self, name)]
         assert not blanks, blanks
         super().__post_init__()
-
-
-RESOLVED = ("dataset", "context_length", "llm_batch_size", "sae_batch_size", "eval_num_inputs")
 
 
 @dataclass(frozen=True)
@@ -406,6 +402,3 @@ def architecture_names() -> tuple[str, ...]:
     """List the architectures that come with the package: the files of its folder."""
     folder = Path(__file__).parent / "architectures"
     return tuple(sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")))
-
-
-# --- types and rules ----------------------------------------------------------------------------------------

@@ -4,13 +4,12 @@ from them."""
 from dataclasses import dataclass
 
 GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a group on a GPU holds before it updates
-ESTIMATE_BELOW = (
-    0.03  # share of latents per token; below it a CPU estimates the product and looks up what it selects
-)
-SELECTION_TOKENS = (
-    2048  # tokens that compete in BatchTopK's selection in evaluation: a batch of dictionary_learning
-)
+# share of latents per token; below it a CPU estimates the product and looks up what it selects
+ESTIMATE_BELOW = 0.03
+# tokens that compete in BatchTopK's selection in evaluation: a batch of dictionary_learning
+SELECTION_TOKENS = 2048
 HEAD_ELEMENTS = 2**24  # logits held at a time in evaluation
+IN_CACHE = 2**18  # elements that stay in a CPU's cache through several operations
 
 
 @dataclass(frozen=True)

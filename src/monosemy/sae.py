@@ -71,9 +71,8 @@ class SAE(nn.Module, ABC):
     clip: ClassVar[float | None] = 1.0  # of the gradient's norm
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of Adam
     short_run_lr: ClassVar[float] = 4e-3  # suits a run of a few hundred steps (docs/log.md)
-    pre_bias: bool = (
-        True  # the encoder sees x - b_dec; an instance from another tool may differ from its class
-    )
+    # the encoder sees x - b_dec; an instance from another tool may differ from its class
+    pre_bias: bool = True
     always_sparse: ClassVar[bool] = False
     scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # tensors in the units of the activations
     modes: tuple[str, ...] = ("default",)  # of `encode`, the default first
@@ -100,9 +99,8 @@ class SAE(nn.Module, ABC):
         for field, value in vars(self.settings).items():
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise invalid(field, value, "a finite number, 0 or more", "correct it")
-        self.unknown_settings: frozenset[str] = (
-            frozenset()
-        )  # of an SAE that another tool trained; they hold their defaults
+        # of an SAE that another tool trained; they hold their defaults
+        self.unknown_settings: frozenset[str] = frozenset()
         self.metadata: dict[str, Any] = {}
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -174,8 +172,7 @@ class SAE(nn.Module, ABC):
 
     def preactivations(self, x_BD: Tensor, execution: Execution | None = None) -> Preactivations:
         """Compute the encoder's product of a training batch."""
-        b_dec = self.b_dec if self.pre_bias else None
-        return Preactivations(x_BD, self.W_enc, self.b_enc, b_dec, execution or Execution())
+        return Preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None, execution)
 
     def encode(self, x: Tensor, latents: Tensor | None = None, mode: str | None = None) -> Tensor:
         """Compute f [.., F] of activations x [.., D]; with `latents` [M] only those columns, [.., M], at
@@ -203,9 +200,8 @@ class SAE(nn.Module, ABC):
         x = x.to(self.dtype)
         centered = x - self.b_dec if self.pre_bias else x
         pre = nn.functional.linear(centered.reshape(-1, self.d_in), self.W_enc[rows], self.b_enc[rows])
-        f = (
-            self.encode_top_k(pre) if mode == "top_k" and len(pre) else self.activation(pre, rows)
-        )  # of no tokens there is nothing to select
+        # of no tokens there is nothing to select
+        f = self.encode_top_k(pre) if mode == "top_k" and len(pre) else self.activation(pre, rows)
         return f.view(*x.shape[:-1], pre.shape[-1])
 
     def decode(self, f: Tensor) -> Tensor:

@@ -87,12 +87,10 @@ def test_the_gradient_is_the_loss_s_slope(name):
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::7] = True
     at = StepContext(35, m.schedule, dead_F=dead)
-    moved = {
-        n: p for n, p in sae.named_parameters() if n != "threshold"
-    }  # its gradient is an estimate, not the slope
-    if (
-        name == "gated"
-    ):  # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
+    # its gradient is an estimate, not the slope
+    moved = {n: p for n, p in sae.named_parameters() if n != "threshold"}
+    # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
+    if name == "gated":
         moved = {n: p for n, p in moved.items() if n not in ("W_dec", "b_dec")}
 
     def loss():

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from monosemy.data.contexts import ContextStream, StreamEnded
-from monosemy.data.sources import Source, check_sources
+from monosemy.data.sources import Source, check_sources, default_dataset
 from monosemy.lm import embedded
 from monosemy.system.http import DatasetUnavailable, StreamBroken, check_hub
 
@@ -1145,7 +1145,7 @@ def test_check_sources_looks_at_files_only(tmp_path):
 
     check()
     check(mixed_dataset=True)
-    check(model_name="smollm2-135m", dataset=None)
+    check(model_name="smollm2-135m", dataset=default_dataset("smollm2-135m"))
     for settings, match in [
         ({"text_key": "body"}, "text_key is 'body'; allowed: .*text"),
         ({"mixed_dataset": True, "chat_key": "body"}, "chat_key is 'body'"),

@@ -232,10 +232,11 @@ def test_there_and_back_it_is_the_same_to_the_bit(name, to, ours, tmp_path):
         for a, b in zip(before.state_dict().values(), there.state_dict().values(), strict=True)
     )
     formats.convert(tmp_path / "there", tmp_path / "native", "native", format=back_format)
+    # twice converted
     assert (
         monosemy.load(tmp_path / "native")(torch.ones(3, before.d_in)).tolist()
         == before(torch.ones(3, before.d_in)).tolist()
-    )  # twice converted
+    )
     home = "native" if name.startswith("ours/") else name.split("/")[0]
     formats.convert(tmp_path / "native", tmp_path / "back", home)
     for file in ("sae.safetensors", "config.json") if home == "native" else formats._OTHERS[home].FILES:

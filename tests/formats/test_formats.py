@@ -383,9 +383,8 @@ def test_a_save_that_fails_leaves_no_file_half_written(folder, tmp_path, monkeyp
 def test_what_is_saved_is_what_is_read(folder):
     sae = formats.load(folder)
     assert not sae.training and not any(p.requires_grad for p in sae.parameters())
-    assert (
-        json.loads((folder / "config.json").read_text())["trainer"]["k"] == sae.settings.k
-    )  # dictionary_learning's entry is kept beside ours
+    # dictionary_learning's entry is kept beside ours
+    assert json.loads((folder / "config.json").read_text())["trainer"]["k"] == sae.settings.k
     formats.save(sae, folder, {"status": "complete"})
     again = formats.load(folder)
     assert all(

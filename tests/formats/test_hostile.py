@@ -493,9 +493,8 @@ VALUES = [
     "9",
 ]
 HOW = ("bytes", "cut", "flip", "patch", "json", "json", "member", "member")
-mutations = st.binary(
-    min_size=14, max_size=40
-)  # which file, how, four numbers and some noise: one draw is several times as fast as seven
+# which file, how, four numbers and some noise: one draw is several times as fast as seven
+mutations = st.binary(min_size=14, max_size=40)
 
 
 def mutation_of(drawn: bytes) -> tuple[int, str, list[int], bytes]:

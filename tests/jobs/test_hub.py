@@ -312,9 +312,8 @@ def test_a_failing_uploader_costs_nothing_but_the_upload(server: FakeHub, run: P
     done = program(server.url, code, home=tmp_path)
     assert done.returncode == 0 and done.stdout == "the run goes on\n", done.stderr
     assert f"monosemy push '{run}' {REPO}" in done.stderr
-    assert (
-        server.requests[f"/api/models/{REPO}/commit/main"] == 4
-    )  # two tries for the first SAE, two at the end, none for the others
+    # two tries for the first SAE, two at the end, none for the others
+    assert server.requests[f"/api/models/{REPO}/commit/main"] == 4
 
 
 def test_a_hub_that_never_answers_is_left_behind(run: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from monosemy.jobs.memory import sae_bytes, step_bytes, tensor_bytes, workspace_
 from monosemy.jobs.plan import Plan
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
-from monosemy.ops import cpu, pattern
+from monosemy.ops import cpu
 from monosemy.recipe import MONOSEMY
 from monosemy.sae import architecture
 from monosemy.schedule import Schedule
@@ -141,7 +141,6 @@ def test_bytes_of_tensors_are_of_whole_storages():
 
 
 def test_limits_are_those_of_the_places_that_keep_them():
-    assert pattern.IN_CACHE == memory.IN_CACHE
     for name in architecture_names():
         kind = architecture(name)
         assert kind.memory.modes == len(kind.modes) and kind.memory.moments == (2 if kind.betas[0] else 1)

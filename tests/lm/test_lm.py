@@ -141,9 +141,8 @@ def test_what_is_captured_is_the_models_own_hidden_state(
     cut: LanguageModel, whole: LanguageModel, reference: hf.PreTrainedModel
 ) -> None:
     with torch.no_grad():
-        hidden = reference(
-            IDS, output_hidden_states=True, use_cache=False
-        ).hidden_states  # the last of them is after the final norm
+        # the last of them is after the final norm
+        hidden = reference(IDS, output_hidden_states=True, use_cache=False).hidden_states
     assert len(cut.layers) == 3 and len(hidden) == 5
     for lm in (cut, whole):
         found = lm.activations(IDS)

@@ -1,6 +1,6 @@
 """The compiled ops against their plain meaning, in float64 where they sum.
 
-B tokens, D d_in, F latents, N pattern, R bags, S SAEs.
+B tokens, D d_in, F latents, N entries, R bags, S SAEs.
 """
 
 import ctypes

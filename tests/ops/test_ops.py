@@ -1,6 +1,6 @@
 """Every op against a plain float64 meaning, in every form that runs on a CPU: every output, every gradient.
 
-B tokens, D d_in, F latents, N pattern.
+B tokens, D d_in, F latents, N entries.
 """
 
 import pytest

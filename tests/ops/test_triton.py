@@ -1,7 +1,7 @@
 """The Triton form of every op against the plain one: on a GPU where there is one, else in Triton's
 interpreter (see conftest.py).
 
-B tokens, D d_in, F latents, N pattern, S SAEs.
+B tokens, D d_in, F latents, N entries, S SAEs.
 """
 
 import os

@@ -207,9 +207,8 @@ def test_pages_are_chosen_fairly(codes):
     g, sae = gathered(codes), planted(8, F)
     like, entropy_F = geometry.geometry(sae), torch.zeros(F, dtype=torch.float64)
     chosen, reasons = latents.choose(g, like, 15, entropy_F)
-    assert (
-        len(set(chosen.tolist())) == len(chosen) == 15 and 0 not in chosen
-    )  # a latent that never fired has no page
+    # a latent that never fired has no page
+    assert len(set(chosen.tolist())) == len(chosen) == 15 and 0 not in chosen
     random = set(chosen[reasons == 0].tolist())
     assert len(random) == 5 and all(g.contexts_F[latent] >= latents.RARE_CONTEXTS for latent in random)
     assert (reasons[:8] == 0).sum() in (2, 3)  # so a report that keeps fewer pages keeps the shares
@@ -445,10 +444,11 @@ def test_a_run_ends_with_its_report(run, tiny_model):
         assert packed["count"].sum() == pytest.approx(row["l0"] * row["tokens"])
         assert {"near_copies", "copies", "dense", "always_on", "encoder_decoder_cosine"} <= row.keys()
         assert 0 < len(packed["page_latent"]) <= 20
+        # the strongest context's peak is the index's peak token
         at, latent = (
             packed["page_at"][0, 0],
             packed["page_latent"][0],
-        )  # the strongest context's peak is the index's peak token
+        )
         place = table["ids"].ravel()[at]
         assert table["token_ids"][place] == packed["peak_token"][latent]
         spelled = (

@@ -242,9 +242,8 @@ def test_bits_do_not_follow_the_threads(threads: None, name: str, sparse: bool) 
     ends = []
     for n in (1, 2):
         torch.set_num_threads(n)
-        ends.append(
-            trained(name, (256, 24, 512), 24 if name == "p_anneal" else 12, sparse=sparse)
-        )  # more numbers than torch sums in one thread
+        # more numbers than torch sums in one thread
+        ends.append(trained(name, (256, 24, 512), 24 if name == "p_anneal" else 12, sparse=sparse))
     assert equal(*ends)
 
 

@@ -66,9 +66,8 @@ class TopKFamily(SAE):
         self.W_dec.data.copy_(rows_FD)
 
     def init_from_batch(self, x_BD: Tensor) -> None:
-        self.b_dec.data.copy_(
-            geometric_median(x_BD).nan_to_num(0.0)
-        )  # of a batch that is not finite there is none
+        # of a batch that is not finite there is none
+        self.b_dec.data.copy_(geometric_median(x_BD).nan_to_num(0.0))
 
     def phase(self, ctx: StepContext) -> bool:
         return ctx.step > ctx.schedule.threshold_start_step
@@ -106,9 +105,8 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Ten
     e_BD = error_BD.detach()
     left = (e_BD - aux.map(torch.relu).decode(sae.W_dec)).pow(2).sum(1).mean()
     variance = (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
-    varies = (
-        variance > 0
-    )  # one token, or equal ones, leave nothing to explain: without this, a gradient of infinity times zero
+    # one token, or equal ones, leave nothing to explain: without this, a gradient of infinity times zero
+    varies = variance > 0
     share = (left / torch.where(varies, variance, 1)).nan_to_num(0.0)
     return torch.where(ctx.dead_F.any() & varies, share, 0)
 

@@ -140,9 +140,8 @@ class JumpReLU(SAE):
         B, bandwidth = codes.tokens, self.settings.bandwidth
         stepped = codes if ctx.recipe.step_of_preactivations else f
         l0 = stepped.total(lambda v, threshold: _Step.apply(v, threshold, bandwidth), self.threshold) / B
-        if (
-            not ctx.recipe.step_of_preactivations
-        ):  # off the support f is 0, which lies above a negative threshold and within reach of a small one
+        # off the support f is 0, which lies above a negative threshold and within reach of a small one
+        if not ctx.recipe.step_of_preactivations:
             off_F = B - codes.size_by_latent()
             l0 = (
                 l0

@@ -97,9 +97,8 @@ class PAnneal(SAE):
         sums = torch.stack([codes.cache["sum of f^p"], codes.total(lambda f: ops.power(f, p_next))])
         self.queue.copy_(torch.cat([self.queue[1:], sums[None]]))
         if ctx.step in self.annealing(ctx)[0]:
-            now, then = self.queue.sum(
-                0
-            )  # slots that are not filled yet hold zeros and do not move the ratio
+            # slots that are not filled yet hold zeros and do not move the ratio
+            now, then = self.queue.sum(0)
             self.coefficient.mul_(torch.where(then > 0, now / then, 1.0))
 
     def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:

@@ -256,12 +256,13 @@ class Reading:
             # Llama 3's templates write today's date unless they are given one: contexts would differ from day
             # to day
             text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024"))
+        # such as Gemma's, for a system message
         except (
             TemplateError,
             TypeError,
             KeyError,
             AttributeError,
-        ) as error:  # such as Gemma's, for a system message
+        ) as error:
             raise _Refused(str(error) or type(error).__name__) from error
         return text.removeprefix(self.bos)  # some templates write the BOS that every context has
 

@@ -177,10 +177,11 @@ def _rows_of_tables(source: Source, dataset: IterableDataset, *, on_hub: bool = 
     def row_of(table: Any) -> dict | None:
         try:
             return formatter.format_row(table)
+        # invalid UTF-8, which Parquet writers do not check; times beyond Python's
         except (
             ValueError,
             OverflowError,
-        ):  # invalid UTF-8, which Parquet writers do not check; times beyond Python's
+        ):
             return None
 
     return Rows(source, dataset.with_format("arrow"), row_of, on_hub=on_hub)
@@ -247,9 +248,8 @@ def _one_attempt() -> Iterator[None]:
     single = {f"STREAMING_{what}_MAX_RETRIES": 1 for what in ("READ", "OPEN")}
     intervals = ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN")
     single |= {f"STREAMING_{what}_RETRY_INTERVAL": 0 for what in intervals}
-    with (
-        _ATTEMPTS
-    ):  # attempts of several threads overlap: the first one saves the configuration, the last one restores it
+    # attempts of several threads overlap: the first one saves the configuration, the last one restores it
+    with _ATTEMPTS:
         _attempts.append(
             _attempts[0] if _attempts else {name: getattr(datasets_config, name) for name in single}
         )

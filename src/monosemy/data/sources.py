@@ -23,7 +23,7 @@ from monosemy.system.files import path_of
 from monosemy.system.http import check_hub
 
 if TYPE_CHECKING:
-    from monosemy.config import TrainConfig
+    from monosemy.config import ResolvedConfig
 
 FILE_KINDS = {
     ".jsonl": "jsonl",
@@ -71,19 +71,24 @@ class Source:
             raise invalid("key", self.key, "the name of a field", remedy)
 
 
-def sources_of(config: TrainConfig) -> tuple[Source, ...]:
+def default_dataset(model_name: str) -> str:
+    """Return the text that a model is trained on where none is named."""
+    return "sotu" if model_name in embedded.EMBEDDED_MODELS else DEFAULT_DATASET
+
+
+def sources_of(config: ResolvedConfig) -> tuple[Source, ...]:
     """Return a configuration's sources: its text, and with `mixed_dataset` the chat data beside it."""
-    default = "sotu" if config.model_name in embedded.EMBEDDED_MODELS else DEFAULT_DATASET
     weight, pauses = config.pretrain_frac if config.mixed_dataset else 1.0, config.retry_seconds
-    name = config.dataset or default
-    text = Source(name, key=config.text_key, weight=weight, subset=config.subset, retry_seconds=pauses)
+    text = Source(
+        config.dataset, key=config.text_key, weight=weight, subset=config.subset, retry_seconds=pauses
+    )
     if not config.mixed_dataset:
         return (text,)
     weight = 1 - config.pretrain_frac
     return (text, Source(config.chat_dataset, "chat", config.chat_key, weight=weight, retry_seconds=pauses))
 
 
-def check_sources(config: TrainConfig) -> None:
+def check_sources(config: ResolvedConfig) -> None:
     """Check that a configuration's sources exist and have their fields, without torch, in under a second.
 
     Raises `ValueError` for what the configuration has wrong, `DatasetUnavailable` for what the hub does not

@@ -144,9 +144,8 @@ class LatentStats:
         octave_M = (_bits(peak_M) >> 23) - 127
         slots_M = latents_M * OCTAVES + octave_M.remainder(OCTAVES)
         newest_S = self.octave_S.scatter_reduce(0, slots_M, octave_M.to(torch.int16), "amax")
-        higher = (newest_S > self.octave_S).nonzero()[
-            :, 0
-        ]  # what was kept there is out of range: eight octaves below
+        # what was kept there is out of range: eight octaves below
+        higher = (newest_S > self.octave_S).nonzero()[:, 0]
         self.sampled.clear(higher)
         self.candidates_S[higher] = 0
         self.octave_S = newest_S
@@ -195,9 +194,8 @@ class _Kept:
         order = at.argsort(stable=True)
         order = order[key[order].argsort(stable=True)]
         order = order[slot[order].argsort(stable=True)]
-        chosen = order[
-            _counting(torch.bincount(slot, minlength=T)) < R
-        ]  # at least R of each: the old ones and what is new
+        # at least R of each: the old ones and what is new
+        chosen = order[_counting(torch.bincount(slot, minlength=T)) < R]
         new = chosen >= T * R
         window = self.window_SRW.new_zeros(T * R, WINDOW)
         window[~new] = self.window_SRW[touched].view(T * R, WINDOW)[chosen[~new]]
@@ -226,9 +224,6 @@ def _mix(x: Tensor) -> Tensor:
     for factor in (-49064778989728563, -4265267296055464877):
         x = (x ^ ((x >> 33) & (2**31 - 1))) * factor
     return (x ^ ((x >> 33) & (2**31 - 1))) & (2**62 - 1)
-
-
-# --- the decoder --------------------------------------------------------------------------------------------
 
 
 # --- which latents have pages -------------------------------------------------------------------------------

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Names, Parts, Stored, dtype_of, only, renamed, text, whole, written
+from monosemy.formats.parts import (
+    COLUMN_ENCODER,
+    Names,
+    Parts,
+    Stored,
+    dtype_of,
+    only,
+    renamed,
+    text,
+    whole,
+    written,
+)
 from monosemy.sae import SAE
 
 FILES = ("ae.pt", "config.json")
@@ -39,15 +50,8 @@ class _Layout:
 _LINEAR: Names = {"W_enc": "encoder.weight", "W_dec": Stored("decoder.weight", transposed=True)}
 _RELU: Names = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"}
 _TOPK: Names = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec", "threshold": "threshold"}
-_UNCENTERED: Names = _RELU | {
-    "b_dec": "decoder.bias"
-}  # AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
-_PLAIN: Names = {
-    "W_enc": Stored("W_enc", transposed=True),
-    "W_dec": "W_dec",
-    "b_enc": "b_enc",
-    "b_dec": "b_dec",
-}
+# AutoEncoderNew: the ReLU autoencoder whose encoder sees x itself
+_UNCENTERED: Names = _RELU | {"b_dec": "decoder.bias"}
 _GATED: Names = _LINEAR | {
     "b_enc": "gate_bias",
     "b_mag": "mag_bias",
@@ -83,14 +87,14 @@ LAYOUTS = {
     "matryoshka_batch_top_k": _Layout(
         "MatryoshkaBatchTopKTrainer",
         "MatryoshkaBatchTopKSAE",
-        _PLAIN | {"threshold": "threshold"},
+        COLUMN_ENCODER | {"threshold": "threshold"},
         "MatryoshkaBatchTopKSAE",
         _K | {"group_fractions": "group_fractions"},
     ),
     "jump_relu": _Layout(
         "JumpReluTrainer",
         "JumpReluAutoEncoder",
-        _PLAIN | {"threshold": "threshold"},
+        COLUMN_ENCODER | {"threshold": "threshold"},
         "JumpRelu",
         {n: n for n in ("target_l0", "sparsity_penalty", "bandwidth")},
     ),

@@ -11,15 +11,9 @@ import re
 from pathlib import Path
 
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Names, Parts, Stored, matrix_shape, renamed, stored
+from monosemy.formats.parts import COLUMN_ENCODER, Names, Parts, Stored, matrix_shape, renamed, stored
 
-NAMES: Names = {
-    "W_enc": Stored("W_enc", transposed=True),
-    "W_dec": "W_dec",
-    "b_enc": "b_enc",
-    "b_dec": "b_dec",
-    "threshold": "threshold",
-}
+NAMES: Names = COLUMN_ENCODER | {"threshold": "threshold"}
 LOWER: Names = NAMES | {"W_enc": Stored("w_enc", transposed=True), "W_dec": "w_dec"}
 # the last place is read nowhere here
 PLACES = {"res": "resid_post.{}", "mlp": "mlp_out.{}", "att": "blocks.{}.attn.hook_z"}

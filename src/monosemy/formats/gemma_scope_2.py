@@ -12,16 +12,10 @@ from typing import Any
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Names, Parts, Stored, matrix_shape, neutral, only, renamed
+from monosemy.formats.gemma_scope import LOWER as NAMES
+from monosemy.formats.parts import Parts, matrix_shape, neutral, only, renamed
 
 WEIGHTS = "params.safetensors"
-NAMES: Names = {
-    "W_enc": Stored("w_enc", transposed=True),
-    "W_dec": "w_dec",
-    "b_enc": "b_enc",
-    "b_dec": "b_dec",
-    "threshold": "threshold",
-}
 # the last place is read nowhere here
 PLACES = {"resid_post": "resid_post.{}", "mlp_out": "mlp_out.{}", "attn_out": "blocks.{}.attn.hook_z"}
 HOOKS = {

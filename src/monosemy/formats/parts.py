@@ -33,6 +33,15 @@ class Stored(NamedTuple):
 Names = dict[str, str | Stored]  # ours -> the layout's; a plain name is not transposed
 
 
+# the field's names, of a layout that keeps the encoder [d_in, d_sae]
+COLUMN_ENCODER: Names = {
+    "W_enc": Stored("W_enc", transposed=True),
+    "W_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+}
+
+
 def stored(theirs: str | Stored) -> Stored:
     """Return how a layout keeps a tensor."""
     return theirs if isinstance(theirs, Stored) else Stored(theirs)
@@ -96,9 +105,8 @@ class Parts:
         if self.pre_bias is not None:
             sae.pre_bias = self.pre_bias
         if sae.name == "top_k" and float(state["threshold"]) < 0:
-            sae.modes = (
-                "top_k",
-            )  # a running threshold it has none, and everything positive is not what it was trained for
+            # a running threshold it has none, and everything positive is not what it was trained for
+            sae.modes = ("top_k",)
         return sae.requires_grad_(False).eval()
 
     def _called(self, name: str) -> str:

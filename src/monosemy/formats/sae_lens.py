@@ -17,9 +17,9 @@ from torch import Tensor
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
 from monosemy.formats.parts import (
+    COLUMN_ENCODER,
     Names,
     Parts,
-    Stored,
     dtype_of,
     hook_name,
     neutral,
@@ -35,18 +35,12 @@ from monosemy.sae import SAE
 FILES = ("sae_weights.safetensors", "cfg.json")
 VERSION = "6.54.12"  # whose layout this is
 
-_BIASED: Names = {
-    "W_enc": Stored("W_enc", transposed=True),
-    "W_dec": "W_dec",
-    "b_enc": "b_enc",
-    "b_dec": "b_dec",
-}
-_GATED: Names = _BIASED | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
+_GATED: Names = COLUMN_ENCODER | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
 NAMES: dict[str, Names] = {
-    "standard": _BIASED,
+    "standard": COLUMN_ENCODER,
     "gated": _GATED,
-    "jumprelu": _BIASED | {"threshold": "threshold"},
-    "topk": _BIASED,
+    "jumprelu": COLUMN_ENCODER | {"threshold": "threshold"},
+    "topk": COLUMN_ENCODER,
 }
 TO_OURS = {"standard": "standard", "gated": "gated", "jumprelu": "jump_relu", "topk": "top_k"}
 TO_THEIRS = {

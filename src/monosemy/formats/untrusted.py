@@ -107,9 +107,8 @@ def state_dict(path: Path) -> dict[str, Tensor]:
         with _regular(path) as file, _plain_archive(file):
             pass
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except (
-        Exception
-    ) as error:  # whatever a damaged or hostile pickle makes of the unpickler, which has no one error for it
+    # whatever a damaged or hostile pickle makes of the unpickler, which has no one error for it
+    except Exception as error:
         raise invalid(*refusal) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise invalid(*refusal)

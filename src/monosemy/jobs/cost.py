@@ -63,9 +63,8 @@ def evaluation(
     codes = len(sites) * sum(FLOAT32 * 4 * model.d_model * F * n for F, n in modes)
     deepest = max(_depth(site, model) for site in sites)
     if not spliced:
-        return (
-            _width(c.dtype) * 2 * model.layer_parameters * 2 * deepest + codes
-        )  # once for the mean, once for the codes
+        # once for the mean, once for the codes
+        return _width(c.dtype) * 2 * model.layer_parameters * 2 * deepest + codes
     runs = 2 + sum(n for _, n in modes)
     layers = (
         deepest + model.num_layers + sum(runs * (model.num_layers - _depth(site, model)) for site in sites)

@@ -36,6 +36,7 @@ RUN_FILES = (
 )
 UPLOADED = (*RUN_FILES, *SAE_FILES, *(f"*/{name}" for name in SAE_FILES))
 NOT_UPLOADED = ("checkpoints/*", "*/checkpoints/*", "wandb/*")
+# seconds before each further try, each drawn from half to one and a half times that
 WAITS = (
     1.0,
     2.0,
@@ -43,7 +44,7 @@ WAITS = (
     8.0,
     16.0,
     32.0,
-)  # seconds before each further try, each drawn from half to one and a half times that
+)
 SILENCE = 60.0  # seconds without a byte after which a request has failed
 LONGEST_WAIT = 120.0  # whatever the hub's Retry-After asks for
 REFUSALS = {
@@ -240,9 +241,8 @@ class Uploader:
         try:
             log.info("Uploaded: %s", push(self._run_folder, self._repo_id, waits=self._waits))
             self._problem = None
-        except (
-            Exception
-        ) as error:  # a card that cannot be written (a full disk) must not take the run with it either
+        # a card that cannot be written (a full disk) must not take the run with it either
+        except Exception as error:
             self._problem = str(
                 error
                 if isinstance(error, UploadFailed)

@@ -21,18 +21,19 @@ from monosemy.limits import (
     ESTIMATE_BELOW,
     GRADIENTS_AT_ONCE,
     HEAD_ELEMENTS,
+    IN_CACHE,
     SELECTION_TOKENS,
     ArchitectureMemory,
 )
 from monosemy.lm.info import ModelInfo, Site
 
 MIB = 2**20
+# Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
 LIBRARIES = {
     "cpu": 610 * MIB,
     "cuda": 64 * MIB,
-}  # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
-IN_CACHE = 2**18  # elements, as in ops/entries.py
-GATHERED = 2060  # bytes of a latent, as in latents.py
+}
+GATHERED = 2060  # bytes of a latent, as in evaluation/latents.py
 COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -119,9 +120,8 @@ def estimate(
     layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
     cut = of_lm * model.parameters(layers)
     stored = BYTES.get(model.dtype or c.dtype, 4)
-    mapped = (
-        stored / of_lm if stored != of_lm and not gpu else 0
-    )  # the checkpoint's pages, while they are converted
+    # the checkpoint's pages, while they are converted
+    mapped = stored / of_lm if stored != of_lm and not gpu else 0
     slots = (-(-contexts_per_block // M) + 1) * M * L
     batches = len(sites) * B * D * (4 + of_lm)
     libraries = LIBRARIES["cuda" if gpu else "cpu"]
@@ -176,9 +176,8 @@ def _evaluation(
     spliced = L * min(group, contexts if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
     rows = max(1, min(HEAD_ELEMENTS // (model.vocab_size or HEAD_ELEMENTS), spliced))
     modes = sum(r.memory.modes * r.per_site for r in grid)
-    retained = (
-        4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D
-    )  # reconstructions, and where they lead to
+    # reconstructions, and where they lead to
+    retained = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * len(sites)) * N) * D
     return Phase(
         {
             "libraries": libraries,
@@ -214,9 +213,8 @@ def workspace_bytes(
     or later.
     """
     dense = memory.dense_arrays > 0
-    of_products = (2 if bf16 else 4) * (
-        1 + memory.products * dense
-    )  # the encoder's, and gradients through the decoder
+    # the encoder's, and gradients through the decoder
+    of_products = (2 if bf16 else 4) * (1 + memory.products * dense)
     integers = 2 * (B + F) * D * (not bf16 and (dense or k < ESTIMATE_BELOW * F))
     return B * F * (of_products + 4 * memory.dense_arrays + dense) + integers
 
@@ -235,9 +233,8 @@ def step_bytes(
     dense = memory.dense_arrays > 0
     retained = of_pre + 5 * B * F if dense else of_pre + 16 * B * k  # on a GPU, until the group's update
     if not dense:
-        work = (
-            matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
-        )  # AuxK's entries, too, and its gradient of W_dec
+        # AuxK's entries, too, and its gradient of W_dec
+        work = matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
     elif on_gpu:
         work = int(memory.gpu_arrays * array)
     else:

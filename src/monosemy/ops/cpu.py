@@ -85,9 +85,8 @@ def _built() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "kernels.so"
         subprocess.run([*compiler, *arguments, "-o", str(made)], capture_output=True, text=True, check=True)
-        return made.replace(
-            folder / f"kernels-{key}-{_digest(made.read_bytes())}.so"
-        )  # whole at once, whoever else builds it
+        # whole at once, whoever else builds it
+        return made.replace(folder / f"kernels-{key}-{_digest(made.read_bytes())}.so")
 
 
 def _digest(data: bytes) -> str:
@@ -256,9 +255,8 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
     bf16, (B, F) = _kind(pre_BF), pre_BF.shape
     threshold = torch.as_tensor(threshold).detach()
     if threshold.ndim == 0:
-        threshold = threshold.to(
-            pre_BF.dtype if isinstance(pre, Tensor) else torch.float32
-        )  # as tensors are compared with a number
+        # as tensors are compared with a number
+        threshold = threshold.to(pre_BF.dtype if isinstance(pre, Tensor) else torch.float32)
     threshold_F = threshold.float().expand(F).contiguous()
     least_F = threshold_F - pre.relative * threshold_F.abs() if isinstance(pre, Estimate) else threshold_F
     mask, offsets_B1 = torch.empty(B, -(-F // 64), dtype=torch.int64), _int32(B + 1)
@@ -303,7 +301,7 @@ def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
 def _by_latent(
     rows_RD: Tensor, e: SparsePattern, values_N: Tensor | None, W_FD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sum by latent: value times the bag's row over its pattern, [F, D], and each entry's dot
+    """Sum by latent: value times the bag's row over its entries, [F, D], and each entry's dot
     product of that row with W's, [N].
 
     Without values there are no sums, without W no dot products.

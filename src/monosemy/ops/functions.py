@@ -1,7 +1,7 @@
 """The ops with their gradients. After the encoder's product everything costs as much as there are active
-pattern, and no tensor of [B, F] appears in a backward pass of the sparse layout.
+entries, and no tensor of [B, F] appears in a backward pass of the sparse layout.
 
-B tokens, D d_in, F latents, N pattern, R bags.
+B tokens, D d_in, F latents, N entries, R bags.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
 def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     """Select everything above a threshold: a number, or one for each latent [F].
 
-    On a GPU the lists hold `capacity` pattern.
+    On a GPU the lists hold `capacity` entries.
     """
     return backend_for(pre).above(pre, threshold, capacity)
 
@@ -161,7 +161,7 @@ def encode_sparse(
     values_N: Tensor,
     pattern: SparsePattern,
 ) -> Tensor:
-    """Return the pre-activations of the pattern, [N], differentiable in W_enc, b_enc and b_dec (where x was
+    """Return the pre-activations of the entries, [N], differentiable in W_enc, b_enc and b_dec (where x was
     centered by it).
 
     x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of
@@ -194,8 +194,8 @@ def decode(values_N: Tensor, W_FD: Tensor, pattern: SparsePattern) -> Tensor:
 # --- the dense layout ---------------------------------------------------------------------------------------
 #
 # On a CPU a pass over [B, F] costs what memory costs, and a fresh array as much again. So elementwise work
-# goes by a few rows at a time,
-# which stay in the cache through all of its operations, and arrays of [B, F] are those that `Buffer` lends.
+# goes by a few rows at a time, which stay in the cache through all of its operations, and arrays of [B, F]
+# are workspaces from a `Buffer`.
 
 Buffer = Callable[..., Tensor]  # (like, dtype) -> an array of [B, F]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IN_CACHE = 2**18  # elements
+from monosemy.limits import IN_CACHE
 
 Sort = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 

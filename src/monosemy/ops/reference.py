@@ -2,7 +2,7 @@
 other device or precision.
 
 Each function has a twin of the same name and signature in the fast forms. B tokens, D d_in, F latents, N
-pattern, R bags, S SAEs of one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
+entries, R bags, S SAEs of one shape. Weights are stored a latent per row: W_enc_FD, W_dec_FD.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
 def above(pre_BF: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Selection:
     """Select everything above a threshold: a number, or one for each latent [F].
 
-    On a GPU the lists hold `capacity` pattern.
+    On a GPU the lists hold `capacity` entries.
     """
     return _picked(pre_BF, pre_BF > threshold)
 

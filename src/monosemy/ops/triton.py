@@ -25,13 +25,11 @@ from monosemy.ops.reference import AdamStep, Constraint, estimate  # noqa: F401
 # --- selections: the kernels --------------------------------------------------------------------------------
 #
 # To choose the k largest of a row, its latents are dealt out to M shares: latent f belongs to share f % M.
-# The k-th largest of the
-# shares' maxima is a bound that at least k values reach and, as M is several times k, few more; and it is
-# reached in few shares. Those
-# are noted, what reaches the bound in them is listed, and the exact choice looks at the list alone. So a row
-# is read once, and then a
-# small part of it again. If its list overflows, the row itself is searched: the bound decides about speed,
-# never about the result.
+# The k-th largest of the shares' maxima is a bound that at least k values reach and, as M is several times k,
+# few more; and it is reached in few shares. Those are noted, what reaches the bound in them is listed, and
+# the exact choice looks at the list alone. So a row is read once, and then a small part of it again. If its
+# list overflows, the row itself is searched: the bound decides about speed, never about the result.
+#
 # The n largest of a batch are found alike, with one bound for all rows, by histograms; and what is above a
 # threshold by shares, too.
 # Shares and lists of a row are stored as how many there are, then which, ascending.
@@ -638,11 +636,9 @@ def _decode_kernel(
 
 
 # The entries in order of latents are cut at each latent's beginning and at each multiple of CHUNK. So a
-# latent that is active
-# everywhere holds up no program, and what a program does, and in which order, depends on the data alone.
-# Piece f < F is the first of
-# latent f; piece F + q begins at place q CHUNK, if a latent lies across it. A second kernel adds a latent's
-# pieces to its first.
+# latent that is active everywhere holds up no program, and what a program does, and in which order, depends
+# on the data alone. Piece f < F is the first of latent f; piece F + q begins at place q CHUNK, if a latent
+# lies across it. A second kernel adds a latent's pieces to its first.
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from monosemy.evaluation.columns import finite
 from monosemy.evaluation.missing import Missing
 from monosemy.report.looks import UNKNOWN, looks, ordered
 from monosemy.system.files import write_bytes
@@ -132,7 +133,7 @@ def fvu_against_l0(rows: Sequence[Row]) -> Figure:
 def alive(rows: Sequence[Row]) -> Figure:
     """Share of the latents that fired at least once on the held-out tokens: a bar per SAE, with the number
     that never did."""
-    shown = [row for row in rows if _number(row, "frac_alive") is not None]
+    shown = [row for row in rows if finite(row, "frac_alive") is not None]
     sites = _sites(rows)
     names = _architectures(rows)
     tallest = max((sum(row["site"] == site for row in shown) for site in sites), default=1)
@@ -303,11 +304,11 @@ def _drawings(rows: Sequence[Row], records: Sequence[Row]) -> dict[str, Callable
     records = [record for record in records if "sae" in record]
     drawings: dict[str, tuple[bool, Callable[[], Figure]]] = {
         "loss_recovered": (
-            any(_number(row, "loss_recovered_zero") is not None for row in rows),
+            any(finite(row, "loss_recovered_zero") is not None for row in rows),
             lambda: loss_recovered_against_l0(rows),
         ),
-        "fvu": (any(_number(row, "fvu") is not None for row in rows), lambda: fvu_against_l0(rows)),
-        "alive": (any(_number(row, "frac_alive") is not None for row in rows), lambda: alive(rows)),
+        "fvu": (any(finite(row, "fvu") is not None for row in rows), lambda: fvu_against_l0(rows)),
+        "alive": (any(finite(row, "frac_alive") is not None for row in rows), lambda: alive(rows)),
         "firing_frequencies": (
             any(row.get("firing_counts") for row in rows),
             lambda: firing_frequencies(rows),
@@ -345,9 +346,8 @@ def write(
             with rc_context(STYLE):
                 figure = draw()
                 _save(figure, path, dpi=DPI)
-                figure.set_layout_engine(
-                    "none"
-                )  # the layout is found; finding it again for the SVG is a quarter of the time
+                # the layout is found; finding it again for the SVG is a quarter of the time
+                figure.set_layout_engine("none")
                 _save(figure, path.with_suffix(".svg"), metadata={"Date": None})
             paths.append(path)
     return paths
@@ -374,9 +374,8 @@ def read_lines(path: str | Path) -> list[Row]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[:-1]]
-    with contextlib.suppress(
-        json.JSONDecodeError
-    ):  # a writer that died inside its last line; every line before it is whole
+    # a writer that died inside its last line; every line before it is whole
+    with contextlib.suppress(json.JSONDecodeError):
         rows += [json.loads(line) for line in lines[-1:]]
     return rows
 
@@ -390,9 +389,9 @@ def _against_l0(
     """Points (L0, key) with intervals where the row has them; the TopK kinds once more, hollow, under exact
     top-k."""
     names, sites = _architectures(rows), _sites(rows)
-    positive = [row for row in rows if (_number(row, "l0") or 0) > 0]
+    positive = [row for row in rows if (finite(row, "l0") or 0) > 0]
     shown = [
-        row for row in positive if (value := _number(row, key)) is not None and not (log_y and value <= 0)
+        row for row in positive if (value := finite(row, key)) is not None and not (log_y and value <= 0)
     ]
     exact = f"top_k_{key}"
     with rc_context(STYLE):
@@ -418,17 +417,17 @@ def _against_l0(
             _scale_y(axes[0], log=True)
         _l0_axis(
             axes,
-            [row["l0"] for row in shown] + [row["top_k_l0"] for row in shown if _number(row, "top_k_l0")],
+            [row["l0"] for row in shown] + [row["top_k_l0"] for row in shown if finite(row, "top_k_l0")],
         )
         for axis in axes:
             axis.set_xlabel(L0)
         figure.supylabel(label, fontsize=9, multialignment="center")
-        both_modes = any(_number(row, exact) is not None for row in shown)
+        both_modes = any(finite(row, exact) is not None for row in shown)
         _legend(figure, names, hollow="hollow: exact top-k" if both_modes else "")
         _below(
             figure,
             "Bars: where 95 of 100 re-draws of the held-out text would fall"
-            if any(_number(row, low) is not None for row in shown)
+            if any(finite(row, low) is not None for row in shown)
             else "",
             _left_out(len(rows) - len(shown), len(rows), f"L0 or {label.splitlines()[0]}"),
             f"Below the scale, drawn as an arrow with its value: {below}" if below else "",
@@ -499,7 +498,7 @@ def _stretches(line: Sequence[Row], key: str, *, positive: bool) -> np.ndarray:
     points = [
         (record["tokens"], value)
         for record in line
-        if (value := _number(record, key)) is not None and not (positive and value <= 0)
+        if (value := finite(record, key)) is not None and not (positive and value <= 0)
     ]
     parts = np.array_split(np.array(points, float), min(len(points), 120)) if points else []
     return np.array(
@@ -614,19 +613,9 @@ def _floor(values: Sequence[float]) -> float | None:
     return float(floor) if min(values) < floor and middle > floor else None
 
 
-def _number(row: Row, key: str) -> float | None:
-    """Return the row's finite number under `key`, or None: missing, null and NaN are the same to a plot."""
-    value = row.get(key)
-    return (
-        value
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        else None
-    )
-
-
 def _pair(row: Row, one: str, other: str) -> tuple[float, float] | None:
     """Return two of the row's numbers, if it has both."""
-    pair = _number(row, one), _number(row, other)
+    pair = finite(row, one), finite(row, other)
     return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
 
 
@@ -650,7 +639,7 @@ def _order(row: Row, names: Sequence[str]) -> tuple[int, int, float]:
 
 
 def _label(row: Row) -> str:
-    value = _number(row, "l0")
+    value = finite(row, "l0")
     return _plain(row["architecture"]) + (
         "" if value is None else f"   L0 {value:.0f}" if value >= 10 else f"   L0 {value:.1f}"
     )

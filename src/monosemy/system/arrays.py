@@ -14,12 +14,13 @@ import numpy as np
 from monosemy.errors import invalid
 from monosemy.system.files import atomic_path
 
+# columns of an SAE's latents that show text, or say where it is
 OF_TEXT = (
     "peak_token",
     "page_at",
     "page_shade",
     "page_peak",
-)  # columns of an SAE's latents that show text, or say where it is
+)
 
 
 def save(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:

@@ -138,9 +138,8 @@ def sync(path: Path) -> None:
     """fsync a file or a folder; on Windows, where folders cannot be opened, a file alone."""
     if os.name == "nt" and path.is_dir():
         return
-    handle = os.open(
-        path, os.O_RDWR if path.is_file() else os.O_RDONLY
-    )  # Windows flushes what it may write to
+    # Windows flushes what it may write to
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -155,10 +154,11 @@ def path_of(field: str, value: str) -> Path:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path  # whether it has to exist is for others to say
+    # too long, a loop of links, NUL, no UTF-8, a user's home that is not known
     except (
         OSError,
         ValueError,
         RuntimeError,
-    ) as error:  # too long, a loop of links, NUL, no UTF-8, a user's home that is not known
+    ) as error:
         raise invalid(field, value, "a path", f"name another ({error})") from error
     return path

@@ -42,9 +42,8 @@ class Progress:
         """Count `n` further units."""
         self.done += n
         self._bar.update(n)
-        if (
-            self._first is None
-        ):  # what a resumed run did before was not done now, and the first units wait for others
+        # what a resumed run did before was not done now, and the first units wait for others
+        if self._first is None:
             self._first, self._begun = self.done, self._clock()
         self.tick()
 

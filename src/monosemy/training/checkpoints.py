@@ -142,9 +142,8 @@ class Checkpoints:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         found = sorted(self.folder.glob("step_*"))
-        newest_two = [folder for folder in found if folder <= final][
-            -KEEP:
-        ]  # a later one was passed over: the run went on from before it
+        # a later one was passed over: the run went on from before it
+        newest_two = [folder for folder in found if folder <= final][-KEEP:]
         for folder in {*found, *self.folder.glob(".step_*.part")}.difference(newest_two):
             shutil.rmtree(folder)
 

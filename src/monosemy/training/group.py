@@ -79,28 +79,32 @@ class TrainerGroup:
         scales = torch.tensor([lr, [trainer.schedule.sparsity(step) for trainer in self.trainers]])
         self.scales_2S.copy_(scales.pin_memory() if self.device.type == "cuda" else scales, non_blocking=True)
         if self.graphs is None:
-            self._step(batches, step)
+            self._run(batches, step)
         else:
-            self.graphs(self._step, tuple(trainer.phase(step) for trainer in self.trainers), batches, step)
+            self.graphs(self._run, tuple(trainer.phase(step) for trainer in self.trainers), batches, step)
         if step % READBACK_EVERY == 0:
             for trainer in self.trainers:
                 trainer.schedule_readback()
 
-    def _step(self, batches: Mapping[str, Tensor], step: int) -> None:
-        """Run forward passes, the update and what follows from it, launch by launch."""
+    def _run(self, batches: Mapping[str, Tensor], step: int) -> None:
+        """Step the SAEs launch by launch."""
         for members in self.launches:
-            trainers, lr_S = self.trainers[members], self.scales_2S[0, members]
-            results = self._forward(members, batches, step)
-            # a loss that is not a number makes the optimizer skip the update
-            losses = [
-                torch.where(t.skips(r), torch.nan, r.metrics["loss"])
-                for t, r in zip(trainers, results, strict=True)
-            ]
-            grads = {name: [r.grads[name] for r in results] for name in self.params}
-            updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
-            for trainer, result, updated in zip(trainers, results, updated_S, strict=True):
-                self._keep_metrics(trainer.name, result.metrics)
-                trainer.update_state(result, updated)
+            self._launch(members, batches, step)
+
+    def _launch(self, members: slice, batches: Mapping[str, Tensor], step: int) -> None:
+        """Run forward passes, one update and what follows from it; codes and gradients go when it returns."""
+        trainers, lr_S = self.trainers[members], self.scales_2S[0, members]
+        results = self._forward(members, batches, step)
+        # a loss that is not a number makes the optimizer skip the update
+        losses = [
+            torch.where(trainer.skips(result), torch.nan, result.metrics["loss"])
+            for trainer, result in zip(trainers, results, strict=True)
+        ]
+        grads = {name: [result.grads[name] for result in results] for name in self.params}
+        updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
+        for trainer, result, updated in zip(trainers, results, updated_S, strict=True):
+            self._keep_metrics(trainer.name, result.metrics)
+            trainer.update_state(result, updated)
 
     def _forward(self, members: slice, batches: Mapping[str, Tensor], step: int) -> list[StepResult]:
         """Run the forward and backward passes of some of the SAEs."""

@@ -219,10 +219,8 @@ class _Batches:
         if normalize and not all(x.isfinite().all() for x in first):
             remedy = "find where infinities come from, or drop those rows"
             raise invalid("batches", "not finite", "finite activations", remedy)
-        self.norm_factor, self.shape = (
-            _norm_factor(first) if normalize else 1.0,
-            (len(first[0]), first[0].shape[1]),
-        )
+        self.norm_factor = _norm_factor(first) if normalize else 1.0
+        self.shape = len(first[0]), first[0].shape[1]
         self._stream = itertools.chain(first, map(_checked, source))
 
     def next(self, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ B tokens, D d_in, F d_sae. The arrays behind the weights and the optimizer belon
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from monosemy.codes import Codes, Execution
 from monosemy.errors import invalid
 from monosemy.limits import ESTIMATE_BELOW
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
-from monosemy.sae import SAE, StepContext, architecture, current_names
+from monosemy.sae import SAE, StepContext, architecture
 from monosemy.schedule import Schedule
 
 READBACK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
@@ -244,7 +245,7 @@ class SAETrainer:
             )
             dead_F = since_fired_F >= self.schedule.dead_tokens
         any_dead = self.any_dead if x_BD.is_cuda else bool(dead_F.any())
-        ctx = StepContext(step, self.schedule, self.recipe, dead_F if any_dead else None, sparsity_scale)
+        ctx = dataclasses.replace(ctx, dead_F=dead_F if any_dead else None)
         parts = self.sae.loss(x_BD, codes, f, ctx)
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
@@ -321,15 +322,14 @@ class SAETrainer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what an equal trainer's `state_dict` returned, in this or an earlier version."""
-        state = {FORMER_COUNTERS.get(name, name): tensor for name, tensor in current_names(state).items()}
+        """Load what an equal trainer's `state_dict` returned, under `current_names` of tensors."""
+        state = {FORMER_COUNTERS.get(name, name): tensor for name, tensor in state.items()}
         for name, tensor in [*self.sae.named_parameters(), *self.sae.named_buffers()]:
             tensor.copy_(state[f"sae.{name}"])
         for name in ("since_fired_F", "clock", "nonfinite", "active"):
             getattr(self, name).copy_(state[name])
-        sparse, capacity, any_dead, *estimate = state[
-            "layout"
-        ].tolist()  # versions without estimates wrote three
+        # versions without estimates wrote three
+        sparse, capacity, any_dead, *estimate = state["layout"].tolist()
         self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)
         self.use_estimate = estimate == [1]
         self.readback = None if state["readback"].isnan().any() else AsyncScalars(state["readback"].cpu())
