@@ -17,6 +17,7 @@ from monosemy.sae import REGISTRY, StepContext, architecture
 from monosemy.schedule import Schedule
 from monosemy.system.rng import generator
 from monosemy.training.trainer import SAESpec
+from tests import synthetic
 
 B, D, F = 128, 16, 64
 SETTINGS = {
@@ -33,13 +34,7 @@ every = pytest.mark.parametrize("name", sorted(SETTINGS))
 
 
 def batch(step, scale=1.0):
-    """Sparse combinations of fixed directions, of mean square norm about 1."""
-    directions = torch.nn.functional.normalize(
-        torch.randn(48, D, generator=generator(0, "directions")), dim=1
-    )
-    draw = generator(0, "batch", step)
-    strength = torch.rand(B, 48, generator=draw) * (torch.rand(B, 48, generator=draw) < 0.08)
-    return scale * (strength @ directions)
+    return synthetic.batch(step, B, D, scale=scale)
 
 
 def member(name, steps=60, seed=0, **how):

@@ -384,3 +384,18 @@ def test_an_optimizer_goes_on_from_its_state():
     for o in (one, two):
         step(o, 7)
     assert torch.equal(one.params["W"], two.params["W"])
+
+
+@pytest.mark.parametrize("N", [1, 63, 32_769, 56_725, 70_001, 131_072])
+def test_powers_do_not_follow_the_threads(N: int) -> None:
+    threads = torch.get_num_threads()
+    x = torch.rand(N, generator=torch.Generator().manual_seed(0)) + 1e-3
+    try:
+        made = []
+        for n in (1, 2, 3, 4):
+            torch.set_num_threads(n)
+            made.append(ops.power(x, 0.7))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(made[0], other) for other in made[1:])
+    assert torch.allclose(made[0].double(), x.double() ** 0.7, rtol=1e-6)

@@ -24,6 +24,7 @@ from monosemy.training import trainer
 from monosemy.training.group import TrainerGroup
 from monosemy.training.sweep import Sweep
 from monosemy.training.trainer import READBACK_EVERY, SPARSE_BELOW, SAESpec, SAETrainer
+from tests import synthetic
 
 FAST = "cpu" if cpu.available() else "aten"
 RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu")
@@ -169,12 +170,7 @@ def test_how_the_product_is_estimated_changes_no_bit(name: str) -> None:
 
 
 def batches(B: int, D: int, n: int = 8) -> Tensor:
-    """Sparse combinations of fixed directions, of mean square norm about 1, [n, B, D]."""
-    directions = torch.nn.functional.normalize(
-        torch.randn(48, D, generator=torch.Generator().manual_seed(0)), dim=1
-    )
-    draw = torch.Generator().manual_seed(1)
-    return (torch.rand(n, B, 48, generator=draw) * (torch.rand(n, B, 48, generator=draw) < 0.08)) @ directions
+    return torch.stack([synthetic.batch(step, B, D) for step in range(n)])
 
 
 def begun(

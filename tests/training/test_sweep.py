@@ -9,19 +9,13 @@ from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY, REFERENCE_LR, REFEREN
 from monosemy.schedule import Schedule
 from monosemy.training.sweep import Sweep, grid
 from monosemy.training.trainer import SAESpec, SAETrainer
+from tests import synthetic
 
 D, F = 12, 40
 
 
 def batches(n=30, B=64, scale=3.0):
-    directions = torch.nn.functional.normalize(
-        torch.randn(30, D, generator=torch.Generator().manual_seed(0)), dim=1
-    )
-    draw = torch.Generator().manual_seed(1)
-    return [
-        scale * ((torch.rand(B, 30, generator=draw) < 0.1) * torch.rand(B, 30, generator=draw)) @ directions
-        for _ in range(n)
-    ]
+    return [synthetic.batch(step, B, D, directions=30, density=0.1, scale=scale) for step in range(n)]
 
 
 SPECS = [

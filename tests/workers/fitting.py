@@ -5,10 +5,8 @@ Each batch is a function of its number, and raises the audit event "step" with i
 
 import sys
 
-import torch
-
 import monosemy
-from monosemy.system.rng import generator
+from tests import synthetic
 
 B, D, F = 64, 24, 96
 
@@ -23,15 +21,9 @@ class Batches:
         return self.steps
 
     def __iter__(self):
-        directions = torch.nn.functional.normalize(
-            torch.randn(64, D, generator=generator(0, "directions")), dim=1
-        )
         for step in range(self.steps):
             sys.audit("step", f" {step}")
-            draw = generator(0, "batch", step)
-            yield (
-                torch.rand(B, 64, generator=draw) * (torch.rand(B, 64, generator=draw) < 0.06)
-            ) @ directions
+            yield synthetic.batch(step, B, D, directions=64, density=0.06)
 
 
 def spec(architecture):

@@ -294,10 +294,33 @@ def _gradients(
     return total, None if d_values is None else d_BF, d_w_F
 
 
+GRAIN = 32768  # elements of torch's smallest share of a thread
+VECTORS = 64  # elements that its widest loop takes at once, twice over
+
+
+def _pow(x: Tensor, p: float) -> Tensor:
+    """Compute x^p, the same bits for any number of threads.
+
+    torch computes what is left over at the end of a thread's share by another routine, which may differ in
+    the last bit. So shares are filled up to whole vectors.
+    """
+    if x.device.type != "cpu":
+        return x.pow(p)
+    N, threads, padded = x.numel(), 0, x.numel()
+    while threads != (shares := max(min(torch.get_num_threads(), -(-padded // GRAIN)), 1)):
+        threads = shares
+        padded = -(-N // (VECTORS * threads)) * VECTORS * threads
+    if padded == N:
+        return x.pow(p)
+    filled = x.new_ones(padded)
+    filled[:N] = x.flatten()
+    return filled.pow_(p)[:N].view(x.shape)
+
+
 class _Power(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        x_p = x**p
+        x_p = _pow(x, p)
         ctx.save_for_backward(x, x_p)
         ctx.p = p
         return x_p
