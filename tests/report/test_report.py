@@ -6,6 +6,7 @@ import gzip
 import html
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,7 +284,9 @@ def test_the_page_is_whole_by_itself(made):
 def test_our_script_makes_no_markup_of_strings():
     from importlib.resources import files
 
-    script = (files("monosemy.report") / "report.js").read_text()
+    scripts = list((files("monosemy.report") / "script").iterdir())
+    assert {Path(file.name).stem for file in scripts} == set(page.SCRIPTS)
+    script = "\n".join(file.read_text() for file in scripts)
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", script
     )

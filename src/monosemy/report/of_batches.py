@@ -22,7 +22,7 @@ from monosemy.evaluation.metrics import Row, evaluate, named_saes
 from monosemy.evaluation.missing import Missing
 from monosemy.report import page, plots
 from monosemy.sae import SAE
-from monosemy.system.files import path_of, write_json, write_text
+from monosemy.system.files import path_of, read_json, write_json, write_text
 from monosemy.training.loop import Fitted
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _folder(folder: Path) -> Path:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("batches") is True
+        return read_json(folder / "run.json").get("batches") is True
     except (OSError, ValueError, AttributeError):
         return False
 

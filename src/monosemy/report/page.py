@@ -2,8 +2,8 @@
 the network for nothing.
 
 The skeleton and the table are in the HTML; everything else lies in blocks, typed columns that are compressed
-and in base64, and is drawn by report.js when it is opened. Numbers of `rows.jsonl` are made into text here
-and nowhere else.
+and in base64, and is drawn by script/ when it is opened. Numbers of `rows.jsonl` are made into text here and
+nowhere else.
 
 P latents with a page, F latents of an SAE.
 """
@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,21 @@ import numpy as np
 from markupsafe import Markup
 
 from monosemy.errors import invalid
-from monosemy.evaluation.columns import COLUMNS, finite
+from monosemy.evaluation.columns import columns_of, finite
 from monosemy.evaluation.missing import Missing
 from monosemy.report import plots
 from monosemy.report.looks import MARKERS, UNKNOWN, looks, ordered
 from monosemy.report.plots import Row
 from monosemy.system import arrays
-from monosemy.system.files import DiskFull, cache_folder, write_bytes, write_text
+from monosemy.system.files import DiskFull, cache_folder, read_json, read_lines, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 
 LIMIT = 14_500_000  # bytes of a report; latents lose their pages until it fits
+COLUMNS = columns_of("page")
 POINTS = 200  # of a training curve
+# of the page, joined into one in this order
+SCRIPTS = ("elements", "data", "drawing", "charts", "overview", "sae", "latent", "routes")
 
 
 NO_TEXT: dict[str, np.ndarray] = {  # a vocabulary of no tokens
@@ -141,11 +145,9 @@ class _Run:
         self.rows: list[Row] = []
         self.records: list[Row] = []
         with missing.part("table of the page"):
-            self.rows = plots.read_lines(folder / "rows.jsonl")
+            self.rows = read_lines(folder / "rows.jsonl")
         with missing.part("training curves of the page"):
-            self.records = [
-                record for record in plots.read_lines(folder / "metrics.jsonl") if "sae" in record
-            ]
+            self.records = [record for record in read_lines(folder / "metrics.jsonl") if "sae" in record]
         self.saes = [_Latents(row, folder / row["sae"] / "latents.npz", missing) for row in self.rows]
         self.text = NO_TEXT
         self.text_facts: dict[str, Any] = {}
@@ -236,7 +238,7 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
         title=", ".join(names),
         missing=missing,
         style=Markup((folder / "report.css").read_text("utf-8")),
-        script=Markup((folder / "report.js").read_text("utf-8")),
+        script=Markup(_script(folder / "script")),
         library=Markup(library),
         licenses=(folder / "licenses.txt").read_text("utf-8"),
         blocks=blocks,
@@ -377,7 +379,7 @@ def _shortened(x: np.ndarray) -> np.ndarray:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path, {})
     except (OSError, ValueError) as error:
         raise invalid(
             path.name,
@@ -385,6 +387,10 @@ def _json(path: Path) -> dict[str, Any]:
             "what a run wrote",
             f"repair it, or take it from a copy of the run ({error})",
         ) from error
+
+
+def _script(folder: Traversable) -> str:
+    return "\n".join((folder / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
 
 
 def _library() -> str:

@@ -11,10 +11,8 @@ distance 14.7).
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -33,7 +31,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from monosemy.evaluation.columns import finite
 from monosemy.evaluation.missing import Missing
 from monosemy.report.looks import UNKNOWN, looks, ordered
-from monosemy.system.files import write_bytes
+from monosemy.system.files import read_lines, write_bytes
 
 Row = dict[str, Any]
 
@@ -362,22 +360,6 @@ def _save(figure: Figure, path: Path, **options: Any) -> None:
 def unit(rows: Sequence[Row]) -> str:
     """Return what was counted: tokens of a language model's text, or rows of batches."""
     return next((str(row["unit"]) for row in rows if "unit" in row), "tokens")
-
-
-def read_lines(path: str | Path) -> list[Row]:
-    """Return the objects of a .jsonl file; none if there is no such file.
-
-    A last line that a killed run left half-written is dropped.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[:-1]]
-    # a writer that died inside its last line; every line before it is whole
-    with contextlib.suppress(json.JSONDecodeError):
-        rows += [json.loads(line) for line in lines[-1:]]
-    return rows
 
 
 # The pieces
