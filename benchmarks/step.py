@@ -63,6 +63,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.alone import LoneTrainer
+from benchmarks.harness import DEAD_TOKENS, RELU, STEPS, TOP_K, activations, settings, thin_out
 from monosemy.formats.dictionary_learning import state_dict
 from monosemy.ops import Workspace
 from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY
@@ -72,10 +73,7 @@ from monosemy.system.machine import cpu_has_bf16
 from monosemy.training.trainer import ESTIMATE_BELOW, SAESpec
 
 ROOT = Path(__file__).parents[1]
-TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
-RELU = ("standard", "standard_new", "p_anneal", "gated", "jump_relu")
-STEPS, LR = 10_000, 1e-6  # no phase of the run ends or begins while it is timed
-DEAD_TOKENS = 10_000_000  # dictionary_learning's and sparsify's limit
+LR = 1e-6
 SAME = 1e-4  # how far losses of the same objective may lie apart
 
 
@@ -90,11 +88,7 @@ class Ours:
         phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
         phases |= {"dead_feature_threshold": DEAD_TOKENS}
         schedule = Schedule.of_run(STEPS, args.batch, recipe=recipe, decay_start_fraction=1.0, **phases)
-        settings = {kind: {"k": args.k} for kind in TOP_K} | {
-            "jump_relu": {"target_l0": args.k},
-            "p_anneal": {"p_start": 0.8},
-        }
-        spec = SAESpec(name, args.d_sae, lr=LR, settings=settings.get(name, {}))
+        spec = SAESpec(name, args.d_sae, lr=LR, settings=settings(name, args.k))
         self.member = LoneTrainer(
             name,
             spec,
@@ -323,26 +317,6 @@ def per_token(f: Tensor) -> float:
 
 
 # --- what they are given ------------------------------------------------------------------------------------
-
-
-def activations(steps: int, B: int, D: int) -> list[Tensor]:
-    """Batches [B, D] of sparse combinations of 4 D directions and some noise, of mean square norm 1."""
-    draw = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(4 * D, D, generator=draw), dim=1)
-
-    def batch() -> Tensor:
-        strength = torch.rand(B, 4 * D, generator=draw) * (torch.rand(B, 4 * D, generator=draw) < 0.02)
-        x_BD = strength @ directions + 0.5 * torch.randn(B, D, generator=draw) / D**0.5
-        return x_BD / x_BD.pow(2).sum(1).mean().sqrt()
-
-    return [batch() for _ in range(steps)]
-
-
-@torch.no_grad()
-def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
-    """Lower b_enc alike for all latents until k of each token's are active on average."""
-    least = (x_BD @ sae.W_enc.T + sae.b_enc).flatten().topk(k * len(x_BD)).values[-1]
-    sae.b_enc.sub_(least - (sae.threshold if sae.name == "jump_relu" else 0))
 
 
 @torch.no_grad()

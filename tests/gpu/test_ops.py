@@ -1,0 +1,372 @@
+"""Every op of the backend that a device has, against its reference in float64: ties, latents that no token
+and that every token has, k = 1 and k = F, empty lists and padding.
+
+On a GPU at the shapes of training; elsewhere at tiny ones, by the backend of that device.
+
+B tokens, D d_in, F d_sae, k entries of a token, N entries, R bags, S SAEs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from monosemy import ops
+from monosemy.ops import reference
+from monosemy.ops.backends import backend_for
+from monosemy.ops.pattern import Selection, SparsePattern
+from monosemy.ops.reference import AdamStep
+from tests.gpu.sizes import DEVICE, SIZES
+
+pytestmark = pytest.mark.gpu
+ENTRY_ERROR = 1e-5  # of sums in float32 against float64
+
+
+class Called:
+    """A module of ops that remembers which of them were called."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.names = module, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.module, name)
+
+
+def poison(device: torch.device) -> None:
+    """Leave NaN in memory that is about to be allocated, so that what is not written shows."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        kept = [
+            torch.full((2**27,), torch.nan, device=device),
+            *(torch.full((2**17,), torch.nan, device=device) for _ in range(16)),
+        ]
+        del kept
+
+
+class Errors:
+    """The largest error that was found in each op."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def places(self, name: str, number: Any) -> None:
+        """Count the places in which two results differ that must agree exactly."""
+        self._add(f"{name}: places that differ", float(number), 0)
+
+    def near(self, name: str, got: Tensor, wanted: Tensor) -> None:
+        """Measure ||got - wanted|| / ||wanted||; infinite where shapes differ or a number is not finite."""
+        error = float("inf")
+        if got.shape == wanted.shape and got.isfinite().all() and wanted.isfinite().all():
+            error = float(torch.linalg.vector_norm(got.double() - wanted)) / (
+                float(torch.linalg.vector_norm(wanted)) or 1.0
+            )
+        self._add(f"{name}: relative error", error, ENTRY_ERROR)
+
+    def _add(self, name: str, error: float, bound: float) -> None:
+        if not error <= bound:
+            self.found[name] = max(self.found.get(name, 0.0), error)
+
+    def check(self) -> None:
+        assert not self.found, self.found
+
+
+def differing(got: Selection, wanted: Selection) -> float:
+    """In how many places two selections differ, padding included."""
+    starts = int((got.offsets_B1 != wanted.offsets_B1).sum())
+    n = len(wanted.indices_N)
+    if starts or len(got.indices_N) < n:
+        return float(max(starts, 1))
+    wrong = (got.indices_N[:n] != wanted.indices_N) | (got.values_N[:n].double() != wanted.values_N)
+    return float(wrong.sum() + ((got.indices_N[n:] != 0) | (got.values_N[n:] != 0)).sum())
+
+
+def preactivations(B: int, F: int, device: torch.device) -> dict[str, Tensor]:
+    normal_BF = torch.randn(B, F, device=device)
+    seldom_BF = torch.where(torch.rand(F, device=device) < 0.8, normal_BF - 100, normal_BF)
+    always_BF = normal_BF.clone()
+    always_BF[:, F // 2] += 100
+    ties_BF = (torch.arange(B * F, device=device).view(B, F) % 3).float()
+    return {
+        "normal": normal_BF,
+        "seldom": seldom_BF,
+        "always": always_BF,
+        "ties": ties_BF,
+        "equal": torch.zeros_like(normal_BF),
+    }
+
+
+def selections(
+    B: int, F: int, k: int, device: torch.device, *, every: bool
+) -> dict[str, Callable[[Any, Tensor], Selection]]:
+    """Calls of selections; the ones that training makes, or every kind."""
+    some_F, each_F = torch.arange(F, device=device) % 3 == 0, torch.randn(F, device=device)
+    calls: dict[str, Callable[[Any, Tensor], Selection]] = {
+        "top_k": lambda o, pre: o.top_k(pre, k),
+        "top_k of dead latents": lambda o, pre: o.top_k(pre, k, some_F),
+        "batch_top_k": lambda o, pre: o.batch_top_k(pre, k * B),
+        "above 0": lambda o, pre: o.above(pre, 0, B * F),
+        "above thresholds": lambda o, pre: o.above(pre, each_F, B * F),
+    }
+    if every:
+        calls |= {
+            "top_k, k = 1": lambda o, pre: o.top_k(pre, 1),
+            "top_k, k = F": lambda o, pre: o.top_k(pre, F),
+            "top_k of no latents": lambda o, pre: o.top_k(pre, k, torch.zeros_like(some_F)),
+            "top_k of fewer than k latents": lambda o, pre: o.top_k(pre, F, some_F),
+            "batch_top_k, n = 1": lambda o, pre: o.batch_top_k(pre, 1),
+            "batch_top_k, n = B F": lambda o, pre: o.batch_top_k(pre, B * F),
+            "above, nothing is": lambda o, pre: o.above(pre, 1e9, B * F),
+            "above, everything is": lambda o, pre: o.above(pre, -1e9, B * F),
+        }
+    return calls
+
+
+def check_selections(fast: Any, device: torch.device) -> None:
+    """Exactly the reference ops' entries, of float32 and bfloat16 pre-activations."""
+    errors = Errors()
+    aten = fast.__name__.endswith("aten")  # whose top_k has an order of its own among equal values
+    for B, F, k, every in [(*SIZES.every, 7, True), *((*shape, False) for shape in SIZES.ordinary)]:
+        for kind, pre_BF in preactivations(B, F, device).items():
+            calls = selections(B, F, k, device, every=every).items()
+            for dtype, (name, call) in itertools.product((torch.float32, torch.bfloat16), calls):
+                if aten and kind != "normal" and name.startswith("top_k"):
+                    continue
+                wanted = call(reference, pre_BF.to(dtype).double())
+                poison(device)
+                errors.places(name, differing(call(fast, pre_BF.to(dtype)), wanted))
+    errors.check()
+
+
+def supports(B: int, F: int, k: int, device: torch.device) -> list[tuple[Selection, int]]:
+    """Selections to sum over, and places for padding behind them, which lists have on a GPU alone."""
+    pre = {name: pre_BF.double() for name, pre_BF in preactivations(B, F, device).items()}
+    room = B * F if device.type == "cuda" else 0
+    return [
+        *((reference.top_k(pre["normal"], n), 0) for n in (1, k, F)),
+        (reference.top_k(pre["always"], k), min(room, 1000)),
+        (reference.above(pre["seldom"], 1.0), room // 2),
+        (reference.above(pre["normal"], 1e9), min(room, 1000)),
+    ]
+
+
+def check_sums(fast: Any, device: torch.device) -> None:
+    """Sums over entries and their gradients, by tokens and by groups of a token's latents."""
+    errors = Errors()
+    for B, D, F, k in SIZES.sums:
+        for (indices_N, offsets_B1, _), padding in supports(B, F, k, device):
+            n = len(indices_N)
+            if n * D > 2**27:
+                continue  # of every latent of every token only small batches
+            exact = SparsePattern(indices_N, offsets_B1, F)
+            pattern = SparsePattern(
+                torch.cat([indices_N, indices_N.new_zeros(padding)]), offsets_B1, F, padded=padding > 0
+            )
+            values_N, W_FD, x_BD = (torch.randn(*shape, device=device) for shape in ((n,), (F, D), (B, D)))
+            padded_N, values, W = (
+                torch.cat([values_N, values_N.new_zeros(padding)]),
+                values_N.double(),
+                W_FD.double(),
+            )
+
+            poison(device)
+            order_N, begins_F1 = fast.sort_by_latent(pattern.indices_N, offsets_B1, F)
+            order, begins = reference.sort_by_latent(indices_N, offsets_B1, F)
+            errors.places("sort_by_latent", (order_N[:n] != order).sum() + (begins_F1 != begins).sum())
+            errors.near(
+                "sum_by_latent", fast.sum_by_latent(padded_N, pattern), reference.sum_by_latent(values, exact)
+            )
+            both = zip(
+                fast.encode_backward(padded_N, x_BD, pattern),
+                reference.encode_backward(values, x_BD.double(), exact),
+                strict=True,
+            )
+            for got, wanted in both:
+                errors.near("encode_backward", got, wanted)
+
+            first_of_groups = torch.arange(B, device=device)[:, None] * F + torch.tensor(
+                [0, F // 3, F // 2], device=device
+            )
+            places = torch.searchsorted(
+                exact.bags_N.long() * F + indices_N, first_of_groups.flatten(), out_int32=True
+            )
+            starts = torch.cat([places, offsets_B1[-1:]])
+            grouped = (" by groups", SparsePattern(indices_N, starts, F), pattern.rebagged(starts))
+            for name, a, b in (("", exact, pattern), grouped):
+                g_RD = torch.randn(a.R, D, device=device)
+                poison(device)
+                errors.near(f"decode{name}", fast.decode(padded_N, W_FD, b), reference.decode(values, W, a))
+                d_values, d_W = reference.decode_backward(g_RD.double(), values, W, a, True)
+                got_values, got_W = fast.decode_backward(g_RD, padded_N, W_FD, b, True)
+                errors.near(f"decode_backward{name}, weights", got_W, d_W)
+                for got in (got_values, fast.decode_backward(g_RD, padded_N, W_FD, b, False)[0]):
+                    errors.near(f"decode_backward{name}, values", got[:n], d_values)
+    errors.check()
+
+
+def check_estimate(fast: Any, device: torch.device) -> None:
+    """Where the backend estimates the encoder's product, nothing is further off than it says."""
+    worst = 0.0
+    for B, D, F, _ in SIZES.sums:
+        x_BD, W_FD, b_F = (torch.randn(*shape, device=device) for shape in ((B, D), (F, D), (F,)))
+        estimate = fast.estimate(x_BD, W_FD, b_F, ops.Workspace())
+        if estimate is not None:
+            off_BF = (estimate.pre_BF.double() - (x_BD.double() @ W_FD.double().T + b_F)).abs()
+            worst = max(worst, float((off_BF / estimate.error_B[:, None]).max()))
+    assert worst <= 1, f"{worst} times the bound that it gives"
+
+
+def check_dense(fast: Any, device: torch.device) -> None:
+    """The dense layout's two passes: what is above a threshold, and what a mask lets through, where it holds
+    what is not a number too."""
+    errors = Errors()
+    B, F = SIZES.every
+    for pre_BF in preactivations(B, F, device).values():
+        for threshold in (0.0, torch.randn(F, device=device)):
+            values_BF, mask_BF = torch.empty_like(pre_BF), torch.empty_like(pre_BF, dtype=torch.bool)
+            wanted_values_BF, wanted_mask_BF = torch.empty_like(values_BF), torch.empty_like(mask_BF)
+            of_latents = fast.threshold_dense(pre_BF, threshold, values_BF, mask_BF)
+            for got, wanted in zip(
+                of_latents,
+                reference.threshold_dense(pre_BF, threshold, wanted_values_BF, wanted_mask_BF),
+                strict=True,
+            ):
+                errors.near("split, sums", got, wanted)
+            errors.places(
+                "threshold_dense", (values_BF != wanted_values_BF).sum() + (mask_BF != wanted_mask_BF).sum()
+            )
+            x_BF = torch.where(mask_BF, torch.randn_like(pre_BF), torch.inf)
+            sums_F = fast.masked_copy(mask_BF, x_BF, values_BF)
+            errors.near("masked_copy", values_BF, torch.where(mask_BF, x_BF.double(), 0))
+            errors.near("select, sums", sums_F, torch.where(mask_BF, x_BF.double(), 0).sum(0))
+            errors.places("count_positive", (fast.count_positive(values_BF) != (values_BF > 0).sum(0)).sum())
+    errors.check()
+
+
+def check_update(fast: Any, device: torch.device) -> None:
+    """Three updates of three SAEs, the last of which is refused."""
+    errors = Errors()
+    # constraint, dimensions of the parameter
+    kinds = [
+        ("project", 2),
+        ("constrain", 2),
+        ("free", 2),
+        ("free", 1),
+    ]
+    for (_, D, F, _), (constraint, dimensions), beta1 in itertools.product(SIZES.sums, kinds, (0.9, 0.0)):
+        shape = (F, D)[:dimensions]
+        p = normalize(torch.randn(3, *shape, device=device), dim=-1)
+        m, v, bf16_copy, refused = (
+            torch.zeros_like(p) if beta1 else None,
+            torch.zeros_like(p),
+            p.bfloat16(),
+            p[2].clone(),
+        )
+        exact_p, exact_m, exact_v = p.double(), None if m is None else m.double(), v.double()
+        for step in range(3):
+            grads = [torch.randn(*shape, device=device) for _ in range(3)]
+            exact_grads = [g.double() for g in grads]
+            of_each = ([1e-2, 1e-3, 1e-2], [1.0, 0.3, torch.nan], [step + 1.0] * 3)
+            how: dict[str, Any] = {"betas": (beta1, 0.999), "eps": 1e-8, "constraint": constraint}
+            how |= {
+                n: torch.tensor(x, device=device)
+                for n, x in zip(("lr_S", "scale_S", "steps_S"), of_each, strict=True)
+            }
+            poison(device)
+            errors.near(
+                "square_norms",
+                fast.square_norms(p, grads, constraint),
+                reference.square_norms(exact_p, exact_grads, constraint),
+            )
+            reference.update(exact_p, exact_grads, exact_m, exact_v, None, AdamStep(**how))
+            fast.update(p, grads, m, v, bf16_copy, AdamStep(**how))
+        errors.near("update", p[:2], exact_p[:2])
+        errors.near("update, second moment", v[:2], exact_v[:2])
+        if m is not None and exact_m is not None:
+            errors.near("update, first moment", m[:2], exact_m[:2])
+        errors.places("update, bfloat16 copy", (bf16_copy != p.bfloat16()).sum())
+        errors.places("update, refused", (p[2] != refused).sum() + v[2].count_nonzero())
+    errors.check()
+
+
+CHECKS = (check_selections, check_sums, check_estimate, check_dense, check_update)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_ops_match_the_reference(check: Callable[[Any, torch.device], None]) -> None:
+    torch.manual_seed(0)
+    check(backend_for(torch.zeros(1, device=DEVICE)), DEVICE)
+
+
+def test_every_op_is_checked() -> None:
+    torch.manual_seed(0)
+    called = Called(reference)
+    for check in CHECKS:
+        check(called, torch.device("cpu"))
+    public = {
+        name
+        for name, function in inspect.getmembers(reference, inspect.isfunction)
+        if function.__module__ == reference.__name__ and not name.startswith("_")
+    }
+    assert public <= called.names
+
+
+def broken(name: str, function: object) -> ModuleType:
+    """The reference ops, one of which is wrong."""
+    module = ModuleType("broken")
+    module.__dict__.update(vars(reference) | {name: function, "__name__": "broken"})
+    return module
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "function", "wrong"),
+    [
+        (check_selections, "top_k", lambda pre, k, among=None: reference.top_k(-pre, k, among), "top_k"),
+        (
+            check_selections,
+            "above",
+            lambda pre, t, capacity=None: reference.above(pre, t + 0.01),
+            "above 0",
+        ),
+        (check_sums, "decode", lambda v, W, e: reference.decode(v, W, e) * 1.0001, "decode"),
+        (
+            check_sums,
+            "sum_by_latent",
+            lambda v, e: reference.sum_by_latent(v, e) * torch.nan,
+            "sum_by_latent",
+        ),
+        (
+            check_sums,
+            "sort_by_latent",
+            lambda latents, starts, F: tuple(x.flip(0) for x in reference.sort_by_latent(latents, starts, F)),
+            "sort_by_latent",
+        ),
+        (
+            check_update,
+            "square_norms",
+            lambda p, grads, c: reference.square_norms(p, grads, "free"),
+            "square_norms",
+        ),
+        (
+            check_update,
+            "update",
+            lambda p, *a, **k: reference.update(p, *a, **k) or p.mul_(0.999),
+            "update",
+        ),
+    ],
+)
+def test_a_wrong_op_is_found(
+    check: Callable[[Any, torch.device], None], name: str, function: object, wrong: str
+) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(AssertionError, match=f"'{wrong}: "):
+        check(broken(name, function), cpu)
+    check(reference, cpu)
