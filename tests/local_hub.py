@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
-from tests.jobs.test_hub import FakeHub, Handler
+from tests.jobs.hub_server import FakeHub, Handler
 
 SIGNATURE = "signed-by-the-store"
 STALL = 2.0  # seconds without a byte, where a fault is "stall"

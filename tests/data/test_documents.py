@@ -12,15 +12,7 @@ import pytest
 
 from monosemy.data.contexts import ContextStream
 from monosemy.data.sources import Source
-from tests.data.test_contexts import (
-    broken_strings,
-    drain,
-    ids_of,
-    prose,
-    same,
-    tokenizer,  # noqa: F401 (a fixture)
-    unpack,
-)
+from tests.data.texts import broken_strings, drain, ids_of, prose, same, unpack
 
 GOOD = [prose(20, i) for i in range(6)]
 LONG = prose(250_000)[: 2**20].strip()
@@ -52,7 +44,7 @@ ROWS = {  # a line of .jsonl -> what is counted, and the text that comes out
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_hostile_row(tokenizer, tmp_path, name):  # noqa: F811
+def test_a_hostile_row(tokenizer, tmp_path, name):
     row, counted, text = ROWS[name]
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": document}).encode() for document in GOOD]
@@ -66,7 +58,7 @@ def test_a_hostile_row(tokenizer, tmp_path, name):  # noqa: F811
 
 
 def test_the_name_of_a_special_token_in_a_document_is_that_token_and_is_left_out_of_training(
-    tokenizer,  # noqa: F811
+    tokenizer,
     tmp_path,
 ):
     path = tmp_path / "a.jsonl"
@@ -95,7 +87,7 @@ CHATS = {
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_a_hostile_conversation(tokenizer, tmp_path, name):  # noqa: F811
+def test_a_hostile_conversation(tokenizer, tmp_path, name):
     chat, counted = CHATS[name]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"conversation": row}) + "\n" for row in [[TURN], chat, [TURN]]))
@@ -123,7 +115,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):  # noqa: F811
+def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):
     column, left_out = COLUMNS[name]
     column = column()
     path = tmp_path / "a.parquet"
@@ -142,7 +134,7 @@ def test_a_hostile_column_of_parquet(tokenizer, tmp_path, name):  # noqa: F811
     assert "good one" in text
 
 
-def test_a_column_of_parquet_that_nobody_asked_for_may_be_broken(tokenizer, tmp_path):  # noqa: F811
+def test_a_column_of_parquet_that_nobody_asked_for_may_be_broken(tokenizer, tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(
         pa.table({"text": GOOD[:2], "junk": broken_strings([b"\xff", b"\xfe"])}), path

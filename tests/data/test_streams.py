@@ -13,7 +13,7 @@ from monosemy.data.sources import Source
 from monosemy.system.http import StreamBroken
 from tests.conftest import write_text
 from tests.data import test_contexts
-from tests.data.test_contexts import HubHandler, hub, prose, same, tokenizer, write  # noqa: F401 (fixtures)
+from tests.data.texts import HubHandler, prose, same
 
 DOCUMENTS = [f"{i} {prose(10 + i % 30, i)}" for i in range(80)]
 PAUSES = (0.01,) * 2
@@ -48,7 +48,7 @@ class FaultyHandler(HubHandler):
 
 
 @pytest.fixture
-def texts(hub):  # noqa: F811
+def texts(hub):
     HfFileSystem.clear_instance_cache()
     return lambda kind: hub(kind, DOCUMENTS, FaultyHandler)
 
@@ -59,7 +59,7 @@ def texts(hub):  # noqa: F811
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", [503, 429, "drop", "stall"])
 def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
-    tokenizer,  # noqa: F811
+    tokenizer,
     texts,
     kind,
     prefetch,
@@ -92,7 +92,7 @@ def test_a_fault_changes_no_row_and_past_the_limit_a_run_can_go_on(
 
 
 def test_a_run_whose_hub_stays_away_stops_with_75_and_goes_on_to_the_same_weights(
-    hub,  # noqa: F811
+    hub,
     tiny_model,
     tmp_path,
     capsys,

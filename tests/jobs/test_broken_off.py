@@ -13,33 +13,10 @@ from monosemy.data.sources import Source
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from tests.conftest import WORDS
+from tests.jobs.broken_runs import SMALL, contents, status, train
 
-SMALL = (
-    "--dictionary_widths 48 --context_length 16 --sae_batch_size 32 --llm_batch_size 4 --buffer_tokens 600 "
-    "--num_tokens 1920 --target_l0s 4 "
-    "--standard_penalties 0.02 --standard_new_penalties 0.02 --p_anneal_penalties 0.02 --gated_penalties "
-    "0.02 --learning_rates 3e-3 "
-    "--bandwidth 0.01 --held_out_fraction 0.1 --eval_num_inputs 4 --eval_spliced_inputs 2 --log_steps 2 "
-    "--checkpoint_every 7 --report_latents 0"
-).split()
 STEPS, RECORDS = 60, 31
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-
-
-def contents(folder):
-    """Everything that has to be equal: weights, configurations, records, rows."""
-    names = ("sae.safetensors", "config.json", "eval_results.json", "metrics.jsonl", "rows.jsonl")
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.name in names
-    }
-    assert not list(folder.rglob("*.part")) and not list(folder.rglob(".tmp*"))
-    return found
-
-
-def status(folder):
-    return json.loads((folder / "status.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +51,6 @@ def mixture(tiny_model, text_file, tmp_path_factory):
         *architecture_names(),
         *SMALL,
     ]
-
-
-def train(faulty, folder, flags, **fault):
-    return faulty(argv=["train", "--save_dir", str(folder), *flags], **fault)
 
 
 def test_a_sweep_broken_off_eight_times(faulty, mixture, tmp_path):
@@ -115,21 +88,6 @@ def test_a_sweep_broken_off_eight_times(faulty, mixture, tmp_path):
     assert [r["step"] for r in records[::saes]] == [*range(0, STEPS, 2), STEPS - 1]
     assert status(run)["status"] == "complete" and set(status(run)["saes"].values()) == {"complete"}
     assert not (run / "checkpoints").exists()
-
-
-@pytest.fixture(scope="module")
-def small(tiny_model, text_file):
-    return [
-        "--model_name",
-        str(tiny_model),
-        "--dataset",
-        str(text_file),
-        "--layers",
-        "1",
-        "--architectures",
-        "top_k",
-        *SMALL,
-    ]
 
 
 def test_checkpoints_stay_if_asked_and_trackers_go_on_with_their_run(faulty, small, tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 needed, the run can go on."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,30 +9,11 @@ from safetensors.torch import load_file
 
 from monosemy.system.files import DiskFull, append, atomic_path, check_disk_space, write_json
 from monosemy.training.checkpoints import Checkpoints
-from tests.jobs.test_broken_off import contents, small, status, train  # noqa: F401  (a fixture)
-
-KiB = 1024
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 16 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+from tests.jobs.broken_runs import KiB, contents, fill, status, train
 
 
 @pytest.fixture(scope="module")
-def flags(small):  # noqa: F811
+def flags(small):
     return [*small, "--checkpoint_every", "20", "--log_steps", "1"]
 
 
@@ -89,15 +68,6 @@ def test_a_run_meets_a_full_disk(case, faulty, flags, wanted, disk):
         (disk / "filler").unlink()
         assert train(faulty, run, flags).code == 0
         assert contents(run) == wanted
-
-
-def fill(disk: Path, left: int) -> None:
-    used = int(
-        subprocess.run(
-            ["df", "--output=avail", "-B1", str(disk)], capture_output=True, text=True, check=True
-        ).stdout.split()[1]
-    )
-    (disk / "filler").write_bytes(bytes(used - left))
 
 
 @pytest.mark.parametrize("left", [0, 4 * KiB])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.test_hub import FAST, REPO, TOKEN, FakeHub, artifacts, program, run, server  # noqa: F401 (fixtures)
+from tests.jobs.hub_server import REPO, TOKEN, FakeHub, artifacts, program
 
 COMMIT, BLOBS = "/commit/main", "/blob/"
 
@@ -37,7 +37,7 @@ def pushed(
     ],
     ids=str,
 )
-def test_what_passes_is_waited_out(server, run, tmp_path, faults):  # noqa: F811
+def test_what_passes_is_waited_out(server, run, tmp_path, faults):
     server.faults = faults
     done = pushed(server, run, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def test_what_passes_is_waited_out(server, run, tmp_path, faults):  # noqa: F811
         ("garbage", 1, "Upload to"),
     ],
 )
-def test_what_does_not_pass_ends_with_the_command_that_repeats_it(server, run, tmp_path, fault, code, word):  # noqa: F811
+def test_what_does_not_pass_ends_with_the_command_that_repeats_it(server, run, tmp_path, fault, code, word):
     """Exit code 75 where the same command may work in a while, 1 where something has to be changed first;
     then the command works."""
     before = {path: data for path, data in artifacts(run).items() if path != "README.md"}
@@ -70,7 +70,7 @@ def test_what_does_not_pass_ends_with_the_command_that_repeats_it(server, run, t
     assert server.repositories[REPO] == artifacts(run)
 
 
-def test_an_upload_that_is_killed_is_repeated(server, run, tmp_path):  # noqa: F811
+def test_an_upload_that_is_killed_is_repeated(server, run, tmp_path):
     server.faults = {COMMIT: [503] * 99}
     environment = os.environ | {
         "HF_ENDPOINT": server.url,

@@ -23,7 +23,7 @@ from monosemy.jobs.hub import push
 from monosemy.jobs.releases import RELEASES, repository, sae_of
 from monosemy.system.files import DiskFull
 from tests.architectures.test_contract import SETTINGS, batch, every, trained
-from tests.jobs.test_full_disk import KiB, disk, fill  # noqa: F401  (a fixture)
+from tests.jobs.broken_runs import KiB, fill
 from tests.layout_trees import TREES, Tree
 from tests.local_hub import SIGNATURE, STALL, LocalHub, serving
 
@@ -399,7 +399,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_the_hub(
 @pytest.mark.parametrize("free", [0, 24])
 def test_a_cache_without_room_says_what_it_needs(
     hub: LocalHub,
-    disk: Path,  # noqa: F811
+    disk: Path,
     free: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

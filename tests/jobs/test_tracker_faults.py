@@ -21,7 +21,9 @@ import pytest
 from monosemy.jobs.trackers import Wandb
 from tests.certify import share
 from tests.conftest import write_text
-from tests.jobs.test_trackers import KEY, MEMBERS, environment, mirror, warnings  # noqa: F401 (a fixture)
+from tests.jobs.mirrors import KEY, MEMBERS, mirror, warnings
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 class Service(ThreadingHTTPServer):

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from monosemy.system.redact import Redacted, without_secrets
-from tests.jobs.test_hub import REPO, FakeHub
+from tests.jobs.hub_server import REPO, FakeHub
 from tests.jobs.test_tracker_faults import TRAIN
 
 CANARIES = {

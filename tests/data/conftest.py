@@ -1,0 +1,59 @@
+"""Fixtures of data: a tokenizer, and a hub that answers here."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.data.texts import MANY, FakeHub, HubHandler, make_tokenizer, write
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Starts a hub with four files that is read without the libraries' own patience."""
+    from functools import partial
+
+    import datasets
+    import fsspec
+    import huggingface_hub
+    from huggingface_hub import hf_file_system
+    from huggingface_hub.utils import _pagination
+
+    def start(kind, documents=MANY, handler=HubHandler):
+        for i in range(4):
+            n = len(documents) // 4
+            write(tmp_path / "data", kind, documents[i * n : (i + 1) * n], str(i))
+        hub = FakeHub(
+            {f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").iterdir())},
+            handler,
+        )
+        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+        thread.start()
+        started.append((hub, thread))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        return hub
+
+    started: list = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    for module in (hf_file_system, _pagination):
+        monkeypatch.setattr(module, "http_backoff", partial(module.http_backoff, max_retries=0))
+    # or it would read files whole, ends and all
+    monkeypatch.setattr(fsspec.spec.AbstractBufferedFile, "DEFAULT_BLOCK_SIZE", 512)
+    yield start
+    for hub, thread in started:
+        hub.stalled.set()
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
