@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import monosemy
 from monosemy import TrainConfig, formats
 from monosemy.config import architecture_names
-from monosemy.evaluation import metrics, on_model
+from monosemy.evaluation import columns, metrics, on_model
 from monosemy.lm import embedded
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
@@ -139,7 +139,7 @@ def test_its_core_metrics_are_ours_to_one_in_a_thousand(
         row = row | {
             key.removeprefix("top_k_"): value for key, value in row.items() if key.startswith("top_k_")
         }
-    mine, its = figures(metrics.sae_bench_results(row)), core(theirs, name)
+    mine, its = figures(columns.sae_bench_results(row)), core(theirs, name)
     its["mse"] *= row["tokens"]  # it divides by the tokens of a batch twice
     assert mine.keys() <= its.keys()
     apart = {

@@ -9,7 +9,6 @@ configuration is made; what two groups must agree on is checked by `plan`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +28,7 @@ from monosemy.rules import (
     Rule,
     check,
 )
+from monosemy.system.files import read_json
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class TrainConfig(
         """Read the configuration kept in a run.json. Raises ValueError where the file is not one."""
         allowed = "a run.json that an earlier run wrote"
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path))
         except (OSError, ValueError, RecursionError) as error:
             raise invalid("config", str(path), allowed, f"check the path ({error})") from error
         values = data.get("config", data) if isinstance(data, dict) else {}

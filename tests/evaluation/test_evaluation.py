@@ -13,7 +13,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from monosemy.evaluation import on_model
-from monosemy.evaluation.metrics import dictionary_learning_results, table
+from monosemy.evaluation.columns import table
+from monosemy.evaluation.metrics import dictionary_learning_results
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel

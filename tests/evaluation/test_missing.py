@@ -14,9 +14,9 @@ from monosemy.evaluation.missing import Missing
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
-from monosemy.report import page, plots
+from monosemy.report import page
 from monosemy.system import arrays
-from monosemy.system.files import DiskFull
+from monosemy.system.files import DiskFull, read_lines
 
 SITES = ("resid_post_layer_0", "resid_post_layer_2")
 NAMES = [f"{site}/trainer_{i}" for site in SITES for i in (0, 1)]
@@ -57,7 +57,7 @@ def run(finished, tmp_path):
 
 
 def rows_of(folder):
-    return {row["sae"]: row for row in plots.read_lines(folder / "rows.jsonl")}
+    return {row["sae"]: row for row in read_lines(folder / "rows.jsonl")}
 
 
 def status_of(folder):

@@ -1,13 +1,18 @@
-"""Columns of a row that tables show: their names, what they say and how they are printed."""
+"""The metrics of a row: their names, what they say, how they are printed, and where.
+
+The text table, the page, the model card and SAE Bench's names are all made of this list.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from monosemy.evaluation.metrics import Row
+from monosemy.evaluation.metrics import Row, ratio
+
+Place = Literal["table", "page", "card"]
 
 
 def finite(row: Mapping[str, Any], key: str) -> float | None:
@@ -22,51 +27,73 @@ def finite(row: Mapping[str, Any], key: str) -> float | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of the table: its key in a row, its name, what it says, and how it is printed."""
+    """A metric: its key in a row, its name, what it says, how it is printed, and where."""
 
     key: str
     label: str
     help: str
     digits: int | None = None  # after the point; None: a whole number
+    places: tuple[Place, ...] = ("page",)
     low: str = ""  # keys of its interval
     high: str = ""
     plotted: str = ""  # "linear" or "log" where it can be an axis
     mark: str = ""  # a key that puts a star behind it
+    sae_bench: str = ""  # its category and name in SAE Bench's core evaluation
 
-    def text(self, row: Row) -> str:
+    def text(self, row: Mapping[str, Any], digits: int | None = None) -> str:
+        """Return the number as text, with its interval; `digits` after the point instead of its own."""
         value = finite(row, self.key)
         if value is None:
             return "-"
+        digits = self.digits if digits is None else digits
         low, high = finite(row, self.low), finite(row, self.high)
-        star = "*" if row.get(self.mark) else ""
-        return (
-            self._one(value)
-            + star
-            + (f" [{self._one(low)}, {self._one(high)}]" if low is not None and high is not None else "")
+        interval = (
+            "" if low is None or high is None else f" [{_number(low, digits)}, {_number(high, digits)}]"
         )
-
-    def _one(self, value: float) -> str:
-        return f"{value:,.0f}" if self.digits is None else f"{value:,.{self.digits}f}"
+        return _number(value, digits) + ("*" if row.get(self.mark) else "") + interval
 
 
+def _number(value: float, digits: int | None) -> str:
+    return f"{value:,.0f}" if digits is None else f"{value:,.{digits}f}"
+
+
+def _unseen(key: str, label: str, help: str, sae_bench: str) -> Column:
+    """Return a metric that is in rows and in SAE Bench's results alone."""
+    return Column(key, label, help, 4, places=(), sae_bench=sae_bench)
+
+
+ALL: tuple[Place, ...] = ("table", "page", "card")
+# docs/sae-bench.md says where SAE Bench's formulas differ
 COLUMNS = (
-    Column("l0", "L0", "How many latents are active on an average token.", 1, plotted="log"),
+    Column("d_sae", "Latents", "How many latents the SAE has.", places=("card",)),
+    Column(
+        "l0",
+        "L0",
+        "How many latents are active on an average token.",
+        1,
+        ALL,
+        plotted="log",
+        sae_bench="sparsity.l0",
+    ),
     Column(
         "loss_recovered_zero",
         "Loss recovered",
         "With the SAE's reconstruction in the place of the activations: 1 as the untouched model predicts, "
-        "0 as with the activations set "
-        "to zero. In brackets: where 95 of 100 re-draws of the held-out text would fall.",
+        "0 as with the activations set to zero. In brackets: where 95 of 100 re-draws of the held-out text "
+        "would fall.",
         4,
+        ALL,
         "loss_recovered_zero_low",
         "loss_recovered_zero_high",
         "linear",
+        sae_bench="model_performance_preservation.ce_loss_score",
     ),
     Column(
         "ce_diff",
         "CE diff",
         "How much worse the model's next-token prediction gets, in nats per token.",
         4,
+        ("table", "page"),
         plotted="log",
     ),
     Column(
@@ -74,19 +101,37 @@ COLUMNS = (
         "KL",
         "How far the model's next-token probabilities move, in nats per token; 0 is not at all.",
         4,
+        ALL,
         plotted="log",
+        sae_bench="model_behavior_preservation.kl_div_with_sae",
     ),
     Column(
         "fvu",
         "FVU",
         "Share of the activations' variance that the SAE misses; 0 is perfect, 1 no better than their mean. "
-        "A star: over 1.2 times what "
-        "exact top-k would miss.",
+        "A star: over 1.2 times what exact top-k would miss.",
         4,
+        ALL,
         plotted="log",
         mark="threshold_flag",
     ),
-    Column("cossim", "Cosine", "Mean cosine of activations and reconstructions.", 4, plotted="linear"),
+    Column(
+        "cossim",
+        "Cosine",
+        "Mean cosine of activations and reconstructions.",
+        4,
+        ("table", "page"),
+        plotted="linear",
+        sae_bench="reconstruction_quality.cossim",
+    ),
+    Column(
+        "frac_alive",
+        "Alive",
+        "Share of the latents that are active on one of the held-out tokens or more.",
+        3,
+        ("table", "card"),
+        sae_bench="misc_metrics.frac_alive",
+    ),
     Column(
         "never_fired",
         "Never fired",
@@ -113,4 +158,86 @@ COLUMNS = (
     ),
     Column("probing_auc_top_5", "Probe, 5 latents", "The same by five latents.", 3),
     Column("probing_auc_llm", "Probe, no SAE", "The same by the activations themselves.", 3),
+    _unseen(
+        "kl_zero",
+        "KL, zero ablation",
+        "KL with the activations set to zero, in nats per token.",
+        "model_behavior_preservation.kl_div_with_ablation",
+    ),
+    _unseen(
+        "ce_zero",
+        "Loss, zero ablation",
+        "Loss with the activations set to zero, in nats per token.",
+        "model_performance_preservation.ce_loss_with_ablation",
+    ),
+    _unseen(
+        "ce_spliced",
+        "Loss, SAE",
+        "Loss with the reconstruction in place, in nats per token.",
+        "model_performance_preservation.ce_loss_with_sae",
+    ),
+    _unseen(
+        "ce_clean",
+        "Loss, model",
+        "Loss of the untouched model, in nats per token.",
+        "model_performance_preservation.ce_loss_without_sae",
+    ),
+    _unseen("mse", "MSE", "Mean squared error of a coordinate.", "reconstruction_quality.mse"),
+    _unseen(
+        "l2_ratio",
+        "Norm ratio",
+        "Mean ratio of the reconstruction's norm to the activation's.",
+        "shrinkage.l2_ratio",
+    ),
+    _unseen(
+        "relative_reconstruction_bias",
+        "Relative bias",
+        "Relative reconstruction bias, gamma in appendix P of the Gated SAE paper.",
+        "shrinkage.relative_reconstruction_bias",
+    ),
+    _unseen("l1_loss", "L1", "Mean sum of a token's latents.", "sparsity.l1"),
 )
+
+
+def columns_of(place: Place) -> tuple[Column, ...]:
+    """Return the metrics that one place shows, in its order."""
+    return tuple(column for column in COLUMNS if place in column.places)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as aligned plain text, to three digits; * flags a threshold."""
+    columns = columns_of("table")
+    lines = [
+        ("sae", "architecture", *(column.label for column in columns)),
+        *(
+            (
+                row["sae"],
+                row["architecture"],
+                *(column.text(row, min(column.digits or 0, 3)) for column in columns),
+            )
+            for row in rows
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    pad = [str.ljust if i < 2 else str.rjust for i in range(len(widths))]
+    return "\n".join(
+        "  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines
+    )
+
+
+def sae_bench_results(row: Row) -> dict[str, dict[str, Any]]:
+    """Return a row under SAEBench's names, by its categories.
+
+    Their values are comparable where the row was made with `sae_bench=True`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for column in COLUMNS:
+        if column.sae_bench:
+            category, name = column.sae_bench.split(".")
+            found.setdefault(category, {})[name] = row[column.key]
+    found["model_behavior_preservation"]["kl_div_score"] = (
+        None if row["kl"] is None else 1 - ratio(row["kl"], row["kl_zero"])
+    )
+    found["reconstruction_quality"]["explained_variance"] = None if row["fvu"] is None else 1 - row["fvu"]
+    found["misc_metrics"]["freq_over_10_percent"] = row["dense"] / row["d_sae"]
+    return found

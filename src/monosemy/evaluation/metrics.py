@@ -120,63 +120,6 @@ def dictionary_learning_results(row: Row) -> dict[str, Any]:
     return {**row, "hyperparameters": {"n_inputs": row["n_inputs"], "context_length": row["context_length"]}}
 
 
-# its core evaluation's categories and names -> ours; docs/sae-bench.md says where its formulas differ
-SAE_BENCH = {
-    "model_behavior_preservation": {"kl_div_with_ablation": "kl_zero", "kl_div_with_sae": "kl"},
-    "model_performance_preservation": {
-        "ce_loss_score": "loss_recovered_zero",
-        "ce_loss_with_ablation": "ce_zero",
-        "ce_loss_with_sae": "ce_spliced",
-        "ce_loss_without_sae": "ce_clean",
-    },
-    "reconstruction_quality": {"mse": "mse", "cossim": "cossim"},
-    "shrinkage": {"l2_ratio": "l2_ratio", "relative_reconstruction_bias": "relative_reconstruction_bias"},
-    "sparsity": {"l0": "l0", "l1": "l1_loss"},
-    "misc_metrics": {"frac_alive": "frac_alive"},
-}
-
-
-def sae_bench_results(row: Row) -> dict[str, dict[str, Any]]:
-    """Return a row under SAEBench's names, by its categories.
-
-    Their values are comparable where the row was made with `sae_bench=True`.
-    """
-    found = {
-        category: {name: row[ours] for name, ours in names.items()} for category, names in SAE_BENCH.items()
-    }
-    found["model_behavior_preservation"]["kl_div_score"] = (
-        None if row["kl"] is None else 1 - ratio(row["kl"], row["kl_zero"])
-    )
-    found["reconstruction_quality"]["explained_variance"] = None if row["fvu"] is None else 1 - row["fvu"]
-    found["misc_metrics"]["freq_over_10_percent"] = row["dense"] / row["d_sae"]
-    return found
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as aligned plain text: loss recovered is against zero ablation, with its 95 % interval;
-    * flags a threshold."""
-    columns = ("sae", "architecture", "L0", "FVU", "cosine", "loss recovered", "CE diff", "KL", "alive")
-
-    def cells(row: Row) -> tuple[str, ...]:
-        def number(key: str, digits: int) -> str:
-            return "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
-
-        interval = f" [{number('loss_recovered_zero_low', 3)}, {number('loss_recovered_zero_high', 3)}]"
-        recovered = number("loss_recovered_zero", 3) + (
-            interval if row.get("loss_recovered_zero_low") is not None else ""
-        )
-        fvu = number("fvu", 3) + ("*" if row.get("threshold_flag") else "")
-        rest = (number("ce_diff", 3), number("kl", 3), number("frac_alive", 3))
-        return row["sae"], row["architecture"], number("l0", 1), fvu, number("cossim", 3), recovered, *rest
-
-    lines = [columns, *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    pad = [str.ljust if i < 2 else str.rjust for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines
-    )
-
-
 # --- activations that come in batches -----------------------------------------------------------------------
 
 

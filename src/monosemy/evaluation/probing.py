@@ -13,7 +13,6 @@ T texts, L tokens of the longest in a batch, D width of a site.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from monosemy.evaluation.metrics import Row
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 from monosemy.sae import SAE
+from monosemy.system.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +119,7 @@ def _last_tokens(
 
 def _means(results: Path, ks: Mapping[int | None, str]) -> Row:
     """Return the means over data sets of what sae-probes wrote for each of the probes in `ks`."""
-    entries = [
-        entry
-        for path in sorted(results.rglob("*.json"))
-        for entry in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    entries = [entry for path in sorted(results.rglob("*.json")) for entry in read_json(path)]
     means: Row = {}
     for k, suffix in ks.items():
         of_k = [entry for entry in entries if entry.get("k") == k]

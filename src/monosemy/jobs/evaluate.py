@@ -15,7 +15,8 @@ from torch import Tensor
 from monosemy import formats
 from monosemy.config import EvalConfig, TrainConfig
 from monosemy.errors import invalid
-from monosemy.evaluation.metrics import Row, dictionary_learning_results, table
+from monosemy.evaluation.columns import table
+from monosemy.evaluation.metrics import Row, dictionary_learning_results
 from monosemy.evaluation.missing import Missing
 from monosemy.evaluation.probing import chosen_datasets, probe, sae_probes
 from monosemy.jobs import results
@@ -27,7 +28,7 @@ from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.report import page
 from monosemy.sae import SAE
-from monosemy.system.files import write_json, write_text
+from monosemy.system.files import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -289,6 +290,6 @@ def _norm_limits(
             for site, x_BLD in resolved.items()
         }
     for run in reversed(runs):
-        recorded = json.loads((run / "run.json").read_text(encoding="utf-8")).get("norm_limit", {})
+        recorded = read_json(run / "run.json").get("norm_limit", {})
         limits |= {site: recorded[str(site)] for site in lm.sites if str(site) in recorded}
     return limits

@@ -23,7 +23,7 @@ from monosemy.jobs.hub import Uploader
 from monosemy.jobs.memory import high_water, size
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.trackers import Tracker, Wandb
-from monosemy.system.files import append, write_json
+from monosemy.system.files import append, read_json, write_json
 from monosemy.system.redact import without_secrets
 from monosemy.training.checkpoints import Checkpoint
 from monosemy.training.sweep import Record
@@ -57,7 +57,7 @@ class Run:
         its checkpoint is cut off."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        was = json.loads((self.folder / "run.json").read_text(encoding="utf-8")) if checkpoint else {}
+        was = read_json(self.folder / "run.json") if checkpoint else {}
         self.facts = {
             "id": was.get("id") or uuid.uuid4().hex,  # under which trackers go on with the same runs
             "config": c.as_dict(),
@@ -100,9 +100,9 @@ class Run:
 
     def read(self) -> None:
         """Read run.json and status.json; a run without a status is unknown."""
-        self.facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        self.facts = read_json(self.folder / "run.json")
         path = self.folder / "status.json"
-        status = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        status = read_json(path, {})
         self.status = {"status": "unknown", "reason": "", "saes": {}} | status
 
     def finish(self, status: tuple[str, str]) -> tuple[str, str]:

@@ -8,7 +8,6 @@ name.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import tempfile
@@ -26,7 +25,7 @@ from monosemy.jobs.memory import Estimate, GridRow, estimate
 from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
 from monosemy.recipe import RECIPES
 from monosemy.schedule import Schedule
-from monosemy.system.files import LOCK, path_of
+from monosemy.system.files import LOCK, path_of, read_json
 from monosemy.system.machine import cpu_has_bf16, has_gpu
 from monosemy.system.redact import without_secrets
 
@@ -222,7 +221,7 @@ def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
         config.revision,
     ):
         return None
-    model = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("model")
+    model = read_json(folder / "run.json").get("model")
     commit = model.get("revision") if isinstance(model, dict) else None
     return commit if isinstance(commit, str) else None
 
@@ -393,7 +392,7 @@ def _recorded(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        return dict(read_json(path)["config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise invalid(
             "save_dir",

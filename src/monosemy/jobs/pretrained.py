@@ -36,6 +36,7 @@ from monosemy import formats
 from monosemy.errors import invalid
 from monosemy.formats import layouts, names
 from monosemy.jobs.hub import upload_saved
+from monosemy.jobs.model_card import sae_card
 from monosemy.jobs.releases import repository, sae_of
 from monosemy.system.files import check_disk_space, path_of
 from monosemy.system.http import answer_to, causes, status_of
@@ -177,7 +178,13 @@ def push(
         folder = Path(scratch) / place
         save(sae, folder)
         message = commit_message or "Upload an SAE with monosemy"
-        return upload_saved(Path(scratch), repo_id, _card(sae, repo_id, str(place)), message, private=private)
+        return upload_saved(
+            Path(scratch),
+            repo_id,
+            sae_card(sae, repo_id, "" if str(place) == "." else str(place)),
+            message,
+            private=private,
+        )
 
 
 # --- names --------------------------------------------------------------------------------------------------
@@ -539,33 +546,3 @@ def _reason(error: BaseException) -> str:
         return f"HTTP {status}"
     *_, root = causes(error)
     return str(without_secrets((str(root).strip() or type(root).__name__).splitlines()[0].rstrip(". ")[:200]))
-
-
-def _card(sae: SAE, repo_id: str, place: str) -> str:
-    """Return a model card: what the SAE is, and how it is loaded."""
-    where = (
-        f"`{sae.metadata['model']}` at `{sae.metadata['site']}`"
-        if {"model", "site"} <= sae.metadata.keys()
-        else "activations"
-    )
-    sae_id = f', sae_id="{place}"' if place != "." else ""
-    return f"""---
-library_name: monosemy
-tags:
-- sparse-autoencoder
-- sae
-- mechanistic-interpretability
-- monosemy
----
-# A sparse autoencoder
-
-`{sae!r}`, trained on {where} with monosemy.
-
-```python
-import monosemy
-
-sae = monosemy.load("{repo_id}"{sae_id})
-latents = sae.encode(activations)      # raw activations [..., {sae.d_in}] -> [..., {sae.d_sae}]
-reconstruction = sae.decode(latents)
-```
-"""

@@ -38,7 +38,7 @@ from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.report import page, plots
 from monosemy.sae import SAE
 from monosemy.system import arrays
-from monosemy.system.files import write_json, write_text
+from monosemy.system.files import read_json, read_lines, write_json, write_text
 from monosemy.system.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -349,7 +349,7 @@ def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
 def _rows_by_sae(run: Run) -> dict[str, Row]:
     """Return the rows by SAE; none where the file is damaged, and so is made again."""
     try:
-        return {row["sae"]: row for row in plots.read_lines(run.folder / "rows.jsonl")}
+        return {row["sae"]: row for row in read_lines(run.folder / "rows.jsonl")}
     except (ValueError, TypeError, KeyError):
         return {}
 
@@ -372,7 +372,7 @@ def _settings(run: Run) -> dict[str, Any]:
 def _read_record(run: Run) -> dict[str, Any]:
     """Read evaluation.json; nothing where there is none or it is damaged."""
     try:
-        record = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+        record = read_json(run.folder / "evaluation.json")
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.keys() >= {"settings", "saes", "missing"} else {}
@@ -393,7 +393,7 @@ def _write_record(run: Run, missing: Missing) -> None:
 def _digest(folder: Path) -> str:
     """Hash all that an SAE computes with: its tensors, and its settings."""
     try:
-        metadata = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        metadata = read_json(folder / "config.json")
         payload = json.dumps(
             [metadata.get(key) for key in ("architecture", "d_in", "d_sae", "settings", "pre_bias", "status")]
         )

@@ -8,7 +8,6 @@ ae.pt, eval_results.json}
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import shlex
 import time
@@ -23,7 +22,7 @@ from monosemy.config import ResolvedConfig, TrainConfig
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.errors import invalid
-from monosemy.evaluation.metrics import table
+from monosemy.evaluation.columns import table
 from monosemy.jobs import export, results
 from monosemy.jobs.folder import Run, peak_memory
 from monosemy.jobs.memory import tensor_bytes
@@ -33,7 +32,7 @@ from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.ops import Workspace
 from monosemy.recipe import RECIPES
 from monosemy.sae import SAE
-from monosemy.system.files import check_disk_space, exclusive_lock, sync
+from monosemy.system.files import check_disk_space, exclusive_lock, read_json, sync
 from monosemy.system.interrupts import Interrupts
 from monosemy.system.progress import Progress
 from monosemy.training.checkpoints import Checkpoint, Checkpoints
@@ -234,7 +233,7 @@ def _ended(plan: Plan) -> tuple[str, str] | None:
     path = plan.folder / "run.json"
     if not path.is_file() or any((plan.folder / "checkpoints").glob("step_*")):
         return None
-    trained = json.loads(path.read_text(encoding="utf-8")).get("training", {})
+    trained = read_json(path).get("training", {})
     whole = "status" in trained and all((plan.folder / name / "config.json").is_file() for name in names)
     return (trained["status"], trained["reason"]) if whole else None
 
@@ -328,7 +327,7 @@ class TrainingProgress(Progress):
 
 def _is_complete(folder: Path) -> bool:
     path = folder / "status.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("status") == "complete"
+    return path.is_file() and read_json(path).get("status") == "complete"
 
 
 def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from huggingface_hub import errors
 
 from monosemy.errors import invalid
 from monosemy.lm import embedded
-from monosemy.system.files import cache_folder, path_of
+from monosemy.system.files import cache_folder, path_of, read_json
 from monosemy.system.http import ModelUnreachable
 
 logger = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ def _hub_config(name: str, revision: str | None) -> tuple[Path, bool]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
 

@@ -94,6 +94,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path, default: Any = None) -> Any:
+    """Return what a JSON file holds; where there is none, `default` if that is given.
+
+    Raises FileNotFoundError, and ValueError for what is no JSON.
+    """
+    if default is not None and not path.is_file():
+        return default
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a .jsonl file; none if there is no such file.
+
+    A last line that a killed run left half-written is dropped.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:-1]]
+    # a writer that died inside its last line; every line before it is whole
+    with suppress(json.JSONDecodeError):
+        rows += [json.loads(line) for line in lines[-1:]]
+    return rows
+
+
 def append(path: Path, text: str) -> None:
     """Add text to a file's end, all of it or none. Raises DiskFull and OSError."""
     data = memoryview(text.encode())

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from monosemy.system.files import check_disk_space, sync
+from monosemy.system.files import check_disk_space, read_json, sync
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Checkpoints:
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
             why = _damage(folder)
             if why is None:
-                return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+                return Checkpoint(folder, read_json(folder / "state.json"))
             log.warning("%s is not whole and was passed over: %s", folder, why)
         return None
 
@@ -171,7 +171,7 @@ def _sha256(path: Path) -> str:
 def _damage(folder: Path) -> str | None:
     """Return what a checkpoint lacks to be whole, or None."""
     try:
-        files = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        files = read_json(folder / "complete.json")
         for name, wanted in files.items():
             path = folder / name
             if (
