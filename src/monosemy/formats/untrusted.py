@@ -8,10 +8,11 @@ endless lists are refused before they are opened.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-import re
 import struct
+import tokenize
 import zipfile
 from collections.abc import Collection
 from io import BufferedReader
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -133,6 +135,7 @@ def _is_whole(value: Any) -> bool:
 
 
 _DAMAGE = (
+    tokenize.TokenError,
     OSError,
     EOFError,
     ValueError,
@@ -185,28 +188,21 @@ def _plain_archive(file: BufferedReader) -> zipfile.ZipFile:
 
 
 def _npy(data: bytes) -> Tensor:
-    """Return the array in the bytes of an .npy file, as float32."""
-    version, header = data[6:8], data[:10] if data[6:7] == b"\1" else data[:12]
-    if data[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
-        raise ValueError("not an .npy file")
-    begin = len(header) + int.from_bytes(header[8:], "little")
-    if begin > 4096:
-        raise ValueError("a header too long")
-    dtype, fortran, shape = _npy_header(data[len(header) : begin].decode("latin1"))
-    count = math.prod(shape)
-    if count * dtype.itemsize != len(data) - begin:
-        raise ValueError("as many numbers as it says")
-    array = np.frombuffer(data, dtype, count, begin).reshape(shape, order="F" if fortran else "C")
-    return torch.from_numpy(array.astype(np.float32))
+    """Return the array in the bytes of an .npy file, as float32.
 
-
-def _npy_header(text: str) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
-    """Type, order and shape that an .npy header names: a literal of Python, of which only this much is ever
-    written."""
-    found = re.fullmatch(
-        r"\{'descr': '<f([248])', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), ?\}\s*", text
-    )
-    if found is None:
+    numpy reads its header, a literal of Python; what that says is held to the bytes that are there before
+    anything is allocated.
+    """
+    file = io.BytesIO(data)
+    readers = {(1, 0): format.read_array_header_1_0, (2, 0): format.read_array_header_2_0}
+    version = format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"version {version} of .npy")
+    shape, fortran, dtype = readers[version](file, max_header_size=4096)
+    if dtype.kind != "f" or dtype.itemsize > 8:
         raise ValueError("not an array of floating-point numbers")
-    shape = tuple(int(n) for n in found[3].replace(" ", "").split(",") if n)
-    return np.dtype(f"<f{found[1]}"), found[2] == "True", shape
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize != len(data) - file.tell():
+        raise ValueError("not as many numbers as it says")
+    array = np.frombuffer(data, dtype, count, file.tell()).reshape(shape, order="F" if fortran else "C")
+    return torch.from_numpy(array.astype(np.float32))
