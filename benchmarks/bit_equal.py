@@ -70,6 +70,10 @@ def make(path: Path) -> None:
     print(f"{len(found)} tensors")
 
 
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
 def compare(one: Path, other: Path) -> int:
     a, b = load_file(one), load_file(other)
     differ = [
@@ -79,7 +83,7 @@ def compare(one: Path, other: Path) -> int:
         or name not in b
         or a[name].shape != b[name].shape
         # NaN is equal to NaN, and 0 is not -0
-        or not torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8))
+        or not torch.equal(_bits(a[name]), _bits(b[name]))
     ]
     print("\n".join([*differ, f"{len(a.keys() | b.keys())} tensors, {len(differ)} differ"]))
     return int(bool(differ))

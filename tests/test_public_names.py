@@ -2,6 +2,7 @@
 system."""
 
 import ast
+import os
 import subprocess
 import sys
 import textwrap
@@ -132,7 +133,12 @@ def test_without_posix_and_a_compiler_it_imports_and_trains(tmp_path):
         [sys.executable, "-c", ELSEWHERE, str(tmp_path / "checkpoints"), str(tmp_path / "sae")],
         capture_output=True,
         text=True,
-        env={**__import__("os").environ, "CC": "no-such-compiler", "MONOSEMY_CACHE": str(tmp_path / "cache")},
+        env={
+            **os.environ,
+            "CC": "no-such-compiler",
+            "MONOSEMY_CACHE": str(tmp_path / "cache"),
+            "USERNAME": "someone",  # which Windows always has; torch asks for it
+        },
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "monosemy.ops.aten"

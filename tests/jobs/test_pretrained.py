@@ -19,6 +19,7 @@ from monosemy import formats
 from monosemy.cli import main
 from monosemy.formats import names
 from monosemy.jobs import pretrained
+from monosemy.jobs import repository as hub_repository
 from monosemy.jobs.hub import push
 from monosemy.jobs.releases import RELEASES, repository, sae_of
 from monosemy.system.files import DiskFull
@@ -100,7 +101,7 @@ def test_of_a_repository_with_more_files_than_the_hub_describes_all_are_known(
     repo = "google/gemma-scope-2b-pt-res"
     ids = [record.sae_id for record in monosemy.list_saes(repo)]
     hub.listed = 2
-    monkeypatch.setattr(pretrained, "MANY", 2)
+    monkeypatch.setattr(hub_repository, "MANY", 2)
     assert [record.sae_id for record in monosemy.list_saes(repo)] == ids and len(ids) == 3
     hub.faults["params.npz"] = ["other"]
     with pytest.raises(ValueError, match="arrived with sha256"):
@@ -370,7 +371,7 @@ def test_a_hub_that_falls_silent_is_waited_for_so_long(
     hub: LocalHub, gemma: Tree, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the first request, and at the second, of the digests."""
-    monkeypatch.setattr(pretrained, "SECONDS", 0.2)
+    monkeypatch.setattr(hub_repository, "SECONDS", 0.2)
     hub.faults["/revision/" if asked == 2 else "/api/models/"] = ["stall"]
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match=r"could not be had from the hub \(timed out\)"):

@@ -14,7 +14,7 @@ import matplotlib.colors
 import pytest
 from matplotlib.figure import Figure
 
-from monosemy.report import plots
+from monosemy.report import drawing, plots
 from monosemy.report.looks import UNKNOWN, looks
 
 NAMES = list(looks())
@@ -274,7 +274,7 @@ def test_write_makes_png_and_svg_and_the_same_rows_give_the_same_files(tmp_path:
 @pytest.mark.parametrize("range_", [(10, 200), (28, 110), (59, 63), (0.1, 1.2), (3, 20_000)])
 def test_log_axes_have_three_to_seven_numbers(range_: tuple[float, float]) -> None:
     for doubling in (False, True):
-        ticks = plots._log_ticks(*range_, doubling=doubling)
+        ticks = drawing.log_ticks(*range_, doubling=doubling)
         assert 3 <= len(ticks) <= 7 and all(low < high for low, high in pairwise(ticks))
         assert range_[0] <= ticks[0] and ticks[-1] <= range_[1]
 

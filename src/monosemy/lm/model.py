@@ -12,7 +12,6 @@ sliding windows).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,17 @@ from transformers.utils import logging as hf_logging
 
 from monosemy.errors import invalid
 from monosemy.lm import embedded
-from monosemy.lm.info import KINDS, ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.lm.modules import (
+    Tap,
+    decoder_of,
+    first_tensor,
+    hidden_of,
+    module_of,
+    replace_activations,
+    sublayer_of,
+    with_hidden,
+)
 from monosemy.system.devices import checked_device
 
 if TYPE_CHECKING:
@@ -49,16 +58,6 @@ class CleanRun:
 
 
 @dataclass(frozen=True)
-class _Tap:
-    """Where in the model to hook for a site."""
-
-    module: nn.Module
-    skipped: int  # how many layers need not run for what comes after the site
-    between: bool = False  # the site is the hidden state between two layers
-    of_input: bool = False  # the module's input is meant; else its output
-
-
-@dataclass(frozen=True)
 class Call:
     """One call of a module in a forward."""
 
@@ -69,7 +68,7 @@ class Call:
     @property
     def tensor(self) -> Tensor:
         """The first tensor of the output."""
-        return _first_tensor(self.output)
+        return first_tensor(self.output)
 
 
 class LanguageModel:
@@ -83,8 +82,10 @@ class LanguageModel:
         """Raises ValueError for a site that the model's structure does not have."""
         self.model = model.eval().requires_grad_(False)
         self.info = info
-        self.decoder, self.layers = _decoder(model)
-        self._returns = _like(self.probe([self.layers[0]])[0].output)  # a layer's output, of a hidden state
+        self.decoder, self.layers = decoder_of(model)
+        self._returns = with_hidden(
+            self.probe([self.layers[0]])[0].output
+        )  # a layer's output, of a hidden state
         self._result = type(self.probe([self.decoder])[0].output)
         self._taps = {site: self._tap(site) for site in sites}
         self._d_in = {site: x.shape[-1] for site, x in self.activations(self._probe_ids).items()}
@@ -125,7 +126,7 @@ class LanguageModel:
             with torch.device("meta"):  # a module that is not there is told before any weights are read
                 skeleton = auto.from_config(config)
             for path in paths:
-                _module(skeleton, path)
+                module_of(skeleton, path)
         with _quiet(), _readable(info):
             loaded, report = auto.from_pretrained(
                 **source, config=config, dtype=dtype_, output_loading_info=True
@@ -175,7 +176,7 @@ class LanguageModel:
             found = self._reading(stack, self._taps, ids_BL.shape)
             for layer in self.layers[depth:]:
                 stack.enter_context(
-                    _forward(layer, lambda *args, **kwargs: self._returns(_hidden(args, kwargs)))
+                    _forward(layer, lambda *args, **kwargs: self._returns(hidden_of(args, kwargs)))
                 )
             self._run(ids_BL)
         return found
@@ -188,7 +189,7 @@ class LanguageModel:
         inside = {tap.skipped for tap in taps.values() if tap.skipped and not tap.between}
         with ExitStack() as stack:
             found = self._reading(stack, taps, ids_BL.shape)
-            before = {n: _Tap(self.layers[n - 1], n, between=True) for n in inside}
+            before = {n: Tap(self.layers[n - 1], n, between=True) for n in inside}
             inputs = self._reading(stack, before, ids_BL.shape)
             hidden_BLD = self._run(ids_BL)
         return CleanRun(ids_BL, hidden_BLD, found, inputs)
@@ -209,7 +210,7 @@ class LanguageModel:
                 for layer in self.layers[: tap.skipped]:
                     stack.enter_context(_forward(layer, lambda *args, **kwargs: self._returns(entry_BLD)))
             if not tap.between:
-                stack.enter_context(_writing(tap, replacement_BLD))
+                stack.enter_context(replace_activations(tap, replacement_BLD))
             return self._run(clean.ids_BL)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -229,30 +230,30 @@ class LanguageModel:
 
     # finding sites
 
-    def _tap(self, site: Site) -> _Tap:
+    def _tap(self, site: Site) -> Tap:
         if site.kind == "module":
-            module = _module(self.model, site.path)
+            module = module_of(self.model, site.path)
             for i, layer in enumerate(self.layers):
                 if module is layer:
-                    return _Tap(module, i + 1, between=True)
+                    return Tap(module, i + 1, between=True)
                 if any(module is part for part in layer.modules()):
-                    return _Tap(module, i)
-            return _Tap(module, 0)
+                    return Tap(module, i)
+            return Tap(module, 0)
         assert site.layer is not None
         if site.kind == "resid_pre" and site.layer == 0:
-            return _Tap(self.layers[0], 0, of_input=True)
+            return Tap(self.layers[0], 0, of_input=True)
         if site.kind in ("resid_pre", "resid_post"):
             last = site.layer - (site.kind == "resid_pre")
-            return _Tap(self.layers[last], last + 1, between=True)
+            return Tap(self.layers[last], last + 1, between=True)
         layer = self.layers[site.layer]
-        return _Tap(self._contribution(layer, site), site.layer)
+        return Tap(self._contribution(layer, site), site.layer)
 
     def _contribution(self, layer: nn.Module, site: Site) -> nn.Module:
         """Find the module whose output a layer adds to the residual stream.
 
         It is a sublayer, or the norm that the sublayer's output goes through.
         """
-        last = _sublayer(layer, site)
+        last = sublayer_of(layer, site)
         # of what has parameters: a dropout may serve twice
         children = [child for child in layer.children() if any(True for _ in child.parameters())]
         calls = self.probe([*children, layer])
@@ -291,7 +292,7 @@ class LanguageModel:
     def _run(self, ids_BL: Tensor) -> Tensor:
         return self.decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state
 
-    def _reading(self, stack: ExitStack, taps: Mapping[Key, _Tap], shape: torch.Size) -> dict[Key, Tensor]:
+    def _reading(self, stack: ExitStack, taps: Mapping[Key, Tap], shape: torch.Size) -> dict[Key, Tensor]:
         """Return a dict that hooks fill with the sites' activations, as long as the stack lives."""
         found: dict[Key, Tensor] = {}
 
@@ -302,11 +303,11 @@ class LanguageModel:
         for key, tap in taps.items():
             if tap.of_input:
                 hook = tap.module.register_forward_pre_hook(
-                    lambda _, args, kwargs, key=key: keep(key, _hidden(args, kwargs)), with_kwargs=True
+                    lambda _, args, kwargs, key=key: keep(key, hidden_of(args, kwargs)), with_kwargs=True
                 )
             else:
                 hook = tap.module.register_forward_hook(
-                    lambda _, args, output, key=key: keep(key, _first_tensor(output))
+                    lambda _, args, output, key=key: keep(key, first_tensor(output))
                 )
             stack.enter_context(hook)
         return found
@@ -348,82 +349,6 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> No
 
 
 # --- small parts ------------------------------------------------------------------------------------------
-
-
-def _decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
-    """Find a model's (text) decoder, which maps token ids to hidden states, and the list of its layers."""
-    n = model.config.get_text_config(decoder=True).num_hidden_layers
-    root = model.get_decoder()
-    for name, module in root.named_modules():  # outer lists before what they hold
-        if isinstance(module, nn.ModuleList) and len(module) == n:
-            parts = name.split(".")
-            owners = [root.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-            return next(owner for owner in reversed(owners) if isinstance(owner, PreTrainedModel)), module
-    allowed = f"a model with a list of its {n} decoder layers"
-    raise invalid("model_name", type(model).__name__, allowed, "name a decoder-only transformer")
-
-
-def _module(model: PreTrainedModel, path: str) -> nn.Module:
-    """Find the module that a path names, from the model or its decoder, whether the head is loaded or not."""
-    decoder, layers = _decoder(model)
-    inner = path.removeprefix(f"{model.base_model_prefix}.")  # as the model with its head calls it
-    for root, name in ((model, path), (model, inner), (decoder, path)):
-        try:
-            return root.get_submodule(name)
-        except AttributeError:
-            continue
-    names = [name for name, _ in layers[0].named_modules() if name]
-    allowed = f"{', '.join(KINDS)} or a module's path"
-    raise invalid("site", path, allowed, f"a layer of this model has {', '.join(names)}")
-
-
-def _sublayer(layer: nn.Module, site: Site) -> nn.Module:
-    """Find a layer's attention, or its MLP: the child with matrices that is not the attention.
-
-    The last such child, where an MLP is bare matrices (OPT).
-    """
-    children = layer.named_children()
-    parts = {name: child for name, child in children if any(p.dim() > 1 for p in child.parameters())}
-    names = {name: f"{name} {type(child).__name__}".lower() for name, child in parts.items()}
-    attention = {name for name, full in names.items() if re.search("attn|attention", full)}
-    chosen = [child for name, child in parts.items() if (name in attention) == (site.kind == "attn_out")]
-    if all(isinstance(child, nn.Linear) for child in chosen):
-        chosen = chosen[-1:]
-    if len(chosen) != 1:
-        allowed = f"a site whose module can be told from the layer's ({', '.join(parts)})"
-        raise invalid("site", str(site), allowed, "name the module's path instead")
-    return chosen[0]
-
-
-def _first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a module's output. Raises ValueError where it has none."""
-    first = output[0] if isinstance(output, tuple) else output
-    if not isinstance(first, torch.Tensor):
-        raise invalid("site", type(first).__name__, "a module that returns a tensor", "choose another module")
-    return first
-
-
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden state among a layer's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _like(output: Any) -> Callable[[Tensor], Any]:
-    """Return a function that wraps a tensor as the module's output: itself, or a tuple's head."""
-    return (lambda x: (x, *output[1:])) if isinstance(output, tuple) else (lambda x: x)
-
-
-def _writing(tap: _Tap, x_BLD: Tensor) -> Any:
-    """Register a hook that puts `x_BLD` in the place of a site's activations."""
-    if tap.of_input:
-
-        def write(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return ((x_BLD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x_BLD})
-
-        return tap.module.register_forward_pre_hook(write, with_kwargs=True)
-    return tap.module.register_forward_hook(
-        lambda _, args, output: _like(output)(x_BLD.reshape(_first_tensor(output).shape))
-    )
 
 
 @contextmanager

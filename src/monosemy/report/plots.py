@@ -25,89 +25,39 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
 from monosemy.evaluation.columns import finite
 from monosemy.evaluation.missing import Missing
-from monosemy.report.looks import UNKNOWN, looks, ordered
+from monosemy.report.drawing import (
+    FAINT,
+    INK,
+    STYLE,
+    add_legend,
+    arrow_down,
+    left_out_note,
+    look,
+    lower_end,
+    make_facets,
+    marker_of,
+    plain_text,
+    scale_l0,
+    scale_y,
+    short_count,
+    shortened,
+    write_below,
+)
+from monosemy.report.looks import ordered
 from monosemy.system.files import read_lines, write_bytes
 
 Row = dict[str, Any]
 
-MATPLOTLIB_MARKERS = {
-    "circle": "o",
-    "square": "s",
-    "triangle-up": "^",
-    "triangle-down": "v",
-    "diamond": "D",
-    "plus": "P",
-    "x": "X",
-    "star": "*",
-}
-INK, FAINT = "#24292f", "#d8dee4"
 
 DPI = 200
-# A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has
-# figures of one width.
-STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "axes.edgecolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.w_pad": 0.06,
-    "figure.constrained_layout.h_pad": 0.06,
-    "svg.hashsalt": "monosemy",
-}
 
 LOSS_RECOVERED = "Loss recovered\n(1 = as the untouched model, 0 = as with zeros)"
 FVU = "Fraction of variance unexplained, FVU\n(log scale, 0 = perfect)"
 L0 = "L0: active latents per token (log scale)"
-
-
-def look(architecture: str, known: Sequence[str] = ()) -> tuple[str, str]:
-    """Return (color, marker) of an architecture; one without a look is gray with a number for a marker.
-
-    `known` lists the architectures of the figure, so that two unknown ones get different numbers.
-    """
-    declared = looks()
-    if architecture in declared:
-        found = declared[architecture]
-        return found.light, MATPLOTLIB_MARKERS.get(found.marker, "o")
-    strangers = sorted(set(known) - declared.keys() | {architecture})
-    return UNKNOWN[0], f"${strangers.index(architecture) + 1}$"
-
-
-def _mark(architecture: str, known: Sequence[str], size: float) -> dict[str, Any]:
-    """Return the line properties of an architecture's marker, sized so that all have about the same area."""
-    color, marker = look(architecture, known)
-    if marker.startswith("$"):
-        return {"color": color, "marker": marker, "markersize": 1.2 * size, "markeredgewidth": 0.3}
-    scale = {"*": 1.5, "P": 1.15, "X": 1.15, "D": 0.85}.get(marker, 1.0)
-    return {
-        "color": color,
-        "marker": marker,
-        "markersize": scale * size,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.6,
-    }
 
 
 def loss_recovered_against_l0(rows: Sequence[Row]) -> Figure:
@@ -136,13 +86,13 @@ def alive(rows: Sequence[Row]) -> Figure:
     names = _architectures(rows)
     tallest = max((sum(row["site"] == site for row in shown) for site in sites), default=1)
     with rc_context(STYLE):
-        figure, axes = _facets(
+        figure, axes = make_facets(
             sites, height=0.9 + 0.21 * max(tallest, 4), width=4.4, columns=2, share_y=False
         )
         for site, axis in zip(sites, axes, strict=False):
             mine = sorted((row for row in shown if row["site"] == site), key=lambda row: _order(row, names))
             for place, row in enumerate(mine):
-                value, mark = row["frac_alive"], _mark(row["architecture"], names, 6)
+                value, mark = row["frac_alive"], marker_of(row["architecture"], names, 6)
                 axis.barh(place, value, height=0.62, color=mark["color"], alpha=0.28, linewidth=0)
                 axis.plot(value, place, **mark, clip_on=False, zorder=3)
                 never = _never(row)
@@ -165,10 +115,10 @@ def alive(rows: Sequence[Row]) -> Figure:
             axis.tick_params(axis="y", length=0)
         tokens = {row["tokens"] for row in shown if "tokens" in row}
         on = f"{tokens.pop():,} held-out {unit(rows)}" if len(tokens) == 1 else f"the held-out {unit(rows)}"
-        _below(
+        write_below(
             figure,
             f"Latents that fired at least once on {on}; at the right: how many never did",
-            _left_out(len(rows) - len(shown), len(rows), "share of live latents"),
+            left_out_note(len(rows) - len(shown), len(rows), "share of live latents"),
         )
     return figure
 
@@ -213,21 +163,21 @@ def training_curves(records: Iterable[Row], rows: Sequence[Row]) -> Figure:
                     behind = [curves[sae, key][:, :2] for sae in placed]
                     axis.add_collection(LineCollection(behind, color=FAINT, linewidth=0.6))
                 for row in (by_sae[sae] for sae in placed if by_sae[sae][column_key] == column):
-                    mark = _mark(row["architecture"], names, 5.5)
+                    mark = marker_of(row["architecture"], names, 5.5)
                     _curve(axis, curves[row["sae"], key], mark, styles[row["site"]])
             panels[0].set_ylabel(label)
-            _scale_y(panels[0], log=log)
+            scale_y(panels[0], log=log)
         for column, axis in zip(columns, grid[0], strict=False):
             size = 10 if panel_width > 3 else 8.5
-            axis.set_title(_plain(_short(column, 22)), loc="left", fontweight="bold", fontsize=size)
+            axis.set_title(plain_text(shortened(column, 22)), loc="left", fontweight="bold", fontsize=size)
         for axis in grid[-1]:
             axis.xaxis.set_major_locator(MaxNLocator(4 if panel_width > 3 else 3))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
             axis.set_xlim(left=0)
             axis.set_xlabel("Training tokens")
-        _legend(figure, names, line=True, styles=styles if len(set(styles.values())) > 1 else {})
-        left_out = _left_out(len(lines) - len(placed), len(lines), "row that tells site and architecture")
-        _below(figure, left_out)
+        add_legend(figure, names, line=True, styles=styles if len(set(styles.values())) > 1 else {})
+        left_out = left_out_note(len(lines) - len(placed), len(lines), "row that tells site and architecture")
+        write_below(figure, left_out)
     return figure
 
 
@@ -266,10 +216,10 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
                         axis.stairs(share, row["firing_log10_edges"], color=color, fill=True, alpha=0.16)
                         axis.stairs(share, row["firing_log10_edges"], color=color, linewidth=1.1)
                 axis.axvline(-1, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
-            panels[0].set_ylabel(_plain(_short(site, 16)), fontweight="bold")
+            panels[0].set_ylabel(plain_text(shortened(site, 16)), fontweight="bold")
         for axis, name in zip(grid[0], names, strict=False):
             axis.set_title(
-                _plain(name).replace("matryoshka_", "matryoshka_\n"),
+                plain_text(name).replace("matryoshka_", "matryoshka_\n"),
                 fontsize=8,
                 color=look(name, names)[0],
                 fontweight="bold",
@@ -283,11 +233,11 @@ def firing_frequencies(rows: Sequence[Row]) -> Figure:
         axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         figure.supylabel("Share of the SAE's latents", fontsize=9)
-        _below(
+        write_below(
             figure,
             f"Share of the held-out {unit(rows)} on which a latent fires (log scale)",
             "Dashed: 10%, above it a latent counts as dense",
-            _left_out(len(rows) - len(shown), len(rows), "firing histogram"),
+            left_out_note(len(rows) - len(shown), len(rows), "firing histogram"),
         )
     return figure
 
@@ -377,8 +327,8 @@ def _against_l0(
     ]
     exact = f"top_k_{key}"
     with rc_context(STYLE):
-        figure, axes = _facets(sites, height=3.5, width=3.9, columns=3, share_x=True)
-        floor = None if log_y else _floor([row[key] for row in shown])
+        figure, axes = make_facets(sites, height=3.5, width=3.9, columns=3, share_x=True)
+        floor = None if log_y else lower_end([row[key] for row in shown])
         below = 0
         for site, axis in zip(sites, axes, strict=False):
             mine = sorted((row for row in shown if row["site"] == site), key=lambda row: row["l0"])
@@ -389,15 +339,15 @@ def _against_l0(
                 groups.items(), key=lambda item: (names.index(item[0][0]), item[0][1])
             ):
                 inside = [row for row in group if floor is None or row[key] >= floor]
-                _series(axis, inside, key, _mark(name, names, 6.5), low, high, log_y=log_y)
+                _series(axis, inside, key, marker_of(name, names, 6.5), low, high, log_y=log_y)
                 for row in (row for row in group if row not in inside):
                     below += 1
-                    _arrow_down(axis, row["l0"], row[key], look(name, names)[0])
+                    arrow_down(axis, row["l0"], row[key], look(name, names)[0])
             if floor is not None:
                 axis.set_ylim(bottom=floor)
         if log_y:
-            _scale_y(axes[0], log=True)
-        _l0_axis(
+            scale_y(axes[0], log=True)
+        scale_l0(
             axes,
             [row["l0"] for row in shown] + [row["top_k_l0"] for row in shown if finite(row, "top_k_l0")],
         )
@@ -405,13 +355,13 @@ def _against_l0(
             axis.set_xlabel(L0)
         figure.supylabel(label, fontsize=9, multialignment="center")
         both_modes = any(finite(row, exact) is not None for row in shown)
-        _legend(figure, names, hollow="hollow: exact top-k" if both_modes else "")
-        _below(
+        add_legend(figure, names, hollow="hollow: exact top-k" if both_modes else "")
+        write_below(
             figure,
             "Bars: where 95 of 100 re-draws of the held-out text would fall"
             if any(finite(row, low) is not None for row in shown)
             else "",
-            _left_out(len(rows) - len(shown), len(rows), f"L0 or {label.splitlines()[0]}"),
+            left_out_note(len(rows) - len(shown), len(rows), f"L0 or {label.splitlines()[0]}"),
             f"Below the scale, drawn as an arrow with its value: {below}" if below else "",
         )
     return figure
@@ -436,44 +386,6 @@ def _series(
             axis.plot(*other, **{**mark, **hollow}, zorder=2.5)
 
 
-def _arrow_down(axis: Axes, x: float, value: float, color: str) -> None:
-    """Draw an arrow at the lower edge with the value of a point below the scale."""
-    axis.annotate(
-        f"{value:.2f}",
-        (x, 0),
-        (0, 12),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="center",
-        fontsize=7.5,
-        color=color,
-        arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1, "shrinkA": 0, "shrinkB": 0},
-    )
-
-
-def _facets(
-    sites: Sequence[str],
-    *,
-    height: float,
-    width: float,
-    columns: int,
-    share_x: bool = False,
-    share_y: bool = True,
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure with one titled panel per site (at least one panel), `columns` in a row, and room for a
-    legend at the right."""
-    count = max(len(sites), 1)
-    across = min(count, columns)
-    down = math.ceil(count / across)
-    figure = Figure(figsize=(2.2 + width * across, 0.5 + height * down), layout="constrained")
-    axes = list(figure.subplots(down, across, sharex=share_x, sharey=share_y, squeeze=False).flat)
-    for spare in axes[count:]:
-        spare.remove()
-    for site, axis in zip(sites, axes, strict=False):
-        axis.set_title(_plain(_short(site, 44)), loc="left", fontweight="bold")
-    return figure, axes[:count]
-
-
 def _stretches(line: Sequence[Row], key: str, *, positive: bool) -> np.ndarray:
     """Return one SAE's measure as [at most 120, 4]: tokens, mean, smallest and largest value of each stretch
     of the log."""
@@ -496,103 +408,6 @@ def _curve(axis: Axes, curve: np.ndarray, mark: dict[str, Any], style: Any) -> N
             axis.fill_between(tokens, low, high, color=mark["color"], alpha=0.12, linewidth=0)
         axis.plot(tokens, mean, color=mark["color"], linewidth=1.1, linestyle=style, alpha=0.85)
         axis.plot(tokens[-1], mean[-1], **mark, clip_on=False, zorder=4)
-
-
-def _legend(
-    figure: Figure,
-    names: Sequence[str],
-    *,
-    line: bool = False,
-    hollow: str = "",
-    styles: Mapping[str, Any] | None = None,
-) -> None:
-    """Draw the legend outside the data: the architectures that the figure shows; then what a hollow marker
-    means, then line styles by name."""
-    handles = [
-        Line2D([], [], **_mark(name, names, 6.5), linewidth=1.1 if line else 0, label=_plain(name))
-        for name in names
-    ]
-    if hollow:
-        handles.append(
-            Line2D(
-                [], [], linewidth=0, marker="P", markersize=7, color=INK, markerfacecolor="none", label=hollow
-            )
-        )
-    handles += [
-        Line2D([], [], color=INK, linewidth=1.1, linestyle=style, label=_plain(name))
-        for name, style in (styles or {}).items()
-    ]
-    if handles:
-        figure.legend(
-            handles=handles,
-            loc="outside right upper",
-            title="Architecture",
-            alignment="left",
-            labelspacing=0.7,
-        )
-
-
-def _below(figure: Figure, *lines: str) -> None:
-    """Write under the whole figure; empty lines fall away."""
-    text = "\n".join(line for line in lines if line)
-    if text:
-        figure.supxlabel(text, fontsize=8)
-
-
-def _left_out(count: int, total: int, what: str) -> str:
-    return f"{count} of {total} SAEs not shown: no {what}" if count else ""
-
-
-def _l0_axis(axes: Sequence[Axes], values: Sequence[float]) -> None:
-    """Set one log scale for all facets, with plain numbers on it."""
-    low, high = (min(values) / 1.25, max(values) * 1.25) if values else (1.0, 100.0)
-    for axis in axes:
-        axis.set_xscale("log")
-        axis.set_xlim(low, high)
-        axis.xaxis.set_major_locator(FixedLocator(_log_ticks(low, high, doubling=True)))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.tick_params(labelbottom=True)
-
-
-def _log_ticks(low: float, high: float, *, doubling: bool = False) -> list[float]:
-    """Three to seven round numbers in [low, high]: tens if the range is wide (or 10 20 40 80 ... if
-    `doubling`), else finer steps."""
-    decades = range(-9, 13)
-    coarse = [10 * 2.0**power for power in range(-12, 24)] if doubling else [10.0**power for power in decades]
-    finer = [
-        [step * 10.0**power for power in decades for step in steps]
-        for steps in ([1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8])
-    ]
-    for candidates in (coarse, *finer, MaxNLocator(5).tick_values(low, high)):
-        ticks = [tick for tick in candidates if low <= tick <= high]
-        if len(ticks) >= 3:
-            break
-    return ticks[:: math.ceil(len(ticks) / 7)] if ticks else []
-
-
-def _scale_y(axis: Axes, *, log: bool) -> None:
-    """Plain numbers on a log axis, also where it spans less than a factor of ten; a linear one begins at
-    0."""
-    if log:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(FixedLocator(_log_ticks(*axis.get_ylim())))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    else:
-        axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _floor(values: Sequence[float]) -> float | None:
-    """Return where a linear axis should end below, if a few values are so low that all others would become
-    one line; else None."""
-    if len(values) < 4:
-        return None
-    low, middle, high = np.quantile(values, [0.25, 0.5, 1.0])
-    floor = low - 4 * max(high - low, 0.02)
-    return float(floor) if min(values) < floor and middle > floor else None
 
 
 def _pair(row: Row, one: str, other: str) -> tuple[float, float] | None:
@@ -622,7 +437,7 @@ def _order(row: Row, names: Sequence[str]) -> tuple[int, int, float]:
 
 def _label(row: Row) -> str:
     value = finite(row, "l0")
-    return _plain(row["architecture"]) + (
+    return plain_text(row["architecture"]) + (
         "" if value is None else f"   L0 {value:.0f}" if value >= 10 else f"   L0 {value:.1f}"
     )
 
@@ -633,25 +448,7 @@ def _never(row: Row) -> str:
     return f"{row['never_fired']:,} of {row['d_sae']:,}" if {"never_fired", "d_sae"} <= row.keys() else ""
 
 
-def _count(value: float) -> str:
-    """Return a number of tokens, short: 614,400 -> 614k, 5e8 -> 500M."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.0f}"
-
-
 def _rarest(row: Row) -> float:
     """Return log10 of the lower edge of the first bin with a latent in it."""
     filled = np.flatnonzero(row["firing_counts"])
     return row["firing_log10_edges"][filled[0]] if len(filled) else -4.0
-
-
-def _short(name: str, length: int) -> str:
-    """Return a name that fits: the middle of a long one gives way."""
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
-
-
-def _plain(name: str) -> str:
-    """Return a name as matplotlib shall print it: a dollar sign would start a formula."""
-    return name.replace("$", r"\$")
