@@ -71,8 +71,8 @@ def test_the_test_sees_imports():
 
 def test_checks_need_no_torch():
     code = (
-        "import sys, monosemy, monosemy.cli, monosemy.jobs.plan\nsys.exit(bool({'torch', 'transformers', "
-        "'datasets'} & sys.modules.keys()))"
+        "import sys, monosemy, monosemy.cli, monosemy.jobs.plan, monosemy.jobs.hub\n"
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -1,6 +1,7 @@
 """The metrics of a row: their names, what they say, how they are printed, and where.
 
-The text table, the page, the model card and SAE Bench's names are all made of this list.
+The text table, the page, the model card and SAE Bench's names are all made of this list. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from monosemy.evaluation.metrics import Row, ratio
-
+Row = dict[str, Any]
 Place = Literal["table", "page", "card"]
+
+
+def ratio(above: float, below: float) -> float:
+    """Divide; NaN by zero."""
+    return above / below if below else math.nan
 
 
 def finite(row: Mapping[str, Any], key: str) -> float | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import invalid
+from monosemy.evaluation.columns import Row, ratio
 from monosemy.evaluation.geometry import geometry
 from monosemy.evaluation.latents import ALWAYS, DENSE, LatentStats
 from monosemy.evaluation.missing import Missing
@@ -26,7 +27,6 @@ from monosemy.limits import SELECTION_TOKENS
 if TYPE_CHECKING:
     from monosemy.sae import SAE
 
-Row = dict[str, Any]
 
 HISTOGRAM_EDGES = [-6 + i / 2 for i in range(13)]  # log10 of the share of tokens on which a latent fires
 THRESHOLD_TOLERANCE = 1.2  # a threshold whose FVU is so many times exact top-k's is flagged
@@ -284,7 +284,3 @@ def reconstruction_columns(sums: ReconstructionSums, variance: float) -> Row:
         "firing_log10_edges": HISTOGRAM_EDGES,
         "firing_counts": torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) - 1).tolist(),
     }
-
-
-def ratio(above: float, below: float) -> float:
-    return above / below if below else math.nan

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from monosemy.data.contexts import bos_id
 from monosemy.errors import invalid
-from monosemy.evaluation.metrics import Row
+from monosemy.evaluation.columns import Row
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 from monosemy.sae import SAE

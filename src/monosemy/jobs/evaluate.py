@@ -15,8 +15,8 @@ from torch import Tensor
 from monosemy import formats
 from monosemy.config import EvalConfig, TrainConfig
 from monosemy.errors import invalid
-from monosemy.evaluation.columns import table
-from monosemy.evaluation.metrics import Row, dictionary_learning_results
+from monosemy.evaluation.columns import Row, table
+from monosemy.evaluation.metrics import dictionary_learning_results
 from monosemy.evaluation.missing import Missing
 from monosemy.evaluation.probing import chosen_datasets, probe, sae_probes
 from monosemy.jobs import results

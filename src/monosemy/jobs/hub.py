@@ -278,6 +278,3 @@ def _reason(error: Exception) -> str:
     if status is None:
         return without_secrets(f"{type(error).__name__}: {error}").rstrip(". ")
     return f"{REFUSALS.get(status, 'the hub answered with an error')} (HTTP {status})"
-
-
-# The model card

@@ -9,14 +9,16 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from monosemy.evaluation.columns import columns_of
-from monosemy.sae import SAE
 from monosemy.system.files import read_json, read_lines
 from monosemy.system.redact import without_secrets
+
+if TYPE_CHECKING:
+    from monosemy.sae import SAE
 
 # models that come from a package, under their names on the hub
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -27,7 +27,8 @@ from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.data.sources import sources_of
 from monosemy.errors import invalid
 from monosemy.evaluation import geometry, latents
-from monosemy.evaluation.metrics import ROWS, Row, dictionary_learning_results
+from monosemy.evaluation.columns import Row
+from monosemy.evaluation.metrics import ROWS, dictionary_learning_results
 from monosemy.evaluation.missing import ERRORS, Missing
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.formats.untrusted import sha256

@@ -24,11 +24,7 @@ MATPLOTLIB_MARKERS = {
     "x": "X",
     "star": "*",
 }
-
-
 INK, FAINT = "#24292f", "#d8dee4"
-
-
 # A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has
 # figures of one width.
 STYLE: dict[Any, Any] = {

@@ -18,7 +18,8 @@ from torch import Tensor
 from monosemy import __version__
 from monosemy.errors import invalid
 from monosemy.evaluation import geometry, latents
-from monosemy.evaluation.metrics import Row, evaluate, named_saes
+from monosemy.evaluation.columns import Row
+from monosemy.evaluation.metrics import evaluate, named_saes
 from monosemy.evaluation.missing import Missing
 from monosemy.report import page, plots
 from monosemy.sae import SAE

@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +237,7 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
         title=", ".join(names),
         missing=missing,
         style=Markup((folder / "report.css").read_text("utf-8")),
-        script=Markup(_script(folder / "script")),
+        script=Markup(script()),
         library=Markup(library),
         licenses=(folder / "licenses.txt").read_text("utf-8"),
         blocks=blocks,
@@ -389,7 +388,9 @@ def _json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _script(folder: Traversable) -> str:
+def script() -> str:
+    """Return the page's script, of its files."""
+    folder = files(__package__) / "script"
     return "\n".join((folder / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
 
 

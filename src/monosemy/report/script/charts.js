@@ -122,6 +122,18 @@ function pareto() {
   );
 }
 
+/** Lines of each site in dashes of their own. */
+function dashes(sites) {
+  const patterns = [
+    [1, 0],
+    [6, 3],
+    [2, 2],
+    [8, 3, 2, 3],
+  ];
+  const range = sites.map((_, i) => patterns[i % patterns.length]);
+  return { field: "site", type: "nominal", scale: { domain: sites, range } };
+}
+
 /** Training curves of some SAEs: a small plot for each measure. */
 function curves(container, saes) {
   const measures = [
@@ -187,22 +199,7 @@ function curves(container, saes) {
             },
             color: { field: "architecture", type: "nominal", scale: colors(names) },
             detail: { field: "sae" },
-            strokeDash: {
-              field: "site",
-              type: "nominal",
-              scale: {
-                domain: sites,
-                range: sites.map(
-                  (_, i) =>
-                    [
-                      [1, 0],
-                      [6, 3],
-                      [2, 2],
-                      [8, 3, 2, 3],
-                    ][i % 4],
-                ),
-              },
-            },
+            strokeDash: dashes(sites),
           },
         },
         `${label} against training ${saes[0].unit}, ${saes.length} SAEs`,
@@ -289,22 +286,7 @@ function firing(container, saes) {
               },
               color: { field: "architecture", type: "nominal", scale: colors(names) },
               detail: { field: "sae" },
-              strokeDash: {
-                field: "site",
-                type: "nominal",
-                scale: {
-                  domain: sites,
-                  range: sites.map(
-                    (_, i) =>
-                      [
-                        [1, 0],
-                        [6, 3],
-                        [2, 2],
-                        [8, 3, 2, 3],
-                      ][i % 4],
-                  ),
-                },
-              },
+              strokeDash: dashes(sites),
             },
           },
           {
