@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from monosemy.evaluation.latents import BINS, OCTAVES, REASONS, SAMPLED, STRONGEST, WINDOW
+from monosemy.evaluation.latent_stats import BINS, OCTAVES, SAMPLED, STRONGEST, WINDOW
+from monosemy.evaluation.latents import REASONS
 from monosemy.system import arrays
 
 KINDS = (

@@ -111,7 +111,7 @@ for name in {POSIX_ONLY}:
 import importlib, pkgutil
 import monosemy
 for module in pkgutil.walk_packages(monosemy.__path__, "monosemy."):
-    if module.name not in ("monosemy.__main__", "monosemy.ops.triton"):
+    if module.name != "monosemy.__main__" and not module.name.startswith("monosemy.ops.triton"):
         importlib.import_module(module.name)
 import torch
 draw = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ class Recipe:
     at .88 of the loss recovered, 3e-3 at .98."""
     threshold_mean: bool = True
     """The running threshold is a plain mean of its first values, as many as its average remembers, before it
-    becomes that average. The seed's keeps 37 % of its very first value for a thousand steps."""
+    becomes that average. dictionary_learning keeps 37 % of its very first value for a thousand steps."""
     threshold_always_set: bool = True
     """The threshold is tracked from the run's last step at the latest. dictionary_learning's runs of up to
     1,001 steps keep -1, a plain ReLU."""

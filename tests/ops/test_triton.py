@@ -22,6 +22,7 @@ from monosemy.ops import reference  # noqa: E402
 from monosemy.ops import triton as fast  # noqa: E402
 from monosemy.ops.pattern import SparsePattern  # noqa: E402
 from monosemy.ops.reference import AdamStep  # noqa: E402
+from monosemy.ops.triton import selections  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -94,7 +95,7 @@ def test_lists_that_overflow():
     """512 shares of a row have all the large values, so that many more than k reach the bound; or one row of
     a batch has all of them."""
     k, F = 512, 8200
-    M, C = fast._sizes(F, k)
+    M, C = selections._sizes(F, k)
     pre = torch.where(torch.arange(F) % M < k, 10, 0) + draw(1, F).sigmoid()
     shares = torch.nn.functional.pad(pre, (0, -F % M), value=-torch.inf).view(-1, M)
     assert (pre >= shares.amax(0).sort().values[-k]).sum() > C
@@ -102,7 +103,7 @@ def test_lists_that_overflow():
     check_picked(fast.top_k(pre.to(DEVICE), k), reference.top_k(pre, k), k)
 
     k, F = 300, 3000
-    assert 4 * k > fast._sizes(F, k)[1]
+    assert 4 * k > selections._sizes(F, k)[1]
     pre = (
         torch.stack(
             [torch.where(torch.arange(F) < 4 * k, 10, 0), torch.zeros(F), torch.zeros(F), torch.zeros(F)]
@@ -178,7 +179,7 @@ def test_nothing_is_written_behind_a_list(monkeypatch):
         behind.extend((latents[N:], values[N:]))
         return ops.Selection(latents[:N], offsets_B1, values[:N])
 
-    monkeypatch.setattr(fast, "_padding", guarded)
+    monkeypatch.setattr(selections, "_padding", guarded)
     pre = draw(4, 50).float().to(DEVICE)
     for capacity in (0, 1, 40, 70):
         assert fast.above(pre, -0.5, capacity).offsets_B1[-1] == capacity < fast.count_above(pre, -0.5)
@@ -514,36 +515,23 @@ def test_a_step_is_captured():
             assert torch.equal(got, wanted)
 
 
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from monosemy.ops.triton import variants
-
-for v in variants(D=64, F=1024, k=8):
-    pointers = [i for i, kind in enumerate(v.signature.values()) if kind[0] == "*"]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    source = ASTSource(v.kernel, v.signature, v.constexprs, aligned)
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": v.num_warps})
-    assert compiled.asm["cubin"]
-    print(v.kernel.fn.__name__)
-"""
-
-
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_every_kernel_compiles(capability, tmp_path):
     env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)
     }
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, capability], env=env, capture_output=True, text=True, check=False
+        [sys.executable, Path(__file__).with_name("compile_kernels.py"), capability],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = {
         line.removeprefix("def ").partition("(")[0]
-        for line in Path(fast.__file__).read_text().splitlines()
+        for file in Path(fast.__file__).parent.glob("*.py")
+        for line in file.read_text().splitlines()
         if "_kernel(" in line and line.startswith("def ")
     }
     assert set(run.stdout.split()) == kernels and len(kernels) > 10

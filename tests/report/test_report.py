@@ -14,8 +14,16 @@ import torch
 
 from monosemy.cli import main
 from monosemy.config import architecture_names
-from monosemy.evaluation import geometry, latents
-from monosemy.evaluation.latents import BEFORE, LOWEST, OCTAVES, SAMPLED, STRONGEST, WINDOW, LatentStats
+from monosemy.evaluation import geometry, latent_stats, latents
+from monosemy.evaluation.latent_stats import (
+    BEFORE,
+    LOWEST,
+    OCTAVES,
+    SAMPLED,
+    STRONGEST,
+    WINDOW,
+    LatentStats,
+)
 from monosemy.jobs import memory
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
@@ -63,21 +71,29 @@ def tensors(g):
     kept = [
         getattr(k, name) for k in (g.top, g.sampled) for name in ("key_SR", "at_SR", "peak_SR", "window_SRW")
     ]
-    return [g.n_F, g.contexts_F, g.max_F, g.bins_FH, g.octave_S, g.candidates_S, *kept]
+    return [
+        g.histogram.count_F,
+        g.contexts_F,
+        g.histogram.max_F,
+        g.histogram.bins_FH,
+        g.sampled.octave_S,
+        g.sampled.candidates_S,
+        *kept,
+    ]
 
 
 def test_statistics_equal_a_recount(codes):
     f_NF, at_N = codes
     g = gathered(codes)
     assert g.tokens == len(at_N) and g.contexts == C
-    assert g.n_F.equal((f_NF > 0).sum(0)) and g.max_F.equal(f_NF.amax(0))
-    torch.testing.assert_close(g.sum_F, f_NF.double().sum(0))
+    assert g.histogram.count_F.equal((f_NF > 0).sum(0)) and g.histogram.max_F.equal(f_NF.amax(0))
+    torch.testing.assert_close(g.histogram.sum_F, f_NF.double().sum(0))
     for latent in range(F):
         active = f_NF[:, latent] > 0
         values, places = f_NF[active, latent], at_N[active]
         assert g.contexts_F[latent] == len(set((places // L).tolist()))
-        edges = [2.0 ** (LOWEST + b // 4) * (1 + b % 4 / 4) for b in range(latents.BINS + 1)]
-        assert g.bins_FH[latent].tolist() == np.histogram(values.numpy(), edges)[0].tolist()
+        edges = [2.0 ** (LOWEST + b // 4) * (1 + b % 4 / 4) for b in range(latent_stats.BINS + 1)]
+        assert g.histogram.bins_FH[latent].tolist() == np.histogram(values.numpy(), edges)[0].tolist()
 
 
 def test_the_strongest_contexts_and_the_drawn_ones_equal_brute_force(codes):
@@ -106,7 +122,7 @@ def test_the_strongest_contexts_and_the_drawn_ones_equal_brute_force(codes):
             slot = latent * OCTAVES + octave % OCTAVES
             if inside:
                 kept = [at for at in g.sampled.at_SR[slot].tolist() if at >= 0]
-                assert g.octave_S[slot] == octave and g.candidates_S[slot] == len(inside)
+                assert g.sampled.octave_S[slot] == octave and g.sampled.candidates_S[slot] == len(inside)
                 assert set(kept) <= inside and len(kept) == min(SAMPLED, len(inside))
 
 
@@ -120,7 +136,7 @@ def test_neither_order_nor_batch_size_shows(codes, parts, shuffled):
 
 def test_many_entries_are_taken_in_pieces(codes, monkeypatch):
     whole = tensors(gathered(codes))
-    monkeypatch.setattr(latents, "ENTRIES", 50)
+    monkeypatch.setattr(latent_stats, "ENTRIES", 50)
     assert all(a.equal(b) for a, b in zip(whole, tensors(gathered(codes)), strict=True))
 
 
@@ -131,8 +147,8 @@ def test_another_seed_draws_others(codes):
 
 def test_memory_is_what_is_said(codes):
     g = gathered(codes)
-    held = sum(t.nbytes for t in tensors(g)) + g.sum_F.nbytes
-    assert held == latents.state_bytes(F) == memory.GATHERED * F
+    held = sum(t.nbytes for t in tensors(g)) + g.histogram.sum_F.nbytes
+    assert held == latent_stats.state_bytes(F) == memory.GATHERED * F
 
 
 # --- decoders, logits, choice
@@ -217,7 +233,7 @@ def test_pages_are_chosen_fairly(codes):
     turned = latents.choose(g, other, 15, entropy_F + 1)
     assert random == set(turned[0][turned[1] == 0].tolist())  # the draw knows nothing of the weights
     everyone, _ = latents.choose(g, like, 1000, entropy_F)
-    assert sorted(everyone.tolist()) == [latent for latent in range(F) if g.n_F[latent]]
+    assert sorted(everyone.tolist()) == [latent for latent in range(F) if g.histogram.count_F[latent]]
 
 
 def test_entropy_is_of_the_kinds_of_tokens():

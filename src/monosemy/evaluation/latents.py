@@ -1,18 +1,14 @@
-"""What each latent of an SAE responds to and what it writes, gathered while the SAE is evaluated.
+"""What each latent of an SAE responds to and what it writes: which latents get a page in the report, and the
+columns of `latents.npz`.
 
-F latents, N tokens or active entries, L tokens of a context, S slots, R kept in a slot, M candidates for
-slots, W tokens of a window, P latents with a page, D width of a site, V vocabulary.
-
-Memory is bounded (`state_bytes`), and neither the order of batches nor their size shows: counts, maxima and
-total orders only, but for one sum in float64. A candidate is the strongest token of one latent in one
-context, so that a context stands once in a list.
+F latents, P latents with a page, R contexts kept of each, W tokens of a window, D width of a site,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,208 +18,25 @@ import torch
 from torch import Tensor
 
 from monosemy.evaluation.geometry import Geometry, logit_effects, neighbors
+from monosemy.evaluation.latent_stats import (
+    OCTAVES,
+    SAMPLED,
+    STRONGEST,
+    WINDOW,
+    LatentStats,
+    hash_of,
+    state_bytes,
+)
 from monosemy.lm.info import Site
-from monosemy.system import arrays, rng
+from monosemy.system import arrays
 
 if TYPE_CHECKING:
     from monosemy.lm.model import LanguageModel
-
-BEFORE, AFTER = 28, 11  # tokens of a window around its peak
-WINDOW = BEFORE + 1 + AFTER
-STRONGEST = 8  # contexts kept of a latent
-OCTAVES, SAMPLED = 8, 2  # below the largest activation, and contexts drawn from each
-# a histogram's quarter octaves, from 2**LOWEST on; what lies beyond is in the outermost
-BINS, LOWEST = 160, -20
-ENTRIES = 2**20  # sorted at a time, or those of one context
 
 RARE_CONTEXTS = 4  # a latent of fewer is too rare to judge
 DENSE, ALWAYS = 0.1, 0.5  # shares of tokens
 REASONS = ("random", "interesting", "dense", "rare", "twin", "misaligned", "other")  # why a latent has a page
 SHARES = (1 / 3, 0.4, 0.07, 0.07, 0.07, 0.06)  # of the pages, but for "other", which fills up
-
-
-def state_bytes(d_sae: int) -> int:
-    """Return what a `LatentStats` holds of an SAE."""
-    slots = STRONGEST + OCTAVES * SAMPLED
-    return d_sae * (3 * 8 + 4 + 4 * BINS + slots * (8 + 4 + 4 + WINDOW) + 3 * OCTAVES * 2)
-
-
-class LatentStats:
-    """Statistics of all latents of one SAE, their strongest contexts, and contexts drawn evenly from each
-    octave below the strongest.
-
-    `salt` names the draw: the same for the same name and seed, whatever else is in the run.
-    """
-
-    def __init__(
-        self,
-        d_sae: int,
-        context_length: int,
-        *,
-        seed: int = 0,
-        salt: str = "",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.F, self.L, self.device = d_sae, context_length, torch.device(device)
-        self.salt = int(torch.randint(2**62, (), generator=rng.generator(seed, f"report {salt}")))
-        self.tokens = self.contexts = 0
-        self.seconds = 0.0  # that `add` took
-        self.n_F = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self.contexts_F = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self.sum_F = torch.zeros(d_sae, dtype=torch.float64, device=device)
-        self.max_F = torch.zeros(d_sae, device=device)
-        self.bins_FH = torch.zeros(d_sae, BINS, dtype=torch.int32, device=device)
-        self.top = _Kept(d_sae, STRONGEST, self.device)
-        self.sampled = _Kept(d_sae * OCTAVES, SAMPLED, self.device)
-        self.octave_S = torch.full((d_sae * OCTAVES,), -(2**15), dtype=torch.int16, device=device)
-        self.candidates_S = torch.zeros(d_sae * OCTAVES, dtype=torch.int32, device=device)
-
-    def add(self, f_NF: Tensor, at_N: Tensor) -> None:
-        """Take in the codes of counted tokens of whole contexts; `at_N` are their places, context * L +
-        position, ascending."""
-        began = time.monotonic()
-        self.tokens += len(f_NF)
-        self.contexts += len(torch.unique_consecutive(at_N // self.L))
-        self._add(f_NF, at_N)
-        self.seconds += time.monotonic() - began
-
-    def _add(self, f_NF: Tensor, at_N: Tensor) -> None:
-        active_NF = f_NF > 0
-        context_N = at_N // self.L
-        if active_NF.sum() > ENTRIES and context_N[0] != context_N[-1]:
-            middle = int((context_N <= (context_N[0] + context_N[-1]) // 2).sum())
-            self._add(f_NF[:middle], at_N[:middle])
-            self._add(f_NF[middle:], at_N[middle:])
-            return
-        rows_N, latents_N = active_NF.nonzero(as_tuple=True)
-        if not len(latents_N):
-            return
-        by_latent = latents_N.argsort(stable=True)  # then by place
-        rows_N, latents_N = rows_N[by_latent], latents_N[by_latent]
-        values_N, at_N = f_NF[rows_N, latents_N].float(), at_N[rows_N]
-        self.n_F += torch.bincount(latents_N, minlength=self.F)
-        self.sum_F.index_add_(0, latents_N, values_N.double())
-        self.max_F.scatter_reduce_(0, latents_N, values_N, "amax")
-        bins_N = ((_bits(values_N) >> 21) - ((127 + LOWEST) << 2)).clamp(0, BINS - 1)
-        self.bins_FH.view(-1).scatter_add_(
-            0, latents_N * BINS + bins_N, torch.ones_like(bins_N, dtype=torch.int32)
-        )
-
-        self._add_peaks(latents_N, values_N, at_N)
-
-    def _add_peaks(self, latents_N: Tensor, values_N: Tensor, at_N: Tensor) -> None:
-        """Add the strongest token of each latent in each context, of entries in order of latents and
-        places."""
-        contexts_N = at_N // self.L
-        new_N = torch.ones_like(latents_N, dtype=torch.bool)
-        new_N[1:] = (latents_N[1:] != latents_N[:-1]) | (contexts_N[1:] != contexts_N[:-1])
-        begins_M, of_N = new_N.nonzero()[:, 0], new_N.cumsum(0) - 1
-        ends_M = torch.cat([begins_M[1:], begins_M.new_tensor([len(at_N)])])
-        latents_M, contexts_M = latents_N[begins_M], contexts_N[begins_M]
-        peak_M = values_N.new_zeros(len(begins_M)).scatter_reduce_(0, of_N, values_N, "amax")
-        is_peak_N = values_N == peak_M[of_N]
-        at_M = torch.full_like(begins_M, 2**62).scatter_reduce_(0, of_N[is_peak_N], at_N[is_peak_N], "amin")
-        self.contexts_F += torch.bincount(latents_M, minlength=self.F)
-
-        def windows(m: Tensor) -> Tensor:
-            """Return the activations around the peaks of some candidates, 0 to 255 of each peak, [m, W]."""
-            counts = ends_M[m] - begins_M[m]
-            which = torch.arange(len(m), device=m.device).repeat_interleave(counts)
-            entry = begins_M[m].repeat_interleave(counts) + _counting(counts)
-            offset = at_N[entry] - at_M[m][which] + BEFORE
-            inside = (offset >= 0) & (offset < WINDOW)
-            which, entry, offset = which[inside], entry[inside], offset[inside]
-            window = torch.zeros(len(m), WINDOW, dtype=torch.uint8, device=m.device)
-            window[which, offset] = (
-                (255 * values_N[entry] / peak_M[m][which]).ceil().clamp(max=255).to(torch.uint8)
-            )
-            return window
-
-        self.top.add(latents_M, -_bits(peak_M), at_M, peak_M, windows)
-
-        octave_M = (_bits(peak_M) >> 23) - 127
-        slots_M = latents_M * OCTAVES + octave_M.remainder(OCTAVES)
-        newest_S = self.octave_S.scatter_reduce(0, slots_M, octave_M.to(torch.int16), "amax")
-        # what was kept there is out of range: eight octaves below
-        higher = (newest_S > self.octave_S).nonzero()[:, 0]
-        self.sampled.clear(higher)
-        self.candidates_S[higher] = 0
-        self.octave_S = newest_S
-        m = (octave_M == newest_S[slots_M]).nonzero()[:, 0]
-        self.candidates_S.scatter_add_(0, slots_M[m], torch.ones_like(m, dtype=torch.int32))
-        hash_M = _mix(_mix(latents_M[m] + self.salt) + contexts_M[m])
-        self.sampled.add(slots_M[m], hash_M, at_M[m], peak_M[m], lambda chosen: windows(m[chosen]))
-
-    @property
-    def frequency_F(self) -> Tensor:
-        return self.n_F.double() / max(self.tokens, 1)
-
-
-class _Kept:
-    """Of the candidates of each slot the R of least (key, place), with their peaks and windows.
-
-    Empty places have the largest key.
-    """
-
-    EMPTY = 2**63 - 1
-
-    def __init__(self, slots: int, R: int, device: torch.device) -> None:
-        self.R = R
-        self.key_SR = torch.full((slots, R), self.EMPTY, dtype=torch.long, device=device)
-        self.at_SR = torch.full((slots, R), -1, dtype=torch.int32, device=device)
-        self.peak_SR = torch.zeros(slots, R, device=device)
-        self.window_SRW = torch.zeros(slots, R, WINDOW, dtype=torch.uint8, device=device)
-
-    def clear(self, slots: Tensor) -> None:
-        self.key_SR[slots] = self.EMPTY
-        self.at_SR[slots] = -1
-        self.peak_SR[slots] = 0
-        self.window_SRW[slots] = 0
-
-    def add(self, slots_M: Tensor, key_M: Tensor, at_M: Tensor, peak_M: Tensor, windows: Any) -> None:
-        good = (key_M <= self.key_SR[slots_M, -1]).nonzero()[:, 0]
-        if not len(good):
-            return
-        touched, slot_of = torch.unique(slots_M[good], return_inverse=True)
-        T, R = len(touched), self.R
-        old = torch.arange(T, device=touched.device).repeat_interleave(R)
-        slot = torch.cat([old, slot_of])
-        key = torch.cat([self.key_SR[touched].flatten(), key_M[good]])
-        at = torch.cat([self.at_SR[touched].flatten().long(), at_M[good]])
-        peak = torch.cat([self.peak_SR[touched].flatten(), peak_M[good]])
-        order = at.argsort(stable=True)
-        order = order[key[order].argsort(stable=True)]
-        order = order[slot[order].argsort(stable=True)]
-        # at least R of each: the old ones and what is new
-        chosen = order[_counting(torch.bincount(slot, minlength=T)) < R]
-        new = chosen >= T * R
-        window = self.window_SRW.new_zeros(T * R, WINDOW)
-        window[~new] = self.window_SRW[touched].view(T * R, WINDOW)[chosen[~new]]
-        window[new] = windows(good[chosen[new] - T * R])
-        self.key_SR[touched] = key[chosen].view(T, R)
-        self.at_SR[touched] = at[chosen].view(T, R).to(torch.int32)
-        self.peak_SR[touched] = peak[chosen].view(T, R)
-        self.window_SRW[touched] = window.view(T, R, WINDOW)
-
-
-def _bits(values: Tensor) -> Tensor:
-    """Return the bits of positive floats as numbers, which are in the same order."""
-    return values.contiguous().view(torch.int32).long()
-
-
-def _counting(counts: Tensor) -> Tensor:
-    """Count 0, 1, .., n - 1 for each of the counts n, one after the other."""
-    ends = counts.cumsum(0)
-    return torch.arange(int(ends[-1]) if len(ends) else 0, device=counts.device) - (
-        ends - counts
-    ).repeat_interleave(counts)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Return a hash of numbers, 0 to 2**62 - 1 (the finalizer of MurmurHash3, in arithmetic that wraps)."""
-    for factor in (-49064778989728563, -4265267296055464877):
-        x = (x ^ ((x >> 33) & (2**31 - 1))) * factor
-    return (x ^ ((x >> 33) & (2**31 - 1))) & (2**62 - 1)
 
 
 # --- which latents have pages -------------------------------------------------------------------------------
@@ -237,14 +50,14 @@ def choose(g: LatentStats, like: Geometry, pages: int, entropy_F: Tensor) -> tup
     interesting ones (their peaks strong against their mean, and of few kinds of tokens), dense, rare, with a
     twin, and with a decoder unlike their encoder.
     """
-    device = g.n_F.device
+    device = g.histogram.count_F.device
     all_F = torch.arange(g.F, device=device)
-    n_F, frequency_F, alive_F = g.n_F.double(), g.frequency_F, g.n_F > 0
+    n_F, frequency_F, alive_F = g.histogram.count_F.double(), g.frequency_F, g.histogram.count_F > 0
     judged_F = g.contexts_F >= RARE_CONTEXTS
-    contrast_F = (g.max_F * n_F / g.sum_F.clamp(min=1e-300)).log().nan_to_num(0)
+    contrast_F = (g.histogram.max_F * n_F / g.histogram.sum_F.clamp(min=1e-300)).log().nan_to_num(0)
     shape_F = _rank(contrast_F, judged_F) + _rank(-(entropy_F - 1.5).abs(), judged_F)
     orders = {
-        "random": (judged_F, _mix(_mix(all_F + g.salt) + 1).double()),
+        "random": (judged_F, hash_of(hash_of(all_F + g.salt) + 1).double()),
         "interesting": ((g.contexts_F >= 2 * RARE_CONTEXTS) & (frequency_F < 0.01), -shape_F),
         "dense": (frequency_F > DENSE, -frequency_F),
         "rare": (alive_F, n_F),
@@ -317,10 +130,10 @@ def statistics(
         contexts_CL.to(g.device).flatten()[at_FR.clamp(min=0)] if contexts_CL is not None else 0,
         -1,
     )
-    column("count", g.n_F, np.uint32)
+    column("count", g.histogram.count_F, np.uint32)
     column("contexts", g.contexts_F, np.uint32)
-    column("max", g.max_F, np.float32)
-    column("mean", g.sum_F / g.n_F.clamp(min=1), np.float32)
+    column("max", g.histogram.max_F, np.float32)
+    column("mean", g.histogram.sum_F / g.histogram.count_F.clamp(min=1), np.float32)
     column("peak_token", peaks_FR[:, 0], np.int32)
     column("enc_dec", like.enc_dec_F, np.float32)
     column("near", like.near_F, np.uint32)
@@ -328,7 +141,7 @@ def statistics(
 
     latents_P, reasons_P = choose(g, like, pages, peak_entropy(peaks_FR))
     at_PM = torch.cat([g.top.at_SR[latents_P], g.sampled.at_SR.view(g.F, -1)[latents_P]], 1)
-    octave_PO = g.octave_S.view(g.F, OCTAVES)[latents_P]
+    octave_PO = g.sampled.octave_S.view(g.F, OCTAVES)[latents_P]
     top_P1 = octave_PO.amax(1, keepdim=True)
     in_range_PO = octave_PO > top_P1 - OCTAVES
     again_PM = (at_PM[:, STRONGEST:, None] == at_PM[:, None, :STRONGEST]).any(
@@ -337,7 +150,7 @@ def statistics(
     at_PM[:, STRONGEST:][again_PM] = -1
     column("page_latent", latents_P, np.uint32)
     column("page_reason", reasons_P, np.uint8)
-    column("page_bins", g.bins_FH[latents_P], np.uint32)
+    column("page_bins", g.histogram.bins_FH[latents_P], np.uint32)
     column("page_at", at_PM, np.int32)
     column(
         "page_peak",
@@ -349,7 +162,7 @@ def statistics(
     )
     column("page_shade", window, np.uint8)
     column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
-    column("page_candidates", g.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
+    column("page_candidates", g.sampled.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
     if len(latents_P):
         near_PM, cosine_PM = neighbors(sae.W_dec, latents_P)
         column("page_near", near_PM, np.uint32)

@@ -20,7 +20,8 @@ from torch import Tensor
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, ratio
 from monosemy.evaluation.geometry import geometry
-from monosemy.evaluation.latents import ALWAYS, DENSE, LatentStats
+from monosemy.evaluation.latent_stats import LatentStats
+from monosemy.evaluation.latents import ALWAYS, DENSE
 from monosemy.evaluation.missing import Missing
 from monosemy.limits import SELECTION_TOKENS
 

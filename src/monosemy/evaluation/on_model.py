@@ -21,7 +21,7 @@ from torch import Tensor
 
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, ratio
-from monosemy.evaluation.latents import LatentStats
+from monosemy.evaluation.latent_stats import LatentStats
 from monosemy.evaluation.metrics import ROWS, ReconstructionSums, make_row, new_sums, reconstruction_columns
 from monosemy.evaluation.missing import Missing
 from monosemy.limits import HEAD_ELEMENTS, SELECTION_TOKENS

@@ -28,6 +28,7 @@ from monosemy.data.sources import sources_of
 from monosemy.errors import invalid
 from monosemy.evaluation import geometry, latents
 from monosemy.evaluation.columns import Row
+from monosemy.evaluation.latent_stats import LatentStats
 from monosemy.evaluation.metrics import ROWS, dictionary_learning_results
 from monosemy.evaluation.missing import ERRORS, Missing
 from monosemy.evaluation.on_model import evaluate_on_model
@@ -144,7 +145,7 @@ def measure(
     *,
     norm_limits: Mapping[Site, float | None],
     info: Mapping[str, Mapping[str, Any]],
-    gather: Mapping[str, latents.LatentStats] | None = None,
+    gather: Mapping[str, LatentStats] | None = None,
     missing: Missing | None = None,
 ) -> list[Row]:
     """Evaluate SAEs on held-out contexts through the whole model, as a configuration says."""
@@ -228,9 +229,7 @@ def _measured(
     if not saes:
         return {}
     gathered = {
-        name: latents.LatentStats(
-            sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device
-        )
+        name: LatentStats(sae.d_sae, contexts_CL.shape[1], seed=c.data_seed, salt=str(site), device=lm.device)
         for name, (site, sae) in saes.items()
         if c.report_latents
     }
@@ -275,7 +274,7 @@ def _add_latents(
     row: Row,
     sae: SAE,
     site: Site,
-    gathered: latents.LatentStats | None,
+    gathered: LatentStats | None,
     lm: LanguageModel,
     contexts_CL: Tensor,
     special_ids: Tensor,

@@ -1,8 +1,8 @@
-"""The kernel seam: one signature for each op, and no caller asks where it runs.
+"""The ops that SAEs are made of: one signature for each, and no caller asks where it runs.
 
-`torch.py` is the plain meaning of every op. `cpu.py` (C, through ctypes), `aten.py` (torch's own CPU
-kernels) and `triton.py` (a GPU) are its fast forms, which `forms.py` chooses from. `functions.py` gives the
-ops their gradients, `update.py` is what comes after.
+`reference.py` defines every op in plain torch. `cpu.py` (C, through ctypes), `aten.py` (torch's own CPU
+kernels) and `triton/` (a GPU) are its fast backends, which `backends.py` chooses from. `functions.py` gives
+the ops their gradients, `update.py` is the optimizer.
 """
 
 from monosemy.ops.backends import use_backend

@@ -1,7 +1,7 @@
 """The ops on a CPU without a compiler, from torch's own kernels: embedding bags by token and by latent, a
 sampled bound for selections.
 
-Nothing but the encoder's product costs as much as there are latents. `torch.py` says what each function
+Nothing but the encoder's product costs as much as there are latents. `reference.py` says what each function
 means. Ties of `top_k` are taken as torch's topk takes them.
 """
 

@@ -17,9 +17,9 @@ _forced: list[str] = []
 
 def backend_for(tensor: Tensor | Estimate) -> ModuleType:
     """Return the module of ops for a tensor: compiled kernels or torch's own on a CPU, Triton's on a GPU, the
-    plain meaning elsewhere.
+    reference elsewhere.
 
-    An estimate is read by the form that makes them.
+    An estimate is read by the backend that makes them.
     """
     if isinstance(tensor, Estimate):
         return import_module("monosemy.ops.cpu")
@@ -36,7 +36,7 @@ def _fastest(tensor: Tensor) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops in one form, "torch", "aten", "compiled" or "triton": for tests and comparisons."""
+    """Run the ops in one backend, "reference", "aten", "cpu" or "triton": for tests and comparisons."""
     _forced.append(name)
     try:
         yield

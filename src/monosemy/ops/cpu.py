@@ -1,7 +1,7 @@
 """The ops on a CPU, compiled: `kernels.c` is built by the system's compiler when first asked for, and kept in
 the user's cache.
 
-`torch.py` says what each function means. float32 weights and values; pre-activations of float32 or bfloat16.
+`reference.py` says what each function means. float32 weights and values; pre-activations of float32 or
 Results do not depend on the number of threads, which is torch's. `MONOSEMY_COMPILED=0` turns this form off;
 `CC` names another compiler than `cc`.
 """

@@ -1,4 +1,4 @@
-/* The compiled CPU form of the ops. torch.py says what each of them means; compiled.py allocates, and calls what is not static here.
+/* The compiled CPU form of the ops. reference.py says what each of them means; cpu.py allocates, and calls what is not static here.
 
    B tokens, D d_in, F latents, N entries, R bags, S SAEs. Every sum is taken in an order that the data alone decide, so that results
    are the same for any number of threads. */

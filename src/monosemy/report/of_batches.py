@@ -19,6 +19,7 @@ from monosemy import __version__
 from monosemy.errors import invalid
 from monosemy.evaluation import geometry, latents
 from monosemy.evaluation.columns import Row
+from monosemy.evaluation.latent_stats import LatentStats
 from monosemy.evaluation.metrics import evaluate, named_saes
 from monosemy.evaluation.missing import Missing
 from monosemy.report import page, plots
@@ -63,7 +64,7 @@ def write_report(
     missing = Missing(folder)
     began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     gathered = {
-        name: latents.LatentStats(sae.d_sae, 1, seed=seed, salt=site, device=next(sae.parameters()).device)
+        name: LatentStats(sae.d_sae, 1, seed=seed, salt=site, device=next(sae.parameters()).device)
         for name, sae in named.items()
     }
     rows = evaluate(named, batches, site=site, gather=gathered, missing=missing)
@@ -89,7 +90,7 @@ def write_report(
     return path
 
 
-def _write_latents(path: Path, g: latents.LatentStats, sae: SAE, pages: int) -> None:
+def _write_latents(path: Path, g: LatentStats, sae: SAE, pages: int) -> None:
     began = time.monotonic()
     columns = latents.statistics(g, sae, geometry.geometry(sae), pages)
     columns |= latents.strongest_rows(g, columns["page_latent"])

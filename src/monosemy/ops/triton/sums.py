@@ -1,0 +1,222 @@
+"""Sums over entries: decoding, its gradients and those of the encoder, in bags of tokens or by latent.
+
+D d_in, F latents, N entries (capacity), R bags.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+
+from monosemy.ops.pattern import SparsePattern
+from monosemy.ops.triton.launch import require_float32
+
+CHUNK = 128  # entries of a latent that one program takes
+
+
+@triton.jit
+def _sum_kernel(values_N, order_N, offsets_F1, sums_F, F, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sum the values of some latents."""
+    latents = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    begin = tl.load(offsets_F1 + latents, mask=latents < F, other=0)
+    number = tl.load(offsets_F1 + latents + 1, mask=latents < F, other=0) - begin
+    total = tl.zeros([BLOCK_F], tl.float32)
+    for first in range(0, tl.max(number, 0), BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)[None, :]
+        there = at < number[:, None]
+        place = tl.load(order_N + begin[:, None] + at, mask=there, other=0)
+        total += tl.sum(tl.load(values_N + place, mask=there, other=0), 1)
+    tl.store(sums_F + latents, total, mask=latents < F)
+
+
+@triton.jit
+def _decode_kernel(
+    values_N,
+    W_FD,
+    indices_N,
+    offsets_R1,
+    out_RD,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum value times row of W over a bag, for a block of D."""
+    bag = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    end = tl.load(offsets_R1 + bag + 1)
+    total_D = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(tl.load(offsets_R1 + bag), end, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        values = tl.load(values_N + at, mask=at < end, other=0)
+        latents = tl.load(indices_N + at, mask=at < end, other=0).to(tl.int64)
+        W = tl.load(
+            W_FD + latents[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
+        )
+        total_D += tl.sum(values[:, None] * W, 0)
+    tl.store(out_RD + bag * D + d, total_D, mask=d < D)
+
+
+# The entries in order of latents are cut at each latent's beginning and at each multiple of CHUNK. So a
+# latent that is active everywhere holds up no program, and what a program does, and in which order, depends
+# on the data alone. Piece f < F is the first of latent f; piece F + q begins at place q CHUNK, if a latent
+# lies across it. A second kernel adds a latent's pieces to its first.
+
+
+@triton.jit
+def _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK: tl.constexpr):
+    """Return the latent of a piece and the places in the order where it begins and ends; these are equal
+    where there is nothing."""
+    cut = tl.maximum(piece - F, 0) * CHUNK
+    inside = (piece >= F) & (cut < tl.load(offsets_F1 + F))
+    across = tl.load(indices_N + tl.load(order_N + cut, mask=inside, other=0), mask=inside, other=0)
+    latent = tl.where(piece < F, piece, across)
+    begin = tl.load(offsets_F1 + latent)
+    end = tl.load(offsets_F1 + latent + 1)
+    inside = inside & (begin < cut)
+    begin = tl.where(piece < F, begin, cut)
+    end = tl.minimum(end, (begin // CHUNK + 1) * CHUNK)
+    return latent, begin, tl.where((piece < F) | inside, end, begin)
+
+
+@triton.jit
+def _by_latent_kernel(
+    rows_RD,
+    values_N,
+    W_FD,
+    indices_N,
+    bags_N,
+    order_N,
+    offsets_F1,
+    d_values_N,
+    pieces_D,
+    F,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """For the entries of a piece: the products of their bags' rows with the latent's row of W, and the sum of
+    value times row."""
+    piece = tl.program_id(0)
+    latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total_D = tl.zeros([BLOCK_D], tl.float32)
+    if W_FD is not None:
+        W_D = tl.load(W_FD + latent.to(tl.int64) * D + d, mask=d < tl.where(begin < end, D, 0), other=0)
+    for first in range(begin, end, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        place = tl.load(order_N + at, mask=at < end, other=0)
+        bags = tl.load(bags_N + place, mask=at < end, other=0).to(tl.int64)
+        rows = tl.load(
+            rows_RD + bags[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
+        )
+        if W_FD is not None:
+            tl.store(d_values_N + place, tl.sum(rows * W_D[None, :], 1), mask=at < end)
+        if pieces_D is not None:
+            total_D += tl.sum(tl.load(values_N + place, mask=at < end, other=0)[:, None] * rows, 0)
+    if pieces_D is not None:
+        tl.store(
+            pieces_D + piece.to(tl.int64) * D + d,
+            total_D,
+            mask=d < tl.where((piece < F) | (begin < end), D, 0),
+        )
+
+
+@triton.jit
+def _join_kernel(
+    indices_N, order_N, offsets_F1, pieces_D, F, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Add a latent's later pieces to its first; the program of the second does so."""
+    piece = F + tl.program_id(0)
+    latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
+    if (begin < end) & (tl.load(offsets_F1 + latent) >= begin - CHUNK):
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        total_D = tl.load(pieces_D + latent.to(tl.int64) * D + d, mask=d < D, other=0)
+        for cut in range(begin, tl.load(offsets_F1 + latent + 1), CHUNK):
+            total_D += tl.load(pieces_D + tl.cast(F + cut // CHUNK, tl.int64) * D + d, mask=d < D, other=0)
+        tl.store(pieces_D + latent.to(tl.int64) * D + d, total_D, mask=d < D)
+
+
+def _tile(D: int, most: int) -> dict[str, int]:
+    """Blocks of entries by blocks of D, 4096 elements together where D has no more."""
+    block = min(next_power_of_2(D), most)
+    return {
+        "BLOCK_D": block,
+        "BLOCK_N": min(max(4096 // block, 1), 32),
+        "num_warps": 4 if block <= 2048 else 8,
+    }
+
+
+def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    """Return the places of the entries in order of latents, int32 [N], padding last, and where each latent's
+    begin, int32 [F + 1]."""
+    narrow = torch.int16 if F < 2**15 else torch.int32  # half the digits to sort by
+    padding_N = torch.arange(len(indices_N), device=indices_N.device) >= offsets_R1[-1]
+    sorted_N, order_N = indices_N.masked_fill(padding_N, F).to(narrow).sort(stable=True)
+    return order_N.int(), torch.searchsorted(
+        sorted_N, torch.arange(F + 1, dtype=narrow, device=indices_N.device), out_int32=True
+    )
+
+
+def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
+    """Return the sum of each latent's values, [F]."""
+    require_float32(values_N=values_N)
+    sums_F = values_N.new_empty(e.F)
+    _sum_kernel[(cdiv(e.F, 16),)](values_N, *e.by_latent(sort_by_latent), sums_F, e.F, BLOCK_F=16, BLOCK_N=64)
+    return sums_F
+
+
+def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
+    """Sum by bag: value times the latent's row of W, [R, D]."""
+    require_float32(values_N=values_N, W_FD=W_FD)
+    D = W_FD.shape[1]
+    out_RD, tile = W_FD.new_empty(e.R, D), _tile(D, 1024)
+    _decode_kernel[(e.R, cdiv(D, tile["BLOCK_D"]))](
+        values_N, W_FD, e.indices_N, e.offsets_R1, out_RD, D=D, **tile
+    )
+    return out_RD
+
+
+def _by_latent(
+    rows_RD: Tensor, values_N: Tensor, W_FD: Tensor | None, e: SparsePattern, weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """By latent: the products of its bags' rows with its row of W, [N], and the sum of value times row, [F,
+    D]; each if wanted."""
+    (order_N, offsets_F1), N, D = e.by_latent(sort_by_latent), len(values_N), rows_RD.shape[1]
+    tile = _tile(D, 1024 if W_FD is None else next_power_of_2(D))
+    cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
+    d_values_N = None if W_FD is None else torch.zeros_like(values_N)
+    pieces_D = rows_RD.new_empty(e.F + cuts, D) if weight else None
+    where = (e.indices_N, e.bags_N, order_N, offsets_F1)
+    _by_latent_kernel[(e.F + cuts, blocks)](
+        rows_RD, values_N, W_FD, *where, d_values_N, pieces_D, e.F, D=D, CHUNK=CHUNK, **tile
+    )
+    if pieces_D is None:
+        return d_values_N, None
+    _join_kernel[(cuts, blocks)](
+        e.indices_N, order_N, offsets_F1, pieces_D, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"]
+    )
+    return d_values_N, pieces_D[: e.F]
+
+
+def decode_backward(
+    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F,
+    D]."""
+    require_float32(g_RD=g_RD, values_N=values_N, W_FD=W_FD)
+    d_values_N, d_W_FD = _by_latent(g_RD, values_N, W_FD, e, weight)
+    assert d_values_N is not None
+    return d_values_N, d_W_FD
+
+
+def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D],
+    and b_enc, [F]. Bags are tokens."""
+    require_float32(g_N=g_N, x_BD=x_BD)
+    d_W_FD = _by_latent(x_BD, g_N, None, e, True)[1]
+    assert d_W_FD is not None
+    return d_W_FD, sum_by_latent(g_N, e)

@@ -1,0 +1,120 @@
+"""Compile every Triton kernel for a GPU that need not be there: `python compile_kernels.py CAPABILITY`.
+
+Prints the kernels' names. Apart from the tests, because it needs Triton without its interpreter.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import triton
+from triton import next_power_of_2
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from monosemy.ops.reference import Constraint
+from monosemy.ops.triton import adam, dense, selection_kernels, selections, sums
+from monosemy.ops.triton.launch import block_size, warps_for
+
+_TYPES = {
+    "*u8": "among_F mask_BF",
+    "*i32": "offsets_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B indices_N bags_N order_N "
+    "offsets_F1 offsets_R1",
+    "*i64": "table",
+    "*bf16": "bf16_copy",
+    "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D "
+    "sums_F add_F "
+    "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
+    "i32": "n B F limit stride_B",
+}
+
+
+class Variant(NamedTuple):
+    """A kernel with what it is compiled for: the type of each argument, the constants and the warps."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+
+
+def variants(D: int = 512, F: int = 16384, k: int = 80) -> list[Variant]:
+    """Return every kernel as the ops launch it at one size."""
+    types = {name: kind for kind, names in _TYPES.items() for name in names.split()}
+    found = []
+
+    def add(kernel: Any, pre: str = "*bf16", num_warps: int = 4, **constexprs: Any) -> None:
+        of = (
+            types
+            | dict.fromkeys(("pre_BF", "maxima_BM", "coarse_BM", "threshold"), pre)
+            | dict.fromkeys(constexprs, "constexpr")
+        )
+        found.append(Variant(kernel, {name: of[name] for name in kernel.arg_names}, constexprs, num_warps))
+
+    M, C = selections._sizes(F, k)
+    coarse = block_size(4 * k, 128, 8192, F)
+    row: dict[str, Any] = {"F": F, "M": M, "num_warps": warps_for(M)}
+    some: dict[str, Any] = {"BLOCK": min(M, 256), "num_warps": 2}
+    for pre, bits, each in (("*bf16", 16, 0), ("*fp32", 32, 1)):
+        pick: dict[str, Any] = {"F": F, "C": C, "BITS": bits}
+        add(selection_kernels.bound_rows_kernel, pre, BITS=bits, **row)
+        add(selection_kernels.list_kernel, pre, F=F, C=C, M=M, **some)
+        add(selection_kernels.pick_kernel, pre, counts_P256=None, **pick, num_warps=warps_for(C))
+        add(selection_kernels.maxima_kernel, pre, COARSE=coarse, **row)
+        add(
+            selection_kernels.histogram_kernel,
+            pre,
+            lists_BC=None,
+            F=coarse,
+            C=0,
+            BITS=16,
+            PASS=0,
+            BLOCK=min(coarse, 1024),
+        )
+        add(selection_kernels.bound_batch_kernel, pre, M=M, num_warps=warps_for(M))
+        add(selection_kernels.histogram_kernel, pre, PASS=bits // 8 - 1, BLOCK=min(C, 1024), **pick)
+        add(selection_kernels.count_kernel, pre, BLOCK=min(C, 1024), **pick)
+        add(selection_kernels.pick_kernel, pre, among_F=None, **pick, num_warps=warps_for(C))
+        add(selection_kernels.count_above_kernel, pre, EACH=each, **row)
+        add(selection_kernels.above_kernel, pre, EACH=each, **row | some)
+        add(dense._split_kernel, pre, F=F, EACH=each, BLOCK=block_size(2048, 1, 2048, F))
+    rows: dict[str, Any] = {"STRIDE_F": 1, "F": F, "ROWS": 32, "BLOCK": block_size(512, 1, 512, F)}
+    add(dense._select_kernel, **rows)
+    add(dense._select_kernel, add_F=None, **rows)
+    add(selection_kernels.bound_rows_kernel, among_F=None, BITS=16, **row)
+    add(selection_kernels.list_kernel, among_F=None, F=F, C=C, M=M, **some)
+    add(selection_kernels.starts_kernel, BLOCK=1024)
+    add(selection_kernels.starts_kernel, equal_B=None, BLOCK=1024)
+    add(sums._sum_kernel, BLOCK_F=16, BLOCK_N=64)
+    whole: dict[str, Any] = sums._tile(D, next_power_of_2(D))
+    part: dict[str, Any] = sums._tile(D, 1024)
+    add(sums._decode_kernel, D=D, **part)
+    add(sums._by_latent_kernel, D=D, CHUNK=sums.CHUNK, **whole)
+    add(sums._by_latent_kernel, D=D, CHUNK=sums.CHUNK, pieces_D=None, **whole)
+    add(sums._by_latent_kernel, D=D, CHUNK=sums.CHUNK, W_FD=None, d_values_N=None, **part)
+    add(sums._join_kernel, D=D, CHUNK=sums.CHUNK, BLOCK_D=whole["BLOCK_D"])
+    add(adam._addresses_kernel, num_warps=1)
+    constraints: tuple[Constraint, ...] = ("project", "constrain", "free")
+    constants: dict[str, Any] = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
+    for constraint in constraints:
+        shape = {"ALIGNED": 16} | adam._shape(F * D, D, constraint)
+        add(adam._square_norms_kernel, **shape)
+        add(adam._update_kernel, **shape, **constants)
+    add(adam._update_kernel, m=None, bf16_copy=None, **shape, **constants)
+    return found
+
+
+def main(capability: int) -> None:
+    for v in variants(D=64, F=1024, k=8):
+        pointers = [i for i, kind in enumerate(v.signature.values()) if kind[0] == "*"]
+        aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+        source = ASTSource(v.kernel, v.signature, v.constexprs, aligned)
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": v.num_warps})
+        assert compiled.asm["cubin"]
+        print(v.kernel.fn.__name__)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
