@@ -46,12 +46,11 @@ from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.sae import SAE, architecture
 from monosemy.system.files import cache_folder
 
-MODEL, CONTEXT = "smollm2-135m", 128
+MODEL, CONTEXT, WIDTH = "smollm2-135m", 128, 576
 SITES = {"resid_5": Site("resid_post", 5), "resid_15": Site("resid_post", 15), "mlp_10": Site("mlp_out", 10)}
 HELD_OUT, SPLICED = 102_400, 64  # tokens, and contexts of the language model
 HELD_OUT_FRACTION = 0.06
 ROWS = Path(__file__).with_name("recipes.jsonl")
-BLOCK = 16_384  # rows written at a time
 
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
 # three sparsities of each architecture, around L0 40 in a run of 600k tokens at width 4,096
@@ -110,6 +109,8 @@ def collect(most: int) -> None:
     folder().mkdir(parents=True, exist_ok=True)
     lm = LanguageModel.load(MODEL, list(SITES.values()), dtype="float32")
     for split, wanted in (("held_out", HELD_OUT), ("train", most)):
+        if (folder() / f"{split}.json").exists():
+            continue
         activations, total = stream(lm, split), 0
         files = {name: (folder() / f"{split}-{name}.f16").open("wb") for name in SITES}
         with tqdm(total=wanted, unit="tok", desc=split, disable=not sys.stderr.isatty()) as progress:
@@ -120,34 +121,36 @@ def collect(most: int) -> None:
                     break
                 for name, site in SITES.items():
                     files[name].write(batch[site].half().numpy().tobytes())
+                if not total:  # what is there can be trained on
+                    facts = {name: activations.norm_factor[site] for name, site in SITES.items()}
+                    (folder() / f"{split}.json").write_text(json.dumps(facts))
                 total += 1024
                 progress.update(1024)
         for file in files.values():
             file.close()
-        facts = {name: activations.norm_factor[site] for name, site in SITES.items()}
-        (folder() / f"{split}.json").write_text(json.dumps({"tokens": total, "norm_factor": facts}))
 
 
 def rows_of(split: str, site: str) -> Tensor:
     """Map a file of activations [N, D], float16."""
-    array = np.memmap(folder() / f"{split}-{site}.f16", np.float16, "r").reshape(-1, 576)
+    array = np.memmap(folder() / f"{split}-{site}.f16", np.float16, "r")
+    array = array[: len(array) // WIDTH * WIDTH].reshape(-1, WIDTH)
     return torch.from_numpy(array)  # type: ignore[arg-type]
 
 
 class Batches:
-    """The first `tokens` activations to train on, in batches; again from the front where there are fewer."""
+    """The first `tokens` activations to train on, in batches."""
 
     def __init__(self, site: str, tokens: int, batch: int) -> None:
         self.rows_ND, self.batch, self.steps = rows_of("train", site), batch, tokens // batch
+        if len(self.rows_ND) < tokens:
+            raise SystemExit(f"{len(self.rows_ND)} activations of {site}, {tokens} wanted: collect more")
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Tensor]:
-        whole = len(self.rows_ND) // self.batch
         for step in range(self.steps):
-            first = step % whole * self.batch
-            yield self.rows_ND[first : first + self.batch].float()
+            yield self.rows_ND[step * self.batch : (step + 1) * self.batch].float()
 
 
 # --- a row --------------------------------------------------------------------------------------------------
@@ -183,8 +186,8 @@ class Evaluator:
 
     def __init__(self) -> None:
         self.lm = LanguageModel.load(MODEL, list(SITES.values()), dtype="float32", whole=True)
-        self.norm_factor = json.loads((folder() / "train.json").read_text())["norm_factor"]
-        held_out = json.loads((folder() / "held_out.json").read_text())["norm_factor"]
+        self.norm_factor = json.loads((folder() / "train.json").read_text())
+        held_out = json.loads((folder() / "held_out.json").read_text())
         self.rescaled = {site: held_out[site] / self.norm_factor[site] for site in SITES}
         self.contexts_CL = stream(self.lm, "held_out").contexts.next(SPLICED)
 
@@ -278,8 +281,8 @@ def line(cell: Cell, row: Mapping[str, Any]) -> str:
 
 
 HEAD = (
-    "| site | architecture | width | tokens | batch | sparsity | seed | rate | options | L0 | loss recovered | "
-    "FVU | alive | dense | max cosine | seconds |\n" + "| --- " * 16 + "|"
+    "| site | architecture | width | tokens | batch | sparsity | seed | rate | options | L0 | "
+    "loss recovered | FVU | alive | dense | max cosine | seconds |\n" + "| --- " * 16 + "|"
 )
 
 
