@@ -22,7 +22,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,12 @@ from monosemy.evaluation.geometry import geometry
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.sae import SAE, architecture
+from monosemy.ops import Workspace
+from monosemy.sae import SAE, StepContext, architecture
+from monosemy.schedule import Schedule
 from monosemy.system.files import cache_folder
+from monosemy.training.sweep import Sweep
+from monosemy.training.trainer import SAESpec, SAETrainer
 
 MODEL, CONTEXT, WIDTH = "smollm2-135m", 128, 576
 SITES = {"resid_5": Site("resid_post", 5), "resid_15": Site("resid_post", 15), "mlp_10": Site("mlp_out", 10)}
@@ -161,24 +166,93 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     kind = architecture(cell.architecture)
     steps = cell.tokens // cell.batch
     fields = kind.Settings.__dataclass_fields__
-    settings = {kind.sparsity_setting: cell.sparsity} | {
-        name: value for name, value in cell.options.items() if name in fields
-    }
-    if cell.architecture in TOP_K:
-        settings[kind.sparsity_setting] = int(cell.sparsity)
-    schedule = {name: value for name, value in cell.options.items() if name not in fields}
+    options = {name: value for name, value in cell.options.items() if not name.startswith("try_")}
+    settings = {name: value for name, value in options.items() if name in fields}
+    schedule = {name: value for name, value in options.items() if name not in fields}
     for name, value in schedule.items():
         if name.endswith(("_steps", "_step")) and 0 < value < 1:
             schedule[name] = int(value * steps)
-    spec = monosemy.SAESpec(cell.architecture, cell.width, cell.lr, cell.seed, settings)
-    began = time.perf_counter()
-    fitted = monosemy.fit(
-        Batches(cell.site, cell.tokens, cell.batch), [spec], log_steps=max(steps // 4, 1), **schedule
+    sparsity = int(cell.sparsity) if cell.architecture in TOP_K else cell.sparsity
+    spec = SAESpec(
+        cell.architecture, cell.width, cell.lr, cell.seed, settings | {kind.sparsity_setting: sparsity}
     )
-    seconds = time.perf_counter() - began
-    last = fitted.metrics[-1] if fitted.metrics else {}
-    facts = {"status": fitted.status, "seconds": round(seconds, 1), "dead_at_end": last.get("dead")}
-    return fitted.saes[0], facts
+    batches = iter(Batches(cell.site, cell.tokens, cell.batch))
+    began = time.perf_counter()
+    with tried(cell):
+        plan = Schedule.of_run(steps, cell.batch, **schedule)
+        trainer = SAETrainer("sae", spec, WIDTH, plan, workspace=Workspace())
+        sweep = Sweep({"": [trainer]})
+        average = Average(trainer.sae, int((1 - cell.options.get("try_average", 0)) * steps))
+        sweep.run(lambda: {"": next(batches)}, steps, log_steps=steps, before_step=average.before_step)
+        average.load()
+        sae = trainer.finished()
+    if sweep.failed:
+        raise SystemExit(f"{cell}: {sweep.failed}")
+    facts = {
+        "lr": trainer.lr,
+        "seconds": round(time.perf_counter() - began, 1),
+        "threads": torch.get_num_threads(),
+    }
+    return sae, facts
+
+
+class Average:
+    """The mean of an SAE's weights from a step on, which becomes its weights; nothing where that is the
+    last."""
+
+    def __init__(self, sae: SAE, start: int) -> None:
+        self.sae, self.start, self.n = sae, start, 0
+        self.mean = {name: torch.zeros_like(p.data) for name, p in sae.named_parameters()}
+
+    def before_step(self, step: int) -> None:
+        if step < self.start:
+            return
+        self.n += 1
+        for name, p in self.sae.named_parameters():
+            self.mean[name].lerp_(p.data, 1 / self.n)
+
+    def load(self) -> None:
+        if self.n:
+            for name, p in self.sae.named_parameters():
+                p.data.copy_(self.mean[name])
+            self.sae.W_dec.data.copy_(torch.nn.functional.normalize(self.sae.W_dec.data, dim=1))
+
+
+@contextmanager
+def tried(cell: Cell) -> Iterator[None]:
+    """Change an architecture while an SAE trains: levers that the library does not have."""
+    kind, changes = architecture(cell.architecture), {}
+    if betas := cell.options.get("try_betas"):
+        changes["betas"] = tuple(betas)
+    if first := cell.options.get("try_b_dec"):
+
+        def init_from_batch(self: SAE, x_BD: Tensor) -> None:
+            self.b_dec.data.copy_(x_BD.mean(0) if first == "mean" else torch.zeros(WIDTH))
+
+        changes["init_from_batch"] = init_from_batch
+    if falling := cell.options.get("try_k"):
+        factor, share = falling
+        codes = kind.codes
+
+        def codes_of_k(self: SAE, pre: Any, ctx: StepContext) -> Any:
+            settings = self.settings
+            over = max(1 - ctx.step / (share * ctx.schedule.steps), 0)
+            self.settings = replace(settings, k=int(settings.k * (1 + (factor - 1) * over)))
+            found = codes(self, pre, ctx)
+            self.settings = settings
+            return found
+
+        changes["codes"] = codes_of_k
+    before = {name: kind.__dict__[name] for name in changes if name in kind.__dict__}
+    for name, value in changes.items():
+        setattr(kind, name, value)
+    try:
+        yield
+    finally:
+        for name in changes:
+            delattr(kind, name)
+        for name, value in before.items():
+            setattr(kind, name, value)
 
 
 class Evaluator:
@@ -212,29 +286,68 @@ class Evaluator:
 
 # --- experiments --------------------------------------------------------------------------------------------
 
-RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+SHORT, MIDDLE, LONG = 307_200, 614_400, 1_228_800  # tokens
 
 
 def grid(**axes: Iterable[Any]) -> Iterator[Cell]:
-    """Every combination of some fields of a cell."""
+    """Every combination of some fields of a cell; by default BatchTopK of 4,096 latents at layer 15, 600k
+    tokens."""
+    usual = {
+        "site": "resid_15",
+        "architecture": "batch_top_k",
+        "width": 4096,
+        "tokens": MIDDLE,
+        "sparsity": 40,
+    }
     for values in itertools.product(*axes.values()):
-        yield Cell(**dict(zip(axes, values, strict=True)))
+        yield Cell(**usual | dict(zip(axes, values, strict=True)))
 
 
 def warmup() -> Iterator[Cell]:
-    """Learning rate and warm-up of BatchTopK, 600k tokens."""
-    yield from grid(
-        site=["resid_15"],
-        architecture=["batch_top_k"],
-        width=[4096],
-        tokens=[614_400],
-        sparsity=[40],
-        lr=[1.5e-3, 3e-3, 6e-3, 1.2e-2],
-        options=[{"warmup_steps": share} for share in (0.05, 0.1, 0.2)],
-    )
+    """The warm-up's share of the run, at several learning rates."""
+    shares = [{"warmup_steps": share} for share in (0.05, 0.1, 0.2)]
+    yield from grid(lr=RATES, options=shares)
 
 
-EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {"warmup": warmup}
+def decay() -> Iterator[Cell]:
+    """Where the decay to zero begins, at several learning rates."""
+    options = [{"warmup_steps": 0.1, "decay_start_fraction": share} for share in (0.11, 0.5)]
+    yield from grid(lr=RATES[1:], options=options)
+
+
+def batch() -> Iterator[Cell]:
+    """Tokens of a batch, at several learning rates."""
+    options = [{"warmup_steps": 0.1}]
+    yield from grid(batch=[512], lr=(7.5e-4, 1.5e-3, 3e-3, 6e-3), options=options)
+    yield from grid(batch=[1024], lr=(1.5e-3, 3e-3, 6e-3), options=options)
+    yield from grid(batch=[4096], lr=(3e-3, 6e-3, 1.2e-2), options=options)
+
+
+def levers() -> Iterator[Cell]:
+    """What else differs, one thing at a time, at two learning rates."""
+    options: list[dict[str, Any]] = [
+        {"try_betas": [0.9, 0.99]},
+        {"try_betas": [0.9, 0.95]},
+        {"try_b_dec": "mean"},
+        {"try_b_dec": "zero"},
+        {"try_k": [4, 0.5]},
+        {"try_k": [2, 0.3]},
+        {"try_average": 0.1},
+        {"auxk_alpha": 0.0},
+        {"auxk_alpha": 0.125},
+        {"dead_feature_threshold": 20_480},
+    ]
+    for lr in (3e-3, 6e-3):
+        yield from grid(lr=[lr], options=[{"warmup_steps": 0.1} | one for one in options])
+
+
+EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
+    "warmup": warmup,
+    "decay": decay,
+    "batch": batch,
+    "levers": levers,
+}
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -248,11 +361,12 @@ def read_rows() -> dict[str, dict[str, Any]]:
     return {json.dumps(row["cell"], sort_keys=True): row for row in rows}
 
 
-def run(cells: Iterable[Cell], together: int = 6) -> None:
+def run(cells: Iterable[Cell], part: str, together: int = 4) -> None:
     """Train the cells that have no row; the SAEs of a site are evaluated some at a time."""
     known = read_rows()
     missing = [cell for key, cell in {cell.key: cell for cell in cells}.items() if key not in known]
-    missing.sort(key=lambda cell: cell.site)
+    number, parts = map(int, part.split("/"))
+    missing = sorted(missing[number - 1 :: parts], key=lambda cell: cell.site)
     print(f"{len(missing)} cells to train", flush=True)
     if not missing:
         return
@@ -308,12 +422,16 @@ def main() -> None:
     parser.add_argument("job", choices=("collect", "run", "show"))
     parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], metavar="EXPERIMENT")
     parser.add_argument("--tokens", type=int, default=2_457_600, help="to collect, if the text has as many")
+    parser.add_argument("--part", default="1/1", help="1/2 and 2/2 are two processes' halves of the cells")
     args = parser.parse_args()
     if args.job == "collect":
         collect(args.tokens)
         return
     cells = [cell for name in args.experiments or EXPERIMENTS for cell in EXPERIMENTS[name]()]
-    (run if args.job == "run" else show)(cells)
+    if args.job == "run":
+        run(cells, args.part)
+    else:
+        show(cells)
 
 
 if __name__ == "__main__":
