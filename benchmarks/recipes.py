@@ -137,9 +137,9 @@ def collect(most: int) -> None:
 
 def rows_of(split: str, site: str) -> Tensor:
     """Map a file of activations [N, D], float16."""
-    array = np.memmap(folder() / f"{split}-{site}.f16", np.float16, "r")
+    array = np.memmap(folder() / f"{split}-{site}.f16", np.float16, "c")
     array = array[: len(array) // WIDTH * WIDTH].reshape(-1, WIDTH)
-    return torch.from_numpy(array)  # type: ignore[arg-type]
+    return torch.from_numpy(array)
 
 
 class Batches:
@@ -325,7 +325,7 @@ def batch() -> Iterator[Cell]:
 
 
 def levers() -> Iterator[Cell]:
-    """What else differs, one thing at a time, at two learning rates."""
+    """What else differs, one thing at a time, at one learning rate."""
     options: list[dict[str, Any]] = [
         {"try_betas": [0.9, 0.99]},
         {"try_betas": [0.9, 0.95]},
@@ -338,8 +338,41 @@ def levers() -> Iterator[Cell]:
         {"auxk_alpha": 0.125},
         {"dead_feature_threshold": 20_480},
     ]
-    for lr in (3e-3, 6e-3):
-        yield from grid(lr=[lr], options=[{"warmup_steps": 0.1} | one for one in options])
+    yield from grid(lr=[6e-3], options=[{"warmup_steps": 0.1} | one for one in options])
+
+
+def law() -> Iterator[Cell]:
+    """Learning rates by width and tokens, of BatchTopK."""
+    options = [{"warmup_steps": 0.1}]
+    yield from grid(width=[1024], tokens=[SHORT, MIDDLE, LONG], lr=RATES, options=options)
+    yield from grid(width=[4096], tokens=[SHORT], lr=RATES, options=options)
+    yield from grid(width=[4096], tokens=[LONG], lr=RATES, options=options)
+    yield from grid(width=[16_384], tokens=[SHORT], lr=RATES, options=options)
+
+
+def seeds() -> Iterator[Cell]:
+    """Three seeds, at the rate that was best and at the default."""
+    yield from grid(seed=[0, 1, 2], lr=[6e-3], options=[{"warmup_steps": 0.1}])
+    yield from grid(seed=[0, 1, 2])
+
+
+def top_k_kinds() -> Iterator[Cell]:
+    """Learning rates of the other TopK kinds."""
+    others = [name for name in TOP_K if name != "batch_top_k"]
+    options = [{"warmup_steps": 0.1}]
+    yield from grid(architecture=others, width=[1024, 4096], tokens=[SHORT], lr=RATES, options=options)
+
+
+def relu_kinds() -> Iterator[Cell]:
+    """Learning rates of the ReLU kinds, at three sparsities each."""
+    for name in ("jump_relu", "standard_new", "standard", "p_anneal", "gated"):
+        yield from grid(
+            architecture=[name],
+            tokens=[SHORT],
+            lr=RATES,
+            sparsity=SPARSITIES[name],
+            options=[{"warmup_steps": 0.1}],
+        )
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
