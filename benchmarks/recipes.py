@@ -376,10 +376,7 @@ def relu_kinds() -> Iterator[Cell]:
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
-    "warmup": warmup,
-    "decay": decay,
-    "batch": batch,
-    "levers": levers,
+    each.__name__: each for each in (warmup, decay, batch, levers, law, seeds, top_k_kinds, relu_kinds)
 }
 
 

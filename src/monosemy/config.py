@@ -86,7 +86,7 @@ class ModelConfig:
     llm_batch_size: Annotated[int, AT_LEAST_1] | None = None
     """Contexts of a forward pass of the language model.
 
-    The model's preset, or about 8,192 tokens, by default.
+    By default the model's preset, whatever the context length, or about 8,192 tokens.
     """
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the language model: its preset or own on a GPU, float32 on a CPU without bfloat16

@@ -57,8 +57,8 @@ class SAE(nn.Module, ABC):
 
     An architecture defines how weights are drawn (`reset`), which codes it selects of a batch's
     pre-activations (`codes`), what it minimizes (`loss`, pure), which running statistics it keeps
-    (`update_buffers`: the only place where an SAE changes outside the optimizer) and what it computes once
-    trained (`activation`).
+    (`update_buffers`) and what it computes once trained (`activation`). An SAE in training changes in three
+    places alone: `init_from_batch` before the first step, then the optimizer and `update_buffers`.
     """
 
     name: ClassVar[str]
@@ -115,7 +115,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
-        """Select the codes of a training batch from its pre-activations."""
+        """Select the codes of a training batch from its pre-activations; a trained SAE uses `activation`."""
 
     @abstractmethod
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
@@ -133,10 +133,10 @@ class SAE(nn.Module, ABC):
         """Initialize what depends on data from the first batch, before the first step."""
 
     def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
-        """Update running statistics after a step: thresholds, queues."""
+        """Update running statistics after a step, such as thresholds, or bring a parameter back into its range."""
 
     def active(self, codes: Codes) -> Codes:
-        """Map the codes to f: what counts as firing and as L0."""
+        """Map a training batch's codes to f: what counts as firing and as L0."""
         return codes
 
     def phase(self, ctx: StepContext) -> Any:

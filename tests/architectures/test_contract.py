@@ -13,7 +13,7 @@ from monosemy import formats
 from monosemy.codes import Execution
 from monosemy.config import architecture_names
 from monosemy.formats import dictionary_learning
-from monosemy.sae import REGISTRY, StepContext, architecture
+from monosemy.sae import StepContext, architecture
 from monosemy.schedule import Schedule
 from monosemy.system.rng import generator
 from monosemy.training.trainer import SAESpec
@@ -69,7 +69,7 @@ def equal(a, b):
 
 def test_every_architecture_is_under_contract():
     assert set(SETTINGS) == set(architecture_names())
-    assert set(SETTINGS) <= REGISTRY.keys() or [architecture(n) for n in SETTINGS]
+    assert [architecture(name).name for name in SETTINGS] == list(SETTINGS)
 
 
 @every
@@ -312,6 +312,8 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True)
     )
+    if name not in dictionary_learning.LAYOUTS:  # one that dictionary_learning does not have
+        return
     trainer = dictionary_learning.trainer_config(
         sae,
         lr=1e-3,

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import parity
-from monosemy.config import architecture_names
-from monosemy.formats.dictionary_learning import trainer_config
+from monosemy.formats.dictionary_learning import LAYOUTS, trainer_config
 from monosemy.schedule import Schedule
 
 TRACES = Path(__file__).parents[1] / "fixtures" / "traces"
@@ -18,7 +17,7 @@ SEEN = 2e-6  # what is seen of all but p_anneal, far under the bounds that a rep
 @pytest.mark.parametrize(
     ("sparse", "few"), [(True, True), (True, False), (False, False)], ids=["estimated", "sparse", "dense"]
 )
-@pytest.mark.parametrize("name", architecture_names())
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_recorded_runs_are_reproduced(name, sparse, few):
     path = TRACES / f"{name}.json"
     told = json.loads(path.read_text())

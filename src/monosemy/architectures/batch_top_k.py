@@ -14,7 +14,8 @@ class BatchTopK(TopKFamily):
     """Keeps the k B largest activations of a batch of B tokens, so that a token may have more or fewer than
     k.
 
-    f = BatchTopK(ReLU((x - b_dec) W_enc^T + b_enc))
+    f = ReLU(BatchTopK((x - b_dec) W_enc^T + b_enc))
+    trained: f = pre 1[pre > threshold], the running mean of the smallest value that training kept
     loss = mean ||x - f W_dec - b_dec||^2 + auxk_alpha AuxK,   ||W_dec,i|| = 1
 
     Bussmann et al., BatchTopK Sparse Autoencoders (2024), section 3, https://arxiv.org/abs/2412.06410

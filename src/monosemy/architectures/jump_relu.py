@@ -59,12 +59,13 @@ class JumpReLU(SAE):
     """Each latent fires above a threshold of its own, learned through straight-through estimates; L0 is
     driven to a target.
 
-    pre = x W_enc^T + b_enc,   f = pre 1[pre > threshold] loss = mean ||x - f W_dec - b_dec||^2 +
-    sparsity_penalty (mean L0 / target_l0 - 1)^2,   L0 = sum_i 1[pre_i > threshold_i]
+    pre = x W_enc^T + b_enc,   f = pre 1[pre > threshold],   L0 = sum_i 1[pre_i > threshold_i]
+    loss = mean ||x - f W_dec - b_dec||^2 + sparsity_penalty (mean L0 / target_l0 - 1)^2
 
-    Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435 The
-    relative distance from a target is dictionary_learning's. Gemma Scope 2 minimizes (2 / target_l0) mean (L0
-    - target_l0)^2 over tokens instead: l0_loss="gemma_scope_2". Where all tokens have an equal L0 that is 2
+    Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435
+
+    The relative distance from a target is dictionary_learning's. Gemma Scope 2 minimizes
+    (2 / target_l0) mean (L0 - target_l0)^2 over tokens instead: l0_loss="gemma_scope_2". Where all tokens have an equal L0 that is 2
     target_l0 times as strong at an equal sparsity_penalty, so a weight does not carry over; their ramp of
     50,000 steps is sparsity_warmup_steps. dictionary_learning takes the step of f instead of pre, so that
     values just below the threshold give L0 no gradient, and lets thresholds go negative; its recipe keeps

@@ -57,19 +57,18 @@ class Optimizer:
     def step(
         self, grads: Mapping[str, Sequence[Tensor]], lr_S: Tensor, loss_S: Tensor, which: slice = slice(None)
     ) -> Tensor:
-        """Return one update of the SAEs `which` from a gradient of each, in their order; gradients are
-        consumed.
+        """Update the SAEs `which` in place from a gradient of each, in their order; gradients are consumed.
 
         Returns which of them were updated, bool [S]: those whose loss and gradient are finite.
         """
         ops = backend_for(self.params[self.decoder])
-        # without clipping the gradients of vectors suffice: what is not finite in a matrix's is not finite in
-        # a sum over its rows
-        looked_at = (
+        # without clipping only finiteness is asked for, and the stacked vectors [S, F] show it: what is not
+        # finite in a matrix's gradient is not finite in a sum over its rows
+        norm_over = (
             self.params if self.clip is not None else {n: p for n, p in self.params.items() if p.ndim == 2}
         )
         norm_S = sum(
-            ops.square_norms(p[which], grads[name], self.constraint_of(name)) for name, p in looked_at.items()
+            ops.square_norms(p[which], grads[name], self.constraint_of(name)) for name, p in norm_over.items()
         ).sqrt()
         updated_S = (norm_S + loss_S).isfinite()
         scale_S = (
