@@ -133,7 +133,7 @@ class SAE(nn.Module, ABC):
         """Initialize what depends on data from the first batch, before the first step."""
 
     def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
-        """Update running statistics after a step, such as thresholds, or bring a parameter back into its range."""
+        """Update running statistics after a step, or bring a parameter back into its range."""
 
     def active(self, codes: Codes) -> Codes:
         """Map a training batch's codes to f: what counts as firing and as L0."""

@@ -65,11 +65,11 @@ class JumpReLU(SAE):
     Rajamanoharan et al., Jumping Ahead (2024), section 3 and appendix, https://arxiv.org/abs/2407.14435
 
     The relative distance from a target is dictionary_learning's. Gemma Scope 2 minimizes
-    (2 / target_l0) mean (L0 - target_l0)^2 over tokens instead: l0_loss="gemma_scope_2". Where all tokens have an equal L0 that is 2
-    target_l0 times as strong at an equal sparsity_penalty, so a weight does not carry over; their ramp of
-    50,000 steps is sparsity_warmup_steps. dictionary_learning takes the step of f instead of pre, so that
-    values just below the threshold give L0 no gradient, and lets thresholds go negative; its recipe keeps
-    both.
+    (2 / target_l0) mean (L0 - target_l0)^2 over tokens instead: l0_loss="gemma_scope_2". Where all tokens
+    have an equal L0 that is 2 target_l0 times as strong at an equal sparsity_penalty, so a weight does not
+    carry over; their ramp of 50,000 steps is sparsity_warmup_steps. dictionary_learning takes the step of f
+    instead of pre, so that values just below the threshold give L0 no gradient, and lets thresholds go
+    negative; its recipe keeps both.
     """
 
     name = "jump_relu"

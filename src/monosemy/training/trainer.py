@@ -148,8 +148,9 @@ class StepResult(NamedTuple):
 
 
 class SAETrainer:
-    """One SAE in training: its dead-latent counters and which code layout it uses. Its weights are views of its
-    group's arrays, which the group's optimizer changes.
+    """One SAE in training: its dead-latent counters and which code layout it uses.
+
+    Its weights are views of its group's arrays, which the group's optimizer changes.
 
     Its steps depend on its own state, the batch and the step's number alone, neither on other SAEs nor on
     logging. A step whose loss or gradient is not finite changes nothing but `nonfinite`; with
