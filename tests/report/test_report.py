@@ -28,6 +28,7 @@ from monosemy.jobs import memory
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.report import page
+from monosemy.report.drawing import MATPLOTLIB_MARKERS
 from monosemy.report.looks import MARKERS, looks
 from monosemy.sae import architecture
 from tests.made_run import HOSTILE, KINDS, make
@@ -402,7 +403,8 @@ def test_runs_side_by_side_are_told_apart(made, tmp_path, capsys):
 
 
 def test_every_architecture_has_a_look_of_its_own():
-    assert set(KINDS) <= set(looks()) <= set(architecture_names())
+    assert set(architecture_names()) == set(looks()) >= set(KINDS)
+    assert set(MARKERS) == set(MATPLOTLIB_MARKERS)
     assert len({look[2] for look in looks().values()}) == len(looks()) and {
         look[2] for look in looks().values()
     } <= set(MARKERS)

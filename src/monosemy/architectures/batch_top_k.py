@@ -15,7 +15,7 @@ class BatchTopK(TopKFamily):
     k.
 
     f = ReLU(BatchTopK((x - b_dec) W_enc^T + b_enc))
-    trained: f = pre 1[pre > threshold], the running mean of the smallest value that training kept
+    trained: f = pre 1[pre > threshold], threshold the running mean of the smallest activation kept
     loss = mean ||x - f W_dec - b_dec||^2 + auxk_alpha AuxK,   ||W_dec,i|| = 1
 
     Bussmann et al., BatchTopK Sparse Autoencoders (2024), section 3, https://arxiv.org/abs/2412.06410

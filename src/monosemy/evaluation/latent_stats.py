@@ -154,8 +154,8 @@ class Peaks:
         inside = (offset >= 0) & (offset < WINDOW)
         which, entry, offset = which[inside], entry[inside], offset[inside]
         window = torch.zeros(len(m), WINDOW, dtype=torch.uint8, device=m.device)
-        share = self.values_N[entry] / self.value_M[m][which]
-        window[which, offset] = (255 * share).ceil().clamp(max=255).to(torch.uint8)
+        shade = (255 * self.values_N[entry] / self.value_M[m][which]).ceil().clamp(max=255)
+        window[which, offset] = shade.to(torch.uint8)
         return window
 
 

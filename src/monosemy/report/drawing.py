@@ -23,6 +23,7 @@ MATPLOTLIB_MARKERS = {
     "plus": "P",
     "x": "X",
     "star": "*",
+    "pentagon": "p",
 }
 INK, FAINT = "#24292f", "#d8dee4"
 # A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has

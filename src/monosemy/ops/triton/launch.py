@@ -13,11 +13,12 @@ def block_size(wanted: int, least: int, most: int, F: int) -> int:
 
 
 def warps_for(elements: int) -> int:
-    """Warps for a program that works on so many elements at a time."""
+    """Return the warps of a program that works on so many elements at a time."""
     return min(max(elements // 512, 1), 16)
 
 
 def key_bits(pre_BF: Tensor) -> int:
+    """Return how many bits tell pre-activations apart, which kernels can take as they are."""
     assert pre_BF.is_contiguous(), "pre_BF: not contiguous"
     assert pre_BF.dtype in (torch.bfloat16, torch.float32), f"pre_BF: {pre_BF.dtype}"
     assert pre_BF.numel() < 2**31, "pre_BF: more elements than int32 can number"
@@ -33,5 +34,6 @@ def on_device(threshold: Tensor | float, pre_BF: Tensor) -> Tensor:
 
 
 def require_float32(**tensors: Tensor) -> None:
+    """Assert that tensors are contiguous and of float32, as kernels read them."""
     for name, t in tensors.items():
         assert t.is_contiguous() and t.dtype == torch.float32, f"{name}: not contiguous or not float32"
