@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-from monosemy.config import architecture_names
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream
 from monosemy.data.sources import Source
@@ -14,6 +13,7 @@ from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from tests.conftest import WORDS
 from tests.jobs.broken_runs import SMALL, contents, status, train
+from tests.made_run import EIGHT
 
 STEPS, RECORDS = 60, 31
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -21,7 +21,7 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 @pytest.fixture(scope="module")
 def mixture(tiny_model, text_file, tmp_path_factory):
-    """All architectures at two layers, on text with chat mixed in."""
+    """Eight architectures at two layers, on text with chat mixed in."""
     chat = tmp_path_factory.mktemp("chat") / "chat.jsonl"
     turns = [
         [
@@ -48,7 +48,7 @@ def mixture(tiny_model, text_file, tmp_path_factory):
         "0",
         "2",
         "--architectures",
-        *architecture_names(),
+        *EIGHT,
         *SMALL,
     ]
 

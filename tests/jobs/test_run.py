@@ -1,4 +1,4 @@
-"""The whole command on a tiny model: every architecture at two sites in one pass, and what a user finds
+"""The whole command on a tiny model: eight architectures at two sites in one pass, and what a user finds
 afterwards."""
 
 import json
@@ -9,9 +9,9 @@ import torch
 
 import monosemy
 from monosemy.cli import main
-from monosemy.config import architecture_names
 from monosemy.system.files import exclusive_lock
 from tests.conftest import write_text
+from tests.made_run import EIGHT
 
 SMALL = (
     "--layers 0 2 --dictionary_widths 48 --context_length 16 --sae_batch_size 64 --llm_batch_size 4 "
@@ -43,7 +43,7 @@ def train(folder, model, text, *more, architectures=("top_k", "standard")):
 @pytest.fixture(scope="module")
 def finished(tiny_model, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "all"
-    assert train(folder, tiny_model, text_file, "--save_checkpoints", architectures=architecture_names()) == 0
+    assert train(folder, tiny_model, text_file, "--save_checkpoints", architectures=EIGHT) == 0
     return folder
 
 
@@ -71,9 +71,7 @@ def test_the_folder_holds_the_artifact(finished):
         and run["versions"]["torch"] == torch.__version__
     )
     rows = [json.loads(line) for line in (finished / "rows.jsonl").read_text().splitlines()]
-    assert {row["sae"] for row in rows} == names and {row["architecture"] for row in rows} == set(
-        architecture_names()
-    )
+    assert {row["sae"] for row in rows} == names and {row["architecture"] for row in rows} == set(EIGHT)
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 16 * 6 and {r["step"] for r in records} == {0, 20, 40, 60, 80, 99}
     for plot in ("loss_recovered", "fvu", "alive", "training_curves"):
@@ -141,7 +139,7 @@ def test_the_last_checkpoint_does_not_touch_the_run_and_company_changes_nothing(
 ):
     """One of the eight, alone, at one of the two layers, logging each step, without checkpoints: bit-equal
     weights."""
-    i = architecture_names().index("top_k")
+    i = EIGHT.index("top_k")
     assert (
         train(
             tmp_path / "a",
@@ -163,9 +161,7 @@ def test_the_last_checkpoint_does_not_touch_the_run_and_company_changes_nothing(
 
 def test_a_run_that_is_complete_is_left_alone(finished, tiny_model, text_file):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    assert (
-        train(finished, tiny_model, text_file, "--save_checkpoints", architectures=architecture_names()) == 0
-    )
+    assert train(finished, tiny_model, text_file, "--save_checkpoints", architectures=EIGHT) == 0
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 
 
@@ -182,7 +178,7 @@ def test_another_configuration_is_refused_and_other_architectures_go_beside(
             "--save_checkpoints",
             "--num_tokens",
             "640",
-            architectures=architecture_names(),
+            architectures=EIGHT,
         )
         == 2
     )
@@ -214,7 +210,7 @@ def test_a_setting_that_an_older_version_did_not_have_has_its_default(
     facts = json.loads((folder / "run.json").read_text())
     del facts["config"]["report_latents"]
     (folder / "run.json").write_text(json.dumps(facts))
-    assert train(folder, tiny_model, text_file, "--save_checkpoints", architectures=architecture_names()) == 0
+    assert train(folder, tiny_model, text_file, "--save_checkpoints", architectures=EIGHT) == 0
     assert (
         train(
             folder,
@@ -223,7 +219,7 @@ def test_a_setting_that_an_older_version_did_not_have_has_its_default(
             "--save_checkpoints",
             "--report_latents",
             "5",
-            architectures=architecture_names(),
+            architectures=EIGHT,
         )
         == 2
     )
@@ -322,7 +318,7 @@ def test_wandb_and_a_dead_hub_cost_nothing(finished, tiny_model, text_file, tmp_
     assert train(tmp_path / "run", tiny_model, text_file, *more, architectures=["top_k"]) == 0
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert "monosemy push" in caplog.text and "me/saes" in caplog.text
-    i = architecture_names().index("top_k")
+    i = EIGHT.index("top_k")
     assert (
         weights(tmp_path / "run").popitem()[1]
         == weights(finished)[f"resid_post_layer_2/trainer_{i}/sae.safetensors"]
@@ -330,7 +326,7 @@ def test_wandb_and_a_dead_hub_cost_nothing(finished, tiny_model, text_file, tmp_
 
 
 def test_a_run_can_begin_from_a_trained_sae(finished, tiny_model, text_file, tmp_path):
-    i = architecture_names().index("standard")
+    i = EIGHT.index("standard")
     begun = [
         "--init_from",
         str(finished / f"resid_post_layer_2/trainer_{i}"),

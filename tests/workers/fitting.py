@@ -6,6 +6,7 @@ Each batch is a function of its number, and raises the audit event "step" with i
 import sys
 
 import monosemy
+from monosemy.sae import architecture
 from tests import synthetic
 
 B, D, F = 64, 24, 96
@@ -26,13 +27,14 @@ class Batches:
             yield synthetic.batch(step, B, D, directions=64, density=0.06)
 
 
-def spec(architecture):
+def spec(name):
     sparsity = {
         "jump_relu": {"target_l0": 4, "bandwidth": 0.01},
         "p_anneal": {"initial_sparsity_penalty": 0.4},
     }
-    settings = sparsity.get(architecture, {"k": 6} if "top_k" in architecture else {"l1_penalty": 0.4})
-    return monosemy.SAESpec(architecture, F, lr=5e-3, seed=1, settings=settings)
+    by_setting = {"k": {"k": 6}, "l1_penalty": {"l1_penalty": 0.4}}
+    settings = sparsity.get(name, by_setting.get(architecture(name).sparsity_setting, {}))
+    return monosemy.SAESpec(name, F, lr=5e-3, seed=1, settings=settings)
 
 
 def fit(folder, architectures, steps, every):
