@@ -88,6 +88,7 @@ def member(name: str, args: dict[str, Any], batch: int) -> LoneTrainer:
     steps = args["steps"]
     schedule = Schedule(
         steps=steps,
+        batch=batch,
         warmup_steps=args["warmup_steps"],
         decay_start=steps if args["decay_start"] is None else args["decay_start"],
         sparsity_warmup_steps=args.get("sparsity_warmup_steps") or 0,

@@ -19,7 +19,9 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -60,6 +62,9 @@ HELD_OUT, SPLICED = 102_400, 64  # tokens, and contexts of the language model
 HELD_OUT_FRACTION = 0.06
 ROWS = Path(__file__).with_name("recipes.jsonl")
 
+# of peers' processes, which do without our environment's settings and caches
+PEERS_ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
 # three sparsities of each ReLU kind, to interpolate the metrics at an equal L0
 SPARSITIES: dict[str, tuple[float, ...]] = {
@@ -73,8 +78,12 @@ SPARSITIES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One SAE to train. `options` are settings of its architecture, of the schedule or of the recipe; numbers
-    of steps below 1 are shares of the run."""
+    """One SAE to train. `options` are settings of its architecture, of the schedule or levers of the bench
+    (try_*); numbers of steps below 1 are shares of the run.
+
+    Without a learning rate everything is as the library has it by default. With one the schedule is the same
+    whatever those defaults become: a warm-up of 5 % of the run, and latents dead after a fifth of it.
+    """
 
     site: str
     architecture: str
@@ -170,7 +179,8 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     fields = kind.Settings.__dataclass_fields__
     options = {name: value for name, value in cell.options.items() if not name.startswith("try_")}
     settings = {name: value for name, value in options.items() if name in fields}
-    schedule = {name: value for name, value in options.items() if name not in fields}
+    schedule = {} if cell.lr is None else {"warmup_steps": 0.05, "dead_feature_threshold": cell.tokens // 5}
+    schedule |= {name: value for name, value in options.items() if name not in fields}
     for name, value in schedule.items():
         if name.endswith(("_steps", "_step")) and 0 < value < 1:
             schedule[name] = int(value * steps)
@@ -234,6 +244,37 @@ def tried(options: Mapping[str, Any], kind: type[SAE]) -> dict[str, Any]:
     return changes
 
 
+def train_by_peer(cell: Cell) -> tuple[SAE, dict[str, Any]]:
+    """Train the SAE of a cell with the peer that it names, in the peer's environment, and open what it
+    saved. Exits where there is no such environment.
+
+    SAELens saves a BatchTopK SAE as a JumpReLU one; here it is one again, so that exact top-k has its k.
+    """
+    root = Path(__file__).parents[1]
+    peer = cell.options["peer"]
+    python = root / ".venv-peers" / peer / "bin" / "python"
+    if not python.exists():
+        raise SystemExit(f"no environment of {peer}: run peers/environment {peer} first")
+    told = {"k": int(cell.sparsity)} | asdict(cell) | dict(cell.options)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "sae"
+        command = [python, root / "benchmarks/recipes_peer.py", path_of("train", cell.site), out]
+        subprocess.run([*command, json.dumps(told)], check=True, capture_output=True, env=PEERS_ENVIRONMENT)
+        sae = monosemy.load(out, format=peer)
+    if sae.name == "jump_relu":
+        saved, sae = sae, architecture("batch_top_k")(WIDTH, cell.width, k=int(cell.sparsity))
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(sae, name).data.copy_(getattr(saved, name))
+        sae.threshold.copy_(saved.threshold.mean())
+        sae.pre_bias = saved.pre_bias
+    return sae, {
+        "lr": cell.lr,
+        "seconds": round(time.perf_counter() - began, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
 class Evaluator:
     """The held-out measurements, for any number of SAEs of scaled activations."""
 
@@ -254,12 +295,13 @@ class Evaluator:
             sae.fold_norm_factor_(self.norm_factor[site])
         named = {f"sae_{i}": (SITES[site], sae) for i, sae in enumerate(saes)}
         spliced = evaluate_on_model(self.lm, named, self.contexts_CL, ignore_ids=self.special, batch_size=32)
+        alike = [geometry(sae).columns() for sae in saes]
         keys = ("l0", "fvu", "frac_alive", "dense", "top_k_fvu")
         return [
             {key: row[key] for key in keys if key in row}
             | {"loss_recovered": on_model["loss_recovered_zero"], "ce_diff": on_model["ce_diff"]}
-            | {"max_cosine": geometry(sae).columns()["decoder_max_cosine"]}
-            for sae, row, on_model in zip(saes, rows, spliced, strict=True)
+            | {"max_cosine": like["decoder_max_cosine"], "mean_cosine": like["decoder_mean_cosine"]}
+            for row, on_model, like in zip(rows, spliced, alike, strict=True)
         ]
 
 
@@ -325,14 +367,46 @@ def law() -> Iterator[Cell]:
     options = [{"warmup_steps": 0.1}]
     yield from grid(width=[1024], tokens=[SHORT, MIDDLE, LONG], lr=RATES, options=options)
     yield from grid(width=[4096], tokens=[SHORT], lr=RATES, options=options)
-    yield from grid(width=[4096], tokens=[LONG], lr=RATES, options=options)
-    yield from grid(width=[16_384], tokens=[SHORT], lr=RATES, options=options)
+    yield from grid(width=[4096], tokens=[LONG], lr=RATES[:3], options=options)
+    yield from grid(width=[16_384], tokens=[SHORT], lr=RATES[:3], options=options)
+
+
+def sites() -> Iterator[Cell]:
+    """Learning rates of BatchTopK at two other sites."""
+    yield from grid(site=["resid_5", "mlp_10"], tokens=[SHORT], lr=RATES[1:], options=[{"warmup_steps": 0.1}])
+
+
+def dead() -> Iterator[Cell]:
+    """The tokens without firing after which a latent counts as dead; a fifth of the run elsewhere."""
+    names, rates = ("batch_top_k", "matryoshka_batch_top_k"), [6e-3]
+    options = [{"warmup_steps": 0.1, "dead_feature_threshold": n} for n in (2048, 6144, 12_288, 24_576)]
+    yield from grid(architecture=names, tokens=[SHORT], lr=rates, options=options)
+    yield from grid(tokens=[LONG], lr=rates, options=[options[2] | {"dead_feature_threshold": 24_576}])
+
+
+def together() -> Iterator[Cell]:
+    """What won alone: small batches, a quick limit for dead latents and a quick second moment."""
+    won = {"warmup_steps": 0.1, "dead_feature_threshold": 12_288}
+    yield from grid(batch=[512], lr=[2e-3, 3e-3, 4.2e-3], options=[won])
+    yield from grid(batch=[256], lr=[1.5e-3, 2.1e-3, 3e-3], options=[won])
+    yield from grid(batch=[2048], lr=[4.2e-3, 6e-3], options=[won | {"try_betas": [0.9, 0.99]}])
+    yield from grid(batch=[512], lr=[2e-3, 3e-3], options=[won | {"try_betas": [0.9, 0.99]}])
 
 
 def seeds() -> Iterator[Cell]:
-    """Three seeds, at the rate that was best and at the default."""
+    """Three seeds, at the rate that was best and at the default of the time."""
     yield from grid(seed=[0, 1, 2], lr=[6e-3], options=[{"warmup_steps": 0.1}])
-    yield from grid(seed=[0, 1, 2])
+    yield from grid(seed=[0, 1, 2], lr=[0.0022919689368060205])
+
+
+def sparsity() -> Iterator[Cell]:
+    """How alike decoder rows are at different L0."""
+    yield from grid(
+        sparsity=[5, 10, 20, 40, 80, 160, 320],
+        tokens=[SHORT],
+        lr=[4.2e-3],
+        options=[{"warmup_steps": 0.1, "dead_feature_threshold": 12_288}],
+    )
 
 
 def top_k_kinds() -> Iterator[Cell]:
@@ -342,20 +416,59 @@ def top_k_kinds() -> Iterator[Cell]:
     yield from grid(architecture=others, width=[1024, 4096], tokens=[SHORT], lr=RATES, options=options)
 
 
+def peers() -> Iterator[Cell]:
+    """The TopK kinds by default, and by the peers: at their own learning rate and at five others."""
+    yield from grid(architecture=TOP_K, width=[1024], seed=[0, 1, 2])
+    trained_by = {"dictionary_learning": TOP_K, "sae_lens": TOP_K, "sparsify": TOP_K[:1]}
+    rates = (None, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    for peer, kinds in trained_by.items():
+        yield from grid(architecture=kinds, width=[1024], lr=rates, options=[{"peer": peer}])
+    adam = {"peer": "sparsify", "optimizer": "adam"}
+    yield from grid(architecture=TOP_K[:1], width=[1024], lr=rates, options=[adam])
+
+
 def relu_kinds() -> Iterator[Cell]:
     """Learning rates of the ReLU kinds, at three sparsities each."""
     for name, sparsities in SPARSITIES.items():
         yield from grid(
             architecture=[name],
             tokens=[SHORT],
-            lr=RATES,
+            lr=RATES[1:],
             sparsity=sparsities,
             options=[{"warmup_steps": 0.1}],
         )
 
 
+def l0_target() -> Iterator[Cell]:
+    """JumpReLU's pull on L0: the relative distance's weight, and Gemma Scope 2's form."""
+    options = [{"sparsity_penalty": weight} for weight in (0.3, 3.0)]
+    options += [{"l0_loss": "gemma_scope_2", "sparsity_penalty": weight} for weight in (1e-3, 1e-2, 0.1)]
+    yield from grid(
+        architecture=["jump_relu"],
+        tokens=[SHORT],
+        lr=[6e-3],
+        options=[{"warmup_steps": 0.1} | one for one in options],
+    )
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
-    each.__name__: each for each in (warmup, decay, batch, levers, law, seeds, top_k_kinds, relu_kinds)
+    each.__name__: each
+    for each in (
+        warmup,
+        decay,
+        batch,
+        levers,
+        law,
+        sites,
+        dead,
+        together,
+        seeds,
+        sparsity,
+        top_k_kinds,
+        peers,
+        relu_kinds,
+        l0_target,
+    )
 }
 
 
@@ -384,7 +497,7 @@ def run(cells: Iterable[Cell], part: str, together: int = 4) -> None:
         waiting = list(of_site)
         while waiting:
             some, waiting = waiting[:together], waiting[together:]
-            trained = [train(cell) for cell in some]
+            trained = [train_by_peer(cell) if "peer" in cell.options else train(cell) for cell in some]
             columns = evaluator(site, [sae for sae, _ in trained])
             with ROWS.open("a", encoding="utf-8") as file:
                 for cell, (_, facts), found in zip(some, trained, columns, strict=True):

@@ -139,7 +139,7 @@ class ActivationsConfig:
     num_tokens: Annotated[int, AT_LEAST_1] = 500_000_000
     """Activations that every SAE is trained on."""
     sae_batch_size: Annotated[int, AT_LEAST_1] | None = None
-    """Activations of an optimizer step (2048 by default)."""
+    """Activations of an optimizer step. By default 2048; in runs of under 2.5M tokens less, down to 512."""
     buffer_tokens: Annotated[int, AT_LEAST_1] = 250_000
     """Activations of a block, within which they are shuffled."""
     keep_special_tokens: bool = False
@@ -189,8 +189,8 @@ class OptimizationConfig:
     """Learning rates, schedules and precision."""
 
     learning_rates: tuple[Annotated[float, ABOVE_0], ...] = ()
-    """Peak learning rates of Adam. By default the recipe's, by architecture, width and steps.
-    At dictionary_learning's 244,140 steps that is 3e-4."""
+    """Peak learning rates of Adam. By default the recipe's, by architecture, width, tokens and batch.
+    --dry_run says them; at 500M tokens it is 3e-4."""
     recipe: Literal["monosemy", "dictionary_learning"] = "monosemy"
     """monosemy scales schedules to short runs; dictionary_learning keeps that library's numbers and
     quirks."""

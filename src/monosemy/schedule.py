@@ -28,10 +28,11 @@ THRESHOLD_BETA = 0.999
 class Schedule:
     """When things happen in a run of `steps` steps.
 
-    All counts are optimizer steps but `dead_tokens`, which is tokens.
+    All counts are optimizer steps but `batch` and `dead_tokens`, which are tokens.
     """
 
     steps: int
+    batch: int
     warmup_steps: int
     decay_start: int
     sparsity_warmup_steps: int
@@ -76,6 +77,7 @@ class Schedule:
             )
         schedule = cls(
             steps=steps,
+            batch=batch,
             warmup_steps=steps_of("warmup_steps"),
             decay_start=int(decay_start_fraction * steps),
             sparsity_warmup_steps=steps_of("sparsity_warmup_steps"),

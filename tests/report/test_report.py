@@ -168,7 +168,10 @@ def test_planted_copies_are_found():
     sae.W_dec.data[9] = (
         sae.W_dec.data[11] + 0.3 * sae.W_dec.data[12] * sae.W_dec.data[11].norm() / sae.W_dec.data[12].norm()
     )
-    near_F, cosine_F = geometry.nearest(sae.W_dec)
+    near_F, cosine_F, mean_F = geometry.nearest(sae.W_dec)
+    unit_FD = sae.W_dec.double() / sae.W_dec.double().norm(dim=1, keepdim=True)
+    others_FF = (unit_FD @ unit_FD.T).abs().fill_diagonal_(0)
+    torch.testing.assert_close(mean_F.double(), others_FF.sum(1) / (len(unit_FD) - 1), atol=1e-6, rtol=1e-4)
     assert near_F[7] == 30 and near_F[30] == 7 and cosine_F[7] == pytest.approx(1)
     after = geometry.geometry(sae).columns()
     assert (before["copies"], before["near_copies"]) == (0, 0) and (
@@ -230,7 +233,9 @@ def test_pages_are_chosen_fairly(codes):
     random = set(chosen[reasons == 0].tolist())
     assert len(random) == 5 and all(g.contexts_F[latent] >= latents.RARE_CONTEXTS for latent in random)
     assert (reasons[:8] == 0).sum() in (2, 3)  # so a report that keeps fewer pages keeps the shares
-    other = geometry.Geometry(like.near_F.roll(3), like.near_cosine_F.flip(0), -like.enc_dec_F)
+    other = geometry.Geometry(
+        like.near_F.roll(3), like.near_cosine_F.flip(0), like.mean_cosine_F, -like.enc_dec_F
+    )
     turned = latents.choose(g, other, 15, entropy_F + 1)
     assert random == set(turned[0][turned[1] == 0].tolist())  # the draw knows nothing of the weights
     everyone, _ = latents.choose(g, like, 1000, entropy_F)

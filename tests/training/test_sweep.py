@@ -1,11 +1,27 @@
 """fit on plain tensors: what a seed means, what company changes (nothing), what ends early or breaks."""
 
+import dataclasses
+import hashlib
+import itertools
+import json
+
 import pytest
 import torch
 
 import monosemy
+from monosemy import schedule
 from monosemy.config import TrainConfig
-from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY, REFERENCE_LR, REFERENCE_STEPS, learning_rate
+from monosemy.recipe import (
+    DICTIONARY_LEARNING,
+    MONOSEMY,
+    REFERENCE_BATCH,
+    REFERENCE_LR,
+    REFERENCE_STEPS,
+    REFERENCE_TOKENS,
+    batch_size,
+    learning_rate,
+    learning_rate_source,
+)
 from monosemy.schedule import Schedule
 from monosemy.training.sweep import Sweep, grid
 from monosemy.training.trainer import SAESpec, SAETrainer
@@ -105,27 +121,93 @@ def test_fit_tells_which_sae_failed_and_keeps_the_others():
 
 
 def test_learning_rates_fit_the_run():
-    """The recipe's: larger in short runs, smaller in wide SAEs, dictionary_learning's at its length and under
-    its recipe."""
-    short, middle, wide = (
-        learning_rate(MONOSEMY, 3e-3, width, steps)
-        for width, steps in ((1024, 150), (1024, 5000), (65536, 150))
-    )
-    assert short == pytest.approx(3e-3) and 3e-4 < middle < short and 3e-4 < wide < short
-    assert learning_rate(MONOSEMY, 3e-3, 1024, 10) == pytest.approx(short)
+    """The recipe's: with the square root of the batch, against that of the width, less in long runs, and
+    dictionary_learning's at its length and under its recipe."""
+
+    def rate(width: int, tokens: int, batch: int = 2048) -> float:
+        return learning_rate(MONOSEMY, 3e-3, width, tokens // batch, batch)
+
+    assert rate(4096, 600_000) == pytest.approx(3e-3, rel=1e-3)
+    assert rate(4096, 20_480) == pytest.approx(3e-3)
+    assert rate(16_384, 600_000) == pytest.approx(rate(4096, 600_000) / 2, rel=1e-3)
+    assert rate(4096, 600_000, 512) == pytest.approx(rate(4096, 600_000) / 2, rel=1e-3)
+    assert rate(16, 600_000) == rate(1024, 600_000) == pytest.approx(2 * rate(4096, 600_000))
+    lengths = [2**n * 600_000 for n in range(10)]
+    rates = [rate(4096, tokens) for tokens in lengths]
+    assert rates == sorted(rates, reverse=True) and rates[-1] > REFERENCE_LR
+    factors = [b / a for a, b in itertools.pairwise(rates)]
+    assert max(factors) - min(factors) < 1e-3  # a power of the tokens
     for recipe, steps in (
         (MONOSEMY, REFERENCE_STEPS),
         (MONOSEMY, 10 * REFERENCE_STEPS),
         (DICTIONARY_LEARNING, 150),
     ):
-        assert learning_rate(recipe, 3e-3, 16384, steps) == REFERENCE_LR
-    plan = Schedule.of_run(150, 64)
-    assert SAETrainer("", SAESpec("top_k", F, settings={"k": 4}), D, plan).lr > 1e-3
-    assert (
-        SAETrainer("", SAESpec("top_k", F, settings={"k": 4}), D, plan, recipe=DICTIONARY_LEARNING).lr
-        == REFERENCE_LR
-    )
-    assert SAETrainer("", SAESpec("top_k", F, 0.5, settings={"k": 4}), D, plan).lr == 0.5
+        assert learning_rate(recipe, 3e-3, 16384, steps, REFERENCE_BATCH) == REFERENCE_LR
+    plan = Schedule.of_run(300, 2048)
+    spec = SAESpec("top_k", F, settings={"k": 4})
+    trainer = SAETrainer("", spec, D, plan)
+    assert trainer.lr == learning_rate(MONOSEMY, trainer.sae.short_run_lr, F, 300, 2048) > 1e-3
+    assert SAETrainer("", spec, D, plan, recipe=DICTIONARY_LEARNING).lr == REFERENCE_LR
+    assert SAETrainer("", dataclasses.replace(spec, lr=0.5), D, plan).lr == 0.5
+
+
+def test_batches_of_short_runs_are_small():
+    sizes = [batch_size(MONOSEMY, tokens) for tokens in (1, 600_000, 1_300_000, 2_457_599, 2_457_600, 10**9)]
+    assert sizes == [512, 512, 1024, 1024, 2048, 2048]
+    assert batch_size(DICTIONARY_LEARNING, 1000) == REFERENCE_BATCH
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "said"),
+    [
+        (MONOSEMY, 100_000, "fitted"),
+        (MONOSEMY, 50_000_000, "not measured at this length"),
+        (MONOSEMY, REFERENCE_TOKENS, "dictionary_learning's"),
+        (DICTIONARY_LEARNING, 100_000, "dictionary_learning's"),
+    ],
+)
+def test_where_a_learning_rate_comes_from_is_said(recipe, tokens, said):
+    assert said in learning_rate_source(recipe, tokens)
+
+
+def broken_off(data, after):
+    yield from data[:after]
+    raise ZeroDivisionError
+
+
+def test_a_resumed_run_keeps_the_rate_and_schedule_that_it_began_with(tmp_path, monkeypatch):
+    """Though the defaults of the version that resumes it are others."""
+    data, specs = batches(20), [SAESpec("top_k", F, settings={"k": 4})]
+    whole = monosemy.fit(data, specs, steps=20, normalize=False).saes[0]
+    how = {"steps": 20, "normalize": False, "checkpoints": tmp_path, "checkpoint_every": 5}
+    with pytest.raises(ZeroDivisionError):
+        monosemy.fit(
+            broken_off(data, 15), specs, steps=20, normalize=False, checkpoints=tmp_path, checkpoint_every=5
+        )
+    monkeypatch.setattr("monosemy.training.trainer.learning_rate", lambda *args: 1.0)
+    monkeypatch.setitem(schedule.SHARE, "warmup_steps", 0.5)
+    resumed = monosemy.fit(data, specs, **how)
+    assert equal(resumed.saes[0], whole)
+
+
+def test_a_checkpoint_that_does_not_say_its_default_rate_is_refused(tmp_path):
+    """One that an earlier version wrote."""
+    data, specs = batches(20), [SAESpec("top_k", F, settings={"k": 4})]
+    how = {"steps": 20, "normalize": False, "checkpoints": tmp_path, "checkpoint_every": 5}
+    with pytest.raises(ZeroDivisionError):
+        monosemy.fit(
+            broken_off(data, 15), specs, steps=20, normalize=False, checkpoints=tmp_path, checkpoint_every=5
+        )
+    for path in tmp_path.rglob("state.json"):
+        state = json.loads(path.read_text())
+        del state["lr"], state["schedule"]
+        path.write_text(json.dumps(state))
+        sums = json.loads((path.parent / "complete.json").read_text())
+        data_of = path.read_bytes()
+        sums["state.json"] = {"bytes": len(data_of), "sha256": hashlib.sha256(data_of).hexdigest()}
+        (path.parent / "complete.json").write_text(json.dumps(sums))
+    with pytest.raises(ValueError, match=r"checkpoint is .*default learning rates.*another folder"):
+        monosemy.fit(data, specs, **how)
 
 
 def test_schedules_scale_with_short_runs_and_are_dictionary_learning_s_at_its_length():

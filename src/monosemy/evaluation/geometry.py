@@ -31,14 +31,20 @@ def encoder_decoder(sae: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the other latent with the most similar decoder row, and the cosine of the two: [F] each."""
+def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the other latent with the most similar decoder row, the cosine of the two, and the mean
+    magnitude of a row's cosine with the others: [F] each."""
     unit_FD = unit_rows(W_dec_FD)
-    found = [
-        _others(unit_FD, rows).max(1)
-        for rows in _pieces(torch.arange(len(unit_FD), device=unit_FD.device), len(unit_FD))
-    ]
-    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+    F = len(unit_FD)
+    near, cosines, means = [], [], []
+    for rows in _pieces(torch.arange(F, device=unit_FD.device), F):
+        others = _others(unit_FD, rows)
+        found = others.max(1)
+        near.append(found.indices)
+        cosines.append(found.values)
+        own = 2  # the magnitude that stands for a row's own cosine
+        means.append((torch.linalg.vector_norm(others, ord=1, dim=1) - own) / (F - 1))
+    return torch.cat(near), torch.cat(cosines), torch.cat(means)
 
 
 @torch.inference_mode()
@@ -66,12 +72,15 @@ class Geometry:
 
     near_F: Tensor  # the latent with the most similar decoder row
     near_cosine_F: Tensor
+    mean_cosine_F: Tensor  # mean magnitude of its decoder row's cosine with the others
     enc_dec_F: Tensor  # the cosine of encoder and decoder
 
     def columns(self) -> dict[str, Any]:
         """Return the columns of a row."""
         means = {
             "decoder_max_cosine": float(self.near_cosine_F.double().mean()),
+            # Chanin and Garriga-Alonso, Sparse but Wrong (2025), equation 4, https://arxiv.org/abs/2508.16560
+            "decoder_mean_cosine": float(self.mean_cosine_F.double().mean()),
             "encoder_decoder_cosine": float(self.enc_dec_F.double().mean()),
         }
         counts = {

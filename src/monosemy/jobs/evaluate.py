@@ -16,6 +16,7 @@ from monosemy import formats
 from monosemy.config import EvalConfig, TrainConfig
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, table
+from monosemy.evaluation.hints import hints
 from monosemy.evaluation.metrics import dictionary_learning_results
 from monosemy.evaluation.missing import Missing
 from monosemy.evaluation.probing import chosen_datasets, probe, sae_probes
@@ -77,6 +78,8 @@ def evaluate_run(config: EvalConfig) -> tuple[list[Row], Missing]:
     if config.rows is not None:
         write_text(Path(config.rows), (folder / "rows.jsonl").read_text(encoding="utf-8"))
     print(table(rows))
+    for hint in hints(rows):
+        log.warning("%s", hint)
     if missing:
         log.warning("missing: %s; %s", missing, results.remedy(folder, config))
     return rows, missing
@@ -162,6 +165,8 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     if config.rows is not None:
         write_text(Path(config.rows), "".join(json.dumps(row) + "\n" for row in rows))
     print(table(rows))
+    for hint in hints(rows):
+        log.warning("%s", hint)
     return rows
 
 

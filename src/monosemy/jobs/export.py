@@ -45,7 +45,7 @@ def save_sae(plan: Plan, trainer: SAETrainer, site: Site, folder: Path, status: 
             lr=trainer.lr,
             seed=trainer.spec.seed,
             steps=plan.steps,
-            schedule=dataclasses.asdict(plan.schedule),
+            schedule=dataclasses.asdict(trainer.schedule),
             layer=site.layer,
             lm_name=c.model_name,
             submodule_name=site.folder,

@@ -64,7 +64,7 @@ class Run:
             "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
             "started": was.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(),
-            "schedule": dataclasses.asdict(self.plan.schedule),
+            "schedule": was.get("schedule") or dataclasses.asdict(self.plan.schedule),
             **facts,
         }
         self.write_facts({})

@@ -23,7 +23,7 @@ from monosemy.errors import invalid
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
 from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
-from monosemy.recipe import RECIPES
+from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
 from monosemy.schedule import Schedule
 from monosemy.system.files import LOCK, path_of, read_json
 from monosemy.system.machine import cpu_has_bf16, has_gpu
@@ -89,9 +89,13 @@ class Plan:
         check_sites(model, sites)
         check_weights(model)
         recorded = _recorded(folder) or {}
-        contexts = config.eval_num_inputs or recorded.get("eval_num_inputs")  # as the run began
+        # blanks that a run which goes on fills as it began, whatever this version would
+        began: dict[str, Any] = {
+            name: getattr(config, name) or recorded.get(name)
+            for name in ("eval_num_inputs", "sae_batch_size")
+        }
         plan = cls(
-            _resolve(dataclasses.replace(config, eval_num_inputs=contexts), model, sites),
+            _resolve(dataclasses.replace(config, **began), model, sites),
             model,
             sites,
             folder,
@@ -195,14 +199,14 @@ class Plan:
         grid = "\n".join(
             f"  {name:24} {', '.join(f'{v:g}' for v in values)}" for name, values in sweeps.items()
         )
-        rates = ", ".join(f"{v:g}" for v in c.learning_rates) or "of the recipe"
         widths, seeds = (", ".join(map(str, values)) for values in (c.dictionary_widths, c.random_seeds))
         chat = f" and {c.chat_dataset}" if c.mixed_dataset else ""
         return (
             f"{self.model.name}: {layers} of {self.model.num_layers} layers, {D} wide, in {c.dtype}\n"
             f"sites: {', '.join(map(str, self.sites))}\n"
             f"{len(self.sites) * self.saes_per_site} SAEs: widths {widths}; "
-            f"learning rates {rates}; seeds {seeds}; sparsities\n{grid}\n"
+            f"seeds {seeds}; sparsities\n{grid}\n"
+            f"learning rates {self._learning_rates()}\n"
             f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * c.sae_batch_size:,} "
             "for each SAE\n"
             f"text: {c.dataset}{chat}, contexts of {c.context_length}, {self.contexts_per_block} to a block; "
@@ -210,6 +214,22 @@ class Plan:
             f"{self.memory}\n"
             f"folder: {self.folder}"
         )
+
+    def _learning_rates(self) -> str:
+        """Say which peak learning rates the run has, and where they come from."""
+        c, recipe = self.config, RECIPES[self.config.recipe]
+        if c.learning_rates:
+            return ", ".join(f"{v:g}" for v in c.learning_rates)
+        rows = [
+            f"  {name:24} "
+            + ", ".join(
+                f"{learning_rate(recipe, kind.short_run_lr, width, self.steps, c.sae_batch_size):.2g}"
+                for width in c.dictionary_widths
+            )
+            for name, kind in _architectures(c).items()
+        ]
+        source = learning_rate_source(recipe, self.steps * c.sae_batch_size)
+        return "\n".join([f"by width ({source})", *rows])
 
 
 def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
@@ -329,7 +349,7 @@ def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> Resol
         "dataset": c.dataset or default_dataset(c.model_name),
         "context_length": length,
         "llm_batch_size": c.llm_batch_size or batch or max(TOKENS_OF_A_FORWARD // length, 1),
-        "sae_batch_size": c.sae_batch_size or 2048,
+        "sae_batch_size": c.sae_batch_size or batch_size(RECIPES[c.recipe], c.num_tokens),
         "eval_num_inputs": contexts,
     }
     assert filled.keys() == set(RESOLVED)

@@ -27,6 +27,7 @@ from markupsafe import Markup
 
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import columns_of, finite
+from monosemy.evaluation.hints import hints
 from monosemy.evaluation.missing import Missing
 from monosemy.report import plots
 from monosemy.report.looks import MARKERS, UNKNOWN, looks, ordered
@@ -336,6 +337,7 @@ def _run(run: _Run, name: str) -> dict[str, Any]:
         "held_out": number(rows[0].get("tokens")) if rows else "",
         "status": run.status,
         "reason": run.reason,
+        "hints": hints(run.rows),
         "saes": len(rows),
         "model": source["Model"],
         "sites": len({row["site"] for row in rows}),

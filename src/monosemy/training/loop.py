@@ -107,7 +107,7 @@ class TrainingLoop:
         """Save a checkpoint of the steps that are done."""
         if self.checkpoints is not None:
             self.sweep.flush_metrics()
-            state = {"failed": self.sweep.failed, **self.extra_state()}
+            state = {**self.sweep.state(), **self.extra_state()}
             self.checkpoints.save(self.sweep.done, self.sweep.state_dict(), state)
 
 
@@ -160,7 +160,7 @@ def fit(
     B, D = source.shape
     plan = Schedule.of_run(steps, B, recipe=recipe, **schedule)
     specs = [dataclasses.replace(spec, init_from=None) for spec in saes]
-    payload = json.dumps([specs, plan, recipe], default=vars)
+    payload = json.dumps([specs, steps, schedule, recipe], default=vars)
     if checkpoint and checkpoint.state["told"] != payload:
         allowed = "a folder for these SAEs and this schedule alone"
         raise invalid("checkpoints", str(checkpoints), allowed, "name another folder")

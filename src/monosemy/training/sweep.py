@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from monosemy.config import SAEConfig, TrainConfig
+from monosemy.errors import invalid
 from monosemy.sae import SAE, architecture
+from monosemy.schedule import Schedule
 from monosemy.training.checkpoints import Checkpoint
 from monosemy.training.group import group_trainers
 from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
@@ -105,8 +108,34 @@ class Sweep:
         """Return by SAE everything that its next step depends on."""
         return {name: self._group_of[name].state_dict(name) for name in self._site_of}
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the tensors, as JSON can: why SAEs were stopped, and each
+        one's peak learning rate and schedule."""
+        trainers = [trainer for of_site in self.trainers.values() for trainer in of_site]
+        return {
+            "failed": self.failed,
+            "lr": {trainer.name: trainer.lr for trainer in trainers},
+            "schedule": {trainer.name: dataclasses.asdict(trainer.schedule) for trainer in trainers},
+        }
+
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of an equal sweep."""
-        self.failed = dict(checkpoint.state["failed"])
+        """Go on from a checkpoint of an equal sweep, with the learning rates and schedules that it began
+        with: the defaults of another version may be others.
+
+        Raises ValueError for a checkpoint that does not say them, where they were defaults.
+        """
+        state = checkpoint.state
+        self.failed = dict(state["failed"])
+        for trainer in (trainer for of_site in self.trainers.values() for trainer in of_site):
+            if "lr" in state:
+                trainer.lr = state["lr"][trainer.name]
+                trainer.schedule = Schedule(**state["schedule"][trainer.name])
+            elif trainer.spec.lr is None and trainer.recipe.scaled_learning_rate:
+                raise invalid(
+                    "checkpoint",
+                    str(checkpoint.folder),
+                    "one of this version: the one that wrote it had other default learning rates",
+                    "go on with that version (versions, in run.json), or train in another folder",
+                )
         for name, group in self._group_of.items():
             group.load_state_dict(name, checkpoint.tensors(name))

@@ -179,7 +179,7 @@ class SAETrainer:
         self.on_nonfinite, self.workspace = on_nonfinite, workspace
         self.sae = spec.build(d_in).to(device)
         self.norm_factor, self.fresh = norm_factor, spec.init_from is None
-        rate = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps)
+        rate = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps, schedule.batch)
         self.lr = rate if spec.lr is None else spec.lr
         if not self.fresh:
             self.sae.fold_norm_factor_(1 / norm_factor)

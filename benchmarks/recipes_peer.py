@@ -1,0 +1,139 @@
+"""The peer's side of recipes.py, run by the interpreter of the peer's environment (peers/environment NAME).
+
+    recipes_peer.py ACTIVATIONS OUT CELL
+
+trains one SAE on the first activations of a file (float16, [N, 576]) with the peer's own trainer, and saves
+it in the peer's own layout. CELL is JSON: peer, architecture, width, k, tokens, batch, seed and lr.
+Everything that it does not name, and the learning rate where it is null, is the peer's default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WIDTH = 576
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)  # of Matryoshka's groups, as ours
+
+Cell = dict[str, Any]
+
+
+def batches(path: str, cell: Cell) -> Iterator[Tensor]:
+    rows = np.memmap(path, np.float16, "r")
+    steps = cell["tokens"] // cell["batch"]
+    for x in rows.reshape(-1, WIDTH)[: steps * cell["batch"]].reshape(steps, cell["batch"], WIDTH):
+        yield torch.from_numpy(np.array(x)).float()
+
+
+def dictionary_learning(path: str, cell: Cell, out: Path) -> None:
+    """As its trainSAE does. Its trainers refuse runs shorter than their warm-up of 1,000 steps: where it is
+    longer than 5 % of the run, it is that, and the decay over the last fifth is its demo's."""
+    kinds = {
+        "top_k": "top_k.TopKTrainer",
+        "batch_top_k": "batch_top_k.BatchTopKTrainer",
+        "matryoshka_batch_top_k": "matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer",
+    }
+    module, name = kinds[cell["architecture"]].split(".")
+    steps = cell["tokens"] // cell["batch"]
+    settings = {
+        "steps": steps,
+        "activation_dim": WIDTH,
+        "dict_size": cell["width"],
+        "k": cell["k"],
+        "layer": 15,
+        "lm_name": "smollm2-135m",
+        "device": "cpu",
+        "seed": cell["seed"],
+        "lr": cell["lr"],
+    }
+    settings |= {"warmup_steps": min(1000, int(0.05 * steps)), "decay_start": int(0.8 * steps)}
+    if cell["architecture"] == "matryoshka_batch_top_k":
+        settings["group_fractions"] = list(SHARES)
+    trainer = getattr(import_module(f"dictionary_learning.trainers.{module}"), name)(**settings)
+    for step, x_BD in enumerate(batches(path, cell)):
+        trainer.update(step, x_BD)
+    out.mkdir(parents=True)
+    torch.save(trainer.ae.state_dict(), out / "ae.pt")
+    (out / "config.json").write_text(json.dumps({"trainer": trainer.config}))
+
+
+def sae_lens(path: str, cell: Cell, out: Path) -> None:
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+
+    name = {"top_k": "TopK", "batch_top_k": "BatchTopK", "matryoshka_batch_top_k": "MatryoshkaBatchTopK"}
+    kind, more = name[cell["architecture"]], {}
+    if kind == "MatryoshkaBatchTopK":
+        ends = np.cumsum([int(share * cell["width"]) for share in SHARES[:-1]]).tolist()
+        more["matryoshka_widths"] = [*ends, cell["width"]]
+    config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
+        d_in=WIDTH, d_sae=cell["width"], k=cell["k"], **more
+    )
+    torch.manual_seed(cell["seed"])
+    sae = getattr(sae_lens, f"{kind}TrainingSAE")(config)
+    rate = {} if cell["lr"] is None else {"lr": cell["lr"]}
+    run = SAETrainerConfig(cell["tokens"], cell["batch"], lr_end=cell["lr"] or 3e-4, **rate)
+    trainer = sae_lens.SAETrainer(run, sae, data_provider=iter(()))
+    for x_BD in batches(path, cell):
+        trainer.step(x_BD)
+        trainer.n_training_steps += 1  # its caller counts
+    sae.save_inference_model(out)
+
+
+def sparsify(path: str, cell: Cell, out: Path) -> None:
+    """As its Trainer.fit does: signum with the schedule-free average, or Adam where the cell says so."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel is a GPU's
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify.sign_sgd import SignSGD
+    from transformers import get_linear_schedule_with_warmup
+
+    torch.manual_seed(cell["seed"])
+    config = SparseCoderConfig(num_latents=cell["width"], k=cell["k"])
+    coder = SparseCoder(WIDTH, config, dtype=torch.float32)
+    scale = (cell["width"] / 2**14) ** 0.5
+    optimizer: Any
+    if cell.get("optimizer") == "adam":
+        optimizer = torch.optim.Adam(coder.parameters(), cell["lr"] or 2e-4 / scale)
+        scheduler = get_linear_schedule_with_warmup(optimizer, 1000, cell["tokens"] // cell["batch"])
+    else:
+        optimizer = ScheduleFreeWrapper(
+            SignSGD([{"params": coder.parameters(), "lr": cell["lr"] or 5e-3 / scale}]), momentum=0.95
+        )
+        optimizer.train()
+        scheduler = None
+    for step, x_BD in enumerate(batches(path, cell)):
+        if step == 0:
+            coder.b_dec.data = x_BD.mean(0)
+        coder.set_decoder_norm_to_unit_norm()
+        result = coder(x=x_BD, y=x_BD, total_variance=(x_BD - x_BD.mean(0)).pow(2).sum())
+        result.fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+    if scheduler is None:
+        optimizer.eval()
+    coder.set_decoder_norm_to_unit_norm()
+    coder.save_to_disk(out)
+
+
+def main() -> None:
+    path, out, text = sys.argv[1:]
+    cell = json.loads(text)
+    peers = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify}
+    peers[cell["peer"]](path, cell, Path(out))
+
+
+if __name__ == "__main__":
+    main()
