@@ -3,6 +3,7 @@
     python benchmarks/recipes.py collect             # activations of three sites, once: 3.4 KiB a token
     python benchmarks/recipes.py run EXPERIMENT ..   # trains the cells that have no row yet
     python benchmarks/recipes.py show EXPERIMENT ..  # their table
+    python benchmarks/recipes.py law                 # what the library's learning rates miss by
 
 Rows are appended to benchmarks/recipes.jsonl, which is committed: a run goes on where it was stopped, and
 every table of docs/recipes.md is made of them. The TopK kinds are compared at equal L0 by the FVU of exact
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -50,6 +52,7 @@ from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.ops import Workspace
+from monosemy.recipe import MONOSEMY, learning_rate
 from monosemy.sae import SAE, StepContext, architecture
 from monosemy.schedule import Schedule
 from monosemy.system.files import cache_folder
@@ -93,7 +96,7 @@ class Cell:
     batch: int = 2048
     seed: int = 0
     lr: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> str:
@@ -531,9 +534,70 @@ def show(cells: Iterable[Cell]) -> None:
             print(line(cell, row))
 
 
+# --- the law ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Valley:
+    """Cells that differ by their learning rate alone: the parabola of log FVU in log2 of the rate through the
+    best of them and its neighbors. `best` is where it is lowest, within the rates that were tried."""
+
+    cell: Cell
+    best: float
+    floor: float  # of log FVU
+    curvature: float
+
+    @classmethod
+    def of(cls, points: Sequence[tuple[float, float]], cell: Cell) -> Valley:
+        """Fit (rate, FVU) of three rates or more, each twice the one before."""
+        points = sorted(points)
+        x, y = np.log2([p[0] for p in points]), np.log([p[1] for p in points])
+        middle = min(max(int(y.argmin()), 1), len(y) - 2)
+        a, b, c = np.polyfit(x[middle - 1 : middle + 2], y[middle - 1 : middle + 2], 2)
+        best = float(np.clip(-b / (2 * a), x[0], x[-1]))
+        return cls(cell, best, float(a * best**2 + b * best + c), float(a))
+
+    def excess(self, rate: float) -> float:
+        """How much larger the FVU is at a rate than at the best one, as a share of it."""
+        return math.exp(self.curvature * (math.log2(rate) - self.best) ** 2) - 1
+
+
+def valleys(cells: Iterable[Cell]) -> list[Valley]:
+    """Group the TopK kinds' rows by all but their learning rate, with a warm-up of a tenth and no lever."""
+    known, groups = read_rows(), {}
+    for cell in dict.fromkeys(cells):
+        row = known.get(cell.key)
+        if row and cell.lr and cell.options == {"warmup_steps": 0.1} and cell.architecture in TOP_K:
+            groups.setdefault(replace(cell, lr=None).key, []).append((cell.lr, row["top_k_fvu"], cell))
+    return [
+        Valley.of([(lr, fvu) for lr, fvu, _ in group], group[0][2])
+        for group in groups.values()
+        if len(group) >= 3
+    ]
+
+
+def show_law() -> None:
+    """Print where each group of rates is lowest, and what the library's own rate misses by."""
+    print("| site | architecture | width | tokens | batch | best rate | the law's | FVU above the best |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for valley in valleys(cell for name in EXPERIMENTS for cell in EXPERIMENTS[name]()):
+        cell = valley.cell
+        rate = learning_rate(
+            MONOSEMY,
+            architecture(cell.architecture).short_run_lr,
+            cell.width,
+            cell.tokens // cell.batch,
+            cell.batch,
+        )
+        print(
+            f"| {cell.site} | {cell.architecture} | {cell.width:,} | {cell.tokens / 1e6:.2f}M | {cell.batch} "
+            f"| {2**valley.best:.1e} | {rate:.1e} | {valley.excess(rate):.1%} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("job", choices=("collect", "run", "show"))
+    parser.add_argument("job", choices=("collect", "run", "show", "law"))
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--tokens", type=int, default=2_457_600, help="to collect, if the text has as many")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 are two processes' halves of the cells")
@@ -544,7 +608,9 @@ def main() -> None:
         collect(args.tokens)
         return
     cells = [cell for name in args.experiments or EXPERIMENTS for cell in EXPERIMENTS[name]()]
-    if args.job == "run":
+    if args.job == "law":
+        show_law()
+    elif args.job == "run":
         run(cells, args.part)
     else:
         show(cells)

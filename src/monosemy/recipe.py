@@ -12,8 +12,8 @@ from dataclasses import dataclass
 REFERENCE_STEPS, REFERENCE_BATCH = 244_140, 2048  # of dictionary_learning's runs: 500M tokens
 REFERENCE_TOKENS = REFERENCE_STEPS * REFERENCE_BATCH
 REFERENCE_LR = 3e-4
-SHORT_TOKENS, SHORT_WIDTH = 600_000, 4096  # of the runs that an architecture's short_run_lr is for
-NARROWEST, MEASURED = 1024, 1_600_000  # the narrowest SAEs and the longest runs that the law was held to
+SHORT_TOKENS, SHORT_WIDTH = 1_600_000, 4096  # of the longest runs that the law was fitted to, and of one SAE
+NARROWEST, WIDTH_POWER, BATCH_POWER = 1024, 1 / 3, 1 / 2
 SMALLEST_BATCH, ENOUGH_STEPS = 512, 1200
 
 
@@ -73,14 +73,15 @@ def batch_size(recipe: Recipe, tokens: int) -> int:
 def learning_rate(recipe: Recipe, short_run_lr: float, width: int, steps: int, batch: int) -> float:
     """Return the peak learning rate of a run of `steps` batches of `batch` tokens, where none is given.
 
-    Up to 600k tokens it is short_run_lr (4096 / width)^(1/2) (batch / 2048)^(1/2), whose powers were fitted
+    Up to 1.6M tokens it is short_run_lr (4096 / width)^(1/3) (batch / 2048)^(1/2), whose powers were fitted
     (docs/recipes.md). From there it falls as a power of the tokens, to dictionary_learning's 3e-4 at its
     500M. SAEs narrower than 1,024 latents take what those take.
     """
     tokens = steps * batch
     if not recipe.scaled_learning_rate or tokens >= REFERENCE_TOKENS:
         return REFERENCE_LR
-    short = short_run_lr * (SHORT_WIDTH / max(width, NARROWEST) * batch / REFERENCE_BATCH) ** 0.5
+    narrow, small = SHORT_WIDTH / max(width, NARROWEST), batch / REFERENCE_BATCH
+    short = short_run_lr * narrow**WIDTH_POWER * small**BATCH_POWER
     share = min(math.log(REFERENCE_TOKENS / tokens) / math.log(REFERENCE_TOKENS / SHORT_TOKENS), 1.0)
     return REFERENCE_LR * (short / REFERENCE_LR) ** share
 
@@ -89,9 +90,9 @@ def learning_rate_source(recipe: Recipe, tokens: int) -> str:
     """Say where the learning rate of a run of so many tokens comes from."""
     if not recipe.scaled_learning_rate or tokens >= REFERENCE_TOKENS:
         return "dictionary_learning's"
-    if tokens <= MEASURED:
+    if tokens <= SHORT_TOKENS:
         return "fitted to runs of this length, docs/recipes.md"
     return (
-        f"between those fitted to runs of {SHORT_TOKENS / 1e6:g}M tokens and dictionary_learning's at "
+        f"between those fitted to runs of up to {SHORT_TOKENS / 1e6:g}M tokens and dictionary_learning's at "
         f"{REFERENCE_TOKENS / 1e6:.0f}M; not measured at this length"
     )

@@ -70,7 +70,7 @@ class SAE(nn.Module, ABC):
     constraint: ClassVar[Constraint] = "project"  # on the decoder's rows
     clip: ClassVar[float | None] = 1.0  # of the gradient's norm
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of Adam
-    short_run_lr: ClassVar[float] = 4e-3  # suits a run of a few hundred steps (docs/log.md)
+    short_run_lr: ClassVar[float] = 5e-3  # of 4,096 latents and batches of 2,048 (docs/recipes.md)
     # the encoder sees x - b_dec; an instance from another tool may differ from its class
     pre_bias: bool = True
     always_sparse: ClassVar[bool] = False

@@ -19,8 +19,8 @@ REFERENCE = {
     "threshold_start_step": 1000,
     "anneal_start": 10_000,
 }
-SHARE = {"warmup_steps": 0.05, "sparsity_warmup_steps": 0.2, "threshold_start_step": 0.5, "anneal_start": 0.2}
-DEAD_TOKENS, DEAD_SHARE = 10_000_000, 0.2
+SHARE = {"warmup_steps": 0.1, "sparsity_warmup_steps": 0.2, "threshold_start_step": 0.5, "anneal_start": 0.2}
+DEAD_TOKENS, DEAD_SHARE = 10_000_000, 0.02  # which are the same at dictionary_learning's 500M tokens
 THRESHOLD_BETA = 0.999
 
 

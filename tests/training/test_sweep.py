@@ -217,8 +217,8 @@ def test_schedules_scale_with_short_runs_and_are_dictionary_learning_s_at_its_le
         short.sparsity_warmup_steps,
         short.threshold_start_step,
         short.anneal_start,
-    ) == (15, 60, 150, 60)
-    assert short.dead_tokens == int(0.2 * 300 * 2048) and short.decay_start == 240
+    ) == (30, 60, 150, 60)
+    assert short.dead_tokens == int(0.02 * 300 * 2048) and short.decay_start == 240
     for long in (
         Schedule.of_run(REFERENCE_STEPS, 2048),
         Schedule.of_run(REFERENCE_STEPS, 2048, recipe=DICTIONARY_LEARNING),
