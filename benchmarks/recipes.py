@@ -436,7 +436,7 @@ def relu_kinds() -> Iterator[Cell]:
         yield from grid(
             architecture=[name],
             tokens=[SHORT],
-            lr=RATES[1:],
+            lr=RATES[1:3],
             sparsity=sparsities,
             options=[{"warmup_steps": 0.1}],
         )

@@ -54,6 +54,7 @@ SITE, MODEL = Site("resid_post", 3), "smollm2-135m"
 STEPS = 300  # of the run whose states are compared: the ReLU kinds go over to the sparse layout at 200
 FREE_STEPS = 200
 SEEDS = (0, 1, 2)
+L1 = ("standard", "standard_new", "p_anneal")  # whose L0 falls over so few steps at large rates alone
 SETTINGS: dict[str, dict[str, Any]] = {
     "standard": {"l1_penalty": 0.06},
     "standard_new": {"l1_penalty": 0.1},
@@ -107,10 +108,11 @@ def member(
 ) -> LoneTrainer:
     """An SAE of an architecture; `dead` is after how many batches without firing a latent is."""
     B, D = batches[0].shape
+    lr = (6e-3 if name in L1 else 4e-3) * (1024 / d_sae) ** 0.25
     plan = Schedule.of_run(steps, B, dead_feature_threshold=dead and dead * B)
     return LoneTrainer(
         name,
-        SAESpec(name, d_sae, seed=seed, settings=SETTINGS[name]),
+        SAESpec(name, d_sae, lr, seed, SETTINGS[name]),
         D,
         plan,
         workspace=ops.Workspace(),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from monosemy.errors import invalid
-from monosemy.recipe import MONOSEMY, Recipe
+from monosemy.recipe import MONOSEMY, REFERENCE_TOKENS, Recipe
 
 REFERENCE = {
     "warmup_steps": 1000,
@@ -20,7 +20,7 @@ REFERENCE = {
     "anneal_start": 10_000,
 }
 SHARE = {"warmup_steps": 0.1, "sparsity_warmup_steps": 0.2, "threshold_start_step": 0.5, "anneal_start": 0.2}
-DEAD_TOKENS, DEAD_SHARE = 10_000_000, 0.02  # which are the same at dictionary_learning's 500M tokens
+DEAD_TOKENS = 10_000_000
 THRESHOLD_BETA = 0.999
 
 
@@ -71,7 +71,7 @@ class Schedule:
         )
         if dead is None:
             dead = (
-                min(DEAD_TOKENS, max(batch, int(DEAD_SHARE * steps * batch)))
+                min(DEAD_TOKENS, max(batch, DEAD_TOKENS * steps * batch // REFERENCE_TOKENS))
                 if recipe.scaled_schedules
                 else DEAD_TOKENS
             )
