@@ -420,10 +420,10 @@ def top_k_kinds() -> Iterator[Cell]:
 
 
 def peers() -> Iterator[Cell]:
-    """The TopK kinds by default, and by the peers: at their own learning rate and at five others."""
+    """The TopK kinds by default, and by the peers: at their own learning rate and at three others."""
     yield from grid(architecture=TOP_K, width=[1024], seed=[0, 1, 2])
     trained_by = {"dictionary_learning": TOP_K, "sae_lens": TOP_K, "sparsify": TOP_K[:1]}
-    rates = (None, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates = (None, 2e-3, 4e-3, 8e-3)
     for peer, kinds in trained_by.items():
         yield from grid(architecture=kinds, width=[1024], lr=rates, options=[{"peer": peer}])
     adam = {"peer": "sparsify", "optimizer": "adam"}
