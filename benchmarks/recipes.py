@@ -44,6 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import monosemy
+from monosemy.architectures._top_k import auxk_loss
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.data.sources import Source
@@ -231,6 +232,22 @@ def tried(options: Mapping[str, Any], kind: type[SAE]) -> dict[str, Any]:
             self.b_dec.data.copy_(x_BD.mean(0) if first == "mean" else torch.zeros(WIDTH))
 
         changes["init_from_batch"] = init_from_batch
+    if options.get("try_detached"):
+
+        def loss(self: Any, x_BD: Tensor, codes: Any, f: Any, ctx: StepContext) -> dict[str, Tensor]:
+            x_hat_BD, errors = self.b_dec, []
+            for of_group_BD in f.decode(self.W_dec, self.begins_G):
+                errors.append(x_BD - (x_hat_BD + of_group_BD))
+                x_hat_BD = (x_hat_BD + of_group_BD).detach()
+            mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
+            auxk = auxk_loss(self, errors[-1], codes, ctx)
+            return {
+                "loss": mse_G.mean() + self.settings.auxk_alpha * auxk,
+                "mse": mse_G[-1],
+                "auxk": auxk,
+            }
+
+        changes["loss"] = loss
     if falling := options.get("try_k"):
         factor, share = falling
         codes = kind.codes
@@ -365,6 +382,13 @@ def levers() -> Iterator[Cell]:
     yield from grid(lr=[6e-3], options=[{"warmup_steps": 0.1} | one for one in options])
 
 
+def matryoshka_levers() -> Iterator[Cell]:
+    """Each prefix trained on what the ones before leave, instead of all prefixes together."""
+    won = {"warmup_steps": 0.1, "dead_feature_threshold": 6144}
+    options = [won, won | {"try_detached": True}]
+    yield from grid(architecture=["matryoshka_batch_top_k"], tokens=[SHORT], lr=[3e-3, 6e-3], options=options)
+
+
 def law() -> Iterator[Cell]:
     """Learning rates by width and tokens, of BatchTopK."""
     options = [{"warmup_steps": 0.1}]
@@ -461,6 +485,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
         decay,
         batch,
         levers,
+        matryoshka_levers,
         law,
         sites,
         dead,
