@@ -70,7 +70,7 @@ ROWS = Path(__file__).with_name("recipes.jsonl")
 PEERS_ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
-# three sparsities of each ReLU kind, to interpolate the metrics at an equal L0
+# sparsities of each ReLU kind, to interpolate the metrics at an equal L0
 SPARSITIES: dict[str, tuple[float, ...]] = {
     "jump_relu": (25, 40, 64),
     "standard": (0.04, 0.06, 0.09),
@@ -298,7 +298,8 @@ def train_by_peer(cell: Cell) -> tuple[SAE, dict[str, Any]]:
 class Evaluator:
     """The held-out measurements, for any number of SAEs of scaled activations."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_model: bool = True) -> None:
+        self.with_model = with_model
         self.lm = LanguageModel.load(MODEL, list(SITES.values()), dtype="float32", whole=True)
         self.norm_factor = json.loads((folder() / "train.json").read_text())
         held_out = json.loads((folder() / "held_out.json").read_text())
@@ -314,12 +315,16 @@ class Evaluator:
         for sae in saes:
             sae.fold_norm_factor_(self.norm_factor[site])
         named = {f"sae_{i}": (SITES[site], sae) for i, sae in enumerate(saes)}
-        spliced = evaluate_on_model(self.lm, named, self.contexts_CL, ignore_ids=self.special, batch_size=32)
+        spliced: Sequence[Mapping[str, Any]] = [{}] * len(saes)
+        if self.with_model:
+            spliced = evaluate_on_model(
+                self.lm, named, self.contexts_CL, ignore_ids=self.special, batch_size=32
+            )
         alike = [geometry(sae).columns() for sae in saes]
         keys = ("l0", "fvu", "frac_alive", "dense", "top_k_fvu")
         return [
             {key: row[key] for key in keys if key in row}
-            | {"loss_recovered": on_model["loss_recovered_zero"], "ce_diff": on_model["ce_diff"]}
+            | {"loss_recovered": on_model.get("loss_recovered_zero"), "ce_diff": on_model.get("ce_diff")}
             | {"max_cosine": like["decoder_max_cosine"], "mean_cosine": like["decoder_mean_cosine"]}
             for row, on_model, like in zip(rows, spliced, alike, strict=True)
         ]
@@ -444,10 +449,11 @@ def top_k_kinds() -> Iterator[Cell]:
 
 
 def peers() -> Iterator[Cell]:
-    """The TopK kinds by default, and by the peers: at their own learning rate and at three others."""
+    """The TopK kinds by default, and by the peers: at their own learning rate and at two others."""
     yield from grid(architecture=TOP_K, width=[1024], seed=[0, 1, 2])
+    yield from grid(architecture=TOP_K, width=[1024], batch=[512])
     trained_by = {"dictionary_learning": TOP_K, "sae_lens": TOP_K, "sparsify": TOP_K[:1]}
-    rates = (None, 2e-3, 4e-3, 8e-3)
+    rates = (None, 4e-3, 8e-3)
     for peer, kinds in trained_by.items():
         yield from grid(architecture=kinds, width=[1024], lr=rates, options=[{"peer": peer}])
     adam = {"peer": "sparsify", "optimizer": "adam"}
@@ -455,15 +461,17 @@ def peers() -> Iterator[Cell]:
 
 
 def relu_kinds() -> Iterator[Cell]:
-    """Learning rates of the ReLU kinds, at three sparsities each."""
+    """Learning rates of the ReLU kinds: jump_relu at a target, the others at two penalties."""
+    warm = [{"warmup_steps": 0.1}]
+    small = {"width": [1024], "tokens": [SHORT], "batch": [512], "options": warm}
+    yield from grid(architecture=["jump_relu"], lr=[1e-3, 2e-3, 4e-3], sparsity=[40], **small)
     for name, sparsities in SPARSITIES.items():
-        yield from grid(
-            architecture=[name],
-            tokens=[SHORT],
-            lr=RATES[1:3],
-            sparsity=sparsities,
-            options=[{"warmup_steps": 0.1}],
-        )
+        if name != "jump_relu":
+            two = (sparsities[0], sparsities[-1])
+            yield from grid(architecture=[name], lr=RATES[:3], sparsity=two, **small)
+    yield from grid(architecture=["jump_relu"], tokens=[SHORT], lr=RATES[1:3], sparsity=[25], options=warm)
+    wide = {"tokens": [SHORT], "options": warm}
+    yield from grid(architecture=["jump_relu"], width=[1024], lr=RATES[1:3], sparsity=[25, 64], **wide)
 
 
 def l0_target() -> Iterator[Cell]:
@@ -511,8 +519,9 @@ def read_rows() -> dict[str, dict[str, Any]]:
     return {json.dumps(row["cell"], sort_keys=True): row for row in rows}
 
 
-def run(cells: Iterable[Cell], part: str, together: int = 4) -> None:
-    """Train the cells that have no row; the SAEs of a site are evaluated some at a time."""
+def run(cells: Iterable[Cell], part: str, with_model: bool, together: int = 4) -> None:
+    """Train the cells that have no row; the SAEs of a site are evaluated some at a time, and in the language
+    model only where asked, which takes longer than to train a narrow one."""
     known = read_rows()
     missing = [cell for key, cell in {cell.key: cell for cell in cells}.items() if key not in known]
     number, parts = map(int, part.split("/"))
@@ -520,7 +529,7 @@ def run(cells: Iterable[Cell], part: str, together: int = 4) -> None:
     print(f"{len(missing)} cells to train", flush=True)
     if not missing:
         return
-    evaluator = Evaluator()
+    evaluator = Evaluator(with_model)
     for site, of_site in itertools.groupby(missing, key=lambda cell: cell.site):
         waiting = list(of_site)
         while waiting:
@@ -537,10 +546,11 @@ def run(cells: Iterable[Cell], part: str, together: int = 4) -> None:
 def line(cell: Cell, row: Mapping[str, Any]) -> str:
     lr = "default" if cell.lr is None else f"{cell.lr:.1e}"
     exact = f"{row['top_k_fvu']:.4f}" if "top_k_fvu" in row else ""
+    recovered = "" if row["loss_recovered"] is None else f"{row['loss_recovered']:.4f}"
     return (
         f"| {cell.site} | {cell.architecture} | {cell.width} | {cell.tokens / 1e6:.2f}M | {cell.batch} | "
         f"{cell.sparsity:g} | {cell.seed} | {lr} | {json.dumps(cell.options)} | {row['l0']:.1f} | "
-        f"{row['loss_recovered']:.4f} | {row['fvu']:.4f} | {exact} | {row['frac_alive']:.3f} | "
+        f"{recovered} | {row['fvu']:.4f} | {exact} | {row['frac_alive']:.3f} | "
         f"{row['dense']} | {row['max_cosine']:.3f} | {row['seconds']:.0f} |"
     )
 
@@ -626,6 +636,7 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--tokens", type=int, default=2_457_600, help="to collect, if the text has as many")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 are two processes' halves of the cells")
+    parser.add_argument("--without_model", action="store_true", help="rows without the loss recovered")
     args = parser.parse_args()
     if unknown := set(args.experiments) - EXPERIMENTS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(EXPERIMENTS)}")
@@ -636,7 +647,7 @@ def main() -> None:
     if args.job == "law":
         show_law()
     elif args.job == "run":
-        run(cells, args.part)
+        run(cells, args.part, not args.without_model)
     else:
         show(cells)
 
