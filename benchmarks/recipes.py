@@ -465,6 +465,7 @@ def relu_kinds() -> Iterator[Cell]:
     warm = [{"warmup_steps": 0.1}]
     small = {"width": [1024], "tokens": [SHORT], "batch": [512], "options": warm}
     yield from grid(architecture=["jump_relu"], lr=[1e-3, 2e-3, 4e-3], sparsity=[40], **small)
+    yield from grid(architecture=["gated"], lr=[4e-3], sparsity=[0.06, 0.14], **small)
     for name, sparsities in SPARSITIES.items():
         if name != "jump_relu":
             two = (sparsities[0], sparsities[-1])

@@ -32,7 +32,12 @@ def test_silent_latents_are_told_once_for_an_architecture_with_the_worst_sae():
     ]
     (hint,) = hints(rows)
     assert hint.startswith("batch_top_k: 50% of 4,096 latents of resid_post_layer_3/trainer_1")
-    assert "over 10% of 1 more SAE" in hint and "--learning_rates" in hint
+    assert "the most of 2 SAEs with over 10%" in hint and "--learning_rates" in hint
+
+
+def test_a_remedy_is_told_where_one_was_measured():
+    (hint,) = hints([row(architecture="standard", frac_alive=0.5)])
+    assert "fewer latents" in hint and "--learning_rates" not in hint
 
 
 @pytest.mark.parametrize(

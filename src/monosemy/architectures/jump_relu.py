@@ -75,7 +75,7 @@ class JumpReLU(SAE):
     name = "jump_relu"
     look = Look("#f45c13", "#ec7a08", "diamond", place=4)
     sparsity_setting = "target_l0"
-    short_run_lr = 3e-3  # above, latents fall silent
+    short_run_lr = 4e-3  # above, latents fall silent
     sweep_flag = "target_l0s"
     memory = ArchitectureMemory(
         vectors=2, moments=1, dense_arrays=5, cached_arrays=2.5, bf16_copies=1, gpu_arrays=9.5

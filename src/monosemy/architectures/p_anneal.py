@@ -29,7 +29,7 @@ class PAnneal(SAE):
     sweep_flag = "p_anneal_penalties"
     memory = ArchitectureMemory(dense_arrays=4, cached_arrays=1, gpu_arrays=7.25)
     constraint = "constrain"
-    short_run_lr = 6e-3
+    short_run_lr = 7.5e-3
     clip = None
 
     @dataclass(frozen=True)

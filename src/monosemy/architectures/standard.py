@@ -25,7 +25,7 @@ class Standard(SAE):
     sparsity_setting = "l1_penalty"
     sweep_flag = "standard_penalties"
     constraint = "constrain"
-    short_run_lr = 6e-3
+    short_run_lr = 7.5e-3
     clip = None
 
     @dataclass(frozen=True)

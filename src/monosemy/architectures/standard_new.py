@@ -26,7 +26,7 @@ class StandardNew(SAE):
     sparsity_setting = "l1_penalty"
     sweep_flag = "standard_new_penalties"
     constraint = "free"
-    short_run_lr = 6e-3
+    short_run_lr = 7.5e-3
 
     @dataclass(frozen=True)
     class Settings:

@@ -13,6 +13,12 @@ from monosemy.evaluation.columns import Row, finite
 SILENT = 0.1  # share of latents that never fire, above which it is told
 FIRINGS = 100  # of a mean latent on the held-out text, below which a silent one may just be rare
 FEWEST = 3  # L0 values that make a sweep
+L1 = ("standard", "standard_new", "p_anneal")
+REMEDY = (
+    "Half the learning rate (--learning_rates) or smaller batches keep more of them; docs/recipes.md has "
+    "what that costs."
+)
+L1_REMEDY = "No learning rate that was tried changes that (docs/recipes.md): take fewer latents."
 FLAT = 0.02  # relative difference of mean cosines that says nothing
 
 
@@ -36,11 +42,10 @@ def _silent(rows: Sequence[Row]) -> list[str]:
     sentences = []
     for architecture, silent in found.items():
         share, row = max(silent, key=lambda one: one[0])
-        others = f", and over {SILENT:.0%} of {len(silent) - 1} more SAEs" if len(silent) > 1 else ""
+        most = f", the most of {len(silent)} SAEs with over {SILENT:.0%}" if len(silent) > 1 else ""
         sentences.append(
             f"{architecture}: {share:.0%} of {row['d_sae']:,} latents of {row['sae']} fire on none of "
-            f"{row['tokens']:,} held-out tokens{others}. Half the learning rate (--learning_rates) or fewer "
-            "latents keep more of them; docs/recipes.md has what that costs."
+            f"{row['tokens']:,} held-out tokens{most}. {L1_REMEDY if architecture in L1 else REMEDY}"
         )
     return sentences
 
