@@ -3,6 +3,7 @@
     python benchmarks/recipes.py collect             # activations of three sites, once: 3.4 KiB a token
     python benchmarks/recipes.py run EXPERIMENT ..   # trains the cells that have no row yet
     python benchmarks/recipes.py show EXPERIMENT ..  # their table
+    python benchmarks/recipes.py interpolate EXPERIMENT ..  # FVU of its rows at an equal L0
     python benchmarks/recipes.py law                 # what the library's learning rates miss by
 
 Rows are appended to benchmarks/recipes.jsonl, which is committed: a run goes on where it was stopped, and
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -45,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import monosemy
 from monosemy.architectures._top_k import auxk_loss
+from monosemy.architectures.matryoshka_batch_top_k import MatryoshkaBatchTopK
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.data.sources import Source
@@ -60,14 +63,13 @@ from monosemy.system.files import cache_folder
 from monosemy.training.sweep import Sweep
 from monosemy.training.trainer import SAESpec, SAETrainer
 
+ROOT = Path(__file__).parents[1]
 MODEL, CONTEXT, WIDTH = "smollm2-135m", 128, 576
 SITES = {"resid_5": Site("resid_post", 5), "resid_15": Site("resid_post", 15), "mlp_10": Site("mlp_out", 10)}
 HELD_OUT, SPLICED = 102_400, 64  # tokens, and contexts of the language model
 HELD_OUT_FRACTION = 0.06
 ROWS = Path(__file__).with_name("recipes.jsonl")
-
-# of peers' processes, which do without our environment's settings and caches
-PEERS_ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+L0S = (20, 30, 40, 60)  # at which rows are interpolated
 
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
 # sparsities of each ReLU kind, to interpolate the metrics at an equal L0
@@ -85,8 +87,9 @@ class Cell:
     """One SAE to train. `options` are settings of its architecture, of the schedule or levers of the bench
     (try_*); numbers of steps below 1 are shares of the run.
 
-    Without a learning rate everything is as the library has it by default. With one the schedule is the same
-    whatever those defaults become: a warm-up of 5 % of the run, and latents dead after a fifth of it.
+    Without a learning rate everything is as the library had it by default when the row was made, which holds
+    the rate. With one the schedule is the same whatever those defaults become: a warm-up of 5 % of the run,
+    and latents dead after a fifth of it.
     """
 
     site: str
@@ -97,7 +100,7 @@ class Cell:
     batch: int = 2048
     seed: int = 0
     lr: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -115,16 +118,24 @@ def path_of(split: str, site: str) -> Path:
     return folder() / f"{split}-{site}.f16"
 
 
-def stream(lm: LanguageModel, split: str) -> ActivationStream:
-    contexts = ContextStream(
+def contexts_of(split: str) -> ContextStream:
+    return ContextStream(
         [Source("sotu")],
         load_tokenizer(MODEL),
         CONTEXT,
         split=split,  # type: ignore[arg-type]
         held_out_fraction=HELD_OUT_FRACTION,
     )
+
+
+def stream(lm: LanguageModel, split: str) -> ActivationStream:
     return ActivationStream(
-        lm, contexts, list(SITES.values()), batch=1024, contexts_per_forward=32, contexts_per_block=1024
+        lm,
+        contexts_of(split),
+        list(SITES.values()),
+        batch=1024,
+        contexts_per_forward=32,
+        contexts_per_block=1024,
     )
 
 
@@ -266,21 +277,24 @@ def tried(options: Mapping[str, Any], kind: type[SAE]) -> dict[str, Any]:
 
 def train_by_peer(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     """Train the SAE of a cell with the peer that it names, in the peer's environment, and open what it
-    saved. Exits where there is no such environment.
+    saved.
 
     SAELens saves a BatchTopK SAE as a JumpReLU one; here it is one again, so that exact top-k has its k.
     """
-    root = Path(__file__).parents[1]
     peer = cell.options["peer"]
-    python = root / ".venv-peers" / peer / "bin" / "python"
-    if not python.exists():
-        raise SystemExit(f"no environment of {peer}: run peers/environment {peer} first")
-    told = {"k": int(cell.sparsity)} | asdict(cell) | dict(cell.options)
+    subprocess.run([ROOT / "peers" / "environment", peer], check=True)
+    told = {"k": int(cell.sparsity), "d_in": WIDTH} | asdict(cell) | dict(cell.options)
+    told["group_fractions"] = MatryoshkaBatchTopK.Settings().group_fractions
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "sae"
-        command = [python, root / "benchmarks/recipes_peer.py", path_of("train", cell.site), out]
-        subprocess.run([*command, json.dumps(told)], check=True, capture_output=True, env=PEERS_ENVIRONMENT)
+        command = [ROOT / ".venv-peers" / peer / "bin" / "python", ROOT / "benchmarks" / "recipes_peer.py"]
+        subprocess.run(
+            [*command, path_of("train", cell.site), out, json.dumps(told)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        )
         sae = monosemy.load(out, format=peer)
     if sae.name == "jump_relu":
         saved, sae = sae, architecture("batch_top_k")(WIDTH, cell.width, k=int(cell.sparsity))
@@ -299,12 +313,13 @@ class Evaluator:
     """The held-out measurements, for any number of SAEs of scaled activations."""
 
     def __init__(self, with_model: bool = True) -> None:
-        self.with_model = with_model
-        self.lm = LanguageModel.load(MODEL, list(SITES.values()), dtype="float32", whole=True)
+        self.lm: LanguageModel | None = None
+        if with_model:
+            self.lm = LanguageModel.load(MODEL, list(SITES.values()), dtype="float32", whole=True)
         self.norm_factor = json.loads((folder() / "train.json").read_text())
         held_out = json.loads((folder() / "held_out.json").read_text())
         self.rescaled = {site: held_out[site] / self.norm_factor[site] for site in SITES}
-        contexts = stream(self.lm, "held_out").contexts
+        contexts = contexts_of("held_out")
         self.contexts_CL, self.special = contexts.next(SPLICED), contexts.special_ids
 
     def __call__(self, site: str, saes: Sequence[SAE]) -> list[dict[str, Any]]:
@@ -316,7 +331,7 @@ class Evaluator:
             sae.fold_norm_factor_(self.norm_factor[site])
         named = {f"sae_{i}": (SITES[site], sae) for i, sae in enumerate(saes)}
         spliced: Sequence[Mapping[str, Any]] = [{}] * len(saes)
-        if self.with_model:
+        if self.lm is not None:
             spliced = evaluate_on_model(
                 self.lm, named, self.contexts_CL, ignore_ids=self.special, batch_size=32
             )
@@ -449,11 +464,11 @@ def top_k_kinds() -> Iterator[Cell]:
 
 
 def peers() -> Iterator[Cell]:
-    """The TopK kinds by default, and by the peers: at their own learning rate and at two others."""
+    """The TopK kinds by default, and by the peers: at their own learning rate and at three others."""
     yield from grid(architecture=TOP_K, width=[1024], seed=[0, 1, 2])
     yield from grid(architecture=TOP_K, width=[1024], batch=[512])
     trained_by = {"dictionary_learning": TOP_K, "sae_lens": TOP_K, "sparsify": TOP_K[:1]}
-    rates = (None, 4e-3, 8e-3)
+    rates = (None, 2e-3, 4e-3, 8e-3)
     for peer, kinds in trained_by.items():
         yield from grid(architecture=kinds, width=[1024], lr=rates, options=[{"peer": peer}])
     adam = {"peer": "sparsify", "optimizer": "adam"}
@@ -465,7 +480,7 @@ def relu_kinds() -> Iterator[Cell]:
     warm = [{"warmup_steps": 0.1}]
     small = {"width": [1024], "tokens": [SHORT], "batch": [512], "options": warm}
     yield from grid(architecture=["jump_relu"], lr=[1e-3, 2e-3, 4e-3], sparsity=[40], **small)
-    yield from grid(architecture=["gated"], lr=[4e-3], sparsity=[0.06, 0.14], **small)
+    yield from grid(architecture=["gated"], lr=[2e-3, 4e-3], sparsity=[0.06, 0.14], **small)
     for name, sparsities in SPARSITIES.items():
         if name != "jump_relu":
             two = (sparsities[0], sparsities[-1])
@@ -548,17 +563,20 @@ def line(cell: Cell, row: Mapping[str, Any]) -> str:
     lr = "default" if cell.lr is None else f"{cell.lr:.1e}"
     exact = f"{row['top_k_fvu']:.4f}" if "top_k_fvu" in row else ""
     recovered = "" if row["loss_recovered"] is None else f"{row['loss_recovered']:.4f}"
+    alike = f"{row['mean_cosine']:.4f}" if "mean_cosine" in row else ""
     return (
         f"| {cell.site} | {cell.architecture} | {cell.width} | {cell.tokens / 1e6:.2f}M | {cell.batch} | "
         f"{cell.sparsity:g} | {cell.seed} | {lr} | {json.dumps(cell.options)} | {row['l0']:.1f} | "
         f"{recovered} | {row['fvu']:.4f} | {exact} | {row['frac_alive']:.3f} | "
-        f"{row['dense']} | {row['max_cosine']:.3f} | {row['seconds']:.0f} |"
+        f"{row['dense']} | {row['max_cosine']:.3f} | {alike} | {row['seconds']:.0f} |"
     )
 
 
 HEAD = (
     "| site | architecture | width | tokens | batch | sparsity | seed | rate | options | L0 | "
-    "loss recovered | FVU | FVU, exact top-k | alive | dense | max cosine | seconds |\n" + "| --- " * 17 + "|"
+    "loss recovered | FVU | FVU, exact top-k | alive | dense | max cosine | mean | seconds |\n"
+    + "| --- " * 18
+    + "|"
 )
 
 
@@ -570,17 +588,40 @@ def show(cells: Iterable[Cell]) -> None:
             print(line(cell, row))
 
 
+def show_interpolated(cells: Iterable[Cell]) -> None:
+    """Print the FVU at some L0 of cells that differ by their sparsity alone: log against log, between the two
+    nearest rows."""
+    known, groups = read_rows(), defaultdict(list)
+    for key, cell in {cell.key: cell for cell in cells}.items():
+        if row := known.get(key):
+            groups[replace(cell, sparsity=0).key].append((row["l0"], row["fvu"], row["frac_alive"], cell))
+    print("| architecture | width | batch | rate | L0: FVU, alive |" + "".join(f" at {at} |" for at in L0S))
+    print("| --- " * (5 + len(L0S)) + "|")
+    for group in groups.values():
+        group.sort(key=lambda point: point[0])
+        l0, fvu, cell = [p[0] for p in group], [p[1] for p in group], group[0][3]
+        found = [
+            f" {math.exp(np.interp(math.log(at), np.log(l0), np.log(fvu))):.3f} |"
+            if l0[0] <= at <= l0[-1]
+            else " |"
+            for at in L0S
+        ]
+        rows = "; ".join(f"{p[0]:.0f}: {p[1]:.3f}, {p[2]:.0%}" for p in group)
+        print(
+            f"| {cell.architecture} | {cell.width:,} | {cell.batch} | {cell.lr} | {rows} |" + "".join(found)
+        )
+
+
 # --- the law ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Valley:
     """Cells that differ by their learning rate alone: the parabola of log FVU in log2 of the rate through the
-    best of them and its neighbors. `best` is where it is lowest, within the rates that were tried."""
+    best of them and its neighbors. `best` is log2 of the rate where it is lowest, within those tried."""
 
     cell: Cell
     best: float
-    floor: float  # of log FVU
     curvature: float
 
     @classmethod
@@ -589,9 +630,8 @@ class Valley:
         points = sorted(points)
         x, y = np.log2([p[0] for p in points]), np.log([p[1] for p in points])
         middle = min(max(int(y.argmin()), 1), len(y) - 2)
-        a, b, c = np.polyfit(x[middle - 1 : middle + 2], y[middle - 1 : middle + 2], 2)
-        best = float(np.clip(-b / (2 * a), x[0], x[-1]))
-        return cls(cell, best, float(a * best**2 + b * best + c), float(a))
+        a, b, _ = np.polyfit(x[middle - 1 : middle + 2], y[middle - 1 : middle + 2], 2)
+        return cls(cell, float(np.clip(-b / (2 * a), x[0], x[-1])), float(a))
 
     def excess(self, rate: float) -> float:
         """How much larger the FVU is at a rate than at the best one, as a share of it."""
@@ -600,11 +640,11 @@ class Valley:
 
 def valleys(cells: Iterable[Cell]) -> list[Valley]:
     """Group the TopK kinds' rows by all but their learning rate, with a warm-up of a tenth and no lever."""
-    known, groups = read_rows(), {}
-    for cell in dict.fromkeys(cells):
-        row = known.get(cell.key)
+    known, groups = read_rows(), defaultdict(list)
+    for key, cell in {cell.key: cell for cell in cells}.items():
+        row = known.get(key)
         if row and cell.lr and cell.options == {"warmup_steps": 0.1} and cell.architecture in TOP_K:
-            groups.setdefault(replace(cell, lr=None).key, []).append((cell.lr, row["top_k_fvu"], cell))
+            groups[replace(cell, lr=None).key].append((cell.lr, row["top_k_fvu"], cell))
     return [
         Valley.of([(lr, fvu) for lr, fvu, _ in group], group[0][2])
         for group in groups.values()
@@ -633,7 +673,7 @@ def show_law() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("job", choices=("collect", "run", "show", "law"))
+    parser.add_argument("job", choices=("collect", "run", "show", "interpolate", "law"))
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--tokens", type=int, default=2_457_600, help="to collect, if the text has as many")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 are two processes' halves of the cells")
@@ -647,6 +687,8 @@ def main() -> None:
     cells = [cell for name in args.experiments or EXPERIMENTS for cell in EXPERIMENTS[name]()]
     if args.job == "law":
         show_law()
+    elif args.job == "interpolate":
+        show_interpolated(cells)
     elif args.job == "run":
         run(cells, args.part, not args.without_model)
     else:

@@ -2,8 +2,9 @@
 
     recipes_peer.py ACTIVATIONS OUT CELL
 
-trains one SAE on the first activations of a file (float16, [N, 576]) with the peer's own trainer, and saves
-it in the peer's own layout. CELL is JSON: peer, architecture, width, k, tokens, batch, seed and lr.
+trains one SAE on the first activations of a file (float16, [N, d_in]) with the peer's own trainer, and saves
+it in the peer's own layout. CELL is JSON: peer, architecture, d_in, width, k, group_fractions, tokens,
+batch, seed and lr.
 Everything that it does not name, and the learning rate where it is null, is the peer's default.
 """
 
@@ -21,32 +22,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WIDTH = 576
-SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)  # of Matryoshka's groups, as ours
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.step import DictionaryLearning
 
 Cell = dict[str, Any]
 
 
 def batches(path: str, cell: Cell) -> Iterator[Tensor]:
     rows = np.memmap(path, np.float16, "r")
-    steps = cell["tokens"] // cell["batch"]
-    for x in rows.reshape(-1, WIDTH)[: steps * cell["batch"]].reshape(steps, cell["batch"], WIDTH):
-        yield torch.from_numpy(np.array(x)).float()
+    count = cell["tokens"] // cell["batch"] * cell["batch"]
+    for x_BD in torch.from_numpy(rows.reshape(-1, cell["d_in"])[:count].copy()).split(cell["batch"]):
+        yield x_BD.float()
 
 
 def dictionary_learning(path: str, cell: Cell, out: Path) -> None:
     """As its trainSAE does. Its trainers refuse runs shorter than their warm-up of 1,000 steps: where it is
     longer than 5 % of the run, it is that, and the decay over the last fifth is its demo's."""
-    kinds = {
-        "top_k": "top_k.TopKTrainer",
-        "batch_top_k": "batch_top_k.BatchTopKTrainer",
-        "matryoshka_batch_top_k": "matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer",
-    }
-    module, name = kinds[cell["architecture"]].split(".")
+    module, name = DictionaryLearning.trainers[cell["architecture"]].split(".")
     steps = cell["tokens"] // cell["batch"]
     settings = {
         "steps": steps,
-        "activation_dim": WIDTH,
+        "activation_dim": cell["d_in"],
         "dict_size": cell["width"],
         "k": cell["k"],
         "layer": 15,
@@ -57,7 +54,7 @@ def dictionary_learning(path: str, cell: Cell, out: Path) -> None:
     }
     settings |= {"warmup_steps": min(1000, int(0.05 * steps)), "decay_start": int(0.8 * steps)}
     if cell["architecture"] == "matryoshka_batch_top_k":
-        settings["group_fractions"] = list(SHARES)
+        settings["group_fractions"] = cell["group_fractions"]
     trainer = getattr(import_module(f"dictionary_learning.trainers.{module}"), name)(**settings)
     for step, x_BD in enumerate(batches(path, cell)):
         trainer.update(step, x_BD)
@@ -73,15 +70,16 @@ def sae_lens(path: str, cell: Cell, out: Path) -> None:
     name = {"top_k": "TopK", "batch_top_k": "BatchTopK", "matryoshka_batch_top_k": "MatryoshkaBatchTopK"}
     kind, more = name[cell["architecture"]], {}
     if kind == "MatryoshkaBatchTopK":
-        ends = np.cumsum([int(share * cell["width"]) for share in SHARES[:-1]]).tolist()
+        ends = np.cumsum([int(share * cell["width"]) for share in cell["group_fractions"][:-1]]).tolist()
         more["matryoshka_widths"] = [*ends, cell["width"]]
     config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
-        d_in=WIDTH, d_sae=cell["width"], k=cell["k"], **more
+        d_in=cell["d_in"], d_sae=cell["width"], k=cell["k"], **more
     )
     torch.manual_seed(cell["seed"])
     sae = getattr(sae_lens, f"{kind}TrainingSAE")(config)
     rate = {} if cell["lr"] is None else {"lr": cell["lr"]}
-    run = SAETrainerConfig(cell["tokens"], cell["batch"], lr_end=cell["lr"] or 3e-4, **rate)
+    # its rate is constant by default: lr_end is asked for and not used
+    run = SAETrainerConfig(cell["tokens"], cell["batch"], lr_end=0.0, **rate)
     trainer = sae_lens.SAETrainer(run, sae, data_provider=iter(()))
     for x_BD in batches(path, cell):
         trainer.step(x_BD)
@@ -99,7 +97,7 @@ def sparsify(path: str, cell: Cell, out: Path) -> None:
 
     torch.manual_seed(cell["seed"])
     config = SparseCoderConfig(num_latents=cell["width"], k=cell["k"])
-    coder = SparseCoder(WIDTH, config, dtype=torch.float32)
+    coder = SparseCoder(cell["d_in"], config, dtype=torch.float32)
     scale = (cell["width"] / 2**14) ** 0.5
     optimizer: Any
     if cell.get("optimizer") == "adam":

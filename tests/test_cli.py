@@ -244,6 +244,34 @@ def test_numbers_may_have_underscores(tiny_model, text_file, tmp_path, capsys):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--num_tokens 600000",
+            "by width (fitted to runs of 0.3M to 1.2M tokens, docs/recipes.md)\n"
+            "  gated                    0.0013, 0.00079",
+        ),
+        ("--num_tokens 50000000", "not measured at this length)\n  gated "),
+        (
+            "--num_tokens 50000000 --recipe dictionary_learning",
+            "(dictionary_learning's)\n  gated                    0.0003",
+        ),
+        ("--num_tokens 600000 --learning_rates 0.002 0.01", "0.002, 0.01\n"),
+    ],
+)
+def test_a_dry_run_says_the_learning_rates_and_where_they_come_from(
+    flags, said, tiny_model, text_file, tmp_path, capsys
+):
+    base = (
+        f"train --save_dir {tmp_path}/r --model_name {tiny_model} --dataset {text_file} --layers 1 "
+        "--architectures gated --dictionary_widths 4096 16384 --dry_run"
+    )
+    assert main([*base.split(), *flags.split()]) == 0
+    out = capsys.readouterr().out
+    assert said in out[out.index("learning rates ") :]
+
+
 def test_bf16_on_a_cpu_without_it(tiny_model, text_file, tmp_path, capsys, monkeypatch):
     from monosemy.jobs import plan
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 REFERENCE_STEPS, REFERENCE_BATCH = 244_140, 2048  # of dictionary_learning's runs: 500M tokens
 REFERENCE_TOKENS = REFERENCE_STEPS * REFERENCE_BATCH
 REFERENCE_LR = 3e-4
-SHORT_TOKENS, SHORT_WIDTH = 1_600_000, 4096  # of the longest runs that the law was fitted to, and of one SAE
+SHORT_TOKENS, SHORT_WIDTH = 1_228_800, 4096  # of the longest runs that the law was fitted to, and of one SAE
 NARROWEST, WIDTH_POWER, BATCH_POWER = 1024, 1 / 3, 1 / 2
 SMALLEST_BATCH, ENOUGH_STEPS = 512, 1200
 
@@ -73,7 +73,7 @@ def batch_size(recipe: Recipe, tokens: int) -> int:
 def learning_rate(recipe: Recipe, short_run_lr: float, width: int, steps: int, batch: int) -> float:
     """Return the peak learning rate of a run of `steps` batches of `batch` tokens, where none is given.
 
-    Up to 1.6M tokens it is short_run_lr (4096 / width)^(1/3) (batch / 2048)^(1/2), whose powers were fitted
+    Up to 1.2M tokens it is short_run_lr (4096 / width)^(1/3) (batch / 2048)^(1/2), whose powers were fitted
     (docs/recipes.md). From there it falls as a power of the tokens, to dictionary_learning's 3e-4 at its
     500M. SAEs narrower than 1,024 latents take what those take.
     """
@@ -91,8 +91,8 @@ def learning_rate_source(recipe: Recipe, tokens: int) -> str:
     if not recipe.scaled_learning_rate or tokens >= REFERENCE_TOKENS:
         return "dictionary_learning's"
     if tokens <= SHORT_TOKENS:
-        return "fitted to runs of this length, docs/recipes.md"
+        return f"fitted to runs of 0.3M to {SHORT_TOKENS / 1e6:.1f}M tokens, docs/recipes.md"
     return (
-        f"between those fitted to runs of up to {SHORT_TOKENS / 1e6:g}M tokens and dictionary_learning's at "
-        f"{REFERENCE_TOKENS / 1e6:.0f}M; not measured at this length"
+        f"between those fitted to runs of up to {SHORT_TOKENS / 1e6:.1f}M tokens and dictionary_learning's "
+        f"at {REFERENCE_TOKENS / 1e6:.0f}M; not measured at this length"
     )

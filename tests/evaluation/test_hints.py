@@ -37,7 +37,7 @@ def test_silent_latents_are_told_once_for_an_architecture_with_the_worst_sae():
 
 def test_a_remedy_is_told_where_one_was_measured():
     (hint,) = hints([row(architecture="standard", frac_alive=0.5)])
-    assert "fewer latents" in hint and "--learning_rates" not in hint
+    assert "jump_relu" in hint and "--learning_rates" not in hint
 
 
 @pytest.mark.parametrize(

@@ -106,5 +106,7 @@ def test_the_number_is_told_recorded_and_kept(tiny_model, text_file, tmp_path, c
     facts["config"]["eval_num_inputs"] = 200  # as an older version left it
     path.write_text(json.dumps(facts))
     assert main(["train", *flags.split()]) == 0
+    by_default = flags.replace("--sae_batch_size 64", "")  # what a version with another default began with
+    assert main(["train", *by_default.split()]) == 0
     assert main(["train", *flags.split(), "--eval_num_inputs", "32"]) == 2
     assert "eval_num_inputs=200, now 32" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_learning_rates_fit_the_run():
     assert rate(32_768, 600_000) == pytest.approx(rate(4096, 600_000) / 2, rel=1e-3)
     assert rate(4096, 600_000, 512) == pytest.approx(rate(4096, 600_000) / 2, rel=1e-3)
     assert rate(16, 600_000) == rate(1024, 600_000) > 1.5 * rate(4096, 600_000)
-    lengths = [2**n * 1_600_000 for n in range(9)]
+    lengths = [2**n * 1_228_800 for n in range(9)]
     rates = [rate(4096, tokens) for tokens in lengths]
     assert rates == sorted(rates, reverse=True) and rates[-1] > REFERENCE_LR
     factors = [b / a for a, b in itertools.pairwise(rates)]
@@ -181,23 +181,20 @@ def test_a_resumed_run_keeps_the_rate_and_schedule_that_it_began_with(tmp_path, 
     whole = monosemy.fit(data, specs, steps=20, normalize=False).saes[0]
     how = {"steps": 20, "normalize": False, "checkpoints": tmp_path, "checkpoint_every": 5}
     with pytest.raises(ZeroDivisionError):
-        monosemy.fit(
-            broken_off(data, 15), specs, steps=20, normalize=False, checkpoints=tmp_path, checkpoint_every=5
-        )
+        monosemy.fit(broken_off(data, 15), specs, **how)
     monkeypatch.setattr("monosemy.training.trainer.learning_rate", lambda *args: 1.0)
     monkeypatch.setitem(schedule.SHARE, "warmup_steps", 0.5)
     resumed = monosemy.fit(data, specs, **how)
     assert equal(resumed.saes[0], whole)
 
 
-def test_a_checkpoint_that_does_not_say_its_default_rate_is_refused(tmp_path):
-    """One that an earlier version wrote."""
-    data, specs = batches(20), [SAESpec("top_k", F, settings={"k": 4})]
+@pytest.mark.parametrize("lr", [None, 3e-3])
+def test_a_checkpoint_that_does_not_say_its_rate_and_schedule_is_refused(tmp_path, lr):
+    """One that an earlier version wrote, whose warm-up was another whatever the rate."""
+    data, specs = batches(20), [SAESpec("top_k", F, lr, settings={"k": 4})]
     how = {"steps": 20, "normalize": False, "checkpoints": tmp_path, "checkpoint_every": 5}
     with pytest.raises(ZeroDivisionError):
-        monosemy.fit(
-            broken_off(data, 15), specs, steps=20, normalize=False, checkpoints=tmp_path, checkpoint_every=5
-        )
+        monosemy.fit(broken_off(data, 15), specs, **how)
     for path in tmp_path.rglob("state.json"):
         state = json.loads(path.read_text())
         del state["lr"], state["schedule"]
@@ -206,7 +203,7 @@ def test_a_checkpoint_that_does_not_say_its_default_rate_is_refused(tmp_path):
         data_of = path.read_bytes()
         sums["state.json"] = {"bytes": len(data_of), "sha256": hashlib.sha256(data_of).hexdigest()}
         (path.parent / "complete.json").write_text(json.dumps(sums))
-    with pytest.raises(ValueError, match=r"checkpoint is .*default learning rates.*another folder"):
+    with pytest.raises(ValueError, match=r"checkpoint is .*default rates and schedules.*another folder"):
         monosemy.fit(data, specs, **how)
 
 

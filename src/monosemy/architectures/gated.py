@@ -24,7 +24,7 @@ class Gated(SAE):
     name = "gated"
     look = Look("#7f2532", "#c04262", "triangle-up", place=2)
     sparsity_setting = "l1_penalty"
-    short_run_lr = 3e-3  # at larger ones nearly all latents may fall silent at once
+    short_run_lr = 2.5e-3  # a half more, and nearly all latents may fall silent at once
     sweep_flag = "gated_penalties"
     memory = ArchitectureMemory(
         vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2

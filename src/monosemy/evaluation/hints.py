@@ -5,10 +5,13 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 
-from monosemy.evaluation.columns import Row, finite
+from monosemy.evaluation.columns import Row, finite, table
+
+log = logging.getLogger(__name__)
 
 SILENT = 0.1  # share of latents that never fire, above which it is told
 FIRINGS = 100  # of a mean latent on the held-out text, below which a silent one may just be rare
@@ -18,8 +21,18 @@ REMEDY = (
     "Half the learning rate (--learning_rates) or smaller batches keep more of them; docs/recipes.md has "
     "what that costs."
 )
-L1_REMEDY = "No learning rate that was tried changes that (docs/recipes.md): take fewer latents."
+L1_REMEDY = (
+    "No learning rate that was tried changes that; gated, jump_relu and the TopK kinds keep more of them "
+    "(docs/recipes.md)."
+)
 FLAT = 0.02  # relative difference of mean cosines that says nothing
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the table of rows, and log what stands out in them."""
+    print(table(rows))
+    for hint in hints(rows):
+        log.warning("%s", hint)
 
 
 def hints(rows: Sequence[Row]) -> list[str]:
@@ -28,10 +41,8 @@ def hints(rows: Sequence[Row]) -> list[str]:
 
 
 def _silent(rows: Sequence[Row]) -> list[str]:
-    """Name the SAE of each architecture with the most latents that never fire.
-
-    The remedies are those of docs/recipes.md, "Silent latents".
-    """
+    """Name the SAE of each architecture with the most latents that never fire, with what helped in
+    docs/recipes.md."""
     found: dict[str, list[tuple[float, Row]]] = defaultdict(list)
     for row in rows:
         alive, l0, tokens, d_sae = (finite(row, key) for key in ("frac_alive", "l0", "tokens", "d_sae"))

@@ -15,8 +15,8 @@ from torch import Tensor
 from monosemy import formats
 from monosemy.config import EvalConfig, TrainConfig
 from monosemy.errors import invalid
-from monosemy.evaluation.columns import Row, table
-from monosemy.evaluation.hints import hints
+from monosemy.evaluation.columns import Row
+from monosemy.evaluation.hints import print_table
 from monosemy.evaluation.metrics import dictionary_learning_results
 from monosemy.evaluation.missing import Missing
 from monosemy.evaluation.probing import chosen_datasets, probe, sae_probes
@@ -77,9 +77,7 @@ def evaluate_run(config: EvalConfig) -> tuple[list[Row], Missing]:
         run.finish(results.status_with(ended, missing))
     if config.rows is not None:
         write_text(Path(config.rows), (folder / "rows.jsonl").read_text(encoding="utf-8"))
-    print(table(rows))
-    for hint in hints(rows):
-        log.warning("%s", hint)
+    print_table(rows)
     if missing:
         log.warning("missing: %s; %s", missing, results.remedy(folder, config))
     return rows, missing
@@ -164,9 +162,7 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     )
     if config.rows is not None:
         write_text(Path(config.rows), "".join(json.dumps(row) + "\n" for row in rows))
-    print(table(rows))
-    for hint in hints(rows):
-        log.warning("%s", hint)
+    print_table(rows)
     return rows
 
 

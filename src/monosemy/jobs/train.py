@@ -22,8 +22,7 @@ from monosemy.config import ResolvedConfig, TrainConfig
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.errors import invalid
-from monosemy.evaluation.columns import table
-from monosemy.evaluation.hints import hints
+from monosemy.evaluation.hints import print_table
 from monosemy.jobs import export, results
 from monosemy.jobs.folder import Run, peak_memory
 from monosemy.jobs.memory import tensor_bytes
@@ -73,9 +72,7 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
         ended = _ended(plan)
         status, rows = _train_and_evaluate(run, init_from) if ended is None else _rest(run, ended)
     run.close(status[0])
-    print(table(rows))
-    for hint in hints(rows):
-        log.warning("%s", hint)
+    print_table(rows)
     log.info("%s", _where(run.folder))
     if status[0] != "complete":
         log.warning(

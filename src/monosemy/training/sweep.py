@@ -43,7 +43,8 @@ class Sweep:
 
     def __init__(self, trainers: Mapping[Any, Sequence[SAETrainer]]) -> None:
         self.trainers = trainers
-        self.groups = group_trainers(trainer for of_site in trainers.values() for trainer in of_site)
+        self.all_trainers = [trainer for of_site in trainers.values() for trainer in of_site]
+        self.groups = group_trainers(self.all_trainers)
         self.failed: dict[str, str] = {}
         """By SAE, why it was stopped."""
         self.done = 0  # steps
@@ -111,30 +112,29 @@ class Sweep:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the tensors, as JSON can: why SAEs were stopped, and each
         one's peak learning rate and schedule."""
-        trainers = [trainer for of_site in self.trainers.values() for trainer in of_site]
         return {
             "failed": self.failed,
-            "lr": {trainer.name: trainer.lr for trainer in trainers},
-            "schedule": {trainer.name: dataclasses.asdict(trainer.schedule) for trainer in trainers},
+            "lr": {trainer.name: trainer.lr for trainer in self.all_trainers},
+            "schedule": {trainer.name: dataclasses.asdict(trainer.schedule) for trainer in self.all_trainers},
         }
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of an equal sweep, with the learning rates and schedules that it began
         with: the defaults of another version may be others.
 
-        Raises ValueError for a checkpoint that does not say them, where they were defaults.
+        Raises ValueError for one that does not say them, but where the recipe's have never changed.
         """
         state = checkpoint.state
         self.failed = dict(state["failed"])
-        for trainer in (trainer for of_site in self.trainers.values() for trainer in of_site):
+        for trainer in self.all_trainers:
             if "lr" in state:
                 trainer.lr = state["lr"][trainer.name]
                 trainer.schedule = Schedule(**state["schedule"][trainer.name])
-            elif trainer.spec.lr is None and trainer.recipe.scaled_learning_rate:
+            elif trainer.recipe.scaled_schedules or trainer.recipe.scaled_learning_rate:
                 raise invalid(
                     "checkpoint",
                     str(checkpoint.folder),
-                    "one of this version: the one that wrote it had other default learning rates",
+                    "one of this version: the one that wrote it had other default rates and schedules",
                     "go on with that version (versions, in run.json), or train in another folder",
                 )
         for name, group in self._group_of.items():
