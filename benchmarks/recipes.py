@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from unittest.mock import patch
 
@@ -46,7 +47,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import monosemy
-from monosemy.architectures._top_k import auxk_loss
+from benchmarks.recipe_levers import batch_sizes, changes
 from monosemy.architectures.matryoshka_batch_top_k import MatryoshkaBatchTopK
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream, StreamEnded
@@ -57,7 +58,7 @@ from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, learning_rate
-from monosemy.sae import SAE, StepContext, architecture
+from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
 from monosemy.system.files import cache_folder
 from monosemy.training.sweep import Sweep
@@ -175,12 +176,12 @@ def rows_of(split: str, site: str) -> Tensor:
     return torch.from_numpy(array)
 
 
-def batches_of(site: str, tokens: int, batch: int) -> Iterator[Tensor]:
-    """Yield the first `tokens` activations to train on, in batches. Exits where there are fewer."""
+def batches_of(site: str, sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the first activations to train on, in batches. Exits where there are fewer."""
     rows_ND = rows_of("train", site)
-    if len(rows_ND) < tokens:
-        raise SystemExit(f"{len(rows_ND)} activations of {site}, {tokens} wanted: collect more")
-    for x_BD in rows_ND[: tokens // batch * batch].split(batch):
+    if len(rows_ND) < sum(sizes):
+        raise SystemExit(f"{len(rows_ND)} activations of {site}, {sum(sizes)} wanted: collect more")
+    for x_BD in rows_ND[: sum(sizes)].split(sizes):
         yield x_BD.float()
 
 
@@ -190,7 +191,8 @@ def batches_of(site: str, tokens: int, batch: int) -> Iterator[Tensor]:
 def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     """Train the SAE of a cell on scaled activations."""
     kind = architecture(cell.architecture)
-    steps = cell.tokens // cell.batch
+    sizes = list(batch_sizes(cell.options.get("try_batches", [[1, cell.batch]]), cell.tokens))
+    steps = len(sizes)
     fields = kind.Settings.__dataclass_fields__
     options = {name: value for name, value in cell.options.items() if not name.startswith("try_")}
     settings = {name: value for name, value in options.items() if name in fields}
@@ -203,10 +205,11 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     spec = SAESpec(
         cell.architecture, cell.width, cell.lr, cell.seed, settings | {kind.sparsity_setting: sparsity}
     )
-    batches = batches_of(cell.site, cell.tokens, cell.batch)
+    batches = batches_of(cell.site, sizes)
+    center_D = next(batches_of(cell.site, sizes)).mean(0) * cell.options.get("try_center", 0)
     began = time.perf_counter()
-    changes = tried(cell.options, kind)
-    with patch.multiple(kind, **changes) if changes else nullcontext():
+    replaced = changes(cell.options, kind)
+    with patch.multiple(kind, **replaced) if replaced else nullcontext():
         plan = Schedule.of_run(steps, cell.batch, **schedule)
         trainer = SAETrainer("sae", spec, WIDTH, plan, workspace=Workspace())
         sweep, average = Sweep({"": [trainer]}), AveragedModel(trainer.sae)
@@ -216,12 +219,17 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
             if step >= averaged_from:
                 average.update_parameters(trainer.sae)
 
-        sweep.run(lambda: {"": next(batches)}, steps, log_steps=steps, before_step=before_step)
+        sweep.run(lambda: {"": next(batches) - center_D}, steps, log_steps=steps, before_step=before_step)
         if averaged_from < steps:
             for p, mean in zip(trainer.sae.parameters(), average.module.parameters(), strict=True):
                 p.data.copy_(mean)
             trainer.sae.W_dec.data.copy_(normalize(trainer.sae.W_dec.data, dim=1))
         sae = trainer.finished()
+    if not sae.pre_bias:
+        sae.b_enc.data -= sae.W_enc @ center_D
+    sae.b_dec.data += center_D
+    if "encode_top_k" in replaced:  # what is not trained as it is used
+        sae.encode_top_k = MethodType(replaced["encode_top_k"], sae)  # type: ignore[method-assign]
     if sweep.failed:
         raise SystemExit(f"{cell}: {sweep.failed}")
     facts = {
@@ -232,49 +240,6 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     return sae, facts
 
 
-def tried(options: Mapping[str, Any], kind: type[SAE]) -> dict[str, Any]:
-    """Return what levers that the library does not have put in the place of an architecture's attributes."""
-    changes: dict[str, Any] = {}
-    if betas := options.get("try_betas"):
-        changes["betas"] = tuple(betas)
-    if first := options.get("try_b_dec"):
-
-        def init_from_batch(self: SAE, x_BD: Tensor) -> None:
-            self.b_dec.data.copy_(x_BD.mean(0) if first == "mean" else torch.zeros(WIDTH))
-
-        changes["init_from_batch"] = init_from_batch
-    if options.get("try_detached"):
-
-        def loss(self: Any, x_BD: Tensor, codes: Any, f: Any, ctx: StepContext) -> dict[str, Tensor]:
-            x_hat_BD, errors = self.b_dec, []
-            for of_group_BD in f.decode(self.W_dec, self.begins_G):
-                errors.append(x_BD - (x_hat_BD + of_group_BD))
-                x_hat_BD = (x_hat_BD + of_group_BD).detach()
-            mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
-            auxk = auxk_loss(self, errors[-1], codes, ctx)
-            return {
-                "loss": mse_G.mean() + self.settings.auxk_alpha * auxk,
-                "mse": mse_G[-1],
-                "auxk": auxk,
-            }
-
-        changes["loss"] = loss
-    if falling := options.get("try_k"):
-        factor, share = falling
-        codes = kind.codes
-
-        def codes_of_k(self: SAE, pre: Any, ctx: StepContext) -> Any:
-            settings = self.settings
-            over = max(1 - ctx.step / (share * ctx.schedule.steps), 0)
-            self.settings = replace(settings, k=int(settings.k * (1 + (factor - 1) * over)))
-            found = codes(self, pre, ctx)
-            self.settings = settings
-            return found
-
-        changes["codes"] = codes_of_k
-    return changes
-
-
 def train_by_peer(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     """Train the SAE of a cell with the peer that it names, in the peer's environment, and open what it
     saved.
@@ -283,7 +248,8 @@ def train_by_peer(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     """
     peer = cell.options["peer"]
     subprocess.run([ROOT / "peers" / "environment", peer], check=True)
-    told = {"k": int(cell.sparsity), "d_in": WIDTH} | asdict(cell) | dict(cell.options)
+    told = {"d_in": WIDTH} | asdict(cell) | dict(cell.options)
+    told["sparsity"] = int(cell.sparsity) if cell.architecture in TOP_K else cell.sparsity
     told["group_fractions"] = MatryoshkaBatchTopK.Settings().group_fractions
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +262,7 @@ def train_by_peer(cell: Cell) -> tuple[SAE, dict[str, Any]]:
             env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         )
         sae = monosemy.load(out, format=peer)
-    if sae.name == "jump_relu":
+    if sae.name == "jump_relu" and cell.architecture == "batch_top_k":
         saved, sae = sae, architecture("batch_top_k")(WIDTH, cell.width, k=int(cell.sparsity))
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             getattr(sae, name).data.copy_(getattr(saved, name))
@@ -409,6 +375,42 @@ def matryoshka_levers() -> Iterator[Cell]:
     yield from grid(architecture=["matryoshka_batch_top_k"], tokens=[SHORT], lr=[3e-3, 6e-3], options=options)
 
 
+def small_batch_levers() -> Iterator[Cell]:
+    """Levers at the defaults of short runs: batches of 512, and the library's learning rate."""
+    yield from grid(batch=[512], seed=[0, 1, 2])
+    options: list[dict[str, Any]] = [
+        {"decay_start_fraction": 0.11},
+        {"decay_start_fraction": 0.5},
+        {"decay_start_fraction": 0.9},
+        {"try_betas": [0.9, 0.99]},
+        {"try_b_dec": "zero"},
+        {"try_b_dec": "zero", "try_center": 1},
+        {"try_k": [2, 0.3]},
+        {"try_auxk": [32, "residual"]},
+        {"try_auxk": [1024, "residual"]},
+        {"try_auxk": [288, "input"]},
+        {"try_frequency": 1e-5},
+        {"try_frequency": 1e-4},
+        {"try_batches": [[0.5, 256], [0.3, 512], [0.2, 1024]]},
+        {"try_batches": [[0.5, 512], [0.3, 1024], [0.2, 2048]]},
+    ]
+    yield from grid(batch=[512], options=options)
+    steps: list[dict[str, Any]] = [{}, {"try_encoder_steps": True}]
+    yield from grid(width=[1024], tokens=[SHORT], batch=[512], options=steps)
+
+
+def jump_relu_levers() -> Iterator[Cell]:
+    """Anthropic's penalty, the pull on L0 and Gemma Scope 2's form of it, and centering."""
+    options: list[dict[str, Any]] = [{"try_tanh": weight} for weight in (3e-4, 1e-3, 3e-3)]
+    options += [{"sparsity_penalty": weight} for weight in (0.3, 3.0)]
+    options += [{"l0_loss": "gemma_scope_2", "sparsity_penalty": weight} for weight in (1e-3, 1e-2, 0.1)]
+    small = {"width": [1024], "tokens": [SHORT], "batch": [512]}
+    yield from grid(architecture=["jump_relu"], options=[{}, *options, {"try_center": 1}], **small)
+    for name in ("standard", "standard_new", "p_anneal"):
+        two = (SPARSITIES[name][0], SPARSITIES[name][-1])
+        yield from grid(architecture=[name], sparsity=two, options=[{}, {"try_center": 1}], **small)
+
+
 def law() -> Iterator[Cell]:
     """Learning rates by width and tokens, of BatchTopK."""
     options = [{"warmup_steps": 0.1}]
@@ -464,15 +466,33 @@ def top_k_kinds() -> Iterator[Cell]:
 
 
 def peers() -> Iterator[Cell]:
-    """The TopK kinds by default, and by the peers: at their own learning rate and at three others."""
+    """The TopK kinds by default, and by the peers: at their own learning rate and at five others."""
     yield from grid(architecture=TOP_K, width=[1024], seed=[0, 1, 2])
     yield from grid(architecture=TOP_K, width=[1024], batch=[512])
     trained_by = {"dictionary_learning": TOP_K, "sae_lens": TOP_K, "sparsify": TOP_K[:1]}
-    rates = (None, 2e-3, 4e-3, 8e-3)
+    rates = (None, 8e-3, 4e-3, 1.6e-2, 2e-3, 1e-3)
     for peer, kinds in trained_by.items():
         yield from grid(architecture=kinds, width=[1024], lr=rates, options=[{"peer": peer}])
     adam = {"peer": "sparsify", "optimizer": "adam"}
     yield from grid(architecture=TOP_K[:1], width=[1024], lr=rates, options=[adam])
+
+
+def peers_relu() -> Iterator[Cell]:
+    """The ReLU kinds by default and by dictionary_learning, at two penalties each."""
+    for name, sparsities in SPARSITIES.items():
+        cells = {"architecture": [name], "width": [1024], "tokens": [SHORT]}
+        cells["sparsity"] = [40] if name == "jump_relu" else [sparsities[0], sparsities[-1]]
+        yield from grid(batch=[512], **cells)
+        yield from grid(lr=(None, 8e-3, 4e-3, 2e-3), options=[{"peer": "dictionary_learning"}], **cells)
+
+
+def peers_longer() -> Iterator[Cell]:
+    """The TopK kinds with 1.6M tokens."""
+    yield from grid(architecture=TOP_K, width=[1024], tokens=[1_638_400], batch=[1024])
+    trained_by = {"dictionary_learning": TOP_K, "sae_lens": TOP_K[:2], "sparsify": TOP_K[:1]}
+    for peer, kinds in trained_by.items():
+        cells = {"architecture": kinds, "width": [1024], "tokens": [1_638_400]}
+        yield from grid(lr=(8e-3, 4e-3, None), options=[{"peer": peer}], **cells)
 
 
 def relu_kinds() -> Iterator[Cell]:
@@ -488,18 +508,6 @@ def relu_kinds() -> Iterator[Cell]:
     yield from grid(architecture=["jump_relu"], tokens=[SHORT], lr=RATES[1:3], sparsity=[25], options=warm)
     wide = {"tokens": [SHORT], "options": warm}
     yield from grid(architecture=["jump_relu"], width=[1024], lr=RATES[1:3], sparsity=[25, 64], **wide)
-
-
-def l0_target() -> Iterator[Cell]:
-    """JumpReLU's pull on L0: the relative distance's weight, and Gemma Scope 2's form."""
-    options = [{"sparsity_penalty": weight} for weight in (0.3, 3.0)]
-    options += [{"l0_loss": "gemma_scope_2", "sparsity_penalty": weight} for weight in (1e-3, 1e-2, 0.1)]
-    yield from grid(
-        architecture=["jump_relu"],
-        tokens=[SHORT],
-        lr=[6e-3],
-        options=[{"warmup_steps": 0.1} | one for one in options],
-    )
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
@@ -518,8 +526,11 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
         sparsity,
         top_k_kinds,
         peers,
+        peers_relu,
+        peers_longer,
         relu_kinds,
-        l0_target,
+        small_batch_levers,
+        jump_relu_levers,
     )
 }
 

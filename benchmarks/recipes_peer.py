@@ -3,9 +3,9 @@
     recipes_peer.py ACTIVATIONS OUT CELL
 
 trains one SAE on the first activations of a file (float16, [N, d_in]) with the peer's own trainer, and saves
-it in the peer's own layout. CELL is JSON: peer, architecture, d_in, width, k, group_fractions, tokens,
-batch, seed and lr.
-Everything that it does not name, and the learning rate where it is null, is the peer's default.
+it in the peer's own layout. CELL is JSON: peer, architecture, d_in, width, sparsity (k, a target or a
+penalty), group_fractions, tokens, batch, seed and lr. Everything that it does not name, and the learning rate
+where it is null, is the peer's default.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.step import DictionaryLearning
+from monosemy.sae import architecture
 
 Cell = dict[str, Any]
 
@@ -37,22 +38,31 @@ def batches(path: str, cell: Cell) -> Iterator[Tensor]:
 
 
 def dictionary_learning(path: str, cell: Cell, out: Path) -> None:
-    """As its trainSAE does. Its trainers refuse runs shorter than their warm-up of 1,000 steps: where it is
-    longer than 5 % of the run, it is that, and the decay over the last fifth is its demo's."""
+    """As its trainSAE does. Its trainers refuse runs shorter than their warm-ups of thousands of steps: where
+    one is longer than 5 % of the run, it is that; the decay over the last fifth is its demo's."""
     module, name = DictionaryLearning.trainers[cell["architecture"]].split(".")
-    steps = cell["tokens"] // cell["batch"]
-    settings = {
+    steps, name_of_sparsity = (
+        cell["tokens"] // cell["batch"],
+        architecture(cell["architecture"]).sparsity_setting,
+    )
+    settings: dict[str, Any] = {
         "steps": steps,
         "activation_dim": cell["d_in"],
         "dict_size": cell["width"],
-        "k": cell["k"],
+        name_of_sparsity: cell["sparsity"],
         "layer": 15,
         "lm_name": "smollm2-135m",
         "device": "cpu",
         "seed": cell["seed"],
-        "lr": cell["lr"],
     }
+    # its TopK trainers have a rate for None, the others one that is left out
+    if name_of_sparsity == "k" or cell["lr"] is not None:
+        settings["lr"] = cell["lr"]
     settings |= {"warmup_steps": min(1000, int(0.05 * steps)), "decay_start": int(0.8 * steps)}
+    if name_of_sparsity != "k":
+        settings["sparsity_warmup_steps"] = min(2000, int(0.05 * steps))
+    if cell["architecture"] == "p_anneal":
+        settings |= {"sparsity_function": "Lp^p", "anneal_start": int(0.05 * steps), "p_end": 0.2}
     if cell["architecture"] == "matryoshka_batch_top_k":
         settings["group_fractions"] = cell["group_fractions"]
     trainer = getattr(import_module(f"dictionary_learning.trainers.{module}"), name)(**settings)
@@ -73,7 +83,7 @@ def sae_lens(path: str, cell: Cell, out: Path) -> None:
         ends = np.cumsum([int(share * cell["width"]) for share in cell["group_fractions"][:-1]]).tolist()
         more["matryoshka_widths"] = [*ends, cell["width"]]
     config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
-        d_in=cell["d_in"], d_sae=cell["width"], k=cell["k"], **more
+        d_in=cell["d_in"], d_sae=cell["width"], k=cell["sparsity"], **more
     )
     torch.manual_seed(cell["seed"])
     sae = getattr(sae_lens, f"{kind}TrainingSAE")(config)
@@ -96,7 +106,7 @@ def sparsify(path: str, cell: Cell, out: Path) -> None:
     from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(cell["seed"])
-    config = SparseCoderConfig(num_latents=cell["width"], k=cell["k"])
+    config = SparseCoderConfig(num_latents=cell["width"], k=cell["sparsity"])
     coder = SparseCoder(cell["d_in"], config, dtype=torch.float32)
     scale = (cell["width"] / 2**14) ** 0.5
     optimizer: Any

@@ -1,0 +1,488 @@
+"""What a training step costs on a GPU, foretold without one: its launches, bytes and products, counted.
+
+    python benchmarks/gpu_cost.py                                  # every architecture at 512x16384
+    python benchmarks/gpu_cost.py --shapes 2304x65536 --architectures top_k --auxk --kinds
+    python benchmarks/gpu_cost.py --members 4 --shapes 512x4096    # 4 SAEs of each architecture in one sweep
+    python benchmarks/gpu_cost.py --measured                       # beside what an H100 took
+
+A step of the very code that trains runs on meta tensors, which have shapes and no numbers, with the lists of
+fixed capacity that a GPU has. Every ATen operation and every Triton launch is recorded with the bytes that it
+must move and the multiplications of its matrix products, and the time of each is the largest of what a launch
+takes, its bytes at the device's rate and its products at theirs. A device's rates are one line of DEVICES,
+which `benchmarks/gpu.py` prints for another one.
+
+The floor is the least that the same maths needs at the same rates: the encoder's product, one reading of its
+result, the rows that decoding and its backward pass gather in bfloat16 (or dense products), and the update's
+bytes.
+
+B tokens, D d_in, F d_sae, k entries of a token, N entries of a list, S SAEs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from benchmarks.harness import RELU, TOP_K, member, settings
+from monosemy import ops
+from monosemy.sae import architecture
+from monosemy.training.group import TrainerGroup, group_trainers
+from monosemy.training.trainer import SAETrainer
+
+MEASURED = Path(__file__).with_name("gpu_measured.jsonl")
+SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
+
+
+# --- devices ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's rates, as measured on it."""
+
+    copy: float
+    """Bytes a second, read and written."""
+    gather: float
+    """Bytes a second of rows that several entries share, most of them out of the L2 cache."""
+    products: Mapping[int, float]
+    """Multiplications and additions a second of bfloat16 products, by the smaller of d_in and d_sae."""
+    launch: float
+    """Seconds of the smallest kernel in a graph."""
+    replay: float
+    """Seconds between two graphs."""
+
+    def product_rate(self, smaller: int) -> float:
+        """Return the rate of the nearest width that was measured."""
+        nearest = min(self.products, key=lambda width: abs(math.log(width / max(smaller, 1))))
+        return self.products[nearest]
+
+
+DEVICES = {"H100": Device(3.01e12, 6.7e12, {512: 580e12, 2304: 760e12, 5120: 786e12}, 1.75e-6, 40e-6)}
+
+
+# --- counting -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """One kernel. `seconds` are what its rule adds to the bytes: work that is neither bytes nor a product."""
+
+    name: str
+    bytes: float
+    gathered: float = 0.0
+    products: float = 0.0
+    smaller: int = 0  # of a product's widths
+    seconds: float = 0.0
+    launches: int = 1
+
+    def time(self, device: Device) -> float:
+        """Return its seconds."""
+        moved = self.bytes / device.copy + self.gathered / device.gather + self.seconds
+        product = self.products / device.product_rate(self.smaller) if self.products else 0.0
+        return max(self.launches * device.launch, moved, product)
+
+
+def size(value: Any) -> int:
+    """Return the bytes of the memory behind some tensors; what is expanded counts once."""
+    if isinstance(value, Tensor):
+        numbers = math.prod(
+            n for n, stride in zip(value.shape, value.stride(), strict=True) if stride or n == 0
+        )
+        return numbers * value.element_size()
+    return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
+
+
+# a kernel of ours -> its launch, from its arguments by name and the entries of a list of some length
+Rule = Callable[[dict[str, Any], Callable[[int], float]], Launch]
+
+
+def _decode(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    D = a["D"]
+    # bags of different lengths wait for the longest
+    return Launch("", size(a["out_RD"]), 1.4 * entries(len(a["values_N"])) * D * a["W_FD"].element_size())
+
+
+def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    gathered = entries(len(a["order_N"])) * a["D"] * a["rows_RD"].element_size()
+    return Launch("", size([a["W_FD"]]) + a["F"] * a["D"] * 4 * (a["pieces_D"] is not None), gathered)
+
+
+def _join(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    return Launch("", 0.0, seconds=3.5e-6)
+
+
+def _sums(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    return Launch("", size([a["offsets_F1"], a["sums_F"]]) + 40 * entries(len(a["values_N"])))
+
+
+def _update(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    n = a["p"].numel()
+    return Launch("", n * (20 + (8 if a["m"] is not None else 0) + (2 if a["bf16_copy"] is not None else 0)))
+
+
+def _square_norms(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    return Launch("", a["p"].numel() * (4 if a["CONSTRAINT"] == "free" else 8))
+
+
+def _reads(name: str, seconds: float, share: float = 1.0) -> Rule:
+    """Return the rule of a kernel that reads an array and does some more."""
+    return lambda a, entries: Launch("", share * size(a[name]), seconds=seconds)
+
+
+def _addresses(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    return Launch("", 64.0)  # the gradients are pointed at, not read
+
+
+RULES: dict[str, Rule] = {
+    "_addresses_kernel": _addresses,
+    "_decode_kernel": _decode,
+    "_by_latent_kernel": _by_latent,
+    "_join_kernel": _join,
+    "_sum_kernel": _sums,
+    "_update_kernel": _update,
+    "_square_norms_kernel": _square_norms,
+    "bound_rows_kernel": _reads("pre_BF", 16e-6),
+    "maxima_kernel": _reads("pre_BF", 10e-6),
+    "count_above_kernel": _reads("pre_BF", 10e-6),
+    "list_kernel": _reads("pre_BF", 0.0, 0.85),  # few numbers of a sector are wanted, all are read
+    "above_kernel": _reads("pre_BF", 0.0, 1.1),
+    "pick_kernel": lambda a, entries: Launch("", 0.0, seconds=33e-6 if a["counts_P256"] is None else 17e-6),
+    "histogram_kernel": lambda a, entries: Launch("", 0.0, seconds=13e-6),
+    "bound_batch_kernel": _reads("maxima_BM", 9e-6),
+    "count_kernel": lambda a, entries: Launch("", 0.0, seconds=8e-6),
+    "starts_kernel": lambda a, entries: Launch("", 0.0, seconds=5e-6),
+}
+
+FREE = (  # operations that launch nothing
+    "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
+    "as_strided", "detach", "alias", "unbind", "split", "empty", "empty_like", "new_empty", "empty_strided",
+    "new_empty_strided", "reshape", "_reshape_alias", "unfold", "view_as", "lift_fresh", "diagonal", "item",
+)  # fmt: skip
+
+
+def aten_launch(name: str, inputs: Any, output: Any) -> Launch:
+    """Return the launches of an ATen operation: it reads its inputs and writes its outputs, once."""
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    moved = size(list(inputs)) + size(output if isinstance(output, (tuple, list)) else [output])
+    if name.endswith("_") and not name.startswith("_"):
+        moved = size(list(inputs)) + (size(tensors[:1]) if name not in ("copy_", "fill_", "zero_") else 0)
+    if name in ("mm", "addmm", "bmm", "baddbmm"):
+        a, b = tensors[-2:]
+        flops = 2 * math.prod(a.shape) * b.shape[-1]
+        if min(a.shape[-2:] + b.shape[-1:]) == 1:
+            return Launch(name, moved, seconds=6e-6)
+        rate = 1 if a.dtype == torch.bfloat16 else 8  # float32 products are so much slower
+        return Launch(name, moved, products=flops * rate, smaller=min(*a.shape[-2:], b.shape[-1]))
+    if name in ("mv", "addmv"):
+        return Launch(name, moved * 1.2)
+    if name == "sort":
+        n = tensors[0].numel()
+        return Launch(name, 40.0 * n, seconds=18e-6, launches=7)
+    if name == "scatter_reduce_":
+        return Launch(name, 0.0, seconds=tensors[-1].numel() / 3.5e9, launches=2)
+    if name == "searchsorted":
+        return Launch(name, moved, seconds=5e-6)
+    if name in ("sum", "mean", "amin", "amax", "max", "all", "any"):
+        return Launch(name, 2.0 * moved, launches=2)  # over rows; and a Memset for its counter
+    if name == "_to_copy":
+        return Launch(name, 1.4 * moved)
+    return Launch(name, moved)
+
+
+class Recorder(TorchDispatchMode):
+    """Records what would be launched on a GPU while it is entered."""
+
+    def __init__(self, entries: Callable[[int], float]) -> None:
+        super().__init__()
+        self.entries, self.launches = entries, list[Launch]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in FREE:
+            inputs = [*_flat(args), *(v for k, v in (kwargs or {}).items() if k != "out")]
+            self.launches.append(aten_launch(name, inputs, output))
+        return output
+
+    def kernel(self, kernel: Any) -> Callable[..., Any]:
+        """Return what a Triton kernel is called with instead of being launched."""
+        name = kernel.fn.__name__
+        names = list(kernel.arg_names)
+
+        def record(*args: Any, **kwargs: Any) -> None:
+            by_name = dict(zip(names, args, strict=False)) | kwargs
+            rule = RULES.get(name)
+            launch = rule(by_name, self.entries) if rule else Launch("", size(list(args)))
+            launch.name = name.removesuffix("_kernel").lstrip("_")
+            self.launches.append(launch)
+
+        return record
+
+
+def _flat(args: Iterable[Any]) -> Iterator[Any]:
+    for value in args:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+@contextmanager
+def as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
+    """Take meta tensors for a GPU's, and record kernels instead of launching them."""
+    is_cuda = property(lambda self: self.device.type == "meta")
+    get = lambda self, grid: recorder.kernel(self)  # noqa: E731
+    with (
+        patch.object(Tensor, "is_cuda", is_cuda, create=True),
+        patch.object(JITFunction, "__getitem__", get),
+        patch.object(InterpretedFunction, "__getitem__", get, create=True),
+        ops.use_backend("triton"),
+    ):
+        yield
+
+
+# --- a step -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of `members` SAEs of each of some architectures, all of one shape and on one batch."""
+
+    architectures: tuple[str, ...]
+    D: int
+    F: int
+    dense: bool = False
+    auxk: bool = False
+    members: int = 1
+    B: int = 2048
+    k: int = 80
+
+    @property
+    def label(self) -> str:
+        names = (
+            "+".join(self.architectures)
+            if len(self.architectures) < 3
+            else f"{len(self.architectures)} kinds"
+        )
+        count = "" if self.members == 1 else f"{self.members} each of "
+        return f"{count}{names} {self.D}x{self.F}{' dense' * self.dense}{' AuxK' * self.auxk}"
+
+
+@dataclass
+class Cost:
+    """What a step costs."""
+
+    case: Case
+    graphs: int
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return sum(launch.launches for launch in self.launches)
+
+    @property
+    def bytes(self) -> float:
+        return sum(launch.bytes + launch.gathered for launch in self.launches)
+
+    @property
+    def products(self) -> float:
+        return sum(launch.products for launch in self.launches)
+
+    def seconds(self, device: Device) -> float:
+        return sum(launch.time(device) for launch in self.launches) + self.graphs * device.replay
+
+    def kinds(self, device: Device) -> dict[str, tuple[int, float]]:
+        """Return launches and seconds by name, the longest first; what takes less than twice a launch is
+        "small"."""
+        found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+        for launch in self.launches:
+            seconds = launch.time(device)
+            name = launch.name if seconds > 2 * launch.launches * device.launch else "small"
+            found[name][0] += launch.launches
+            found[name][1] += seconds
+        return {name: (int(n), s) for name, (n, s) in sorted(found.items(), key=lambda item: -item[1][1])}
+
+
+def cost(case: Case) -> Cost:
+    """Count a step, of SAEs that have taken one before."""
+
+    def entries(length: int) -> float:
+        """Return how many entries a list of some length holds: all of the TopK kinds', k of a token in the
+        ReLU kinds', none in AuxK's, since no latent is dead."""
+        return 0.0 if case.auxk and length == case.B * (case.D // 2) else min(length, case.B * case.k)
+
+    recorder = Recorder(entries)
+    x_BD = torch.empty(case.B, case.D, device="meta")
+    with as_on_a_gpu(recorder):
+        groups = group_trainers(_members(case))
+        for group in groups:
+            group.launches = [slice(0, len(group.trainers))]
+        _step(groups, x_BD, 100)
+        recorder.launches.clear()
+        with recorder:
+            _step(groups, x_BD, 101)
+    return Cost(case, len(groups), recorder.launches)
+
+
+def _members(case: Case) -> Iterator[SAETrainer]:
+    """Yield the case's SAEs in training, without numbers."""
+    workspace = ops.Workspace()
+    for name in case.architectures:
+        for i in range(case.members):
+            with torch.device("meta"):
+                sae = architecture(name)(case.D, case.F, **settings(name, case.k))
+            dense = case.dense and name in RELU
+            made = member(
+                sae, f"{name} {i}", case.B, case.k, workspace=workspace, dense=dense, any_dead=case.auxk
+            )
+            if name in TOP_K or dense:
+                made.capacity = 0
+            yield made
+
+
+def _step(groups: Sequence[TrainerGroup], x_BD: Tensor, step: int) -> None:
+    """Run what a CUDA graph holds of a step."""
+    for group in groups:
+        group._run({trainer.name: x_BD for trainer in group.trainers}, step)
+
+
+def floor(case: Case, device: Device) -> float:
+    """Return the least seconds of a step of the same maths."""
+    B, D, F, k = case.B, case.D, case.F, case.k
+    product = 2 * B * D * F / device.product_rate(min(D, F))
+    total = 0.0
+    for name in case.architectures:
+        of_one = product + 2 * F * D * (22 if architecture(name).betas[0] == 0 else 30) / device.copy
+        if case.dense and name in RELU:
+            more, passes = {"gated": (6, 22), "jump_relu": (4, 14), "p_anneal": (4, 14)}.get(name, (4, 12))
+            of_one += more * product + passes * B * F / device.copy
+        else:
+            rows = B * k * D * 2
+            of_one += 2 * B * F / device.copy + (4 if name == "gated" else 3) * rows / device.gather
+        total += case.members * of_one
+    return total
+
+
+# --- what was measured --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step took on a device, and what its code launched then."""
+
+    ms: float
+    peak_bytes: int | None
+    then: Cost
+
+
+def read_measured(path: Path = MEASURED) -> dict[Case, Measured]:
+    """Read the H100's rows."""
+    rows = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        names = ("D", "F", "dense", "auxk", "members")
+        case = Case(tuple(row["architectures"]), **{name: row[name] for name in names})
+        launches = [Launch(*values) for count, *values in row["launches"] for _ in range(count)]
+        rows[case] = Measured(row["ms"], row.get("peak_bytes"), Cost(case, row["graphs"], launches))
+    return rows
+
+
+HEAD = (
+    "| step | launches | MB | GFLOP | predicted, ms | floor, ms | ratio | measured | of the code of then |\n"
+    + "| --- " * 9
+    + "|"
+)
+
+
+def line(counted: Cost, device: Device, measured: Measured | None) -> str:
+    """Return a row of the table; the last column is what the model says of the code that was measured."""
+    ms, least, seen = counted.seconds(device) * 1e3, floor(counted.case, device) * 1e3, " | "
+    if measured:
+        then = measured.then.seconds(device) * 1e3
+        seen = (
+            f"{measured.ms:.3f} | {then:.3f}, {then / measured.ms - 1:+.0%}, {measured.then.count} launches"
+        )
+    return (
+        f"| {counted.case.label} | {counted.count} | {counted.bytes / 1e6:,.0f} | "
+        f"{counted.products / 1e9:,.0f} | {ms:.3f} | {least:.3f} | {ms / least:.2f} | {seen} |"
+    )
+
+
+def row(counted: Cost, device: Device, measured: Measured | None) -> dict[str, Any]:
+    """Return a row for --json."""
+    case = counted.case
+    return {
+        "architecture": "+".join(case.architectures),
+        "layout": "dense" if case.dense else "sparse",
+        "shape": f"{case.D}x{case.F}",
+        "auxk": case.auxk,
+        "members": case.members,
+        "launches": counted.count,
+        "bytes": counted.bytes,
+        "products": counted.products,
+        "predicted_us": counted.seconds(device) * 1e6,
+        "floor_us": floor(case, device) * 1e6,
+        "measured_us": None if measured is None else measured.ms * 1e3,
+    }
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    for D, F in args.shapes:
+        alone = [(name,) for name in args.architectures]
+        for names in alone if args.members == 1 else [tuple(args.architectures)]:
+            yield Case(names, D, F, auxk=args.auxk, members=args.members)
+            if set(names) & set(RELU):
+                yield Case(names, D, F, dense=True, auxk=args.auxk, members=args.members)
+
+
+def shape(text: str) -> tuple[int, int]:
+    D, F = map(int, text.split("x"))
+    return D, F
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--architectures", nargs="+", choices=TOP_K + RELU, metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=[(512, 16_384)], metavar="D_INxD_SAE")
+    parser.add_argument("--members", type=int, default=1, help="SAEs of each architecture, in one sweep")
+    parser.add_argument("--auxk", action="store_true", help="the TopK kinds' loss on dead latents, at work")
+    parser.add_argument("--device", choices=DEVICES, default="H100", help="whose rates")
+    parser.add_argument("--measured", action="store_true", help="the cases of gpu_measured.jsonl")
+    parser.add_argument("--kinds", action="store_true", help="launches and time of each step by kernel")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a line for each row, too")
+    args = parser.parse_args()
+    args.architectures = args.architectures or list(SWEPT if args.members > 1 else TOP_K + RELU)
+    device, measured = DEVICES[args.device], read_measured()
+    print(HEAD)
+    lines = []
+    for case in measured if args.measured else cases(args):
+        counted = cost(case)
+        seen = measured.get(case) if args.device == "H100" else None
+        print(line(counted, device, seen), flush=True)
+        lines.append(json.dumps(row(counted, device, seen)))
+        if args.kinds:
+            for name, (count, seconds) in counted.kinds(device).items():
+                print(f"    {seconds * 1e6:8.1f} us  {count:4} x {name}")
+    if args.json:
+        args.json.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""benchmarks/gpu_cost.py: what it foretells of steps that were measured, and that it sees a whole step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_cost import DEVICES, Case, cost, floor, read_measured, row
+from benchmarks.harness import RELU, TOP_K
+
+H100, MEASURED = DEVICES["H100"], read_measured()
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.label)
+def test_it_foretells_what_was_measured(case: Case) -> None:
+    """Within 16 %, of the launches that the measured code made; its floor lies below."""
+    measured = MEASURED[case]
+    assert measured.then.seconds(H100) * 1e3 == pytest.approx(measured.ms, rel=0.16)
+    assert floor(case, H100) * 1e3 < measured.ms
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in MEASURED if case.members == 1], ids=lambda case: case.label
+)
+def test_a_step_costs_no_more_than_it_did(case: Case) -> None:
+    """Launches, bytes and predicted time beside those of the code that was measured."""
+    now, then = cost(case), MEASURED[case].then
+    assert now.count <= then.count
+    assert now.bytes <= 1.01 * then.bytes
+    assert floor(case, H100) < now.seconds(H100) <= 1.01 * then.seconds(H100)
+
+
+@pytest.mark.parametrize("name", TOP_K + RELU)
+def test_the_big_kernels_of_a_step_are_seen(name: str) -> None:
+    """One product of the encoder, a decoder pass, two gradients by latent, an update of each parameter."""
+    names = [launch.name for launch in cost(Case((name,), 64, 512, k=8)).launches]
+    assert names.count("addmm") == 1
+    assert names.count("decode") == (2 if name == "gated" else 1)
+    assert names.count("by_latent") == (3 if name == "gated" else 2)
+    assert names.count("update") >= 3
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    """Meta tensors have no numbers, so that a step which reads one on the host fails."""
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(torch.empty((), device="meta"))
+    for name in TOP_K + RELU:
+        cost(Case((name,), 64, 512, k=8, auxk=True))
+
+
+def test_a_row_for_json_holds_what_it_says(tmp_path: Path) -> None:
+    case = Case(("top_k",), 512, 4096)
+    written = row(cost(case), H100, MEASURED[case])
+    assert (written["architecture"], written["layout"], written["shape"]) == ("top_k", "sparse", "512x4096")
+    assert written["measured_us"] == pytest.approx(719.1)
+    assert written["floor_us"] < written["predicted_us"]
