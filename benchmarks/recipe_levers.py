@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn.functional import relu
 
 from monosemy import ops
-from monosemy.architectures._top_k import auxk_loss
+from monosemy.architectures._top_k import auxk_loss, geometric_median
 from monosemy.codes import Codes, DenseCodes, Preactivations
 from monosemy.sae import SAE, StepContext
 
@@ -41,10 +41,11 @@ def betas(kind: type[SAE], pair: list[float]) -> Changes:
 
 
 def first_b_dec(kind: type[SAE], first: str) -> Changes:
-    """Start b_dec from the mean of the first batch, or from zero."""
+    """Start b_dec from the "mean" or the "median" of the first batch, or from "zero"."""
 
     def init_from_batch(self: SAE, x_BD: Tensor) -> None:
-        self.b_dec.data.copy_(x_BD.mean(0) if first == "mean" else torch.zeros_like(self.b_dec))
+        makes = {"mean": x_BD.mean(0), "median": geometric_median(x_BD), "zero": torch.zeros_like(self.b_dec)}
+        self.b_dec.data.copy_(makes[first])
 
     return {"init_from_batch": init_from_batch}
 
@@ -143,6 +144,11 @@ def encoder_steps(kind: type[SAE], on: bool) -> Changes:
     return {"codes": codes, "encode_top_k": encode_top_k}
 
 
+def pre_bias(kind: type[SAE], first: str) -> Changes:
+    """Let the encoder see x - b_dec, which starts from the first batch."""
+    return {"pre_bias": True} | first_b_dec(kind, first)
+
+
 # --- JumpReLU -----------------------------------------------------------------------------------------------
 
 
@@ -193,6 +199,7 @@ def tanh_penalty(kind: type[SAE], weight: float) -> Changes:
 LEVERS: dict[str, Callable[[type[SAE], Any], Changes]] = {
     "try_betas": betas,
     "try_b_dec": first_b_dec,
+    "try_pre_bias": pre_bias,
     "try_k": falling_k,
     "try_detached": detached_prefixes,
     "try_auxk": auxk,

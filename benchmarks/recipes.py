@@ -225,6 +225,10 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
                 p.data.copy_(mean)
             trainer.sae.W_dec.data.copy_(normalize(trainer.sae.W_dec.data, dim=1))
         sae = trainer.finished()
+        had = sae.pre_bias
+    if had != kind.pre_bias:
+        sae.pre_bias = had
+        sae.set_pre_bias_(kind.pre_bias)
     if not sae.pre_bias:
         sae.b_enc.data -= sae.W_enc @ center_D
     sae.b_dec.data += center_D
@@ -379,7 +383,7 @@ def small_batch_levers() -> Iterator[Cell]:
     """Levers at the defaults of short runs: batches of 512, and the library's learning rate."""
     yield from grid(batch=[512], seed=[0, 1, 2])
     options: list[dict[str, Any]] = [
-        {"decay_start_fraction": 0.11},
+        {"decay_start_fraction": 0.11, "sparsity_warmup_steps": 0},
         {"decay_start_fraction": 0.5},
         {"decay_start_fraction": 0.9},
         {"try_betas": [0.9, 0.99]},
@@ -389,8 +393,8 @@ def small_batch_levers() -> Iterator[Cell]:
         {"try_auxk": [32, "residual"]},
         {"try_auxk": [1024, "residual"]},
         {"try_auxk": [288, "input"]},
-        {"try_frequency": 1e-5},
-        {"try_frequency": 1e-4},
+        {"try_frequency": 1e-3},
+        {"try_frequency": 1e-2},
         {"try_batches": [[0.5, 256], [0.3, 512], [0.2, 1024]]},
         {"try_batches": [[0.5, 512], [0.3, 1024], [0.2, 2048]]},
     ]
@@ -401,14 +405,24 @@ def small_batch_levers() -> Iterator[Cell]:
 
 def jump_relu_levers() -> Iterator[Cell]:
     """Anthropic's penalty, the pull on L0 and Gemma Scope 2's form of it, and centering."""
-    options: list[dict[str, Any]] = [{"try_tanh": weight} for weight in (3e-4, 1e-3, 3e-3)]
+    options: list[dict[str, Any]] = [{"try_tanh": weight} for weight in (7e-4, 1e-3, 1.5e-3, 3e-3)]
     options += [{"sparsity_penalty": weight} for weight in (0.3, 3.0)]
     options += [{"l0_loss": "gemma_scope_2", "sparsity_penalty": weight} for weight in (1e-3, 1e-2, 0.1)]
+    options += [{"try_center": 1}, {"try_pre_bias": "median"}]
     small = {"width": [1024], "tokens": [SHORT], "batch": [512]}
-    yield from grid(architecture=["jump_relu"], options=[{}, *options, {"try_center": 1}], **small)
-    for name in ("standard", "standard_new", "p_anneal"):
+    yield from grid(architecture=["jump_relu"], options=[{}, *options], **small)
+
+
+def centering() -> Iterator[Cell]:
+    """The ReLU kinds with b_dec started from the geometric median of the first batch, as the TopK kinds have
+    it; and of activations minus the first batch's mean."""
+    options: list[dict[str, Any]] = [{}, {"try_b_dec": "median"}, {"try_center": 1}]
+    for name in ("standard", "standard_new", "p_anneal", "gated"):
         two = (SPARSITIES[name][0], SPARSITIES[name][-1])
-        yield from grid(architecture=[name], sparsity=two, options=[{}, {"try_center": 1}], **small)
+        small = {"width": [1024], "tokens": [SHORT], "batch": [512]}
+        yield from grid(architecture=[name], sparsity=two, options=options, **small)
+    wide = [{"try_pre_bias": "median"}, {}, {"try_center": 1}]
+    yield from grid(architecture=["jump_relu"], batch=[512], options=wide, sparsity=[25, 64])
 
 
 def law() -> Iterator[Cell]:
@@ -531,6 +545,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
         relu_kinds,
         small_batch_levers,
         jump_relu_levers,
+        centering,
     )
 }
 

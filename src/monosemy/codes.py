@@ -174,15 +174,13 @@ class SparseCodes(Codes):
         return ops.sort_by_latent(self.pattern)[1].diff()
 
     def count(self) -> Tensor:
-        return ops.sum_by_latent((self.values > 0).to(self.values.dtype), self.pattern)
+        return ops.count_by_latent(self.values, self.pattern)
 
     def size(self) -> Tensor:
         return self.pattern.offsets_R1[-1]
 
     def smallest(self) -> Tensor:
-        least_B = self.values.new_full((self.pattern.R,), torch.inf)
-        positive_N = torch.where(self.values > 0, self.values, torch.inf)
-        return least_B.scatter_reduce_(0, self.pattern.bags_N.long(), positive_N, "amin")
+        return ops.smallest(self.values, self.pattern)
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
         e = self.pattern

@@ -23,7 +23,7 @@ from monosemy import ops
 from monosemy.ops import reference
 from monosemy.ops.backends import backend_for
 from monosemy.ops.pattern import Selection, SparsePattern
-from monosemy.ops.reference import AdamStep
+from monosemy.ops.reference import AdamStep, Constraint, Counters, Parameter
 from tests.gpu.sizes import DEVICE, SIZES
 
 pytestmark = pytest.mark.gpu
@@ -184,6 +184,9 @@ def check_sums(fast: Any, device: torch.device) -> None:
             errors.near(
                 "sum_by_latent", fast.sum_by_latent(padded_N, pattern), reference.sum_by_latent(values, exact)
             )
+            count_F, least_R = fast.count_by_latent(padded_N, pattern), fast.smallest(padded_N, pattern)
+            errors.places("count_by_latent", (count_F != reference.count_by_latent(values_N, exact)).sum())
+            errors.places("smallest", (least_R != reference.smallest(values_N, exact)).sum())
             both = zip(
                 fast.encode_backward(padded_N, x_BD, pattern),
                 reference.encode_backward(values, x_BD.double(), exact),
@@ -297,7 +300,104 @@ def check_update(fast: Any, device: torch.device) -> None:
     errors.check()
 
 
-CHECKS = (check_selections, check_sums, check_estimate, check_dense, check_update)
+def check_adam_step(fast: Any, device: torch.device) -> None:
+    """Updates of all parameters of four SAEs: one clipped, one not, one with a gradient and one with a loss
+    that is not a number."""
+    errors = Errors()
+    constraints: tuple[Constraint, ...] = ("free", "free", "project")
+    for (_, D, F, _), clip in itertools.product(SIZES.sums, (1.0, None)):
+        shapes, S = ((F, D), (F,), (F, D)), 4
+        p = [normalize(torch.randn(S, *shape, device=device), dim=-1) for shape in shapes]
+        grads = [[torch.randn(*shape, device=device) for _ in range(S)] for shape in shapes]
+        for of_parameter in grads:
+            of_parameter[1] *= 1e-4
+            of_parameter[2].view(-1)[-1] = torch.nan
+        loss_S = torch.tensor([1.0, 2.0, 3.0, torch.nan], device=device)
+        lr_S, steps_S = torch.full((S,), 1e-2, device=device), torch.full((S,), 6.0, device=device)
+        got, wanted = (
+            [
+                Parameter(
+                    each.to(dtype, copy=True),
+                    [g.to(dtype, copy=True) for g in of_each],
+                    torch.full_like(each, 0.1, dtype=dtype),
+                    torch.full_like(each, 0.2, dtype=dtype),
+                    each.bfloat16(),
+                    constraint,
+                    in_norm=clip is not None or each.ndim == 2,
+                )
+                for each, of_each, constraint in zip(p, grads, constraints, strict=True)
+            ]
+            for dtype in (torch.float32, torch.float64)
+        )
+        how: dict[str, Any] = {"clip": clip, "betas": (0.9, 0.999), "eps": 1e-8}
+        counted = [steps_S.clone(), steps_S.double()]
+        poison(device)
+        updated = fast.adam_step(got, loss_S, lr_S, counted[0], **how)
+        reference.adam_step(wanted, loss_S.double(), lr_S.double(), counted[1], **how)
+        errors.places("adam_step, updated", float(updated.tolist() != [True, True, False, False]))
+        errors.places("adam_step, steps", (counted[0] != counted[1]).sum())
+        for a, b in zip(got, wanted, strict=True):
+            errors.near("adam_step", a.p, b.p)
+            errors.near("adam_step, second moment", a.v, b.v)
+    errors.check()
+
+
+def check_counts(fast: Any, device: torch.device) -> None:
+    """The error, dead latents, the running threshold, and the counters of steps that were taken, skipped and
+    too long for their lists."""
+    errors = Errors()
+    for B, D, F, _ in SIZES.sums:
+        x_BD, x_hat_BD = torch.randn(2, B, D, device=device)
+        poison(device)
+        error_BD, mse = fast.squared_error(x_BD, x_hat_BD)
+        wanted_BD, wanted_mse = reference.squared_error(x_BD.double(), x_hat_BD.double())
+        errors.near("squared_error", error_BD, wanted_BD)
+        errors.near("squared_error, mean", mse, wanted_mse)
+
+        fired_F = torch.rand(F, device=device) < 0.5
+        since_F = torch.randint(0, 2**33, (F,), device=device)
+        poison(device)
+        got_and_wanted = zip(
+            fast.firing(fired_F, since_F, B, 2**32), reference.firing(fired_F, since_F, B, 2**32), strict=True
+        )
+        for a, b in got_and_wanted:
+            errors.places("firing", float((a != b).sum()) + (a.dtype != b.dtype))
+
+        flags = [torch.tensor(flag, device=device) for flag in (True, False)]
+        got, wanted = (
+            Counters(
+                since_F.clone(), torch.zeros((), device=device), nonfinite, torch.tensor(5, device=device)
+            )
+            for nonfinite in torch.tensor([[0, -1, 1, 0]] * 2, device=device)
+        )
+        entries = torch.tensor(70, dtype=torch.int32, device=device)
+        for updated, overflowed, finite in itertools.product(flags, (None, *flags), flags):
+            fast.count_step(got, updated, overflowed, finite, entries, B, since_F + 7)
+            reference.count_step(wanted, updated, overflowed, finite, entries, B, since_F + 7)
+            for name, value in vars(wanted).items():
+                errors.places(f"count_step, {name}", (getattr(got, name) != value).sum())
+
+    for mean in (True, False):
+        now, number = torch.tensor([-1.0, 0.0], device=device).unbind()
+        exact, exact_number = now.double(), number.double()
+        for kept in (torch.inf, 0.3, 0.7, torch.nan, 0.2, 0.9):
+            smallest_kept = torch.tensor(kept, device=device)
+            fast.follow_threshold(now, number, smallest_kept, 0.4, mean=mean)
+            reference.follow_threshold(exact, exact_number, smallest_kept.double(), 0.4, mean=mean)
+            errors.near("follow_threshold", now, exact)
+            errors.places("follow_threshold, values", float(number != exact_number))
+    errors.check()
+
+
+CHECKS = (
+    check_selections,
+    check_sums,
+    check_estimate,
+    check_dense,
+    check_update,
+    check_adam_step,
+    check_counts,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -354,6 +454,18 @@ def broken(name: str, function: object) -> ModuleType:
             "square_norms",
             lambda p, grads, c: reference.square_norms(p, grads, "free"),
             "square_norms",
+        ),
+        (
+            check_adam_step,
+            "adam_step",
+            lambda *a, **k: ~reference.adam_step(*a, **k),
+            "adam_step, updated",
+        ),
+        (
+            check_counts,
+            "firing",
+            lambda fired, since, B, dead: reference.firing(fired, since, B + 1, dead),
+            "firing",
         ),
         (
             check_update,

@@ -14,19 +14,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from monosemy.ops.reference import Constraint
-from monosemy.ops.triton import adam, dense, selection_kernels, selections, sums
+from monosemy.ops.triton import adam, counts, dense, selection_kernels, selections, sums
 from monosemy.ops.triton.launch import block_size, warps_for
 
 _TYPES = {
-    "*u8": "among_F mask_BF",
+    "*u8": "among_F mask_BF fired_F dead_F updated overflowed batch_is_finite updated_S",
     "*i32": "offsets_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B indices_N bags_N order_N "
-    "offsets_F1 offsets_R1",
-    "*i64": "table",
+    "offsets_F1 offsets_R1 keys_N entries",
+    "*i64": "table since_fired_F since_F dead nonfinite clock",
     "*bf16": "bf16_copy",
     "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D "
-    "sums_F add_F "
+    "sums_F add_F x x_hat error parts_P least_R values smallest_kept active squares_S loss_S "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
-    "i32": "n B F limit stride_B",
+    "i32": "n B F N R S limit stride_B stride_S dead_tokens",
+    "fp32": "tokens",
 }
 
 
@@ -86,7 +87,18 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
     add(selection_kernels.list_kernel, among_F=None, F=F, C=C, M=M, **some)
     add(selection_kernels.starts_kernel, BLOCK=1024)
     add(selection_kernels.starts_kernel, equal_B=None, BLOCK=1024)
-    add(sums._sum_kernel, BLOCK_F=16, BLOCK_N=64)
+    add(sums._sum_kernel, COUNT=False, BLOCK_F=16, BLOCK_N=64)
+    add(sums._sum_kernel, COUNT=True, BLOCK_F=16, BLOCK_N=64)
+    add(sums._smallest_kernel, BLOCK=128)
+    add(sums._bags_kernel, BLOCK=128)
+    add(sums._sort_keys_kernel, BLOCK=1024)
+    add(counts._error_kernel, BLOCK=counts.BLOCK)
+    add(counts._firing_kernel, BLOCK=counts.BLOCK)
+    add(counts._threshold_kernel, "*fp32", WEIGHT=0.001, MEAN=True, num_warps=1)
+    add(counts._count_step_kernel, BLOCK=counts.BLOCK)
+    add(counts._count_step_kernel, overflowed=None, BLOCK=counts.BLOCK)
+    add(adam._scales_kernel, CLIP=1.0, BLOCK=4, num_warps=1)
+    add(adam._scales_kernel, CLIP=None, BLOCK=4, num_warps=1)
     whole: dict[str, Any] = sums._tile(D, next_power_of_2(D))
     part: dict[str, Any] = sums._tile(D, 1024)
     add(sums._decode_kernel, D=D, **part)

@@ -22,7 +22,8 @@ from monosemy.ops import reference  # noqa: E402
 from monosemy.ops import triton as fast  # noqa: E402
 from monosemy.ops.pattern import SparsePattern  # noqa: E402
 from monosemy.ops.reference import AdamStep  # noqa: E402
-from monosemy.ops.triton import selections  # noqa: E402
+from monosemy.ops.triton import selections, sums  # noqa: E402
+from tests.gpu import test_ops as checks  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -167,6 +168,17 @@ def test_above(B, F, threshold, dtype):
         check_picked(fast.above(pre.to(DEVICE), here, kept), ops.Selection(*first), kept)
 
 
+def test_a_whole_list_is_written_whole(monkeypatch):
+    def poisoned(offsets_B1, N):
+        nothing = offsets_B1.new_full((N,), torch.nan, dtype=torch.float32)
+        return ops.Selection(offsets_B1.new_full((N,), -7), offsets_B1, nothing)
+
+    monkeypatch.setattr(selections, "_whole", poisoned)
+    for pre in (kind(4, 50).float() for kind in PRE.values()):
+        for picked in (fast.top_k(pre.to(DEVICE), 6), fast.batch_top_k(pre.to(DEVICE), 19)):
+            assert (picked.indices_N >= 0).all() and not picked.values_N.isnan().any()
+
+
 def test_nothing_is_written_behind_a_list(monkeypatch):
     behind = []
 
@@ -180,6 +192,7 @@ def test_nothing_is_written_behind_a_list(monkeypatch):
         return ops.Selection(latents[:N], offsets_B1, values[:N])
 
     monkeypatch.setattr(selections, "_padding", guarded)
+    monkeypatch.setattr(selections, "_whole", guarded)
     pre = draw(4, 50).float().to(DEVICE)
     for capacity in (0, 1, 40, 70):
         assert fast.above(pre, -0.5, capacity).offsets_B1[-1] == capacity < fast.count_above(pre, -0.5)
@@ -240,6 +253,13 @@ def test_sums(B, D, F, bags, padding, mask):
         order_N[:n].tolist() == wanted_order_N.tolist() and offsets_F1.tolist() == wanted_starts_F1.tolist()
     )
     close(fast.sum_by_latent(values_N, e), wanted_b)
+    with ops.use_backend("reference"):
+        wanted_counts, least = (
+            reference.count_by_latent(values, wanted_e),
+            reference.smallest(values, wanted_e),
+        )
+    close(fast.count_by_latent(values_N, e), wanted_counts)
+    assert torch.equal(fast.smallest(values_N, e).cpu(), least.float())
     close(fast.decode(values_N, W_FD, e), reference.decode(values, W, wanted_e))
     d_values_N, d_W_FD = fast.decode_backward(g_RD, values_N, W_FD, e, True)
     close(d_values_N, torch.nn.functional.pad(wanted_values, (0, padding)))
@@ -250,6 +270,19 @@ def test_sums(B, D, F, bags, padding, mask):
     rows_FD, b_F = fast.encode_backward(values_N, g_RD, e)
     close(rows_FD, wanted_rows)
     close(b_F, wanted_b)
+
+
+def test_padding_belongs_to_the_last_bag():
+    e, _ = entries(MASKS["some"](5, 8), 9)
+    assert sums._bags(e).tolist() == SparsePattern(e.indices_N, e.offsets_R1, 8, padded=True).bags_N.tolist()
+
+
+def test_errors_and_counts():
+    checks.check_counts(fast, torch.device(DEVICE))
+
+
+def test_whole_updates():
+    checks.check_adam_step(fast, torch.device(DEVICE))
 
 
 def test_wide_latents_are_grouped():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monosemy import ops
 from monosemy.codes import Codes
 from monosemy.errors import invalid
 from monosemy.limits import TOP_K_MEMORY
@@ -76,16 +77,13 @@ class TopKFamily(SAE):
     def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
         if ctx.step <= ctx.schedule.threshold_start_step:
             return
-        smallest, weight = (
+        ops.follow_threshold(
+            self.threshold,
+            self.threshold_values,
             self.smallest_kept(codes),
-            torch.full_like(self.threshold, 1 - ctx.schedule.threshold_beta),
+            1 - ctx.schedule.threshold_beta,
+            mean=ctx.recipe.threshold_mean,
         )
-        known = smallest.isfinite()
-        self.threshold_values.add_(known)
-        if ctx.recipe.threshold_mean:
-            weight = torch.maximum(1 / self.threshold_values, weight)
-        moved = torch.where(self.threshold < 0, smallest, (1 - weight) * self.threshold + weight * smallest)
-        self.threshold.copy_(torch.where(known, moved, self.threshold))
 
     def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:
         return torch.where(pre_BF > self.threshold, pre_BF, 0).relu()

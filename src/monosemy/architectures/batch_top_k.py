@@ -32,8 +32,8 @@ class BatchTopK(TopKFamily):
         return selected.map(torch.relu)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
-        error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)
-        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, ctx)
+        mse, error_BD = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
+        auxk = auxk_loss(self, error_BD, codes, ctx)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from monosemy import ops
 from monosemy.codes import Codes, Preactivations
 from monosemy.limits import ArchitectureMemory
 from monosemy.sae import SAE, Look, StepContext, register, uniform, unit
@@ -63,8 +64,8 @@ class Gated(SAE):
         )
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
-        gate_mse = (x_BD - (codes.decode(self.W_dec.detach()) + self.b_dec.detach())).pow(2).sum(1).mean()
+        mse, _ = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
+        gate_mse, _ = ops.squared_error(x_BD, codes.decode(self.W_dec.detach()) + self.b_dec.detach())
         l1 = codes.total() / len(x_BD)
         loss = mse + self.settings.l1_penalty * ctx.sparsity_scale * l1 + gate_mse
         return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}

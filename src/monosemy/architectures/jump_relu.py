@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from monosemy import ops
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
 from monosemy.limits import ArchitectureMemory
@@ -117,7 +118,7 @@ class JumpReLU(SAE):
         )
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
+        mse, _ = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
         sparsity = (
             self._off_target(codes)
             if self.settings.l0_loss == "gemma_scope_2"

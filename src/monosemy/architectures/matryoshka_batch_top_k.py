@@ -70,10 +70,10 @@ class MatryoshkaBatchTopK(TopKFamily):
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         x_hats = accumulate(f.decode(self.W_dec, self.begins_G), initial=self.b_dec)
-        errors = [x_BD - x_hat_BD for x_hat_BD in islice(x_hats, 1, None)]
-        mse_G = torch.stack([error_BD.pow(2).sum(1).mean() for error_BD in errors])
+        pairs = [ops.squared_error(x_BD, x_hat_BD) for x_hat_BD in islice(x_hats, 1, None)]
+        mse_G = torch.stack([mse for mse, _ in pairs])
         weight = 1.0 if ctx.recipe.single_mean else 1 / len(mse_G)
-        auxk = auxk_loss(self, errors[-1], codes, ctx)
+        auxk = auxk_loss(self, pairs[-1][1], codes, ctx)
         return {
             "loss": weight * mse_G.mean() + self.settings.auxk_alpha * auxk,
             "mse": mse_G[-1],

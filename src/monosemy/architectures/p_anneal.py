@@ -82,7 +82,7 @@ class PAnneal(SAE):
         return pre.above(0)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
+        mse, _ = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
         p, _ = self.p(ctx)
         sum_p = f.total(lambda f: ops.power(f, p))
         f.cache["sum of f^p"] = sum_p.detach()  # for `update_buffers`

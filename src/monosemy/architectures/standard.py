@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monosemy import ops
 from monosemy.codes import Codes, Preactivations
 from monosemy.sae import SAE, Look, StepContext, register, reset_relu
 
@@ -39,7 +40,7 @@ class Standard(SAE):
         return pre.above(0)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
-        mse = (x_BD - (f.decode(self.W_dec) + self.b_dec)).pow(2).sum(1).mean()
+        mse, _ = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
         l1 = f.total() / len(x_BD)
         return {"loss": mse + self.settings.l1_penalty * ctx.sparsity_scale * l1, "mse": mse, "l1": l1}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from monosemy import ops
 from monosemy.architectures._top_k import TopKFamily, auxk_loss
 from monosemy.codes import Codes, Preactivations
 from monosemy.sae import EPS, Look, StepContext, register, uniform, unit
@@ -30,13 +31,13 @@ class TopK(TopKFamily):
         return selected.map(torch.relu)
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
-        error_BD = x_BD - (f.decode(self.W_dec) + self.b_dec)
-        mse, auxk = error_BD.pow(2).sum(1).mean(), auxk_loss(self, error_BD, codes, ctx)
+        mse, error_BD = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
+        auxk = auxk_loss(self, error_BD, codes, ctx)
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:
         least_B = codes.smallest()
-        known_B = least_B.isfinite()
+        known_B = least_B < torch.inf
         return torch.where(known_B, least_B, 0).sum() / known_B.sum()
 
     def fired(self, codes: Codes, count_F: Tensor, ctx: StepContext) -> Tensor:

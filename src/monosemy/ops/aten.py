@@ -8,6 +8,7 @@ means. Ties of `top_k` are taken as torch's topk takes them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as nnf
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from monosemy.ops import reference
 from monosemy.ops.pattern import Selection, SparsePattern, by_rows
-from monosemy.ops.reference import AdamStep, Constraint, estimate  # noqa: F401
+from monosemy.ops.reference import (  # noqa: F401
+    AdamStep,
+    Constraint,
+    count_step,
+    estimate,
+    firing,
+    follow_threshold,
+    smallest,
+    squared_error,
+)
 
 
 def _picked(pre_BF: Tensor, flat_N: Tensor) -> Selection:
@@ -69,6 +79,10 @@ def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tenso
 
 def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
     return values_N.new_zeros(e.F).index_add_(0, e.indices_N, values_N)
+
+
+def count_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
+    return sum_by_latent((values_N > 0).to(values_N.dtype), e)
 
 
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
@@ -168,3 +182,6 @@ def update(
             p[s].div_(norm_R1 + torch.finfo(p.dtype).eps if adam.constraint == "project" else norm_R1)
         if bf16_copy is not None:
             bf16_copy[s].copy_(p[s])
+
+
+adam_step = partial(reference.adam_step, square_norms=square_norms, update=update)

@@ -16,15 +16,24 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from monosemy.ops import reference
 from monosemy.ops.pattern import Estimate, Selection, SparsePattern
-from monosemy.ops.reference import AdamStep, Constraint
+from monosemy.ops.reference import (  # noqa: F401
+    AdamStep,
+    Constraint,
+    count_step,
+    firing,
+    follow_threshold,
+    smallest,
+    squared_error,
+)
 from monosemy.system.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -290,6 +299,10 @@ def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
     return sums_F
 
 
+def count_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
+    return sum_by_latent((values_N > 0).to(values_N.dtype), e)
+
+
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     _check(torch.float32, values_N=values_N, W_FD=W_FD)
     _check(torch.int32, indices_N=e.indices_N, offsets_R1=e.offsets_R1)
@@ -424,3 +437,6 @@ def update(
         adam.eps,
         CONSTRAINTS[adam.constraint],
     )
+
+
+adam_step = partial(reference.adam_step, square_norms=square_norms, update=update)

@@ -85,6 +85,18 @@ def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
     return values_N.new_zeros(e.F).index_add_(0, e.indices_N, values_N)
 
 
+def count_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
+    """Count each latent's positive values, in their dtype, [F]."""
+    return sum_by_latent((values_N > 0).to(values_N.dtype), e)
+
+
+def smallest(values_N: Tensor, e: SparsePattern) -> Tensor:
+    """Return the smallest positive value of each bag, [R]; infinity where it has none."""
+    positive_N = torch.where(values_N > 0, values_N, torch.inf)
+    least_R = values_N.new_full((e.R,), torch.inf)
+    return least_R.scatter_reduce_(0, e.bags_N.long(), positive_N, "amin")
+
+
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     """Sum by bag: value times the latent's row of W, [R, D]."""
     return W_FD.new_zeros(e.R, W_FD.shape[1]).index_add_(0, e.bags_N, values_N[:, None] * W_FD[e.indices_N])
@@ -133,6 +145,84 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
 def count_positive(x_BF: Tensor) -> Tensor:
     """Return on how many tokens each latent is positive, float32 [F]."""
     return (x_BF > 0).sum(0).float()
+
+
+# --- the error ----------------------------------------------------------------------------------------------
+
+
+def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x - x_hat, and the mean over tokens of its squared norm."""
+    error_BD = x_BD - x_hat_BD
+    return error_BD, error_BD.pow(2).sum(1).mean()
+
+
+# --- what a step counts -------------------------------------------------------------------------------------
+
+
+def firing(
+    fired_F: Tensor, since_fired_F: Tensor, tokens: int, dead_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens since each latent fired, int64 [F], after a batch in which some did; which are dead
+    by that, [F], and how many."""
+    since_F = torch.where(fired_F, 0, since_fired_F + tokens)
+    dead_F = since_F >= dead_tokens
+    return since_F, dead_F, dead_F.sum()
+
+
+def follow_threshold(
+    threshold: Tensor, values: Tensor, smallest_kept: Tensor, weight: float, *, mean: bool
+) -> None:
+    """Move the running threshold towards the smallest value that a batch kept, in place; `values` counts how
+    many it has followed.
+
+    With `mean` it is their plain mean until that average would forget. A value that is not finite is left
+    out; below zero the threshold has none yet, and takes the first.
+    """
+    known = smallest_kept.isfinite()
+    values.add_(known)
+    share = torch.full_like(threshold, weight)
+    if mean:
+        share = torch.maximum(1 / values, share)
+    moved = torch.where(threshold < 0, smallest_kept, (1 - share) * threshold + share * smallest_kept)
+    threshold.copy_(torch.where(known, moved, threshold))
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What an SAE counts over its steps; changed in place."""
+
+    since_fired_F: Tensor
+    """Tokens since each latent fired, int64."""
+    active: Tensor
+    """Mean entries of a token in the last step's codes."""
+    nonfinite: Tensor
+    """Int64 [4]: steps skipped as not finite, the first of them (-1: none), whether all of their batches were
+    finite, steps skipped because a list was full."""
+    clock: Tensor
+    """Steps taken, skipped ones included; int64."""
+
+
+def count_step(
+    counters: Counters,
+    updated: Tensor,
+    overflowed: Tensor | None,
+    batch_is_finite: Tensor,
+    entries: Tensor,
+    tokens: int,
+    since_F: Tensor,
+) -> None:
+    """Count a step: where it was `updated`, keep the tokens since latents fired; otherwise note why not."""
+    fired_F = counters.since_fired_F
+    fired_F.copy_(torch.where(updated, since_F, fired_F))
+    counters.active.copy_(entries / tokens)
+    skipped, first_step, finite, full = counters.nonfinite
+    first_step = torch.where(skipped == 0, counters.clock, first_step)
+    not_updated = torch.stack([skipped + 1, first_step, finite * batch_is_finite, full])
+    if overflowed is not None:
+        too_long = torch.stack([*counters.nonfinite[:3], full + 1])
+        not_updated = torch.where(overflowed, too_long, not_updated)
+    counters.nonfinite.copy_(torch.where(updated, counters.nonfinite, not_updated))
+    counters.clock.add_(1)
 
 
 # --- the update ---------------------------------------------------------------------------------------------
@@ -197,3 +287,45 @@ def update(
             p[s].div_(norm + torch.finfo(p.dtype).eps if adam.constraint == "project" else norm)
         if bf16_copy is not None:
             bf16_copy[s].copy_(p[s])
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of S SAEs of one shape, [S, ..], with the gradient of each and the optimizer's state."""
+
+    p: Tensor
+    grads: Sequence[Tensor]
+    m: Tensor | None
+    v: Tensor
+    bf16_copy: Tensor | None
+    constraint: Constraint
+    in_norm: bool
+    """Whether the gradient counts in the norm that is clipped and looked at."""
+
+
+def adam_step(
+    parameters: Sequence[Parameter],
+    loss_S: Tensor,
+    lr_S: Tensor,
+    steps_S: Tensor,
+    *,
+    clip: float | None,
+    betas: tuple[float, float],
+    eps: float,
+    square_norms: Callable[..., Tensor] = square_norms,
+    update: Callable[..., None] = update,
+) -> Tensor:
+    """Clip and update all parameters of the SAEs whose loss and gradient norm are finite, and count these
+    updates in `steps_S`. Returns which they are, bool [S]."""
+    counted = [each for each in parameters if each.in_norm]
+    squares_S = sum(square_norms(each.p, each.grads, each.constraint) for each in counted)
+    assert isinstance(squares_S, Tensor), "no parameter counts in the norm"
+    norm_S = squares_S.sqrt()
+    updated_S = (norm_S + loss_S).isfinite()
+    scale_S = torch.ones_like(norm_S) if clip is None else torch.clamp(clip / (norm_S + 1e-6), max=1.0)
+    scale_S = torch.where(updated_S, scale_S, torch.nan)
+    steps_S += updated_S
+    for each in parameters:
+        adam = AdamStep(lr_S, scale_S, steps_S, betas, eps, each.constraint)
+        update(each.p, each.grads, each.m, each.v, each.bf16_copy, adam)
+    return updated_S

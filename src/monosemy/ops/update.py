@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monosemy.ops.backends import backend_for
-from monosemy.ops.reference import AdamStep, Constraint
+from monosemy.ops.reference import Constraint, Parameter
 
 
 class Optimizer:
@@ -61,36 +61,23 @@ class Optimizer:
 
         Returns which of them were updated, bool [S]: those whose loss and gradient are finite.
         """
-        ops = backend_for(self.params[self.decoder])
         # without clipping only finiteness is asked for, and the stacked vectors [S, F] show it: what is not
         # finite in a matrix's gradient is not finite in a sum over its rows
-        norm_over = (
-            self.params if self.clip is not None else {n: p for n, p in self.params.items() if p.ndim == 2}
-        )
-        norm_S = sum(
-            ops.square_norms(p[which], grads[name], self.constraint_of(name)) for name, p in norm_over.items()
-        ).sqrt()
-        updated_S = (norm_S + loss_S).isfinite()
-        scale_S = (
-            torch.clamp(self.clip / (norm_S + 1e-6), max=1.0)
-            if self.clip is not None
-            else torch.ones_like(norm_S)
-        )
-        scale_S = torch.where(updated_S, scale_S, torch.nan)
-        self.steps_S[which] += updated_S
-        for name, p in self.params.items():
-            adam = AdamStep(
-                lr_S, scale_S, self.steps_S[which], self.betas, self.eps, self.constraint_of(name)
-            )
-            ops.update(
+        parameters = [
+            Parameter(
                 p[which],
                 grads[name],
                 self.m[name][which] if self.m else None,
                 self.v[name][which],
                 self.bf16_copies[name][which] if name in self.bf16_copies else None,
-                adam,
+                self.constraint_of(name),
+                in_norm=self.clip is not None or p.ndim == 2,
             )
-        return updated_S
+            for name, p in self.params.items()
+        ]
+        return backend_for(self.params[self.decoder]).adam_step(
+            parameters, loss_S, lr_S, self.steps_S[which], clip=self.clip, betas=self.betas, eps=self.eps
+        )
 
     def state_dict(self, s: int) -> dict[str, Tensor]:
         """Return everything but the parameters that the next step of one SAE depends on."""

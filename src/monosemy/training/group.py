@@ -96,15 +96,16 @@ class TrainerGroup:
         trainers, lr_S = self.trainers[members], self.scales_2S[0, members]
         results = self._forward(members, batches, step)
         # a loss that is not a number makes the optimizer skip the update
-        losses = [
-            torch.where(trainer.skips(result), torch.nan, result.metrics["loss"])
-            for trainer, result in zip(trainers, results, strict=True)
-        ]
+        losses = [trainer.gated_loss(result) for trainer, result in zip(trainers, results, strict=True)]
         grads = {name: [result.grads[name] for result in results] for name in self.params}
         updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
+        finite: dict[int, Tensor] = {}  # by batch
         for trainer, result, updated in zip(trainers, results, updated_S, strict=True):
             self._keep_metrics(trainer.name, result.metrics)
-            trainer.update_state(result, updated)
+            x_BD = batches[trainer.name]
+            if id(x_BD) not in finite:
+                finite[id(x_BD)] = torch.linalg.vector_norm(x_BD, torch.inf) < torch.inf
+            trainer.update_state(result, updated, finite[id(x_BD)])
 
     def _forward(self, members: slice, batches: Mapping[str, Tensor], step: int) -> list[StepResult]:
         """Run the forward and backward passes of some of the SAEs."""

@@ -144,7 +144,6 @@ class StepResult(NamedTuple):
     codes: Codes
     ctx: StepContext
     since_fired_F: Tensor
-    batch_is_finite: Tensor
 
 
 class SAETrainer:
@@ -242,47 +241,47 @@ class SAETrainer:
         f = self.sae.active(codes)
         with torch.no_grad():
             count_F = f.count()
-            since_fired_F = torch.where(
-                self.sae.fired(codes, count_F, ctx), 0, self.since_fired_F + len(x_BD)
+            fired_F = self.sae.fired(codes, count_F, ctx)
+            since_fired_F, dead_F, dead = ops.firing(
+                fired_F, self.since_fired_F, len(x_BD), self.schedule.dead_tokens
             )
-            dead_F = since_fired_F >= self.schedule.dead_tokens
-        any_dead = self.any_dead if x_BD.is_cuda else bool(dead_F.any())
+        any_dead = self.any_dead if x_BD.is_cuda else bool(dead)
         ctx = dataclasses.replace(ctx, dead_F=dead_F if any_dead else None)
         parts = self.sae.loss(x_BD, codes, f, ctx)
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
         metrics = {name: part.detach() for name, part in parts.items()}
-        metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead_F.sum()}
-        return StepResult(
-            dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F, x_BD.isfinite().all()
-        )
+        metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead}
+        return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F)
 
-    def skips(self, result: StepResult) -> Tensor:
-        """Whether this step's update is skipped whatever its numbers are."""
-        stopped = (self.nonfinite[0] > 0) & (self.on_nonfinite == "stop")
-        return self._overflows(result.codes) | stopped
+    def gated_loss(self, result: StepResult) -> Tensor:
+        """Return the loss; NaN where this step's update is skipped whatever its numbers are."""
+        loss, skips = result.metrics["loss"], self._overflows(result.codes)
+        if self.on_nonfinite == "stop":
+            stopped = self.nonfinite[0] > 0
+            skips = stopped if skips is None else skips | stopped
+        return loss if skips is None else torch.where(skips, torch.nan, loss)
 
-    def _overflows(self, codes: Codes) -> Tensor:
-        """Whether a list of fixed length may have lacked room for all entries."""
-        return codes.size() >= (self.capacity or torch.inf)
+    def _overflows(self, codes: Codes) -> Tensor | None:
+        """Whether a list of fixed length may have lacked room for all entries; None where none has one."""
+        return codes.size() >= self.capacity if self.capacity else None
 
     @torch.no_grad()
-    def update_state(self, result: StepResult, updated: Tensor) -> None:
+    def update_state(self, result: StepResult, updated: Tensor, batch_is_finite: Tensor) -> None:
         """Update buffers and counters after a step; where its update was skipped, only count that."""
         before = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
         self.sae.update_buffers(result.codes, result.ctx)
         for name, buffer in self.sae.named_buffers():
-            buffer.copy_(torch.where(updated, buffer, before[name]))
-        self.since_fired_F.copy_(torch.where(updated, result.since_fired_F, self.since_fired_F))
-        self.active.copy_(result.codes.size() / result.codes.tokens)
-        was = NonfiniteState(*self.nonfinite)
-        first_step = torch.where(was.skipped == 0, self.clock, was.first_step)
-        finite = was.batch_was_finite * result.batch_is_finite
-        skipped = torch.stack([was.skipped + 1, first_step, finite, was.overflowed])
-        overflowed = torch.stack([*was[:3], was.overflowed + 1])
-        not_updated = torch.where(self._overflows(result.codes), overflowed, skipped)
-        self.nonfinite.copy_(torch.where(updated, self.nonfinite, not_updated))
-        self.clock.add_(1)
+            torch.where(updated, buffer, before[name], out=buffer)
+        ops.count_step(
+            ops.Counters(self.since_fired_F, self.active, self.nonfinite, self.clock),
+            updated,
+            self._overflows(result.codes),
+            batch_is_finite,
+            result.codes.size(),
+            result.codes.tokens,
+            result.since_fired_F,
+        )
 
     def schedule_readback(self) -> None:
         """Start copying to the host what it decides by `READBACK_EVERY` steps later."""

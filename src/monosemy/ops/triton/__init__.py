@@ -8,23 +8,39 @@ added atomically.
 """
 
 from monosemy.ops.reference import estimate
-from monosemy.ops.triton.adam import square_norms, update
+from monosemy.ops.triton.adam import adam_step, square_norms, update
+from monosemy.ops.triton.counts import count_step, firing, follow_threshold, squared_error
 from monosemy.ops.triton.dense import count_positive, masked_copy, threshold_dense
 from monosemy.ops.triton.selections import above, batch_top_k, count_above, top_k
-from monosemy.ops.triton.sums import decode, decode_backward, encode_backward, sort_by_latent, sum_by_latent
+from monosemy.ops.triton.sums import (
+    count_by_latent,
+    decode,
+    decode_backward,
+    encode_backward,
+    smallest,
+    sort_by_latent,
+    sum_by_latent,
+)
 
 __all__ = [
     "above",
+    "adam_step",
     "batch_top_k",
     "count_above",
+    "count_by_latent",
     "count_positive",
+    "count_step",
     "decode",
     "decode_backward",
     "encode_backward",
     "estimate",
+    "firing",
+    "follow_threshold",
     "masked_copy",
+    "smallest",
     "sort_by_latent",
     "square_norms",
+    "squared_error",
     "sum_by_latent",
     "threshold_dense",
     "top_k",

@@ -7,6 +7,8 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.reference import AdamStep, Constraint
+from monosemy.ops.reference import AdamStep, Constraint, Parameter
 from monosemy.ops.triton.launch import require_float32, warps_for
 
 
@@ -60,6 +62,7 @@ def _square_norms_kernel(
     p,
     table,
     parts_SP,
+    stride_S,
     n: tl.constexpr,
     C: tl.constexpr,
     CONSTRAINT: tl.constexpr,
@@ -73,7 +76,25 @@ def _square_norms_kernel(
     p_RC = tl.load(p + s * n + at, mask=there, other=0)
     g_RC = _gradient(table, s, at, there, p_RC, CONSTRAINT, ALIGNED)
     part = tl.sum(tl.sum(tl.where(there, g_RC * g_RC, 0.0), 1), 0)
-    tl.store(parts_SP + s * tl.num_programs(0) + tl.program_id(0), part)
+    tl.store(parts_SP + s * stride_S + tl.program_id(0), part)
+
+
+@triton.jit
+def _scales_kernel(
+    squares_S, loss_S, steps_S, scale_S, updated_S, S, CLIP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Decide which SAEs are updated and what their gradients are multiplied by, and count these updates."""
+    s = tl.arange(0, BLOCK)
+    norm = tl.sqrt(tl.load(squares_S + s, mask=s < S, other=0))
+    total = norm + tl.load(loss_S + s, mask=s < S, other=0)
+    updated = tl.abs(total) < float("inf")
+    scale = tl.full([BLOCK], 1.0, tl.float32)
+    if CLIP is not None:
+        scale = tl.minimum(CLIP / (norm + 1e-6), 1.0)
+    tl.store(scale_S + s, tl.where(updated, scale, float("nan")), mask=s < S)
+    tl.store(updated_S + s, updated.to(tl.uint8), mask=s < S)
+    steps = tl.load(steps_S + s, mask=s < S, other=0)
+    tl.store(steps_S + s, steps + updated.to(tl.float32), mask=s < S)
 
 
 @triton.jit
@@ -154,18 +175,23 @@ def _shape(n: int, C: int, constraint: Constraint) -> dict[str, Any]:
     }
 
 
-def _rows(
-    p: Tensor, grads: Sequence[Tensor], constraint: Constraint
-) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
-    """Return the gradients' addresses, the grid, and what else both kernels are told."""
-    require_float32(p=p, **{f"grads[{s}]": g for s, g in enumerate(grads)})
-    assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), (
-        "grads: not one of each SAE, of its shape"
-    )
-    n = p[0].numel()
-    shape = _shape(n, p.shape[-1], constraint)
-    aligned = 16 if all(g.data_ptr() % 16 == 0 for g in grads) else 4
-    return _addresses(grads), (cdiv(cdiv(n, shape["C"]), shape["ROWS"]), len(p)), {"ALIGNED": aligned} | shape
+@dataclass(frozen=True)
+class _Launch:
+    """How the rows of one parameter are shared out among programs."""
+
+    grid: tuple[int, int]
+    meta: dict[str, Any]
+
+    @classmethod
+    def of(cls, p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> _Launch:
+        require_float32(p=p, **{f"grads[{s}]": g for s, g in enumerate(grads)})
+        assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), (
+            "grads: not one of each SAE, of its shape"
+        )
+        n = p[0].numel()
+        shape = _shape(n, p.shape[-1], constraint)
+        aligned = 16 if all(g.data_ptr() % 16 == 0 for g in grads) else 4
+        return cls((cdiv(cdiv(n, shape["C"]), shape["ROWS"]), len(p)), {"ALIGNED": aligned} | shape)
 
 
 def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
@@ -173,9 +199,9 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 
     `p` is [S, ..], gradients one of each SAE.
     """
-    table, grid, meta = _rows(p, grads, constraint)
-    parts_SP = p.new_empty(grid[::-1])
-    _square_norms_kernel[grid](p, table, parts_SP, **meta)
+    launch = _Launch.of(p, grads, constraint)
+    parts_SP = p.new_empty(launch.grid[::-1])
+    _square_norms_kernel[launch.grid](p, _addresses(grads), parts_SP, parts_SP.stride(0), **launch.meta)
     return parts_SP.sum(1)
 
 
@@ -188,12 +214,45 @@ def update(
     `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0)
     the first moment is the gradient itself. Gradients are only read.
     """
-    require_float32(v=v, lr_S=adam.lr_S, scale_S=adam.scale_S, **({} if m is None else {"m": m}))
-    assert bf16_copy is None or (bf16_copy.is_contiguous() and bf16_copy.dtype == torch.bfloat16), (
+    _update(Parameter(p, grads, m, v, bf16_copy, adam.constraint, True), _addresses(grads), adam)
+
+
+def _update(of: Parameter, table: Tensor, adam: AdamStep) -> None:
+    """Update one parameter, whose gradients stand where the table says."""
+    require_float32(v=of.v, lr_S=adam.lr_S, scale_S=adam.scale_S, **({} if of.m is None else {"m": of.m}))
+    assert of.bf16_copy is None or (of.bf16_copy.is_contiguous() and of.bf16_copy.dtype == torch.bfloat16), (
         "bf16_copy: not contiguous or not bfloat16"
     )
-    table, grid, meta = _rows(p, grads, adam.constraint)
-    per_sae = (adam.lr_S, adam.scale_S, adam.steps_S)
-    _update_kernel[grid](
-        p, table, m, v, bf16_copy, *per_sae, BETA1=adam.betas[0], BETA2=adam.betas[1], EPS=adam.eps, **meta
-    )
+    launch, per_sae = _Launch.of(of.p, of.grads, of.constraint), (adam.lr_S, adam.scale_S, adam.steps_S)
+    numbers = {"BETA1": adam.betas[0], "BETA2": adam.betas[1], "EPS": adam.eps}
+    _update_kernel[launch.grid](of.p, table, of.m, of.v, of.bf16_copy, *per_sae, **numbers, **launch.meta)
+
+
+def adam_step(
+    parameters: Sequence[Parameter],
+    loss_S: Tensor,
+    lr_S: Tensor,
+    steps_S: Tensor,
+    *,
+    clip: float | None,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Clip and update all parameters of the SAEs whose loss and gradient norm are finite, and count these
+    updates in `steps_S`. Returns which they are, bool [S]."""
+    S, counted = len(loss_S), [each for each in parameters if each.in_norm]
+    addresses = _addresses([g for each in parameters for g in each.grads])
+    tables = {id(each): addresses[i * S :] for i, each in enumerate(parameters)}
+    launches = [_Launch.of(each.p, each.grads, each.constraint) for each in counted]
+    ends = list(accumulate(launch.grid[0] for launch in launches))
+    parts_SP = loss_S.new_empty(S, ends[-1])
+    for each, launch, end in zip(counted, launches, ends, strict=True):
+        parts = parts_SP[:, end - launch.grid[0] :]
+        _square_norms_kernel[launch.grid](each.p, tables[id(each)], parts, ends[-1], **launch.meta)
+    scale_S, updated_S = torch.empty_like(loss_S), torch.empty_like(loss_S, dtype=torch.bool)
+    outputs, block = (scale_S, updated_S.view(torch.uint8)), next_power_of_2(S)
+    _scales_kernel[(1,)](parts_SP.sum(1), loss_S, steps_S, *outputs, S, CLIP=clip, BLOCK=block, num_warps=1)
+    for each in parameters:
+        adam = AdamStep(lr_S, scale_S, steps_S, betas, eps, each.constraint)
+        _update(each, tables[id(each)], adam)
+    return updated_S

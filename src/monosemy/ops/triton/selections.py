@@ -48,14 +48,23 @@ def _padding(offsets_B1: Tensor, N: int) -> Selection:
     return Selection(offsets_B1.new_zeros(N), offsets_B1, offsets_B1.new_zeros(N, dtype=torch.float32))
 
 
+def _whole(offsets_B1: Tensor, N: int) -> Selection:
+    """Return a list that will be filled."""
+    return Selection(offsets_B1.new_empty(N), offsets_B1, offsets_B1.new_empty(N, dtype=torch.float32))
+
+
 def top_k(pre_BF: Tensor, k: int, among_F: Tensor | None = None) -> Selection:
     """Select the k largest of each token; with a mask `among_F` those of its latents alone, as many as there
     are up to k. Capacity B k."""
     (B, F), k, bits = pre_BF.shape, min(k, pre_BF.shape[1]), key_bits(pre_BF)
     chosen = k if among_F is None else among_F.sum(dtype=torch.int32).clamp(max=k)
-    indices_N, offsets_B1, values_N = picked = _padding(
-        torch.arange(B + 1, dtype=torch.int32, device=pre_BF.device) * chosen, B * k
-    )
+    if among_F is None and k:
+        steps_B1 = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=pre_BF.device)
+        picked = _whole(steps_B1, B * k)
+    else:
+        steps_B1 = torch.arange(B + 1, dtype=torch.int32, device=pre_BF.device)
+        picked = _padding(steps_B1 * chosen, B * k)
+    indices_N, offsets_B1, values_N = picked
     among = None if among_F is None else among_F.view(torch.uint8)
     M, C = _sizes(F, k)
     shares_BM, lists_BC = _room(pre_BF, M, C)
@@ -110,7 +119,7 @@ def batch_top_k(pre_BF: Tensor, n: int) -> Selection:
     count_kernel[(B,)](
         pre_BF, lists_BC, exact_P256, n, greater_B, equal_B, F=F, C=C, BITS=bits, BLOCK=min(C, 1024)
     )
-    indices_N, offsets_B1, values_N = picked = _padding(_starts(greater_B, equal_B, n), n)
+    indices_N, offsets_B1, values_N = picked = _whole(_starts(greater_B, equal_B, n), n)
     pick_kernel[(B,)](
         pre_BF,
         None,

@@ -18,8 +18,17 @@ CHUNK = 128  # entries of a latent that one program takes
 
 
 @triton.jit
-def _sum_kernel(values_N, order_N, offsets_F1, sums_F, F, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sum the values of some latents."""
+def _sum_kernel(
+    values_N,
+    order_N,
+    offsets_F1,
+    sums_F,
+    F,
+    COUNT: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum the values of some latents, or count the positive ones."""
     latents = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     begin = tl.load(offsets_F1 + latents, mask=latents < F, other=0)
     number = tl.load(offsets_F1 + latents + 1, mask=latents < F, other=0) - begin
@@ -28,8 +37,45 @@ def _sum_kernel(values_N, order_N, offsets_F1, sums_F, F, BLOCK_F: tl.constexpr,
         at = first + tl.arange(0, BLOCK_N)[None, :]
         there = at < number[:, None]
         place = tl.load(order_N + begin[:, None] + at, mask=there, other=0)
-        total += tl.sum(tl.load(values_N + place, mask=there, other=0), 1)
+        values = tl.load(values_N + place, mask=there, other=0)
+        if COUNT:
+            values = (values > 0).to(tl.float32)
+        total += tl.sum(values, 1)
     tl.store(sums_F + latents, total, mask=latents < F)
+
+
+@triton.jit
+def _smallest_kernel(values_N, offsets_R1, least_R, BLOCK: tl.constexpr):
+    """Find the smallest positive value of a bag."""
+    bag = tl.program_id(0)
+    end = tl.load(offsets_R1 + bag + 1)
+    least = tl.full([BLOCK], float("inf"), tl.float32)
+    for first in range(tl.load(offsets_R1 + bag), end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        values = tl.load(values_N + at, mask=at < end, other=0)
+        least = tl.minimum(least, tl.where(values > 0, values, float("inf")))
+    tl.store(least_R + bag, tl.min(least, 0))
+
+
+@triton.jit
+def _bags_kernel(offsets_R1, bags_N, N, BLOCK: tl.constexpr):
+    """Write the bag of each of its entries; the last bag also writes that of the padding."""
+    bag = tl.program_id(0)
+    end = tl.load(offsets_R1 + bag + 1)
+    if bag == tl.num_programs(0) - 1:
+        end = N
+    for first in range(tl.load(offsets_R1 + bag), end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(bags_N + at, bag, mask=at < end)
+
+
+@triton.jit
+def _sort_keys_kernel(indices_N, offsets_R1, keys_N, R, N, F, BLOCK: tl.constexpr):
+    """Write what entries are sorted by: the latent, and F for padding."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    latents = tl.load(indices_N + at, mask=at < N, other=0)
+    keys = tl.where(at < tl.load(offsets_R1 + R), latents, F)
+    tl.store(keys_N + at, keys.to(keys_N.dtype.element_ty), mask=at < N)
 
 
 @triton.jit
@@ -154,8 +200,12 @@ def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tenso
     """Return the places of the entries in order of latents, int32 [N], padding last, and where each latent's
     begin, int32 [F + 1]."""
     narrow = torch.int16 if F < 2**15 else torch.int32  # half the digits to sort by
-    padding_N = torch.arange(len(indices_N), device=indices_N.device) >= offsets_R1[-1]
-    sorted_N, order_N = indices_N.masked_fill(padding_N, F).to(narrow).sort(stable=True)
+    N, keys_N = len(indices_N), torch.empty_like(indices_N, dtype=narrow)
+    if N:
+        _sort_keys_kernel[(cdiv(N, 1024),)](
+            indices_N, offsets_R1, keys_N, len(offsets_R1) - 1, N, F, BLOCK=1024
+        )
+    sorted_N, order_N = keys_N.sort(stable=True)
     return order_N.int(), torch.searchsorted(
         sorted_N, torch.arange(F + 1, dtype=narrow, device=indices_N.device), out_int32=True
     )
@@ -163,10 +213,35 @@ def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tenso
 
 def sum_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
     """Return the sum of each latent's values, [F]."""
+    return _sums(values_N, e, count=False)
+
+
+def count_by_latent(values_N: Tensor, e: SparsePattern) -> Tensor:
+    """Count each latent's positive values, float32 [F]."""
+    return _sums(values_N, e, count=True)
+
+
+def _sums(values_N: Tensor, e: SparsePattern, *, count: bool) -> Tensor:
     require_float32(values_N=values_N)
-    sums_F = values_N.new_empty(e.F)
-    _sum_kernel[(cdiv(e.F, 16),)](values_N, *e.by_latent(sort_by_latent), sums_F, e.F, BLOCK_F=16, BLOCK_N=64)
+    sums_F, by_latent = values_N.new_empty(e.F), e.by_latent(sort_by_latent)
+    _sum_kernel[(cdiv(e.F, 16),)](values_N, *by_latent, sums_F, e.F, COUNT=count, BLOCK_F=16, BLOCK_N=64)
     return sums_F
+
+
+def smallest(values_N: Tensor, e: SparsePattern) -> Tensor:
+    """Return the smallest positive value of each bag, [R]; infinity where it has none."""
+    require_float32(values_N=values_N)
+    least_R = values_N.new_empty(e.R)
+    _smallest_kernel[(e.R,)](values_N, e.offsets_R1, least_R, BLOCK=128)
+    return least_R
+
+
+def _bags(e: SparsePattern) -> Tensor:
+    """Return the bag of each entry, int32 [N], of padding the last; made once."""
+    if "bags_N" not in e.__dict__:  # where the cached property keeps it
+        e.bags_N = torch.empty_like(e.indices_N)
+        _bags_kernel[(e.R,)](e.offsets_R1, e.bags_N, len(e.indices_N), BLOCK=128)
+    return e.bags_N
 
 
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
@@ -190,7 +265,7 @@ def _by_latent(
     cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
     d_values_N = None if W_FD is None else torch.zeros_like(values_N)
     pieces_D = rows_RD.new_empty(e.F + cuts, D) if weight else None
-    where = (e.indices_N, e.bags_N, order_N, offsets_F1)
+    where = (e.indices_N, _bags(e), order_N, offsets_F1)
     _by_latent_kernel[(e.F + cuts, blocks)](
         rows_RD, values_N, W_FD, *where, d_values_N, pieces_D, e.F, D=D, CHUNK=CHUNK, **tile
     )
