@@ -16,8 +16,9 @@ from torch.autograd import Function
 from torch.nn.functional import relu
 
 from monosemy import ops
-from monosemy.architectures._top_k import auxk_loss, geometric_median
+from monosemy.architectures._top_k import auxk_loss
 from monosemy.codes import Codes, DenseCodes, Preactivations
+from monosemy.initialization import geometric_median
 from monosemy.sae import SAE, StepContext
 
 Changes = dict[str, Any]  # attributes of a class by name

@@ -425,6 +425,17 @@ def centering() -> Iterator[Cell]:
     yield from grid(architecture=["jump_relu"], batch=[512], options=wide, sparsity=[25, 64])
 
 
+def centered_rates() -> Iterator[Cell]:
+    """Learning rates of the ReLU kinds with activations centered, as they now are by default."""
+    small = {"width": [1024], "tokens": [SHORT], "batch": [512]}
+    options = [{"warmup_steps": 0.1, "try_center": 1}]
+    yield from grid(architecture=["jump_relu"], lr=[2e-3, 4e-3, 8e-3], options=options, **small)
+    for name in ("gated", "standard", "standard_new", "p_anneal"):
+        two, rates = (SPARSITIES[name][0], SPARSITIES[name][-1]), [2e-3, 4e-3]
+        rates = rates if name == "gated" else [6e-3, 1.2e-2]
+        yield from grid(architecture=[name], lr=rates, sparsity=two, options=options, **small)
+
+
 def law() -> Iterator[Cell]:
     """Learning rates by width and tokens, of BatchTopK."""
     options = [{"warmup_steps": 0.1}]
@@ -546,6 +557,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
         small_batch_levers,
         jump_relu_levers,
         centering,
+        centered_rates,
     )
 }
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.evaluation.metrics import evaluate as evaluate
     from monosemy.evaluation.on_model import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
+    from monosemy.initialization import reset_relu as reset_relu
     from monosemy.jobs.pretrained import list_saes as list_saes
     from monosemy.jobs.pretrained import load as load
     from monosemy.jobs.train import train as train
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.sae import StepContext as StepContext
     from monosemy.sae import architecture as architecture
     from monosemy.sae import register as register
-    from monosemy.sae import reset_relu as reset_relu
     from monosemy.training.loop import Fitted as Fitted
     from monosemy.training.loop import fit as fit
     from monosemy.training.trainer import SAESpec as SAESpec
@@ -57,7 +57,7 @@ _HOME = {
     "load": "jobs.pretrained",
     "load_tokenizer": "lm.model",
     "register": "sae",
-    "reset_relu": "sae",
+    "reset_relu": "initialization",
     "save": "formats",
     "to_tokens": "data.contexts",
     "train": "jobs.train",

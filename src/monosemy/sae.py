@@ -25,7 +25,6 @@ from monosemy.ops import Constraint
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
 
-EPS = torch.finfo(torch.float32).eps
 T = TypeVar("T")
 
 
@@ -73,6 +72,8 @@ class SAE(nn.Module, ABC):
     short_run_lr: ClassVar[float] = 5e-3  # of 4,096 latents and batches of 2,048 (docs/recipes.md)
     # the encoder sees x - b_dec; an instance from another tool may differ from its class
     pre_bias: bool = True
+    # trained on x minus the first batch's geometric median, where the recipe says so
+    centered: ClassVar[bool] = False
     always_sparse: ClassVar[bool] = False
     scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # tensors in the units of the activations
     modes: tuple[str, ...] = ("default",)  # of `encode`, the default first
@@ -324,6 +325,14 @@ class SAE(nn.Module, ABC):
             self.shift_encoder_(moved_F if pre_bias else -moved_F)
             self.pre_bias = pre_bias
 
+    @torch.no_grad()
+    def fold_center_(self, center_D: Tensor) -> None:
+        """Take in what training subtracted from activations: an SAE of x - center becomes one of x, to
+        rounding."""
+        if not self.pre_bias:
+            self.shift_encoder_(-(self.W_enc.double() @ center_D.double()).to(self.dtype))
+        self.b_dec.add_(center_D)
+
     def shift_encoder_(self, shift_F: Tensor) -> None:
         """Add to x W_enc^T, [F], wherever it is used."""
         self.b_enc.add_(shift_F)
@@ -447,31 +456,3 @@ def current_names(tensors: Mapping[str, T]) -> dict[str, T]:
             "copy the file again",
         )
     return renamed
-
-
-def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """Draws from U(-bound, bound).
-
-    An nn.Linear of n inputs takes its weight [out, in], then its bias, with bound n^-1/2.
-    """
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def unit(x: Tensor, dim: int, eps: float = 0.0) -> Tensor:
-    """Divide x by its norms along a dimension, plus eps."""
-    return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + eps)
-
-
-def reset_relu(sae: SAE, generator: torch.Generator) -> None:
-    """Draw the initial weights of the ReLU kinds: decoder rows of norm 0.1, the encoder their transpose, a
-    small random encoder bias.
-
-    Drawn in dictionary_learning's order, which makes two linear layers first and keeps only the bias of one.
-    """
-    D, F = sae.d_in, sae.d_sae
-    uniform((F, D), D**-0.5, generator)
-    sae.b_enc.data.copy_(uniform((F,), D**-0.5, generator))
-    uniform((D, F), F**-0.5, generator)
-    rows_FD = 0.1 * unit(torch.randn(D, F, generator=generator), 0).T
-    sae.W_enc.data.copy_(rows_FD)
-    sae.W_dec.data.copy_(rows_FD)

@@ -13,6 +13,7 @@ from monosemy import formats
 from monosemy.codes import Execution
 from monosemy.config import architecture_names
 from monosemy.formats import dictionary_learning
+from monosemy.recipe import DICTIONARY_LEARNING, MONOSEMY
 from monosemy.sae import StepContext, architecture
 from monosemy.schedule import Schedule
 from monosemy.system.rng import generator
@@ -255,15 +256,40 @@ def test_odd_batches_stay_finite(name, x):
 
 @every
 def test_a_finished_sae_takes_raw_activations(name):
-    """Training on x / factor and folding the factor in is the same function as scaling by hand."""
+    """Training on x / factor - center and folding both in is the same function as doing so by hand."""
     m = trained(name, 100)
     m.norm_factor = 7.5
-    sae, unscaled = m.finished(), copy.deepcopy(m.sae)
+    sae, unscaled, center_D = m.finished(), copy.deepcopy(m.sae), m.center_D
+    assert m.sae.centered == bool(center_D.any())
     x = batch(3)
     for mode in sae.modes:
-        assert torch.allclose(sae(7.5 * x, mode=mode), 7.5 * unscaled(x, mode=mode), rtol=1e-4, atol=1e-4)
+        by_hand = 7.5 * (unscaled(x - center_D, mode=mode) + center_D)
+        assert torch.allclose(sae(7.5 * x, mode=mode), by_hand, rtol=1e-4, atol=1e-4)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-5)
     assert not any(p.requires_grad for p in sae.parameters())
+
+
+@every
+def test_where_activations_lie_does_not_matter(name):
+    """An SAE trained on x + c is the one trained on x, moved: few dimensions with a large mean change
+    nothing. So it is with ours for every architecture, and not with dictionary_learning's for the ReLU
+    kinds."""
+    c_D = torch.zeros(D)
+    c_D[3] = 10.0
+
+    def moved(recipe):
+        spec = SAESpec(name, F, settings=SETTINGS[name])
+        here, there = (LoneTrainer("x", spec, D, Schedule.of_run(40, B), recipe=recipe) for _ in range(2))
+        for step in range(15):
+            here.step(batch(step), step)
+            there.step(batch(step) + c_D, step)
+        mode = "top_k" if "top_k" in here.sae.modes else None
+        x = batch(99)
+        return (there.finished()(x + c_D, mode=mode) - c_D - here.finished()(x, mode=mode)).abs().mean()
+
+    assert moved(MONOSEMY) < 2e-3
+    if architecture(name).centered:
+        assert moved(DICTIONARY_LEARNING) > 0.01
 
 
 @every

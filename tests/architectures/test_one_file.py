@@ -23,7 +23,8 @@ from torch import Tensor
 
 from monosemy.codes import Codes, Preactivations
 from monosemy.limits import ArchitectureMemory
-from monosemy.sae import SAE, Look, StepContext, register, reset_relu
+from monosemy.initialization import reset_relu
+from monosemy.sae import SAE, Look, StepContext, register
 
 
 @register

@@ -15,6 +15,7 @@ from torch import Tensor
 from monosemy import ops
 from monosemy.codes import Codes
 from monosemy.errors import invalid
+from monosemy.initialization import geometric_median
 from monosemy.limits import TOP_K_MEMORY
 from monosemy.sae import SAE, StepContext
 
@@ -107,22 +108,3 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Ten
     varies = variance > 0
     share = (left / torch.where(varies, variance, 1)).nan_to_num(0.0)
     return torch.where(ctx.dead_F.any() & varies, share, 0)
-
-
-@torch.no_grad()
-def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
-    """Return the point with the least summed distance to the rows of x, [D], by Weiszfeld's iteration from
-    their mean.
-
-    A row that the guess falls on would weigh infinitely much and is kept at the largest finite weight of its
-    distance.
-    """
-    guess_D = x_BD.mean(0)
-    for _ in range(max_iter):
-        weight_B = 1 / torch.linalg.vector_norm(x_BD - guess_D, dim=1).clamp(
-            min=torch.finfo(x_BD.dtype).tiny ** 0.5
-        )
-        before_D, guess_D = guess_D, ((weight_B / weight_B.sum())[:, None] * x_BD).sum(0)
-        if torch.linalg.vector_norm(guess_D - before_D) < tol:
-            break
-    return guess_D

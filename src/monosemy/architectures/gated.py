@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
+from monosemy.initialization import uniform, unit
 from monosemy.limits import ArchitectureMemory
-from monosemy.sae import SAE, Look, StepContext, register, uniform, unit
+from monosemy.sae import SAE, Look, StepContext, register
 
 
 @register
@@ -31,6 +32,7 @@ class Gated(SAE):
         vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2
     )
     constraint = "constrain"
+    centered = True
     clip = None
     betas = (0.0, 0.999)
     scaled = ("b_enc", "b_mag", "b_dec")

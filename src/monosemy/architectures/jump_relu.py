@@ -10,8 +10,9 @@ from torch.autograd import Function
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
+from monosemy.initialization import uniform, unit
 from monosemy.limits import ArchitectureMemory
-from monosemy.sae import SAE, Look, StepContext, register, uniform, unit
+from monosemy.sae import SAE, Look, StepContext, register
 
 
 def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
@@ -83,6 +84,7 @@ class JumpReLU(SAE):
     )
     betas = (0.0, 0.999)
     pre_bias = False
+    centered = True
     scaled = ("b_enc", "threshold", "b_dec")
 
     @dataclass(frozen=True)

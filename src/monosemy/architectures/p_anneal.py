@@ -7,8 +7,9 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
+from monosemy.initialization import reset_relu
 from monosemy.limits import ArchitectureMemory
-from monosemy.sae import SAE, Look, StepContext, register, reset_relu
+from monosemy.sae import SAE, Look, StepContext, register
 
 
 @register
@@ -30,6 +31,7 @@ class PAnneal(SAE):
     memory = ArchitectureMemory(dense_arrays=4, cached_arrays=1, gpu_arrays=7.25)
     constraint = "constrain"
     short_run_lr = 7.5e-3
+    centered = True
     clip = None
 
     @dataclass(frozen=True)

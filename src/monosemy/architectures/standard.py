@@ -7,7 +7,8 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
-from monosemy.sae import SAE, Look, StepContext, register, reset_relu
+from monosemy.initialization import reset_relu
+from monosemy.sae import SAE, Look, StepContext, register
 
 
 @register
@@ -27,6 +28,7 @@ class Standard(SAE):
     sweep_flag = "standard_penalties"
     constraint = "constrain"
     short_run_lr = 7.5e-3
+    centered = True
     clip = None
 
     @dataclass(frozen=True)

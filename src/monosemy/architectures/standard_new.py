@@ -7,7 +7,8 @@ from torch import Tensor
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
-from monosemy.sae import SAE, Look, StepContext, register, reset_relu
+from monosemy.initialization import reset_relu
+from monosemy.sae import SAE, Look, StepContext, register
 
 
 @register
@@ -28,6 +29,7 @@ class StandardNew(SAE):
     sweep_flag = "standard_new_penalties"
     constraint = "free"
     short_run_lr = 7.5e-3
+    centered = True
 
     @dataclass(frozen=True)
     class Settings:

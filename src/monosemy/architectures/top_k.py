@@ -6,7 +6,8 @@ from torch import Tensor
 from monosemy import ops
 from monosemy.architectures._top_k import TopKFamily, auxk_loss
 from monosemy.codes import Codes, Preactivations
-from monosemy.sae import EPS, Look, StepContext, register, uniform, unit
+from monosemy.initialization import EPS, uniform, unit
+from monosemy.sae import Look, StepContext, register
 
 
 @register

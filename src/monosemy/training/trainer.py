@@ -18,6 +18,7 @@ from torch import Tensor
 from monosemy import ops
 from monosemy.codes import Codes, Execution
 from monosemy.errors import invalid
+from monosemy.initialization import geometric_median
 from monosemy.limits import ESTIMATE_BELOW
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
 from monosemy.sae import SAE, StepContext, architecture
@@ -178,6 +179,8 @@ class SAETrainer:
         self.on_nonfinite, self.workspace = on_nonfinite, workspace
         self.sae = spec.build(d_in).to(device)
         self.norm_factor, self.fresh = norm_factor, spec.init_from is None
+        self.centered = self.fresh and recipe.centered and self.sae.centered
+        self.center_D = torch.zeros(d_in, device=device)
         rate = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps, schedule.batch)
         self.lr = rate if spec.lr is None else spec.lr
         if not self.fresh:
@@ -195,7 +198,9 @@ class SAETrainer:
         """Make the host's decisions before a step: the first b_dec, the layout, whether a latent may be
         dead."""
         if step == 0 and self.fresh:
-            self.sae.init_from_batch(x_BD)
+            if self.centered:  # of a batch that is not finite there is no median
+                self.center_D.copy_(geometric_median(x_BD).nan_to_num(0.0, 0.0, 0.0))
+            self.sae.init_from_batch(x_BD - self.center_D if self.centered else x_BD)
             self.any_dead = READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
         if step % READBACK_EVERY == 0 and self.readback is not None:
             active, longest = self.readback.read()
@@ -229,6 +234,7 @@ class SAETrainer:
         self, x_BD: Tensor, step: int, sparsity_scale: Tensor | float, W_enc_bf16: Tensor | None = None
     ) -> StepResult:
         """Compute the loss and the gradient of each parameter on a batch of scaled activations."""
+        x_BD = x_BD - self.center_D if self.centered else x_BD
         execution = Execution(
             sparse=self.sparse,
             bf16=False if W_enc_bf16 is None else W_enc_bf16,
@@ -302,6 +308,8 @@ class SAETrainer:
         sae.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.sae.state_dict().items()})
         if sae.constraint == "free":
             sae.fold_decoder_norm_()
+        if self.centered:
+            sae.fold_center_(self.center_D.cpu())
         sae.fold_norm_factor_(self.norm_factor)
         return sae.requires_grad_(False)
 
@@ -315,9 +323,11 @@ class SAETrainer:
             "layout": torch.tensor([self.sparse, self.capacity, self.any_dead, self.use_estimate]),
             "readback": torch.tensor(readback, dtype=torch.float64),
         }
+        center = {"center_D": self.center_D} if self.centered else {}
         return (
             sae
             | host
+            | center
             | {name: getattr(self, name) for name in ("since_fired_F", "clock", "nonfinite", "active")}
         )
 
@@ -329,6 +339,8 @@ class SAETrainer:
             tensor.copy_(state[f"sae.{name}"])
         for name in ("since_fired_F", "clock", "nonfinite", "active"):
             getattr(self, name).copy_(state[name])
+        # versions that did not center wrote none
+        self.center_D.copy_(state["center_D"] if "center_D" in state else torch.zeros_like(self.center_D))
         # versions without estimates wrote three
         sparse, capacity, any_dead, *estimate = state["layout"].tolist()
         self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)

@@ -1,0 +1,63 @@
+"""What weights are before the first step: draws, unit rows, and the center of a batch.
+
+B tokens, D d_in, F d_sae.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from monosemy.sae import SAE
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Draws from U(-bound, bound).
+
+    An nn.Linear of n inputs takes its weight [out, in], then its bias, with bound n^-1/2.
+    """
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def unit(x: Tensor, dim: int, eps: float = 0.0) -> Tensor:
+    """Divide x by its norms along a dimension, plus eps."""
+    return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + eps)
+
+
+def reset_relu(sae: SAE, generator: torch.Generator) -> None:
+    """Draw the initial weights of the ReLU kinds: decoder rows of norm 0.1, the encoder their transpose, a
+    small random encoder bias.
+
+    Drawn in dictionary_learning's order, which makes two linear layers first and keeps only the bias of one.
+    """
+    D, F = sae.d_in, sae.d_sae
+    uniform((F, D), D**-0.5, generator)
+    sae.b_enc.data.copy_(uniform((F,), D**-0.5, generator))
+    uniform((D, F), F**-0.5, generator)
+    rows_FD = 0.1 * unit(torch.randn(D, F, generator=generator), 0).T
+    sae.W_enc.data.copy_(rows_FD)
+    sae.W_dec.data.copy_(rows_FD)
+
+
+@torch.no_grad()
+def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+    """Return the point with the least summed distance to the rows of x, [D], by Weiszfeld's iteration from
+    their mean.
+
+    A row that the guess falls on would weigh infinitely much and is kept at the largest finite weight of its
+    distance.
+    """
+    guess_D = x_BD.mean(0)
+    for _ in range(max_iter):
+        weight_B = 1 / torch.linalg.vector_norm(x_BD - guess_D, dim=1).clamp(
+            min=torch.finfo(x_BD.dtype).tiny ** 0.5
+        )
+        before_D, guess_D = guess_D, ((weight_B / weight_B.sum())[:, None] * x_BD).sum(0)
+        if torch.linalg.vector_norm(guess_D - before_D) < tol:
+            break
+    return guess_D
