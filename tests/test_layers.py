@@ -23,7 +23,7 @@ FLOORS = {
     "codes": 3,
     "data": 3,
     "sae": 4,
-    "initialization": 4,
+    "initialization": 4.5,
     "architectures": 5,
     "formats": 5,
     "training": 5,

@@ -1,31 +1,28 @@
 """The ops that SAEs are made of: one signature for each, and no caller asks where it runs.
 
 `reference.py` defines every op in plain torch. `cpu.py` (C, through ctypes), `aten.py` (torch's own CPU
-kernels) and `triton/` (a GPU) are its fast backends, which `backends.py` chooses from. `functions.py` gives
-the ops their gradients, `update.py` is the optimizer.
+kernels) and `triton/` (a GPU) are its fast backends, which `backends.py` chooses from. `functions.py` and
+`counts.py` give the ops their gradients, `update.py` is the optimizer.
 """
 
 from monosemy.ops.backends import use_backend
+from monosemy.ops.counts import count_step, firing, follow_threshold, squared_error
 from monosemy.ops.functions import (
     Workspace,
     above,
     batch_top_k,
     count_by_latent,
     count_positive,
-    count_step,
     decode,
     decode_dense,
     encode_dense,
     encode_sparse,
-    firing,
-    follow_threshold,
     gather,
     map_dense,
     power,
     preactivations,
     smallest,
     sort_by_latent,
-    squared_error,
     sum_by_latent,
     top_k,
     total_dense,
