@@ -507,8 +507,8 @@ def peers_relu() -> Iterator[Cell]:
     for name, sparsities in SPARSITIES.items():
         cells = {"architecture": [name], "width": [1024], "tokens": [SHORT]}
         cells["sparsity"] = [40] if name == "jump_relu" else [sparsities[0], sparsities[-1]]
-        yield from grid(batch=[512], **cells)
-        yield from grid(lr=(None, 8e-3, 4e-3, 2e-3), options=[{"peer": "dictionary_learning"}], **cells)
+        yield from grid(batch=[512], options=[{"try_center": 1}], **cells)
+        yield from grid(lr=(4e-3, None, 8e-3), options=[{"peer": "dictionary_learning"}], **cells)
 
 
 def peers_longer() -> Iterator[Cell]:

@@ -9,6 +9,8 @@ ESTIMATE_BELOW = 0.03
 # tokens that compete in BatchTopK's selection in evaluation: a batch of dictionary_learning
 SELECTION_TOKENS = 2048
 HEAD_ELEMENTS = 2**24  # logits held at a time in evaluation
+EVERY = 1000  # steps between a CPU's checkpoints
+STAGING = 2**28  # bytes of pinned memory that a GPU's checkpoints pass through
 IN_CACHE = 2**18  # elements that stay in a CPU's cache through several operations
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from monosemy.schedule import Schedule
+from monosemy.training.graphs import CUDAGraphCache
 from monosemy.training.sweep import Sweep
 from monosemy.training.trainer import SAESpec, SAETrainer
 from tests.architectures.test_contract import SETTINGS, B, D, F, batch
@@ -47,6 +48,23 @@ class Pool(TorchDispatchMode):
         self.allocated.clear()
         with self:
             function(batches, step)
+
+
+def test_a_phase_that_cannot_be_captured_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for a graph")
+
+    monkeypatch.setattr(CUDAGraphCache, "_capture", out_of_memory)
+    cache, x, seen = CUDAGraphCache(), torch.arange(3.0), []
+    for step in range(5):
+        cache(
+            lambda batches, step: seen.append((step, batches["a"].tolist())), "phase", {"a": x + step}, step
+        )
+    assert seen == [(step, (x + step).tolist()) for step in range(5)]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "without a CUDA graph, slower: no room for a graph" in caplog.text
 
 
 class Modeled:

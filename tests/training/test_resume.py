@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import monosemy
 from monosemy.config import architecture_names
 from monosemy.system.files import exclusive_lock
-from monosemy.training.checkpoints import Checkpoints
+from monosemy.training.checkpoints import Checkpoints, Staging
 from tests.certify import share
 from tests.workers.fitting import Batches, spec
 
@@ -145,6 +145,30 @@ def test_ten_minutes_are_the_longest_time_between_two(tmp_path):
     store.save(101, {}, {})
     assert not store.due(101)
     store.close()
+
+
+def test_where_saving_takes_long_it_is_done_seldom(tmp_path):
+    """A GPU's are made by time alone, of which training waits 2 % at most."""
+    store = Checkpoints(tmp_path, every=None)
+    assert not store.due(1000)
+    store.last -= 601
+    assert store.due(1001)
+    store.waited = 60
+    assert not store.due(1001)
+    store.last -= 2400
+    assert store.due(1001)
+    store.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_what_passes_through_the_staging_buffer_is_the_same(dtype):
+    staging = Staging(100)  # bytes: most tensors take many pieces
+    for shape in ((), (7,), (41, 13), (0,)):
+        tensor = (10 * torch.randn(shape)).to(dtype)
+        assert torch.equal(staging.through_buffer(tensor), tensor)
+    columns = torch.arange(60, dtype=torch.float32).view(6, 10).to(dtype).T
+    assert torch.equal(staging.through_buffer(columns), columns)
+    assert staging.buffer is not None and staging.buffer.nbytes == 100
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_replaced(tmp_path, caplog):

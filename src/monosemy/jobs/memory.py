@@ -23,6 +23,7 @@ from monosemy.limits import (
     HEAD_ELEMENTS,
     IN_CACHE,
     SELECTION_TOKENS,
+    STAGING,
     ArchitectureMemory,
 )
 from monosemy.lm.info import ModelInfo, Site
@@ -107,6 +108,7 @@ def estimate(
     *,
     contexts_per_block: int,
     steps: int,
+    checkpoint_every: int | None,
     gpu: bool,
 ) -> Estimate:
     """Predict what a run takes, of the GPU's memory where it runs on one, else of the host's."""
@@ -125,6 +127,7 @@ def estimate(
     slots = (-(-contexts_per_block // M) + 1) * M * L
     batches = len(sites) * B * D * (4 + of_lm)
     libraries = LIBRARIES["cuda" if gpu else "cpu"]
+    several = not gpu and checkpoint_every is not None and steps > checkpoint_every
     training = Phase(
         {
             "libraries": libraries,
@@ -134,7 +137,7 @@ def estimate(
             "arrays": 0
             if gpu
             else max(workspace_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16) for r in grid),
-            "checkpoint": all_saes if steps > c.checkpoint_every and not gpu else 0,
+            "checkpoint": all_saes if several else 0,
         },
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + len(sites)) * D),
@@ -142,14 +145,15 @@ def estimate(
                 step_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, on_gpu=n if gpu else 0)
                 for r, n in number.items()
             ),
-            "last checkpoint": 0 if gpu or steps > c.checkpoint_every else all_saes,
+            "last checkpoint": 0 if gpu or several else all_saes,
             "saving": 0 if gpu else max(2 * weights[r] + 4 * r.width * D for r in grid),
         },
         loading=libraries + cut + int(mapped * cut),
     )
 
+    written = max(saes.values()) + STAGING if gpu else all_saes
     evaluation = _evaluation(c, model, sites, grid, weights, libraries, mapped, gpu=gpu)
-    return Estimate({(r.architecture, r.width): n for r, n in saes.items()}, training, evaluation, all_saes)
+    return Estimate({(r.architecture, r.width): n for r, n in saes.items()}, training, evaluation, written)
 
 
 def _evaluation(

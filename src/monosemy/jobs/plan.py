@@ -22,6 +22,7 @@ from monosemy.data.sources import check_sources, default_dataset
 from monosemy.errors import invalid
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
+from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
 from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
 from monosemy.schedule import Schedule
@@ -106,6 +107,7 @@ class Plan:
             remedy = "train on more tokens or lower --sae_batch_size"
             raise invalid("num_tokens", c.num_tokens, f"{c.sae_batch_size} or more, one batch", remedy)
         _ = plan.schedule
+        _check_sizes(plan)
         check_sources(plan.config)
         _check_same_run(plan)
         return plan
@@ -177,6 +179,11 @@ class Plan:
         """Whether the run uses a GPU."""
         return has_gpu(self.config.device)
 
+    @property
+    def checkpoint_every(self) -> int | None:
+        """Steps between checkpoints; None: by time alone."""
+        return self.config.checkpoint_every or (None if self.gpu else EVERY)
+
     @cached_property
     def memory(self) -> Estimate:
         """The memory that the run takes, predicted."""
@@ -187,6 +194,7 @@ class Plan:
             self.grid,
             contexts_per_block=self.contexts_per_block,
             steps=self.steps,
+            checkpoint_every=self.checkpoint_every,
             gpu=self.gpu,
         )
 
@@ -288,6 +296,14 @@ def _check_sweeps(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> None:
         if not (fractions and min(fractions) * narrowest >= 1 and abs(sum(fractions) - 1) <= 1e-6):
             allowed = f"shares that sum to 1, each of one latent or more of the {narrowest}"
             raise invalid("group_fractions", fractions, allowed, "correct them, or widen the SAEs")
+
+
+def _check_sizes(plan: Plan) -> None:
+    """Raise ValueError for pre-activations that kernels on a GPU cannot number."""
+    widest, batch = max(plan.config.dictionary_widths), plan.config.sae_batch_size
+    if plan.gpu and widest * batch >= 2**31:
+        allowed = f"below {2**31 // widest} on a GPU with SAEs of {widest} latents (2^31 pre-activations)"
+        raise invalid("sae_batch_size", batch, allowed, "lower it")
 
 
 def _check_together(c: TrainConfig) -> None:

@@ -24,6 +24,7 @@ from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.errors import invalid
 from monosemy.evaluation.hints import print_table
 from monosemy.jobs import export, results
+from monosemy.jobs.device import check_device
 from monosemy.jobs.folder import Run, peak_memory
 from monosemy.jobs.memory import tensor_bytes
 from monosemy.jobs.plan import Plan
@@ -36,6 +37,7 @@ from monosemy.system.files import check_disk_space, exclusive_lock, read_json, s
 from monosemy.system.interrupts import Interrupts
 from monosemy.system.progress import Progress
 from monosemy.training.checkpoints import Checkpoint, Checkpoints
+from monosemy.training.graphs import release_memory
 from monosemy.training.loop import TrainingLoop
 from monosemy.training.sweep import Record, Sweep, grid
 from monosemy.training.trainer import SAETrainer
@@ -67,6 +69,7 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     if _is_complete(plan.folder):
         log.info("%s already holds this run, complete", plan.folder)
         return plan.folder, "complete"
+    check_device(plan)
     init_from = formats.load(c.init_from) if c.init_from else None
     with exclusive_lock(plan.folder, "save_dir"):
         ended = _ended(plan)
@@ -83,10 +86,12 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
 
 def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[str, Any]]]:
     """Do all of a run in its folder, which is locked. Returns status and reason, and the rows."""
-    store = Checkpoints(run.folder / "checkpoints", run.config.checkpoint_every)
+    store = Checkpoints(run.folder / "checkpoints", run.plan.checkpoint_every)
     with Interrupts() as interrupts, run.ending(), closing(store):
         ended = train_saes(run, store, interrupts, init_from)
         gc.collect()  # the whole model takes the place of what training held
+        if run.plan.gpu:
+            release_memory()
         with check_disk_space(run.folder / "report.html", DRAWN):
             rows, missing = results.make(run, ended)
         run.write_memory("run", run.plan.memory.peak)

@@ -3,8 +3,10 @@
 RUN/checkpoints/step_00001000/{state.json, SAE.safetensors, complete.json}
 
 A checkpoint is written in a folder beside and renamed; complete.json, written last, holds each file's size
-and sha256. Two are kept. Tensors are copied when a checkpoint is asked for and written by a thread, so that
-training goes on meanwhile.
+and sha256. Two are kept. On a CPU tensors are copied when a checkpoint is asked for and written by a thread,
+so that training goes on meanwhile. A GPU's may be more than the host has room for: they pass through one
+staging buffer, an SAE at a time, while training waits, and checkpoints are made so seldom that this is 2 % of
+the time.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from monosemy.limits import EVERY, STAGING
 from monosemy.system.files import check_disk_space, read_json, sync
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 KEEP = 2
 SPARE = 1 << 20  # bytes of a file system that small files and its own records may need
 SECONDS = 600  # between two checkpoints at most
+SHARE = 0.02  # of the time that a GPU's checkpoints may take, since training waits for them
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,20 @@ class Checkpoints:
     What cannot be written is logged: the ones before are whole, and training need not end for it.
     """
 
-    def __init__(self, folder: Path, every: int = 1000) -> None:
+    def __init__(self, folder: Path, every: int | None = EVERY) -> None:
+        """Without `every` they are made by time alone."""
         self.folder, self.every = folder, every
         self.last, self.step = time.monotonic(), -1  # when and at which step one was made
+        self.waited = 0.0  # seconds that training waited for the last one
+        self.staging = Staging(STAGING)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self.pending: list[Future[None]] = []
 
     def due(self, step: int) -> bool:
-        """Whether one should be made before this step: every so many steps, and at the latest after ten
-        minutes."""
-        return step % self.every == 0 or time.monotonic() - self.last > SECONDS
+        """Whether one should be made before this step: every so many steps, and by time, after ten minutes or
+        so long that waiting for them stays a small share."""
+        by_time = time.monotonic() - self.last > max(SECONDS, self.waited / SHARE)
+        return by_time or (self.every is not None and step % self.every == 0)
 
     def save(self, step: int, saes: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Keep what the run is after `step` steps.
@@ -77,11 +85,15 @@ class Checkpoints:
         if step == self.step:
             return
         text = json.dumps({"step": step, **state})  # now: what it was made of goes on growing
-        copies = {name: _copy(tensors) for name, tensors in saes.items()}
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        self.submit(lambda: self._write(step, copies, text))
+        began = time.monotonic()
+        if any(tensor.is_cuda for tensors in saes.values() for tensor in tensors.values()):
+            self.submit(lambda: self._write(step, saes, text))
+            self.wait()
+        else:
+            copies = {name: {n: t.detach().clone() for n, t in of.items()} for name, of in saes.items()}
+            self.submit(lambda: self._write(step, copies, text))
         self.last, self.step = time.monotonic(), step
+        self.waited = self.last - began
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have the thread write something else, after what it was asked for before."""
@@ -125,7 +137,7 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
                 for name, tensors in saes.items():
-                    save_file(dict(tensors), part / _file(name))
+                    save_file({n: self.staging.to_host(t) for n, t in tensors.items()}, part / _file(name))
                 (part / "state.json").write_text(state, encoding="utf-8")
                 files = {
                     path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -148,15 +160,31 @@ class Checkpoints:
             shutil.rmtree(folder)
 
 
-def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host, which for those of a GPU may still be on their way."""
-    copies = {}
-    for name, tensor in tensors.items():
-        on_gpu = tensor.is_cuda
-        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu).copy_(
-            tensor.detach(), non_blocking=on_gpu
-        )
-    return copies
+class Staging:
+    """Copies tensors from a GPU through one buffer of pinned memory, which is made when first needed.
+
+    Pinning memory takes as long as filling it, and torch rounds each pinned tensor up to a power of two.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.buffer: Tensor | None = None
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the host that holds the same; one that is there already as it is."""
+        source = tensor.detach()
+        return self.through_buffer(source) if source.is_cuda else source
+
+    def through_buffer(self, source: Tensor) -> Tensor:
+        """Copy a tensor piece by piece."""
+        if self.buffer is None:
+            self.buffer = torch.empty(self.size, dtype=torch.uint8, pin_memory=source.is_cuda)
+        host, flat = torch.empty(source.shape, dtype=source.dtype), source.contiguous().view(-1)
+        count = max(self.size // source.element_size(), 1)
+        staged = self.buffer[: count * source.element_size()].view(source.dtype)
+        for piece, target in zip(flat.split(count), host.view(-1).split(count), strict=True):
+            target.copy_(staged[: len(piece)].copy_(piece))
+        return host
 
 
 def _file(sae: str) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import EndOfData, TryAgain, invalid
+from monosemy.limits import EVERY
 from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE
@@ -138,7 +139,7 @@ def fit(
     log_steps: int = 100,
     on_nonfinite: OnNonfinite = "stop",
     checkpoints: str | Path | None = None,
-    checkpoint_every: int = 1000,
+    checkpoint_every: int | None = None,
     **schedule: Any,
 ) -> Fitted:
     """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model.
@@ -146,15 +147,16 @@ def fit(
     `steps` defaults to the number of batches, where they have one; `schedule` takes the keywords of
     `Schedule.of_run`. With `normalize` the first batches (up to 100, which are then trained on) measure
     sqrt(E ||x||^2), by which activations are divided and which is folded into the SAEs' weights at the end.
-    `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps or ten minutes, from which
-    the same call goes on: batches must then be the same ones again, and those already trained on are skipped.
-    SIGTERM and Ctrl-C save one first.
+    `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps (by default 1,000 on a CPU)
+    or ten minutes, from which the same call goes on: batches must then be the same ones again, and those
+    already trained on are skipped. SIGTERM and Ctrl-C save one first.
     Raises ValueError where the number of steps is unknown, batches are empty or no matrices, those that are
     measured are not finite, or the folder holds checkpoints of another call.
     """
     device = checked_device(device)
     steps = _check_arguments(batches, saes, steps, log_steps, checkpoint_every)
-    store = Checkpoints(Path(checkpoints), checkpoint_every) if checkpoints else None
+    every = checkpoint_every or (None if device.type == "cuda" else EVERY)
+    store = Checkpoints(Path(checkpoints), every) if checkpoints else None
     checkpoint = store.newest() if store else None
     source = _Batches(batches, checkpoint, min(100, steps) if normalize else 1, normalize)
     B, D = source.shape
@@ -236,7 +238,7 @@ def _check_arguments(
     saes: Sequence[SAESpec],
     steps: int | None,
     log_steps: int,
-    checkpoint_every: int,
+    checkpoint_every: int | None,
 ) -> int:
     """Return the number of steps. Raises ValueError for what `fit` cannot do."""
     if not saes:

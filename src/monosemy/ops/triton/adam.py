@@ -40,7 +40,8 @@ def _addresses_kernel(table, g0, g1, g2, g3, g4, g5, g6, g7):
 @triton.jit
 def _elements(n: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return where the elements of some rows stand, of n in all, and which there are."""
-    at = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    at = (first + tl.arange(0, ROWS))[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
     return at, (tl.arange(0, BLOCK_C) < C)[None, :] & (at < n)
 
 
