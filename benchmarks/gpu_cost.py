@@ -180,6 +180,8 @@ FREE = (  # operations that launch nothing
 def aten_launch(name: str, inputs: Any, output: Any) -> Launch:
     """Return the launches of an ATen operation: it reads its inputs and writes its outputs, once."""
     tensors = [t for t in inputs if isinstance(t, Tensor)]
+    if name.startswith("new_") or name.endswith("s_like") or name == "full_like":
+        return Launch(name, size(output))  # of what it is like nothing is read
     moved = size(list(inputs)) + size(output if isinstance(output, (tuple, list)) else [output])
     if name.endswith("_") and not name.startswith("_"):
         moved = size(list(inputs)) + (size(tensors[:1]) if name not in ("copy_", "fill_", "zero_") else 0)
