@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from monosemy.architectures.jump_relu import _Jump, _Step
+from monosemy.ops import power
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -33,3 +38,13 @@ TINY = Sizes(
     host=(64, 24, 128, 4),
 )
 SIZES = GPU if DEVICE.type == "cuda" else TINY
+
+
+# the formulas of the dense layout, and of how many numbers of each latent
+FORMULAS: list[tuple[str, int, Callable[..., Tensor]]] = [
+    ("jump_relu", 1, lambda v, t: _Jump.apply(v, t, 0.3)),
+    ("jump_relu's L0", 1, lambda v, t: _Step.apply(v, t, 0.3)),
+    ("gated", 3, lambda v, scale, b, b_mag: (scale * (v - b) + b_mag).relu()),
+    ("p_anneal", 0, lambda v: power(v, 0.8)),
+    ("tanh", 1, lambda v, t: torch.tanh(4 * v * t.exp()) + t.sigmoid()),
+]

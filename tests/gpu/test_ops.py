@@ -24,7 +24,7 @@ from monosemy.ops import reference
 from monosemy.ops.backends import backend_for
 from monosemy.ops.pattern import Selection, SparsePattern
 from monosemy.ops.reference import AdamStep, Constraint, Counters, Parameter
-from tests.gpu.sizes import DEVICE, SIZES
+from tests.gpu.sizes import DEVICE, FORMULAS, SIZES
 
 pytestmark = pytest.mark.gpu
 ENTRY_ERROR = 1e-5  # of sums in float32 against float64
@@ -250,8 +250,38 @@ def check_dense(fast: Any, device: torch.device) -> None:
             sums_F = fast.masked_copy(mask_BF, x_BF, values_BF)
             errors.near("masked_copy", values_BF, torch.where(mask_BF, x_BF.double(), 0))
             errors.near("select, sums", sums_F, torch.where(mask_BF, x_BF.double(), 0).sum(0))
+            check_formulas(fast, errors, pre_BF, mask_BF)
             errors.places("count_positive", (fast.count_positive(values_BF) != (values_BF > 0).sum(0)).sum())
     errors.check()
+
+
+def check_formulas(fast: Any, errors: Errors, values_BF: Tensor, mask_BF: Tensor) -> None:
+    """Elementwise formulas with their gradients, where the backend has kernels of them, against autograd."""
+    for name, count, formula in FORMULAS:
+        kernels = fast.fused(formula, count)
+        if kernels is None:
+            continue
+        v_BF = torch.where(mask_BF, values_BF.abs() + 0.1, 0)
+        w_F = [torch.randn(v_BF.shape[1], device=v_BF.device) for _ in range(count)]
+        g_BF, one_BF = torch.randn_like(v_BF), torch.ones_like(v_BF)
+        inputs = [t.double().requires_grad_() for t in (v_BF, *w_F)]
+        exact_BF = torch.where(mask_BF, formula(*inputs), 0)
+        out_BF = torch.full_like(v_BF, torch.nan)
+        kernels.map(v_BF, mask_BF, out_BF, w_F)
+        errors.near(f"fused {name}", out_BF, exact_BF.detach())
+        errors.near(f"fused {name}, total", kernels.total(v_BF, mask_BF, w_F), exact_BF.sum().detach())
+        for given, g in ((g_BF, g_BF), (None, one_BF)):
+            d_BF = torch.full_like(v_BF, torch.nan)
+            total, grads = kernels.gradients(v_BF, mask_BF, given, d_BF, w_F)
+            wanted = torch.autograd.grad(exact_BF, inputs, g.double(), allow_unused=True, retain_graph=True)
+            if kernels.through_values:
+                errors.near(f"fused {name}, values", d_BF, torch.where(mask_BF, wanted[0], 0))
+            for got, exact in zip(grads, wanted[1:], strict=True):
+                errors.near(
+                    f"fused {name}, numbers", got, torch.zeros_like(got).double() if exact is None else exact
+                )
+            if given is None:
+                errors.near(f"fused {name}, sum", total, exact_BF.sum().detach())
 
 
 def check_update(fast: Any, device: torch.device) -> None:

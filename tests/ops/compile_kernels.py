@@ -6,7 +6,10 @@ Prints the kernels' names. Apart from the tests, because it needs Triton without
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import triton
 from triton import next_power_of_2
@@ -14,8 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from monosemy.ops.reference import Constraint
-from monosemy.ops.triton import adam, counts, dense, selection_kernels, selections, sums
+from monosemy.ops.triton import adam, counts, dense, elementwise, selection_kernels, selections, sums
 from monosemy.ops.triton.launch import block_size, warps_for
+from tests.gpu.sizes import FORMULAS
 
 _TYPES = {
     "*u8": "among_F mask_BF fired_F dead_F updated overflowed batch_is_finite updated_S",
@@ -24,7 +28,8 @@ _TYPES = {
     "*i64": "table since_fired_F since_F dead nonfinite clock",
     "*bf16": "bf16_copy",
     "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D "
-    "sums_F add_F x x_hat error parts_P least_R values smallest_kept active squares_S loss_S "
+    "sums_F add_F parts_2PF parts_KPF g_BF d_BF w0_F w1_F w2_F x x_hat error parts_P least_R values "
+    "smallest_kept active squares_S loss_S "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
     "i32": "n B F N R S limit stride_B stride_S dead_tokens",
     "fp32": "tokens",
@@ -79,9 +84,10 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
         add(selection_kernels.pick_kernel, pre, among_F=None, **pick, num_warps=warps_for(C))
         add(selection_kernels.count_above_kernel, pre, EACH=each, **row)
         add(selection_kernels.above_kernel, pre, EACH=each, **row | some)
-        add(dense._split_kernel, pre, F=F, EACH=each, BLOCK=block_size(2048, 1, 2048, F))
+        add(dense._split_kernel, pre, F=F, EACH=each, ROWS=32, BLOCK=block_size(512, 1, 512, F))
     rows: dict[str, Any] = {"STRIDE_F": 1, "F": F, "ROWS": 32, "BLOCK": block_size(512, 1, 512, F)}
     add(dense._select_kernel, **rows)
+    add(dense._count_positive_kernel, F=F, ROWS=32, BLOCK=block_size(512, 1, 512, F))
     add(dense._select_kernel, add_F=None, **rows)
     add(selection_kernels.bound_rows_kernel, among_F=None, BITS=16, **row)
     add(selection_kernels.list_kernel, among_F=None, F=F, C=C, M=M, **some)
@@ -114,6 +120,15 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
         add(adam._square_norms_kernel, **shape)
         add(adam._update_kernel, **shape, **constants)
     add(adam._update_kernel, m=None, bf16_copy=None, **shape, **constants)
+    for name, numbers, made in FORMULAS:
+        kernels = elementwise.fused(made, numbers)
+        assert kernels is not None, name
+        for wanted in ({"out": True}, {"total": True, "gradients": True}, {"gradients": True}):
+            what = {"out": False, "total": False, "gradients": False} | wanted
+            absent: dict[str, Any] = {} if what["out"] else {"out_BF": None}
+            absent |= {} if what["gradients"] else {"d_BF": None, "g_BF": None}
+            constants = absent | {"F": F, "ROWS": 32, "BLOCK": block_size(512, 1, 512, F)}
+            add(elementwise._compiled(elementwise._source(kernels, **what)), **constants)
     return found
 
 

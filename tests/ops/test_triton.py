@@ -24,6 +24,7 @@ from monosemy.ops.pattern import SparsePattern  # noqa: E402
 from monosemy.ops.reference import AdamStep  # noqa: E402
 from monosemy.ops.triton import selections, sums  # noqa: E402
 from tests.gpu import test_ops as checks  # noqa: E402
+from tests.gpu.sizes import FORMULAS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -548,7 +549,19 @@ def test_a_step_is_captured():
             assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
+def test_formulas_are_fused_and_unknown_operations_are_not():
+    for name, count, formula in FORMULAS:
+        assert fast.fused(formula, count) is not None, name
+    assert fast.fused(torch.erf, 0) is None
+    assert fast.fused(lambda v: v / v.sum(1, keepdim=True), 0) is None
+
+
+def test_a_fused_formula_is_the_formula():
+    torch.manual_seed(0)
+    checks.check_dense(fast, torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_every_kernel_compiles(capability, tmp_path):
     env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)

@@ -23,6 +23,7 @@ from monosemy.ops.reference import (  # noqa: F401
     estimate,
     firing,
     follow_threshold,
+    fused,
     smallest,
     squared_error,
 )

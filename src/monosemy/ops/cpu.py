@@ -31,6 +31,7 @@ from monosemy.ops.reference import (  # noqa: F401
     count_step,
     firing,
     follow_threshold,
+    fused,
     smallest,
     squared_error,
 )

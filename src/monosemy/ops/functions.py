@@ -286,7 +286,11 @@ def _gradients(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return what a function's gradient g becomes for the values and for numbers of each latent, by autograd;
     without g, the sum's, and the sum."""
-    d_BF, d_w_F, total = buffer(values_BF), [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
+    d_BF = buffer(values_BF)
+    if (kernels := backend_for(values_BF).fused(function, len(w_F))) is not None:
+        total, d_w_F = kernels.gradients(values_BF, mask_BF, g_BF, d_BF, w_F)
+        return total, d_BF if kernels.through_values else None, d_w_F
+    d_w_F, total = [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
     one = values_BF.new_ones(())
     d_values = None
     for rows in by_rows(values_BF):
@@ -361,6 +365,9 @@ class _MapDense(Function):
         ctx.save_for_backward(values_BF, mask_BF, *w_F)
         ctx.function, ctx.buffer = function, buffer
         out_BF = buffer(values_BF)
+        if (kernels := backend_for(values_BF).fused(function, len(w_F))) is not None:
+            kernels.map(values_BF, mask_BF, out_BF, w_F)
+            return out_BF
         for rows in by_rows(values_BF):
             backend_for(values_BF).masked_copy(mask_BF[rows], function(values_BF[rows], *w_F), out_BF[rows])
         return out_BF
@@ -383,6 +390,9 @@ class _TotalDense(Function):
         *w_F: Tensor,
     ) -> Tensor:
         """Compute the gradient at once, too, which is the same but for a factor whatever comes after."""
+        kernels = backend_for(values_BF).fused(function, len(w_F))
+        if not any(ctx.needs_input_grad) and kernels is not None:
+            return kernels.total(values_BF, mask_BF, w_F)
         if not any(ctx.needs_input_grad):
             total, out_BF = values_BF.new_zeros(()), buffer(values_BF)
             for rows in by_rows(values_BF):

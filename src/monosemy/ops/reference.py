@@ -142,6 +142,12 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
     return out_BF.copy_(torch.where(mask_BF, x_BF if add_F is None else x_BF + add_F, 0)).sum(0)
 
 
+def fused(function: Callable[..., Tensor], numbers: int) -> None:
+    """Return an elementwise function of values [B, F] and of so many `numbers` of each latent as kernels of
+    this form; None where it has none, and torch computes it operation by operation."""
+    return None
+
+
 def count_positive(x_BF: Tensor) -> Tensor:
     """Return on how many tokens each latent is positive, float32 [F]."""
     return (x_BF > 0).sum(0).float()

@@ -11,18 +11,56 @@ from triton import cdiv
 from monosemy.ops.triton.launch import block_size, key_bits, on_device, require_float32
 from monosemy.ops.triton.selection_kernels import is_above, load_row
 
+ROWS = 32  # of [B, F] that a program takes
+
+
+def _block(x_BF: Tensor) -> int:
+    """Return the columns that a program takes."""
+    return block_size(512, 1, 512, x_BF.shape[1])
+
 
 @triton.jit
 def _split_kernel(
-    pre_BF, threshold, values_BF, mask_BF, F: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
+    pre_BF,
+    threshold,
+    values_BF,
+    mask_BF,
+    parts_2PF,
+    B,
+    F: tl.constexpr,
+    EACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Write a block of a row where it is above the threshold, and where that is."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x, there = load_row(pre_BF, None, row, cols, F)
-    over = is_above(x, there, cols, threshold, EACH)
-    tl.store(values_BF + row * F + cols, tl.where(over, x, 0.0), mask=there)
-    tl.store(mask_BF + row * F + cols, over.to(tl.uint8), mask=there)
+    """Write a block of some rows where it is above the threshold, and where that is; sum and count over the
+    rows."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * ROWS
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for row in range(first, tl.minimum(first + ROWS, B)):
+        x, there = load_row(pre_BF, None, row, cols, F)
+        over = is_above(x, there, cols, threshold, EACH)
+        at = tl.cast(row, tl.int64) * F + cols
+        x = tl.where(over, x, 0.0)
+        tl.store(values_BF + at, x, mask=there)
+        tl.store(mask_BF + at, over.to(tl.uint8), mask=there)
+        total += x
+        count += over.to(tl.float32)
+    tl.store(parts_2PF + tl.program_id(1) * F + cols, total, mask=cols < F)
+    tl.store(parts_2PF + (tl.num_programs(1) + tl.program_id(1)) * F + cols, count, mask=cols < F)
+
+
+@triton.jit
+def _count_positive_kernel(x_BF, parts_PF, B, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the positive values of some columns over some rows."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * ROWS
+    count = tl.zeros([BLOCK], tl.float32)
+    for row in range(first, tl.minimum(first + ROWS, B)):
+        x = tl.load(x_BF + tl.cast(row, tl.int64) * F + cols, mask=cols < F, other=0)
+        count += (x > 0).to(tl.float32)
+    tl.store(parts_PF + tl.program_id(1) * F + cols, count, mask=cols < F)
 
 
 @triton.jit
@@ -61,16 +99,13 @@ def threshold_dense(
     F]; their sums and counts."""
     key_bits(pre_BF)
     require_float32(values_BF=values_BF)
-    (B, F), threshold, block = (
-        pre_BF.shape,
-        on_device(threshold, pre_BF),
-        block_size(2048, 1, 2048, pre_BF.shape[1]),
-    )
-    mask = mask_BF.view(torch.uint8)
-    _split_kernel[(B, cdiv(F, block))](
-        pre_BF, threshold, values_BF, mask, F=F, EACH=threshold.ndim, BLOCK=block
-    )
-    return values_BF.sum(0), mask_BF.sum(0, dtype=torch.float32)
+    (B, F), threshold, block = pre_BF.shape, on_device(threshold, pre_BF), _block(pre_BF)
+    parts_2PF = values_BF.new_empty(2, cdiv(B, ROWS), F)
+    outputs, each = (values_BF, mask_BF.view(torch.uint8), parts_2PF), threshold.ndim
+    grid = (cdiv(F, block), cdiv(B, ROWS))
+    _split_kernel[grid](pre_BF, threshold, *outputs, B, F=F, EACH=each, ROWS=ROWS, BLOCK=block)
+    sums_F, counts_F = parts_2PF.sum(1)
+    return sums_F, counts_F
 
 
 def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
@@ -80,16 +115,20 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
     assert mask_BF.is_contiguous() and x_BF.dtype == torch.float32, (
         "mask_BF: not contiguous, or x_BF: not float32"
     )
-    (B, F), block = out_BF.shape, block_size(512, 1, 512, out_BF.shape[1])
-    parts_PF = out_BF.new_empty(cdiv(B, 32), F)
+    (B, F), block = out_BF.shape, _block(out_BF)
+    parts_PF = out_BF.new_empty(cdiv(B, ROWS), F)
     grid, (stride_B, stride_F) = (cdiv(F, block), len(parts_PF)), x_BF.stride()
     mask = mask_BF.view(torch.uint8)
     _select_kernel[grid](
-        mask, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=32, BLOCK=block
+        mask, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=ROWS, BLOCK=block
     )
     return parts_PF.sum(0)
 
 
 def count_positive(x_BF: Tensor) -> Tensor:
     """Return on how many tokens each latent is positive, float32 [F]."""
-    return (x_BF > 0).sum(0, dtype=torch.float32)
+    require_float32(x_BF=x_BF)
+    (B, F), block = x_BF.shape, _block(x_BF)
+    parts_PF = x_BF.new_empty(cdiv(B, ROWS), F)
+    _count_positive_kernel[(cdiv(F, block), len(parts_PF))](x_BF, parts_PF, B, F=F, ROWS=ROWS, BLOCK=block)
+    return parts_PF.sum(0)
