@@ -152,6 +152,10 @@ def tell_rates(report: Report, rates: Rates, shapes: tuple[tuple[int, int], ...]
             "TFLOP/s",
             note=f"rows of [F, D] gathered at {of_F:.2f} TB/s, of [B, D] at {of_B:.2f}",
         )
+    products = {D: round(2 * report.sizes.B * D * F / rates.product(D, F) * 1e3, -12) for D, F in shapes}
+    gather = max(rates.gather(F, D) for D, F in shapes) * 1e3
+    of_cost = f"Device({rates.copy * 1e3:.3g}, {gather:.3g}, {products}, {rates.launch() / 1e3:.3g}, 40e-6)"
+    report.add("a line of DEVICES in gpu_cost.py", note=of_cost)
 
 
 def steps(report: Report) -> None:

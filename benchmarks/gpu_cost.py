@@ -351,12 +351,9 @@ def _members(case: Case) -> Iterator[SAETrainer]:
             with torch.device("meta"):
                 sae = architecture(name)(case.D, case.F, **settings(name, case.k))
             dense = case.dense and name in RELU
-            made = member(
+            yield member(
                 sae, f"{name} {i}", case.B, case.k, workspace=workspace, dense=dense, any_dead=case.auxk
             )
-            if name in TOP_K or dense:
-                made.capacity = 0
-            yield made
 
 
 def _step(groups: Sequence[TrainerGroup], x_BD: Tensor, step: int) -> None:

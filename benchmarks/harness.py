@@ -92,11 +92,10 @@ def member(
     with torch.device(device):
         made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, workspace=workspace)
     made.spec = dataclasses.replace(spec, init_from=None)  # whose memory it need not keep
-    made.sparse, made.capacity, made.any_dead = (
-        made.sae.always_sparse or not dense,
-        min(CAPACITY_FACTOR * (k + 1), sae.d_sae) * B,
-        any_dead,
-    )
+    made.sparse, made.any_dead = made.sae.always_sparse or not dense, any_dead
+    # in the dense layout, and of the TopK kinds, no list can be full
+    limited = made.sparse and not made.sae.always_sparse
+    made.capacity = min(CAPACITY_FACTOR * (k + 1), sae.d_sae) * B if limited else 0
     return made
 
 

@@ -18,9 +18,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import embedding_bag
 
+from monosemy import ops
 from monosemy.sae import architecture
 
 Row = dict[str, Any]
@@ -57,43 +56,6 @@ TINY = Sizes(
     length=32, pythia=(2, 8, 1), qwen=(2, 8, 1),
     qwen_widths=(64, 128), qwen_k=(2, 4),
 )  # fmt: skip
-
-
-if torch.cuda.is_available():
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _sum_rows_kernel(
-        table_RD,
-        rows_BK,
-        sums_BD,
-        K: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        bag = tl.program_id(0)
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total_D = tl.zeros([BLOCK_D], tl.float32)
-        for first in range(0, K, BLOCK_K):
-            at = first + tl.arange(0, BLOCK_K)
-            rows = tl.load(rows_BK + bag * K + at, mask=at < K, other=0).to(tl.int64)
-            values = tl.load(
-                table_RD + rows[:, None] * D + d[None, :], mask=(at < K)[:, None] & (d < D)[None, :], other=0
-            )
-            total_D += tl.sum(values.to(tl.float32), 0)
-        tl.store(sums_BD + bag * D + d, total_D, mask=d < D)
-
-
-def sum_rows(table_RD: Tensor, rows_BK: Tensor) -> Tensor:
-    """The sum of some rows of a table for each bag: nothing but gathering."""
-    if not table_RD.is_cuda:
-        return embedding_bag(rows_BK, table_RD, mode="sum")
-    (B, K), D = rows_BK.shape, table_RD.shape[1]
-    sums_BD = torch.empty(B, D, device=table_RD.device)
-    _sum_rows_kernel[(B, triton.cdiv(D, 256))](table_RD, rows_BK, sums_BD, K=K, D=D, BLOCK_K=16, BLOCK_D=256)
-    return sums_BD
 
 
 # --- what is told -------------------------------------------------------------------------------------------
@@ -254,14 +216,30 @@ class Rates:
         return self.found["product", D, F]
 
     def gather(self, R: int, D: int) -> float:
-        """Bytes in a millisecond of rows of a bfloat16 table [R, D], k random ones for each token."""
+        """Bytes in a millisecond of rows of a table [R, D], k random ones for each token, as our own decoder
+        gathers them."""
         if ("gather", R, D) not in self.found:
-            table_RD = torch.randn(R, D, device=self.device).bfloat16()
-            rows_BK = torch.randint(R, (self.sizes.B, self.sizes.k), dtype=torch.int32, device=self.device)
-            self.found["gather", R, D] = (
-                rows_BK.numel() * D * 2 / self._each(lambda: sum_rows(table_RD, rows_BK))
-            )
+            B, k = self.sizes.B, self.sizes.k
+            rows_BK = torch.randint(R, (B, k), dtype=torch.int32, device=self.device).sort(1).values
+            offsets_B1 = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=self.device)
+            pattern = ops.SparsePattern(rows_BK.flatten(), offsets_B1, R)
+            values_N, table_RD = (torch.randn(*shape, device=self.device) for shape in ((B * k,), (R, D)))
+            seconds = self._each(lambda: ops.decode(values_N, table_RD, pattern))
+            self.found["gather", R, D] = rows_BK.numel() * D * 4 / seconds
         return self.found["gather", R, D]
+
+    def launch(self) -> float:
+        """Milliseconds of the smallest kernel among a hundred of a CUDA graph; of a call on a CPU."""
+        x, count = torch.zeros(1, device=self.device), 100
+        if self.device.type == "cpu":
+            return self._each(lambda: x.add_(1))
+        x.add_(1)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                x.add_(1)
+        return self._each(graph.replay) / count
 
     def floor(self, name: str, D: int, F: int, *, dense: bool = False) -> float:
         """The least milliseconds of a step of the same maths."""
@@ -276,7 +254,7 @@ class Rates:
         decode = min(rows / self.gather(F, D), product)
         return (
             product
-            + 4 * B * F / self.copy
+            + 2 * B * F / self.copy
             + decode
             + (3 if name == "gated" else 2) * rows / self.gather(B, D)
             + update

@@ -393,6 +393,8 @@ def small_batch_levers() -> Iterator[Cell]:
         {"try_auxk": [32, "residual"]},
         {"try_auxk": [1024, "residual"]},
         {"try_auxk": [288, "input"]},
+        {"try_frequency": 1e-5},
+        {"try_frequency": 1e-4},
         {"try_frequency": 1e-3},
         {"try_frequency": 1e-2},
         {"try_batches": [[0.5, 256], [0.3, 512], [0.2, 1024]]},
