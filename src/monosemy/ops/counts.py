@@ -20,12 +20,13 @@ class _SquaredError(Function):
         error_BD, mse = backend_for(x_hat_BD).squared_error(x_BD, x_hat_BD)
         ctx.save_for_backward(error_BD)
         ctx.mark_non_differentiable(error_BD)
+        ctx.set_materialize_grads(False)  # of zeros for the error
         return mse, error_BD
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[None, Tensor | None]:
         (error_BD,) = ctx.saved_tensors
-        return None, error_BD * (-2 * (g / len(error_BD)))
+        return None, None if g is None else error_BD * (-2 * (g / len(error_BD)))
 
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> tuple[Tensor, Tensor]:
