@@ -172,7 +172,7 @@ RULES: dict[str, Rule] = {
 
 FREE = (  # operations that launch nothing
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
-    "squeeze", "squeeze_", "squeeze_",
+    "squeeze", "squeeze_",
     "as_strided", "detach", "alias", "unbind", "split", "empty", "empty_like", "new_empty", "empty_strided",
     "new_empty_strided", "reshape", "_reshape_alias", "unfold", "view_as", "lift_fresh", "diagonal", "item",
 )  # fmt: skip
