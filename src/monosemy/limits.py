@@ -24,6 +24,8 @@ class ArchitectureMemory:
 
     vectors: int = 1
     """Parameters [F]."""
+    centers: int = 1
+    """Vectors [D] beside the parameters."""
     moments: int = 2
     """Adam's, of every parameter; one where beta1 is 0."""
     dense_arrays: int = 2
@@ -40,4 +42,4 @@ class ArchitectureMemory:
     """With the decoder."""
 
 
-TOP_K_MEMORY = ArchitectureMemory(dense_arrays=0, modes=2)
+TOP_K_MEMORY = ArchitectureMemory(centers=0, dense_arrays=0, modes=2)

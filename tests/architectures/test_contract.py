@@ -259,7 +259,7 @@ def test_a_finished_sae_takes_raw_activations(name):
     """Training on x / factor - center and folding both in is the same function as doing so by hand."""
     m = trained(name, 100)
     m.norm_factor = 7.5
-    sae, unscaled, center_D = m.finished(), copy.deepcopy(m.sae), m.center_D
+    sae, unscaled, center_D = m.finished(), copy.deepcopy(m.sae), m.center_D if m.centered else torch.zeros(D)
     assert m.sae.centered == bool(center_D.any())
     x = batch(3)
     for mode in sae.modes:

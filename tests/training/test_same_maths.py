@@ -121,7 +121,8 @@ def check_drift(
 
 @every
 def test_runs_stay_together(small: Data, name: str) -> None:
-    check_drift(name, small.batches, 64, FAST, 40, (0,))
+    # where two values lie within rounding of each other, some nudged runs take the other path
+    check_drift(name, small.batches, 64, FAST, 40, (0, 1, 2))
 
 
 @pytest.mark.certify

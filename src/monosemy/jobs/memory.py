@@ -204,7 +204,8 @@ def _evaluation(
 def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, bf16: bool = False) -> int:
     """Count one SAE in training: parameters and moments in float32, W_enc's bfloat16 copy, dead-latent
     counters."""
-    return 4 * _parameters(memory, D, F) * (1 + memory.moments) + 2 * F * D * bf16 + 8 * F + COUNTERS
+    parameters = 4 * _parameters(memory, D, F) * (1 + memory.moments)
+    return parameters + 4 * memory.centers * D + 2 * F * D * bf16 + 8 * F + COUNTERS
 
 
 def workspace_bytes(

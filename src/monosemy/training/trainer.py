@@ -180,7 +180,7 @@ class SAETrainer:
         self.sae = spec.build(d_in).to(device)
         self.norm_factor, self.fresh = norm_factor, spec.init_from is None
         self.centered = self.fresh and recipe.centered and self.sae.centered
-        self.center_D = torch.zeros(d_in, device=device)
+        self.center_D = torch.zeros(d_in if self.centered else 0, device=device)
         rate = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps, schedule.batch)
         self.lr = rate if spec.lr is None else spec.lr
         if not self.fresh:
@@ -340,7 +340,7 @@ class SAETrainer:
         for name in ("since_fired_F", "clock", "nonfinite", "active"):
             getattr(self, name).copy_(state[name])
         # versions that did not center wrote none
-        self.center_D.copy_(state["center_D"] if "center_D" in state else torch.zeros_like(self.center_D))
+        self.center_D.copy_(state.get("center_D", torch.zeros_like(self.center_D)))
         # versions without estimates wrote three
         sparse, capacity, any_dead, *estimate = state["layout"].tolist()
         self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)
