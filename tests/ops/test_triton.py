@@ -17,12 +17,16 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytest.importorskip("triton")
 
+from benchmarks.alone import LoneTrainer  # noqa: E402
 from monosemy import ops  # noqa: E402
 from monosemy.ops import reference  # noqa: E402
 from monosemy.ops import triton as fast  # noqa: E402
 from monosemy.ops.pattern import SparsePattern  # noqa: E402
 from monosemy.ops.reference import AdamStep  # noqa: E402
 from monosemy.ops.triton import selections, sums  # noqa: E402
+from monosemy.sae import architecture  # noqa: E402
+from monosemy.schedule import Schedule  # noqa: E402
+from monosemy.training.trainer import SAESpec  # noqa: E402
 from tests.gpu import test_ops as checks  # noqa: E402
 from tests.gpu.sizes import FORMULAS  # noqa: E402
 
@@ -581,3 +585,36 @@ def test_every_kernel_compiles(capability, tmp_path):
         if "_kernel(" in line and line.startswith("def ")
     }
     assert set(run.stdout.split()) == kernels and len(kernels) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [
+        ("top_k", False),
+        ("matryoshka_batch_top_k", False),
+        ("gated", True),
+        ("jump_relu", False),
+        ("p_anneal", True),
+    ],
+)
+def test_whole_steps_are_the_reference_s(name, dense):
+    """Three steps with all that follows from them: the update, the threshold, counters, and a batch that is
+    skipped."""
+    settings = {"k": 3} if architecture(name).always_sparse else {}
+    trained = []
+    for form in ("triton", "reference"):
+        schedule = Schedule.of_run(4, 6, dead_feature_threshold=12, threshold_start_step=0, anneal_start=1)
+        trainer = LoneTrainer(
+            "x", SAESpec(name, 40, 1e-2, settings=settings), 5, schedule, on_nonfinite="skip"
+        )
+        trainer.sparse = not dense
+        # lists of the ReLU kinds have a length on a GPU, here more than is ever needed
+        trainer.capacity = 0 if dense or trainer.sae.always_sparse else 7 * 40
+        with ops.use_backend(form):
+            for step in range(4):
+                x_BD = draw(6, 5, seed=step).float()
+                trainer.step(torch.full_like(x_BD, torch.nan) if step == 2 else x_BD, step)
+        trained.append(trainer.state_dict() | {f"last.{n}": v.clone() for n, v in trainer.last.items()})
+    for key, wanted in trained[1].items():
+        got = trained[0][key]
+        assert torch.allclose(got.double(), wanted.double(), rtol=1e-4, atol=1e-5, equal_nan=True), key

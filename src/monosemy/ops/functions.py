@@ -278,16 +278,17 @@ def encode_dense(
 
 def _gradients(
     function: Callable[..., Tensor],
+    kernels: Any,
     g_BF: Tensor | None,
     values_BF: Tensor,
     mask_BF: Tensor,
     buffer: Buffer,
     w_F: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return what a function's gradient g becomes for the values and for numbers of each latent, by autograd;
-    without g, the sum's, and the sum."""
+    """Return what a function's gradient g becomes for the values and for numbers of each latent, by autograd
+    or by its `kernels`, if it has some; without g, the sum's, and the sum."""
     d_BF = buffer(values_BF)
-    if (kernels := backend_for(values_BF).fused(function, len(w_F))) is not None:
+    if kernels is not None:
         total, d_w_F = kernels.gradients(values_BF, mask_BF, g_BF, d_BF, w_F)
         return total, d_BF if kernels.through_values else None, d_w_F
     d_w_F, total = [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
@@ -364,8 +365,9 @@ class _MapDense(Function):
     ) -> Tensor:
         ctx.save_for_backward(values_BF, mask_BF, *w_F)
         ctx.function, ctx.buffer = function, buffer
-        out_BF = buffer(values_BF)
-        if (kernels := backend_for(values_BF).fused(function, len(w_F))) is not None:
+        out_BF, kernels = buffer(values_BF), backend_for(values_BF).fused(function, len(w_F))
+        ctx.kernels = kernels
+        if kernels is not None:
             kernels.map(values_BF, mask_BF, out_BF, w_F)
             return out_BF
         for rows in by_rows(values_BF):
@@ -375,7 +377,7 @@ class _MapDense(Function):
     @staticmethod
     def backward(ctx: Any, g_BF: Tensor) -> tuple[Tensor | None, ...]:
         values_BF, mask_BF, *w_F = ctx.saved_tensors
-        _, d_BF, d_w_F = _gradients(ctx.function, g_BF, values_BF, mask_BF, ctx.buffer, w_F)
+        _, d_BF, d_w_F = _gradients(ctx.function, ctx.kernels, g_BF, values_BF, mask_BF, ctx.buffer, w_F)
         return None, d_BF, None, None, *d_w_F
 
 
@@ -399,7 +401,7 @@ class _TotalDense(Function):
                 made = function(values_BF[rows], *w_F)
                 total += backend_for(made).masked_copy(mask_BF[rows], made, out_BF[: len(made)]).sum()
             return total
-        total, d_BF, d_w_F = _gradients(function, None, values_BF, mask_BF, buffer, w_F)
+        total, d_BF, d_w_F = _gradients(function, kernels, None, values_BF, mask_BF, buffer, w_F)
         ctx.buffer, ctx.through_values = buffer, d_BF is not None
         ctx.save_for_backward(*d_w_F, *([] if d_BF is None else [d_BF]))
         return total
