@@ -462,7 +462,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", choices=TOP_K + RELU, metavar="NAME")
     parser.add_argument("--shapes", nargs="+", type=shape, default=[(512, 16_384)], metavar="D_INxD_SAE")
     parser.add_argument("--members", type=int, default=1, help="SAEs of each architecture, in one sweep")
-    parser.add_argument("--auxk", action="store_true", help="the TopK kinds' loss on dead latents, at work")
+    parser.add_argument("--auxk", action="store_true", help="with AuxK, while no latent is dead")
     parser.add_argument("--device", choices=DEVICES, default="H100", help="whose rates")
     parser.add_argument("--measured", action="store_true", help="the cases of gpu_measured.jsonl")
     parser.add_argument("--kinds", action="store_true", help="launches and time of each step by kernel")

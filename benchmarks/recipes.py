@@ -89,8 +89,9 @@ class Cell:
     (try_*); numbers of steps below 1 are shares of the run.
 
     Without a learning rate everything is as the library had it by default when the row was made, which holds
-    the rate. With one the schedule is the same whatever those defaults become: a warm-up of 5 % of the run,
-    and latents dead after a fifth of it.
+    the rate. With one the rest is the same whatever those defaults become: a warm-up of 5 % of the run,
+    latents dead after a fifth of it, and activations that the library does not center, as where a lever says
+    how they are.
     """
 
     site: str
@@ -206,12 +207,16 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
         cell.architecture, cell.width, cell.lr, cell.seed, settings | {kind.sparsity_setting: sparsity}
     )
     batches = batches_of(cell.site, sizes)
-    center_D = next(batches_of(cell.site, sizes)).mean(0) * cell.options.get("try_center", 0)
+    says_how = {"try_center", "try_b_dec", "try_pre_bias"} & cell.options.keys()
+    recipe = replace(MONOSEMY, centered=cell.lr is None and not says_how)
+    center_D = torch.zeros(WIDTH)
+    if cell.options.get("try_center"):
+        center_D = next(batches_of(cell.site, sizes)).mean(0)
     began = time.perf_counter()
     replaced = changes(cell.options, kind)
     with patch.multiple(kind, **replaced) if replaced else nullcontext():
         plan = Schedule.of_run(steps, cell.batch, **schedule)
-        trainer = SAETrainer("sae", spec, WIDTH, plan, workspace=Workspace())
+        trainer = SAETrainer("sae", spec, WIDTH, plan, recipe=recipe, workspace=Workspace())
         sweep, average = Sweep({"": [trainer]}), AveragedModel(trainer.sae)
         averaged_from = int((1 - cell.options.get("try_average", 0)) * steps)
 
@@ -229,9 +234,7 @@ def train(cell: Cell) -> tuple[SAE, dict[str, Any]]:
     if had != kind.pre_bias:
         sae.pre_bias = had
         sae.set_pre_bias_(kind.pre_bias)
-    if not sae.pre_bias:
-        sae.b_enc.data -= sae.W_enc @ center_D
-    sae.b_dec.data += center_D
+    sae.fold_center_(center_D)
     if "encode_top_k" in replaced:  # what is not trained as it is used
         sae.encode_top_k = MethodType(replaced["encode_top_k"], sae)  # type: ignore[method-assign]
     if sweep.failed:
@@ -427,6 +430,14 @@ def centering() -> Iterator[Cell]:
     yield from grid(architecture=["jump_relu"], batch=[512], options=wide, sparsity=[25, 64])
 
 
+def centered_seeds() -> Iterator[Cell]:
+    """The ReLU kinds as the library trains them, centered by itself: two more seeds."""
+    small = {"width": [1024], "tokens": [SHORT], "batch": [512], "seed": [1, 2]}
+    yield from grid(architecture=["jump_relu"], **small)
+    for name in ("gated", "p_anneal"):
+        yield from grid(architecture=[name], sparsity=SPARSITIES[name][-1:], **small)
+
+
 def centered_rates() -> Iterator[Cell]:
     """Learning rates of the ReLU kinds with activations centered, as they now are by default."""
     small = {"width": [1024], "tokens": [SHORT], "batch": [512]}
@@ -559,6 +570,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {
         small_batch_levers,
         jump_relu_levers,
         centering,
+        centered_seeds,
         centered_rates,
     )
 }

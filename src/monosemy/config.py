@@ -44,8 +44,9 @@ class OutputConfig:
     verbose: bool = False
     """Print a line for each SAE (L0, FVU, dead latents) at every record."""
     checkpoint_every: Annotated[int, AT_LEAST_1] | None = None
-    """Steps between the checkpoints that a run resumes from; there is one at least every ten minutes. By
-    default 1,000 on a CPU; on a GPU they are made by time alone, so that training waits 2 % of it at most."""
+    """Steps between the checkpoints that a run resumes from, by default 1,000 on a CPU; there is one at least
+    every ten minutes. On a GPU they are made by time alone, every ten minutes or as seldom as it takes for
+    training to wait 2 % of the time at most."""
     resume: bool = False
     """Resume from the newest checkpoint in save_dir, as a run that is started again on its own folder does
     anyway."""

@@ -23,7 +23,7 @@ from monosemy import ops
 from monosemy.ops import reference
 from monosemy.ops.backends import backend_for
 from monosemy.ops.pattern import Selection, SparsePattern
-from monosemy.ops.reference import AdamStep, Constraint, Counters, Parameter
+from monosemy.ops.reference import Adam, AdamStep, Constraint, Counters, Parameter, StepOutcome
 from tests.gpu.sizes import DEVICE, FORMULAS, SIZES
 
 pytestmark = pytest.mark.gpu
@@ -359,11 +359,11 @@ def check_adam_step(fast: Any, device: torch.device) -> None:
             ]
             for dtype in (torch.float32, torch.float64)
         )
-        how: dict[str, Any] = {"clip": clip, "betas": (0.9, 0.999), "eps": 1e-8}
+        adam = Adam(clip, (0.9, 0.999), 1e-8)
         counted = [steps_S.clone(), steps_S.double()]
         poison(device)
-        updated = fast.adam_step(got, loss_S, lr_S, counted[0], **how)
-        reference.adam_step(wanted, loss_S.double(), lr_S.double(), counted[1], **how)
+        updated = fast.adam_step(got, loss_S, lr_S, counted[0], adam)
+        reference.adam_step(wanted, loss_S.double(), lr_S.double(), counted[1], adam)
         errors.places("adam_step, updated", float(updated.tolist() != [True, True, False, False]))
         errors.places("adam_step, steps", (counted[0] != counted[1]).sum())
         for a, b in zip(got, wanted, strict=True):
@@ -402,8 +402,9 @@ def check_counts(fast: Any, device: torch.device) -> None:
         )
         entries = torch.tensor(70, dtype=torch.int32, device=device)
         for updated, overflowed, finite in itertools.product(flags, (None, *flags), flags):
-            fast.count_step(got, updated, overflowed, finite, entries, B, since_F + 7)
-            reference.count_step(wanted, updated, overflowed, finite, entries, B, since_F + 7)
+            outcome = StepOutcome(updated, overflowed, finite, entries, B, since_F + 7)
+            fast.count_step(got, outcome)
+            reference.count_step(wanted, outcome)
             for name, value in vars(wanted).items():
                 errors.places(f"count_step, {name}", (getattr(got, name) != value).sum())
 

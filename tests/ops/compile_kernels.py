@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from monosemy.ops.reference import Constraint
 from monosemy.ops.triton import adam, counts, dense, elementwise, selection_kernels, selections, sums
-from monosemy.ops.triton.launch import block_size, warps_for
+from monosemy.ops.triton.launch import ROWS, block_size, columns, warps_for
 from tests.gpu.sizes import FORMULAS
 
 _TYPES = {
@@ -84,10 +84,10 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
         add(selection_kernels.pick_kernel, pre, among_F=None, **pick, num_warps=warps_for(C))
         add(selection_kernels.count_above_kernel, pre, EACH=each, **row)
         add(selection_kernels.above_kernel, pre, EACH=each, **row | some)
-        add(dense._split_kernel, pre, F=F, EACH=each, ROWS=32, BLOCK=block_size(512, 1, 512, F))
-    rows: dict[str, Any] = {"STRIDE_F": 1, "F": F, "ROWS": 32, "BLOCK": block_size(512, 1, 512, F)}
+        add(dense._split_kernel, pre, F=F, EACH=each, ROWS=ROWS, BLOCK=columns(F))
+    rows: dict[str, Any] = {"STRIDE_F": 1, "F": F, "ROWS": ROWS, "BLOCK": columns(F)}
     add(dense._select_kernel, **rows)
-    add(dense._count_positive_kernel, F=F, ROWS=32, BLOCK=block_size(512, 1, 512, F))
+    add(dense._count_positive_kernel, F=F, ROWS=ROWS, BLOCK=columns(F))
     add(dense._select_kernel, add_F=None, **rows)
     add(selection_kernels.bound_rows_kernel, among_F=None, BITS=16, **row)
     add(selection_kernels.list_kernel, among_F=None, F=F, C=C, M=M, **some)
@@ -127,7 +127,7 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
             what = {"out": False, "total": False, "gradients": False} | wanted
             absent: dict[str, Any] = {} if what["out"] else {"out_BF": None}
             absent |= {} if what["gradients"] else {"d_BF": None, "g_BF": None}
-            constants = absent | {"F": F, "ROWS": 32, "BLOCK": block_size(512, 1, 512, F)}
+            constants = absent | {"F": F, "ROWS": ROWS, "BLOCK": columns(F)}
             add(elementwise._compiled(elementwise._source(kernels, **what)), **constants)
     return found
 

@@ -16,7 +16,7 @@ REMEDIES = {
     "model": "use a smaller model, or --dtype bfloat16",
     "block": "lower --buffer_tokens, or read fewer layers at a time",
     "SAEs": "train fewer layers, widths, sparsities or seeds at a time, in runs of their own",
-    "latents": "leave --report_latents out",
+    "latents": "use --report_latents 0",
     "forward": "lower --llm_batch_size or --context_length",
     "step": "lower --sae_batch_size or the widths",
 }

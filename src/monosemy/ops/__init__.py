@@ -28,7 +28,7 @@ from monosemy.ops.functions import (
     total_dense,
 )
 from monosemy.ops.pattern import Estimate, Selection, SparsePattern
-from monosemy.ops.reference import Constraint, Counters
+from monosemy.ops.reference import Constraint, Counters, StepOutcome
 from monosemy.ops.update import Optimizer
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Optimizer",
     "Selection",
     "SparsePattern",
+    "StepOutcome",
     "Workspace",
     "above",
     "batch_top_k",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from monosemy.ops.backends import backend_for
-from monosemy.ops.reference import Counters
+from monosemy.ops.reference import Counters, StepOutcome
 
 
 class _SquaredError(Function):
@@ -52,16 +52,6 @@ def follow_threshold(
     backend_for(threshold).follow_threshold(threshold, values, smallest_kept, weight, mean=mean)
 
 
-def count_step(
-    counters: Counters,
-    updated: Tensor,
-    overflowed: Tensor | None,
-    batch_is_finite: Tensor,
-    entries: Tensor,
-    tokens: int,
-    since_fired_F: Tensor,
-) -> None:
-    """Count a step in place: what fired where it was `updated`, otherwise why it was not."""
-    backend_for(updated).count_step(
-        counters, updated, overflowed, batch_is_finite, entries, tokens, since_fired_F
-    )
+def count_step(counters: Counters, step: StepOutcome) -> None:
+    """Count a step in place: what fired where it was updated, otherwise why it was not."""
+    backend_for(step.updated).count_step(counters, step)

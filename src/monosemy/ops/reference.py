@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -208,16 +208,25 @@ class Counters:
     """Steps taken, skipped ones included; int64."""
 
 
-def count_step(
-    counters: Counters,
-    updated: Tensor,
-    overflowed: Tensor | None,
-    batch_is_finite: Tensor,
-    entries: Tensor,
-    tokens: int,
-    since_F: Tensor,
-) -> None:
-    """Count a step: where it was `updated`, keep the tokens since latents fired; otherwise note why not."""
+class StepOutcome(NamedTuple):
+    """How a step of an SAE ended."""
+
+    updated: Tensor
+    """Whether its update was made."""
+    overflowed: Tensor | None
+    """Whether a list of fixed length may have lacked room; None where none has one."""
+    batch_is_finite: Tensor
+    entries: Tensor
+    """Of its codes."""
+    tokens: int
+    since_fired_F: Tensor
+    """Tokens since each latent fired, this batch counted."""
+
+
+def count_step(counters: Counters, step: StepOutcome) -> None:
+    """Count a step in place: where it was updated, keep the tokens since latents fired; otherwise note why
+    not."""
+    updated, overflowed, batch_is_finite, entries, tokens, since_F = step
     fired_F = counters.since_fired_F
     fired_F.copy_(torch.where(updated, since_F, fired_F))
     counters.active.copy_(entries / tokens)
@@ -309,15 +318,23 @@ class Parameter:
     """Whether the gradient counts in the norm that is clipped and looked at."""
 
 
+@dataclass(frozen=True)
+class Adam:
+    """What all steps have in common."""
+
+    clip: float | None
+    """Largest norm of an SAE's gradient."""
+    betas: tuple[float, float]
+    eps: float
+
+
 def adam_step(
     parameters: Sequence[Parameter],
     loss_S: Tensor,
     lr_S: Tensor,
     steps_S: Tensor,
+    adam: Adam,
     *,
-    clip: float | None,
-    betas: tuple[float, float],
-    eps: float,
     square_norms: Callable[..., Tensor] = square_norms,
     update: Callable[..., None] = update,
 ) -> Tensor:
@@ -328,10 +345,12 @@ def adam_step(
     assert isinstance(squares_S, Tensor), "no parameter counts in the norm"
     norm_S = squares_S.sqrt()
     updated_S = (norm_S + loss_S).isfinite()
-    scale_S = torch.ones_like(norm_S) if clip is None else torch.clamp(clip / (norm_S + 1e-6), max=1.0)
+    scale_S = torch.ones_like(norm_S)
+    if adam.clip is not None:
+        scale_S = torch.clamp(adam.clip / (norm_S + 1e-6), max=1.0)
     scale_S = torch.where(updated_S, scale_S, torch.nan)
     steps_S += updated_S
     for each in parameters:
-        adam = AdamStep(lr_S, scale_S, steps_S, betas, eps, each.constraint)
-        update(each.p, each.grads, each.m, each.v, each.bf16_copy, adam)
+        step = AdamStep(lr_S, scale_S, steps_S, adam.betas, adam.eps, each.constraint)
+        update(each.p, each.grads, each.m, each.v, each.bf16_copy, step)
     return updated_S

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monosemy.ops.backends import backend_for
-from monosemy.ops.reference import Constraint, Parameter
+from monosemy.ops.reference import Adam, Constraint, Parameter
 
 
 class Optimizer:
@@ -36,14 +36,8 @@ class Optimizer:
         eps: float = 1e-8,
         bf16_copy: str | None = None,
     ) -> None:
-        self.params, self.decoder, self.constraint, self.clip, self.betas, self.eps = (
-            dict(params),
-            decoder,
-            constraint,
-            clip,
-            betas,
-            eps,
-        )
+        self.params, self.decoder, self.constraint = dict(params), decoder, constraint
+        self.adam = Adam(clip, betas, eps)
         self.m = {name: torch.zeros_like(p) for name, p in params.items()} if betas[0] else {}
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
         W = self.params[decoder]
@@ -71,13 +65,12 @@ class Optimizer:
                 self.v[name][which],
                 self.bf16_copies[name][which] if name in self.bf16_copies else None,
                 self.constraint_of(name),
-                in_norm=self.clip is not None or p.ndim == 2,
+                in_norm=self.adam.clip is not None or p.ndim == 2,
             )
             for name, p in self.params.items()
         ]
-        return backend_for(self.params[self.decoder]).adam_step(
-            parameters, loss_S, lr_S, self.steps_S[which], clip=self.clip, betas=self.betas, eps=self.eps
-        )
+        ops = backend_for(self.params[self.decoder])
+        return ops.adam_step(parameters, loss_S, lr_S, self.steps_S[which], self.adam)
 
     def state_dict(self, s: int) -> dict[str, Tensor]:
         """Return everything but the parameters that the next step of one SAE depends on."""

@@ -72,7 +72,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether one should be made before this step: every so many steps, and by time, after ten minutes or
-        so long that waiting for them stays a small share."""
+        so long that waiting for a GPU's stays a small share."""
         by_time = time.monotonic() - self.last > max(SECONDS, self.waited / SHARE)
         return by_time or (self.every is not None and step % self.every == 0)
 
@@ -85,15 +85,15 @@ class Checkpoints:
         if step == self.step:
             return
         text = json.dumps({"step": step, **state})  # now: what it was made of goes on growing
-        began = time.monotonic()
         if any(tensor.is_cuda for tensors in saes.values() for tensor in tensors.values()):
+            began = time.monotonic()
             self.submit(lambda: self._write(step, saes, text))
             self.wait()
+            self.waited = time.monotonic() - began
         else:
             copies = {name: {n: t.detach().clone() for n, t in of.items()} for name, of in saes.items()}
             self.submit(lambda: self._write(step, copies, text))
         self.last, self.step = time.monotonic(), step
-        self.waited = self.last - began
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have the thread write something else, after what it was asked for before."""

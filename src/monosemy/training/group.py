@@ -96,7 +96,7 @@ class TrainerGroup:
         trainers, lr_S = self.trainers[members], self.scales_2S[0, members]
         results = self._forward(members, batches, step)
         # a loss that is not a number makes the optimizer skip the update
-        losses = [trainer.gated_loss(result) for trainer, result in zip(trainers, results, strict=True)]
+        losses = [trainer.loss_or_nan(result) for trainer, result in zip(trainers, results, strict=True)]
         grads = {name: [result.grads[name] for result in results] for name in self.params}
         updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
         finite: dict[int, Tensor] = {}  # by batch

@@ -200,7 +200,7 @@ class SAETrainer:
         if step == 0 and self.fresh:
             if self.centered:  # of a batch that is not finite there is no median
                 self.center_D.copy_(geometric_median(x_BD).nan_to_num(0.0, 0.0, 0.0))
-            self.sae.init_from_batch(x_BD - self.center_D if self.centered else x_BD)
+            self.sae.init_from_batch(self._centered(x_BD))
             self.any_dead = READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
         if step % READBACK_EVERY == 0 and self.readback is not None:
             active, longest = self.readback.read()
@@ -234,7 +234,7 @@ class SAETrainer:
         self, x_BD: Tensor, step: int, sparsity_scale: Tensor | float, W_enc_bf16: Tensor | None = None
     ) -> StepResult:
         """Compute the loss and the gradient of each parameter on a batch of scaled activations."""
-        x_BD = x_BD - self.center_D if self.centered else x_BD
+        x_BD = self._centered(x_BD)
         execution = Execution(
             sparse=self.sparse,
             bf16=False if W_enc_bf16 is None else W_enc_bf16,
@@ -260,7 +260,11 @@ class SAETrainer:
         metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead}
         return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F)
 
-    def gated_loss(self, result: StepResult) -> Tensor:
+    def _centered(self, x_BD: Tensor) -> Tensor:
+        """Return the batch that the SAE is trained on."""
+        return x_BD - self.center_D if self.centered else x_BD
+
+    def loss_or_nan(self, result: StepResult) -> Tensor:
         """Return the loss; NaN where this step's update is skipped whatever its numbers are."""
         loss, skips = result.metrics["loss"], self._overflows(result.codes)
         if self.on_nonfinite == "stop":
@@ -279,14 +283,11 @@ class SAETrainer:
         self.sae.update_buffers(result.codes, result.ctx)
         for name, buffer in self.sae.named_buffers():
             torch.where(updated, buffer, before[name], out=buffer)
+        counters = ops.Counters(self.since_fired_F, self.active, self.nonfinite, self.clock)
+        codes, full = result.codes, self._overflows(result.codes)
         ops.count_step(
-            ops.Counters(self.since_fired_F, self.active, self.nonfinite, self.clock),
-            updated,
-            self._overflows(result.codes),
-            batch_is_finite,
-            result.codes.size(),
-            result.codes.tokens,
-            result.since_fired_F,
+            counters,
+            ops.StepOutcome(updated, full, batch_is_finite, codes.size(), codes.tokens, result.since_fired_F),
         )
 
     def schedule_readback(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.reference import AdamStep, Constraint, Parameter
+from monosemy.ops.reference import Adam, AdamStep, Constraint, Parameter
 from monosemy.ops.triton.launch import require_float32, warps_for
 
 
@@ -178,13 +177,14 @@ def _shape(n: int, C: int, constraint: Constraint) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Launch:
-    """How the rows of one parameter are shared out among programs."""
+    """How the rows of one parameter are shared out among programs, and where its gradients stand."""
 
+    table: Tensor
     grid: tuple[int, int]
     meta: dict[str, Any]
 
     @classmethod
-    def of(cls, p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> _Launch:
+    def of(cls, p: Tensor, grads: Sequence[Tensor], constraint: Constraint, table: Tensor) -> _Launch:
         require_float32(p=p, **{f"grads[{s}]": g for s, g in enumerate(grads)})
         assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), (
             "grads: not one of each SAE, of its shape"
@@ -192,7 +192,23 @@ class _Launch:
         n = p[0].numel()
         shape = _shape(n, p.shape[-1], constraint)
         aligned = 16 if all(g.data_ptr() % 16 == 0 for g in grads) else 4
-        return cls((cdiv(cdiv(n, shape["C"]), shape["ROWS"]), len(p)), {"ALIGNED": aligned} | shape)
+        return cls(table, (cdiv(cdiv(n, shape["C"]), shape["ROWS"]), len(p)), {"ALIGNED": aligned} | shape)
+
+    def square_norms(self, p: Tensor, parts_SP: Tensor) -> None:
+        """Write the sums of the gradient's squares over each program's rows."""
+        _square_norms_kernel[self.grid](p, self.table, parts_SP, parts_SP.stride(0), **self.meta)
+
+    def update(
+        self, p: Tensor, m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
+    ) -> None:
+        """Update the parameter."""
+        require_float32(v=v, lr_S=adam.lr_S, scale_S=adam.scale_S, **({} if m is None else {"m": m}))
+        assert bf16_copy is None or (bf16_copy.is_contiguous() and bf16_copy.dtype == torch.bfloat16), (
+            "bf16_copy: not contiguous or not bfloat16"
+        )
+        per_sae = (adam.lr_S, adam.scale_S, adam.steps_S)
+        numbers = {"BETA1": adam.betas[0], "BETA2": adam.betas[1], "EPS": adam.eps}
+        _update_kernel[self.grid](p, self.table, m, v, bf16_copy, *per_sae, **numbers, **self.meta)
 
 
 def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> Tensor:
@@ -200,9 +216,9 @@ def square_norms(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> 
 
     `p` is [S, ..], gradients one of each SAE.
     """
-    launch = _Launch.of(p, grads, constraint)
+    launch = _Launch.of(p, grads, constraint, _addresses(grads))
     parts_SP = p.new_empty(launch.grid[::-1])
-    _square_norms_kernel[launch.grid](p, _addresses(grads), parts_SP, parts_SP.stride(0), **launch.meta)
+    launch.square_norms(p, parts_SP)
     return parts_SP.sum(1)
 
 
@@ -215,45 +231,30 @@ def update(
     `steps_S` counts this step too. An SAE whose scale is not finite stays as it is. Without `m` (beta1 = 0)
     the first moment is the gradient itself. Gradients are only read.
     """
-    _update(Parameter(p, grads, m, v, bf16_copy, adam.constraint, True), _addresses(grads), adam)
-
-
-def _update(of: Parameter, table: Tensor, adam: AdamStep) -> None:
-    """Update one parameter, whose gradients stand where the table says."""
-    require_float32(v=of.v, lr_S=adam.lr_S, scale_S=adam.scale_S, **({} if of.m is None else {"m": of.m}))
-    assert of.bf16_copy is None or (of.bf16_copy.is_contiguous() and of.bf16_copy.dtype == torch.bfloat16), (
-        "bf16_copy: not contiguous or not bfloat16"
-    )
-    launch, per_sae = _Launch.of(of.p, of.grads, of.constraint), (adam.lr_S, adam.scale_S, adam.steps_S)
-    numbers = {"BETA1": adam.betas[0], "BETA2": adam.betas[1], "EPS": adam.eps}
-    _update_kernel[launch.grid](of.p, table, of.m, of.v, of.bf16_copy, *per_sae, **numbers, **launch.meta)
+    _Launch.of(p, grads, adam.constraint, _addresses(grads)).update(p, m, v, bf16_copy, adam)
 
 
 def adam_step(
-    parameters: Sequence[Parameter],
-    loss_S: Tensor,
-    lr_S: Tensor,
-    steps_S: Tensor,
-    *,
-    clip: float | None,
-    betas: tuple[float, float],
-    eps: float,
+    parameters: Sequence[Parameter], loss_S: Tensor, lr_S: Tensor, steps_S: Tensor, adam: Adam
 ) -> Tensor:
     """Clip and update all parameters of the SAEs whose loss and gradient norm are finite, and count these
     updates in `steps_S`. Returns which they are, bool [S]."""
-    S, counted = len(loss_S), [each for each in parameters if each.in_norm]
-    addresses = _addresses([g for each in parameters for g in each.grads])
-    tables = {id(each): addresses[i * S :] for i, each in enumerate(parameters)}
-    launches = [_Launch.of(each.p, each.grads, each.constraint) for each in counted]
-    ends = list(accumulate(launch.grid[0] for launch in launches))
-    parts_SP = loss_S.new_empty(S, ends[-1])
-    for each, launch, end in zip(counted, launches, ends, strict=True):
-        parts = parts_SP[:, end - launch.grid[0] :]
-        _square_norms_kernel[launch.grid](each.p, tables[id(each)], parts, ends[-1], **launch.meta)
+    S, table = len(loss_S), _addresses([g for each in parameters for g in each.grads])
+    launches = [
+        (each, _Launch.of(each.p, each.grads, each.constraint, table[i * S :]))
+        for i, each in enumerate(parameters)
+    ]
+    counted = [(each, launch) for each, launch in launches if each.in_norm]
+    parts_SP = loss_S.new_empty(S, sum(launch.grid[0] for _, launch in counted))
+    of_each = parts_SP.split([launch.grid[0] for _, launch in counted], dim=1)
+    for (each, launch), parts in zip(counted, of_each, strict=True):
+        launch.square_norms(each.p, parts)
     scale_S, updated_S = torch.empty_like(loss_S), torch.empty_like(loss_S, dtype=torch.bool)
     outputs, block = (scale_S, updated_S.view(torch.uint8)), next_power_of_2(S)
-    _scales_kernel[(1,)](parts_SP.sum(1), loss_S, steps_S, *outputs, S, CLIP=clip, BLOCK=block, num_warps=1)
-    for each in parameters:
-        adam = AdamStep(lr_S, scale_S, steps_S, betas, eps, each.constraint)
-        _update(each, tables[id(each)], adam)
+    _scales_kernel[(1,)](
+        parts_SP.sum(1), loss_S, steps_S, *outputs, S, CLIP=adam.clip, BLOCK=block, num_warps=1
+    )
+    for each, launch in launches:
+        step = AdamStep(lr_S, scale_S, steps_S, adam.betas, adam.eps, each.constraint)
+        launch.update(each.p, each.m, each.v, each.bf16_copy, step)
     return updated_S

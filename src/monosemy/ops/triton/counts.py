@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from monosemy.ops.reference import Counters
+from monosemy.ops.reference import Counters, StepOutcome
 from monosemy.ops.triton.launch import require_float32
 
 BLOCK = 1024
@@ -133,16 +133,10 @@ def _flag(flag: Tensor) -> Tensor:
     return flag.view(torch.uint8)
 
 
-def count_step(
-    counters: Counters,
-    updated: Tensor,
-    overflowed: Tensor | None,
-    batch_is_finite: Tensor,
-    entries: Tensor,
-    tokens: int,
-    since_F: Tensor,
-) -> None:
-    """Count a step: where it was `updated`, keep the tokens since latents fired; otherwise note why not."""
+def count_step(counters: Counters, step: StepOutcome) -> None:
+    """Count a step in place: where it was updated, keep the tokens since latents fired; otherwise note why
+    not."""
+    updated, overflowed, batch_is_finite, entries, tokens, since_F = step
     F = len(since_F)
     _count_step_kernel[(cdiv(F, BLOCK),)](
         counters.since_fired_F,

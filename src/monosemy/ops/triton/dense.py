@@ -8,15 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from monosemy.ops.triton.launch import block_size, key_bits, on_device, require_float32
+from monosemy.ops.triton.launch import ROWS, columns, key_bits, on_device, require_float32
 from monosemy.ops.triton.selection_kernels import is_above, load_row
-
-ROWS = 32  # of [B, F] that a program takes
-
-
-def _block(x_BF: Tensor) -> int:
-    """Return the columns that a program takes."""
-    return block_size(512, 1, 512, x_BF.shape[1])
 
 
 @triton.jit
@@ -99,7 +92,7 @@ def threshold_dense(
     F]; their sums and counts."""
     key_bits(pre_BF)
     require_float32(values_BF=values_BF)
-    (B, F), threshold, block = pre_BF.shape, on_device(threshold, pre_BF), _block(pre_BF)
+    (B, F), threshold, block = pre_BF.shape, on_device(threshold, pre_BF), columns(pre_BF.shape[1])
     parts_2PF = values_BF.new_empty(2, cdiv(B, ROWS), F)
     outputs, each = (values_BF, mask_BF.view(torch.uint8), parts_2PF), threshold.ndim
     grid = (cdiv(F, block), cdiv(B, ROWS))
@@ -115,7 +108,7 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
     assert mask_BF.is_contiguous() and x_BF.dtype == torch.float32, (
         "mask_BF: not contiguous, or x_BF: not float32"
     )
-    (B, F), block = out_BF.shape, _block(out_BF)
+    (B, F), block = out_BF.shape, columns(out_BF.shape[1])
     parts_PF = out_BF.new_empty(cdiv(B, ROWS), F)
     grid, (stride_B, stride_F) = (cdiv(F, block), len(parts_PF)), x_BF.stride()
     mask = mask_BF.view(torch.uint8)
@@ -128,7 +121,7 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
 def count_positive(x_BF: Tensor) -> Tensor:
     """Return on how many tokens each latent is positive, float32 [F]."""
     require_float32(x_BF=x_BF)
-    (B, F), block = x_BF.shape, _block(x_BF)
+    (B, F), block = x_BF.shape, columns(x_BF.shape[1])
     parts_PF = x_BF.new_empty(cdiv(B, ROWS), F)
     _count_positive_kernel[(cdiv(F, block), len(parts_PF))](x_BF, parts_PF, B, F=F, ROWS=ROWS, BLOCK=block)
     return parts_PF.sum(0)

@@ -23,10 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 from triton import cdiv
 
-from monosemy.ops.triton.launch import block_size, require_float32
+from monosemy.ops.triton.launch import ROWS, columns, require_float32
 from monosemy.system.files import cache_folder, write_text
 
-ROWS = 32  # of [B, F] that a program takes
 SAMPLE_B, SAMPLE_F = 3, 5  # of the tensors that formulas are traced on
 aten = torch.ops.aten
 
@@ -153,7 +152,7 @@ class Fused:
         """Launch the kernel that writes what is asked for. Returns the sum, if asked for, and those over
         tokens that the gradients are made of."""
         require_float32(values_BF=values_BF, **{f"w_F[{i}]": w for i, w in enumerate(w_F)})
-        (B, F), block = values_BF.shape, block_size(512, 1, 512, values_BF.shape[1])
+        (B, F), block = values_BF.shape, columns(values_BF.shape[1])
         kernel = _compiled(_source(self, out=out_BF is not None, total=total, gradients=d_BF is not None))
         count = total + len(self.sums) * (d_BF is not None)
         parts_KPF = values_BF.new_empty(count, cdiv(B, ROWS), F)

@@ -12,6 +12,14 @@ def block_size(wanted: int, least: int, most: int, F: int) -> int:
     return min(max(next_power_of_2(wanted), least), most, next_power_of_2(F))
 
 
+ROWS = 32  # of [B, F] that a program of the dense layout takes
+
+
+def columns(F: int) -> int:
+    """Return the columns of [B, F] that such a program takes."""
+    return block_size(512, 1, 512, F)
+
+
 def warps_for(elements: int) -> int:
     """Return the warps of a program that works on so many elements at a time."""
     return min(max(elements // 512, 1), 16)
