@@ -2,21 +2,24 @@
 Whether they are right, `pytest -m gpu` tells.
 
     python benchmarks/gpu.py --json gpu.jsonl    # everything, in under 6 minutes on one H100
-    python benchmarks/gpu.py --only steps --architectures top_k gated
+    python benchmarks/gpu.py --only steps --architectures top_k gated --shapes 512x16384 --minutes 2
     python benchmarks/gpu.py --tiny              # tiny shapes on a CPU; its times mean nothing
 
-It needs a checkout, torch, triton and transformers, and no network: weights, activations and token ids are
-random. Sections run one after the other in processes of their own, so that a kernel that breaks its CUDA
+Rows are written as they come. It needs a checkout, torch, triton and transformers, and no network: weights,
+activations and token ids are random. Sections run one after the other in processes of their own, so that a kernel that breaks its CUDA
 context costs its own section alone. What fails is told with its traceback, in the table and by exit code 1,
 and the rest goes on. A section that has used up its time begins no further case, and says which it left out.
 
+smoke: a few steps of every architecture and layout at each shape, which must have finite losses; the first
+    to run, so that what is broken shows at once, and kernels are compiled before they are timed.
 steps: the eight architectures, the encoder's product of bfloat16 operands, k or L0 = 80 (ReLU kinds: b_enc
     lowered until L0 is 80, in the sparse layout; then as they begin, in the dense one). Each step lies
     between two events; medians. The floor is the least time that
     the same maths takes at rates measured here: the encoder's product, a reading of it, the rows that
     decoding and its backward pass gather (or dense products, where these are faster), and for each parameter
     30 bytes (22 without a first moment). TARGET times the floor is aimed at.
-sweep: 24 SAEs, 4 each of six architectures, in groups.
+kernels: where the time of a step goes, by kernel.
+sweep: 24 SAEs, 4 each of six architectures, in groups; their passes side by side, and one after the other.
 headlines: tokens per second through the activation stream and the sweep, over whole blocks: 24 SAEs on
     Pythia-70M's layer 3; four BatchTopK SAEs on Qwen2.5-Coder-32B's layer 32, which must stay under 62 GB.
 peers: `update` of dictionary_learning's trainers on bfloat16 activations under autocast, as its training loop
@@ -49,6 +52,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
@@ -66,6 +70,7 @@ from benchmarks.measuring import (
     first_line,
     free,
     gigabytes,
+    kernel_times,
     label,
     launches,
     line,
@@ -79,14 +84,17 @@ from benchmarks.step import DictionaryLearning
 from monosemy import ops
 from monosemy.formats.dictionary_learning import state_dict
 from monosemy.sae import SAE
+from monosemy.training import group
 from monosemy.training.sweep import Sweep
 from monosemy.training.trainer import SPARSE_BELOW, SAETrainer
 
 ARCHITECTURES = TOP_K + RELU
 # what one leaves, the next may use
 SECONDS = {
+    "smoke": 60,
     "steps": 140,
-    "sweep": 35,
+    "kernels": 20,
+    "sweep": 45,
     "headlines": 70,
     "peers": 40,
 }
@@ -95,6 +103,59 @@ PEAK_32B = 62 * GB
 
 
 # --- steps, alone and together ------------------------------------------------------------------------------
+
+
+def layouts(name: str) -> tuple[bool, ...]:
+    """Whether each layout that an architecture trains in is the dense one."""
+    return (False,) if name in TOP_K else (False, True)
+
+
+def stepping(report: Report, name: str, D: int, F: int, batches: list[Tensor], *, dense: bool) -> Stepping:
+    """One SAE that is ready to be timed."""
+    sizes = report.sizes
+    sae = drawn(name, D, F, sizes.k, report.device)
+    if name in RELU and not dense:
+        thin_out(sae, batches[0], sizes.k)
+    return Stepping([member(sae, "", sizes.B, sizes.k, workspace=ops.Workspace(), dense=dense)], batches)
+
+
+def smoke(report: Report) -> None:
+    for D, F in report.shapes:
+        batches = activations(1, report.sizes.B, D, report.device)
+        for name in report.args.architectures:
+            for dense in layouts(name):
+                with report.case(label(name, D, F, dense)) as there_is_time:
+                    if there_is_time:
+                        run = stepping(report, name, D, F, batches, dense=dense).warmed(3)
+                        loss = float(run.groups[0].last[""]["loss"])
+                        report.add(
+                            label(name, D, F, dense),
+                            loss,
+                            "loss",
+                            verdict="" if loss < torch.inf else "WRONG",
+                        )
+
+
+KERNELS = 14  # of which time and number are told
+
+
+def kernels(report: Report) -> None:
+    steps = 4
+    for D, F in report.shapes:
+        batches = activations(1, report.sizes.B, D, report.device)
+        for name in report.args.architectures:
+            for dense in layouts(name):
+                case = label(name, D, F, dense)
+                if report.needs_a_gpu(case):
+                    continue
+                with report.case(case) as there_is_time:
+                    if there_is_time:
+                        run = stepping(report, name, D, F, batches, dense=dense).warmed()
+                        found = kernel_times(run, steps)
+                        for kernel, (us, n) in list(found.items())[:KERNELS]:
+                            report.add(f"{case}: {kernel}", us, "us", note=f"{n:.0f} launches")
+                        us, n = (sum(column) for column in zip(*found.values(), strict=True))
+                        report.add(f"{case}: all", us, "us", note=f"{n:.0f} launches")
 
 
 def target(ms: float, floor: float) -> str:
@@ -107,11 +168,7 @@ def time_steps(
     report: Report, rates: Rates, name: str, D: int, F: int, batches: list[Tensor], *, dense: bool
 ) -> None:
     sizes, device = report.sizes, report.device
-    sae = drawn(name, D, F, sizes.k, device)
-    if name in RELU and not dense:
-        thin_out(sae, batches[0], sizes.k)
-    run = Stepping([member(sae, "", sizes.B, sizes.k, workspace=ops.Workspace(), dense=dense)], batches)
-    del sae
+    run = stepping(report, name, D, F, batches, dense=dense)
     free(device)
     reset_peak(device)
     ms = milliseconds(run.warmed(), sizes.timed, device)
@@ -160,15 +217,15 @@ def tell_rates(report: Report, rates: Rates, shapes: tuple[tuple[int, int], ...]
 
 def steps(report: Report) -> None:
     sizes, rates = report.sizes, Rates(report.sizes, report.device)
-    tell_rates(report, rates, sizes.shapes)
+    tell_rates(report, rates, report.shapes)
     free(report.device)
-    for D, F in sizes.shapes:
+    for D, F in report.shapes:
         with report.case(f"steps at {D}x{F}") as there_is_time:
             if not there_is_time:
                 continue
             batches = activations(4, sizes.B, D, report.device)
             for name in report.args.architectures:
-                for dense in (False,) if name in TOP_K else (False, True):
+                for dense in layouts(name):
                     with report.case(label(name, D, F, dense)) as there_is_time:
                         if there_is_time:
                             time_steps(report, rates, name, D, F, batches, dense=dense)
@@ -195,7 +252,7 @@ def grid(sizes: Sizes, D: int, F: int, x_BD: Tensor, names: list[str], *, dense:
 
 def sweep(report: Report) -> None:
     sizes, device, rates = report.sizes, report.device, Rates(report.sizes, report.device)
-    D, names = sizes.shapes[0][0], [name for name in SWEPT if name in report.args.architectures]
+    D, names = report.shapes[0][0], [name for name in SWEPT if name in report.args.architectures]
     batches = activations(4, sizes.B, D, device)
     for F in sizes.sweep:
         for dense in (False, True):
@@ -223,6 +280,10 @@ def sweep(report: Report) -> None:
                     case, ms, "ms", note=note, floor_ms=floor, ratio=ms / floor, peak_bytes=peak(device)
                 )
                 if not report.needs_a_gpu(f"{case}: launches"):
+                    with patch.object(group, "branches", lambda B, F: 1):
+                        run = Stepping(grid(sizes, D, F, batches[0], names, dense=dense), batches)
+                        ms = milliseconds(run.warmed(), sizes.timed, device)
+                    report.add(f"{case}: one after the other", ms, "ms")
                     asked, ran = launches(run, 3)
                     report.add(
                         f"{case}: launches", asked, "a step", note=f"{ran:.0f} kernels and copies on the GPU"
@@ -448,7 +509,7 @@ def peers(report: Report) -> None:
         report.add("dictionary_learning", note="peer not at hand")
         return
     sizes = report.sizes
-    for D, F in sizes.shapes:
+    for D, F in report.shapes:
         batches: list[Tensor] = []
         for name in report.args.architectures:
             with report.case(label(name, D, F)) as there_is_time:
@@ -478,7 +539,8 @@ def compare_with_peer(rows: list[Row]) -> None:
 # --- the command --------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Report], None]] = {
-     "steps": steps, "sweep": sweep, "headlines": headlines, "peers": peers,
+    "smoke": smoke, "steps": steps, "kernels": kernels, "sweep": sweep, "headlines": headlines,
+    "peers": peers,
 }  # fmt: skip
 
 
@@ -492,6 +554,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--only", default=",".join(SECTIONS), help="sections, separated by commas: %(default)s"
     )
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="D_INxD_SAE")
     parser.add_argument(
         "--dictionary_learning",
         type=Path,
@@ -499,9 +562,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="the folder that holds the package dictionary_learning",
     )
     parser.add_argument(
-        "--seconds",
+        "--minutes",
         type=float,
-        default=float(sum(SECONDS.values())),
+        default=sum(SECONDS.values()) / 60,
         help="after which no further case is begun",
     )
     # this is a section's own process
@@ -527,51 +590,52 @@ def run_section(name: str, args: argparse.Namespace) -> list[Row]:
     return report.rows
 
 
-def run_apart(name: str, argv: list[str], seconds: float) -> list[Row]:
-    """A section in a process of its own, which is ended if it does not end."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        command = [
-            sys.executable,
-            __file__,
-            *argv,
-            "--only",
-            name,
-            "--json",
-            path,
-            "--seconds",
-            str(seconds),
-            "--here",
-        ]
-        try:
-            ended = subprocess.run(command, check=False, timeout=seconds + 60).returncode
-        except subprocess.TimeoutExpired:
-            ended = "its time was over"
-        rows = (
-            [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
-            if path.exists()
-            else []
-        )
+def shape(text: str) -> tuple[int, int]:
+    D, F = map(int, text.split("x"))
+    return D, F
+
+
+def run_apart(name: str, argv: list[str], seconds: float, path: Path) -> list[Row]:
+    """A section in a process of its own, which is ended if it does not end; its rows lie in the file."""
+    before = path.stat().st_size
+    command = [sys.executable, __file__, *argv, "--only", name, "--json", str(path), "--here"]
+    try:
+        run = subprocess.run([*command, "--minutes", str(seconds / 60)], check=False, timeout=seconds + 60)
+        ended: int | str = run.returncode
+    except subprocess.TimeoutExpired:
+        ended = "its time was over"
+    with path.open(encoding="utf-8") as file:
+        file.seek(before)
+        rows = [json.loads(row) for row in file]
     if ended not in (0, 1) or not rows:
         row = {"section": name, "case": "the section", "value": None, "unit": "", "bound": None}
         rows.append(row | {"verdict": "FAILED", "note": f"its process ended: {ended}"})
         print(line(rows[-1]), flush=True)
+        with path.open("a", encoding="utf-8") as file:
+            print(json.dumps(rows[-1]), file=file)
+    return rows
+
+
+def run_all(args: argparse.Namespace, argv: list[str]) -> list[Row]:
+    """All sections, each apart; what one leaves of its time, the next may use."""
+    rows: list[Row] = []
+    begun, allowed = time.perf_counter(), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.json or Path(folder) / "rows.jsonl"
+        path.write_text("", encoding="utf-8")
+        for name in args.only:
+            allowed += SECONDS[name]
+            left = min(allowed, args.minutes * 60) - (time.perf_counter() - begun)
+            rows += run_apart(name, argv, max(left, 5.0), path)
+        compare_with_peer(rows)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"\n{table(rows)}\n\n{time.perf_counter() - begun:.0f} s", flush=True)
     return rows
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    rows: list[Row] = []
-    begun, allowed = time.perf_counter(), 0.0
-    for name in args.only:
-        allowed += SECONDS[name]
-        left = min(allowed, args.seconds) - (time.perf_counter() - begun)
-        rows += run_section(name, args) if args.here else run_apart(name, argv, max(left, 5.0))
-    if not args.here:
-        compare_with_peer(rows)
-        if args.json:
-            args.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print(f"\n{table(rows)}\n\n{time.perf_counter() - begun:.0f} s", flush=True)
+    rows = run_section(args.only[0], args) if args.here else run_all(args, argv)
     return int(any(row["verdict"] in ("WRONG", "FAILED") for row in rows))
 
 

@@ -70,6 +70,7 @@ class Report:
         self.started, self.lost = time.perf_counter(), False
         self.device = torch.device("cpu" if args.tiny else "cuda")
         self.sizes = TINY if args.tiny else Sizes()
+        self.shapes = args.shapes or self.sizes.shapes
 
     def add(
         self,
@@ -112,7 +113,7 @@ class Report:
 
         Memory is given back after it.
         """
-        over = time.perf_counter() - self.started > self.args.seconds
+        over = time.perf_counter() - self.started > self.args.minutes * 60
         if over or self.lost:
             self.add(
                 name,
@@ -278,6 +279,25 @@ def launches(run: Callable[[], object], n: int) -> tuple[float, float]:
     if not host:
         raise RuntimeError("the profiler saw no launches")
     return host / n, device / n
+
+
+def kernel_times(run: Callable[[], object], n: int) -> dict[str, tuple[float, float]]:
+    """Microseconds and launches of a call by kernel or copy, the longest first.
+
+    Raises RuntimeError where the profiler sees nothing.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n):
+            run()
+        torch.cuda.synchronize()
+    found: dict[str, tuple[float, float]] = {}
+    for event in profile.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            us, launched = found.get(event.name, (0.0, 0.0))
+            found[event.name] = us + event.device_time_total / n, launched + 1 / n
+    if not found:
+        raise RuntimeError("the profiler saw no kernels")
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
 def peak(device: torch.device) -> float | None:

@@ -113,14 +113,16 @@ def test_what_fails_is_told_and_the_rest_goes_on(
     assert "Traceback" in capsys.readouterr().out
 
 
-def test_a_section_whose_process_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_whose_process_dies_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: Namespace(returncode=-11))
-    [row] = gpu.run_apart("steps", ["--tiny"], 1.0)
+    [row] = gpu.run_apart("steps", ["--tiny"], 1.0, rows)
     assert row["verdict"] == "FAILED" and "-11" in row["note"]
 
 
 def test_no_case_begins_once_the_time_is_over(tmp_path: Path) -> None:
-    told = report(tmp_path, "--seconds", "-1")
+    told = report(tmp_path, "--minutes", "-1")
     with told.case("late") as there_is_time:
         assert not there_is_time
     assert told.rows[0]["verdict"] == "not run"

@@ -4,6 +4,8 @@ from them."""
 from dataclasses import dataclass
 
 GRADIENTS_AT_ONCE = 2**31  # bytes of gradients that a group on a GPU holds before it updates
+BRANCHES = 8  # SAEs of a group at most whose passes run beside each other on a GPU
+BRANCH_BYTES = 2**32  # that these passes hold together
 # share of latents per token; below it a CPU estimates the product and looks up what it selects
 ESTIMATE_BELOW = 0.03
 # tokens that compete in BatchTopK's selection in evaluation: a batch of dictionary_learning
@@ -12,6 +14,14 @@ HEAD_ELEMENTS = 2**24  # logits held at a time in evaluation
 EVERY = 1000  # steps between a CPU's checkpoints
 STAGING = 2**28  # bytes of pinned memory that a GPU's checkpoints pass through
 IN_CACHE = 2**18  # elements that stay in a CPU's cache through several operations
+
+
+def branches(B: int, F: int) -> int:
+    """Return how many SAEs of a group run their passes beside each other on a GPU.
+
+    Of small ones several, since their kernels do not fill it.
+    """
+    return min(max(BRANCH_BYTES // (8 * 4 * B * F), 1), BRANCHES)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import gc
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -30,7 +31,8 @@ from benchmarks.harness import (
 )
 from monosemy import ops
 from monosemy.schedule import Schedule
-from monosemy.training.trainer import SAESpec
+from monosemy.training.group import TrainerGroup
+from monosemy.training.trainer import SAESpec, SAETrainer
 from tests.gpu.sizes import DEVICE, SIZES
 
 pytestmark = pytest.mark.gpu
@@ -160,3 +162,32 @@ def test_the_host_never_waits_in_a_step(name: str, sparse: bool) -> None:
     run = Stepping([made], batches).warmed()
     assert waits(run, 5) == 0
     assert waits(run.uncaptured(), 5) == 0
+
+
+def stepped_together(name: str, *, sparse: bool, captured: bool) -> dict[str, Tensor]:
+    """The state of a group of SAEs of one shape after 24 steps over phase changes."""
+    B, D, F, _ = SIZES.trained
+    spec, schedule = spec_and_schedule(name)
+    members = [
+        SAETrainer(f"{i}", replace(spec, lr=3e-4 * (1 + i)), D, schedule, device=DEVICE) for i in range(5)
+    ]
+    group = TrainerGroup(members)
+    if sparse:
+        for made in members:
+            made.sparse, made.capacity = True, B * F
+    if not captured and DEVICE.type == "cuda":
+        uncaptured(group)
+    for step, x_BD in enumerate(activations(24, B, D, DEVICE)):
+        group.step({made.name: x_BD for made in members}, step)
+    states = {made.name: group.state_dict(made.name) for made in members}
+    return {f"{name} {n}": t.cpu().clone() for name, state in states.items() for n, t in state.items()}
+
+
+@needs_gpu
+@layouts
+def test_a_group_side_by_side_is_bit_equal_to_one_after_the_other(name: str, sparse: bool) -> None:
+    together, apart = (stepped_together(name, sparse=sparse, captured=how) for how in (True, False))
+    differing = [
+        n for n in together if not torch.allclose(together[n], apart[n], rtol=0, atol=0, equal_nan=True)
+    ]
+    assert not differing

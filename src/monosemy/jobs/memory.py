@@ -25,6 +25,7 @@ from monosemy.limits import (
     SELECTION_TOKENS,
     STAGING,
     ArchitectureMemory,
+    branches,
 )
 from monosemy.lm.info import ModelInfo, Site
 
@@ -246,7 +247,8 @@ def step_bytes(
         work = max(int(4 * memory.cached_arrays * min(IN_CACHE, B * F)) - matrix, 0)
         work += bf16 * (int(memory.bf16_copies * array) + matrix // 2)
     together = min(on_gpu, max(GRADIENTS_AT_ONCE // gradients, 1)) if on_gpu else 1
-    return together * gradients + (together - 1) * retained + work + 12 * B * D
+    at_once = min(together, branches(B, F))
+    return together * gradients + (together - at_once) * retained + at_once * (work + 12 * B * D)
 
 
 def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:

@@ -6,16 +6,16 @@ B tokens, D d_in, F d_sae, S SAEs of a group.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from monosemy import ops
-from monosemy.limits import GRADIENTS_AT_ONCE
+from monosemy.limits import GRADIENTS_AT_ONCE, branches
 from monosemy.sae import current_names
-from monosemy.training.graphs import CUDAGraphCache
+from monosemy.training.graphs import CUDAGraphCache, side_by_side
 from monosemy.training.trainer import READBACK_EVERY, SAETrainer, StepResult
 
 
@@ -99,19 +99,29 @@ class TrainerGroup:
         losses = [trainer.loss_or_nan(result) for trainer, result in zip(trainers, results, strict=True)]
         grads = {name: [result.grads[name] for result in results] for name in self.params}
         updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
-        finite: dict[int, Tensor] = {}  # by batch
-        for trainer, result, updated in zip(trainers, results, updated_S, strict=True):
-            self._keep_metrics(trainer.name, result.metrics)
-            x_BD = batches[trainer.name]
-            if id(x_BD) not in finite:
-                finite[id(x_BD)] = torch.linalg.vector_norm(x_BD, torch.inf) < torch.inf
-            trainer.update_state(result, updated, finite[id(x_BD)])
+        of_batches = {id(x_BD): x_BD for x_BD in (batches[trainer.name] for trainer in trainers)}
+        finite = {i: torch.linalg.vector_norm(x_BD, torch.inf) < torch.inf for i, x_BD in of_batches.items()}
+        side_by_side(
+            [
+                partial(self._finish, trainer, result, updated, finite[id(batches[trainer.name])])
+                for trainer, result, updated in zip(trainers, results, updated_S, strict=True)
+            ],
+            self._branches(batches),
+        )
+
+    def _finish(
+        self, trainer: SAETrainer, result: StepResult, updated: Tensor, batch_is_finite: Tensor
+    ) -> None:
+        """Keep an SAE's metrics and update what is not a parameter."""
+        self._keep_metrics(trainer.name, result.metrics)
+        trainer.update_state(result, updated, batch_is_finite)
 
     def _forward(self, members: slice, batches: Mapping[str, Tensor], step: int) -> list[StepResult]:
         """Run the forward and backward passes of some of the SAEs."""
         W_enc_bf16 = self.optimizer.bf16_copies.get("W_enc")
-        return [
-            trainer.forward(
+        passes = [
+            partial(
+                trainer.forward,
                 batches[trainer.name],
                 step,
                 self.scales_2S[1, s],
@@ -119,6 +129,10 @@ class TrainerGroup:
             )
             for s, trainer in list(enumerate(self.trainers))[members]
         ]
+        return side_by_side(passes, self._branches(batches))
+
+    def _branches(self, batches: Mapping[str, Tensor]) -> int:
+        return branches(len(next(iter(batches.values()))), self.trainers[0].sae.d_sae)
 
     def _keep_metrics(self, name: str, metrics: Mapping[str, Tensor]) -> None:
         """Copy an SAE's metrics of this step to `last`.
