@@ -6,9 +6,10 @@ Whether they are right, `pytest -m gpu` tells.
     python benchmarks/gpu.py --tiny              # tiny shapes on a CPU; its times mean nothing
 
 Rows are written as they come. It needs a checkout, torch, triton and transformers, and no network: weights,
-activations and token ids are random. Sections run one after the other in processes of their own, so that a kernel that breaks its CUDA
-context costs its own section alone. What fails is told with its traceback, in the table and by exit code 1,
-and the rest goes on. A section that has used up its time begins no further case, and says which it left out.
+activations and token ids are random. Sections run one after the other in processes of their own, so that a
+kernel that breaks its CUDA context costs its own section alone. What fails is told with its traceback, in the
+table and by exit code 1, and the rest goes on. A section that has used up its time begins no further case,
+and says which it left out.
 
 smoke: a few steps of every architecture and layout at each shape, which must have finite losses; the first
     to run, so that what is broken shows at once, and kernels are compiled before they are timed.

@@ -11,7 +11,7 @@ both share.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,8 +30,10 @@ class Execution:
 
     sparse: bool = True
     """Layout of `Preactivations.above`; the TopK selections are sparse in any case."""
-    bf16: Tensor | bool = False
-    """Take the encoder's product of bfloat16 operands; a tensor is W_enc's copy in that precision."""
+    bf16: bool = False
+    """Take products of bfloat16 operands; on a GPU hold [B, F] and gather rows in that precision, too."""
+    bf16_copies: Sequence[tuple[Tensor, Tensor]] = ()
+    """Weights, each with its copy in bfloat16; others are converted when they are needed."""
     use_estimate: bool = False
     """So few entries are expected that an estimate of the product may do; selections look up exact values."""
     workspace: ops.Workspace | None = None
@@ -121,7 +123,9 @@ class DenseCodes(Codes):
         return ops.total_dense(function, values, self.mask, self.pre.buffer, *of_latents)
 
     def by_latent(self) -> Tensor:
-        return self.values.sum(0) if self.sums is None else self.sums
+        if self.sums is not None:
+            return self.sums
+        return self.values.sum(0, dtype=torch.promote_types(self.values.dtype, torch.float32))
 
     def size_by_latent(self) -> Tensor:
         return self.counts
@@ -137,10 +141,11 @@ class DenseCodes(Codes):
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
         if begins_G is None:
-            return ops.decode_dense(self.values, W_FD, self.pre.buffer, bf16=self.pre.bf16)
+            w_FD = self.pre.bf16_copy(W_FD)
+            return ops.decode_dense(self.values, W_FD, self.pre.buffer, bf16=self.pre.bf16, bf16_FD=w_FD)
         ends = [*begins_G.tolist()[1:], len(W_FD)]
         groups = zip(begins_G.tolist(), ends, strict=True)
-        return torch.stack([self.values[:, a:b] @ W_FD[a:b] for a, b in groups])
+        return torch.stack([self.values[:, a:b].to(W_FD.dtype) @ W_FD[a:b] for a, b in groups])
 
 
 @dataclass
@@ -183,9 +188,9 @@ class SparseCodes(Codes):
         return ops.smallest(self.values, self.pattern)
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
-        e = self.pattern
+        e, rows_FD = self.pattern, self.pre.gathered(W_FD)
         if begins_G is None:
-            return ops.decode(self.values, W_FD, e)
+            return ops.decode(self.values, W_FD, e, rows_FD)
         # entries are in order of tokens and latents, hence of tokens and groups: only the bags' offsets are
         # new
         flat_N = e.bags_N.long() * e.F + e.indices_N
@@ -193,8 +198,14 @@ class SparseCodes(Codes):
             flat_N = torch.where(e.valid_N, flat_N, e.R * e.F)
         places_BG = torch.arange(e.R, device=begins_G.device)[:, None] * e.F + begins_G
         starts = torch.searchsorted(flat_N, places_BG.flatten(), out_int32=True)
-        grouped = ops.decode(self.values, W_FD, e.rebagged(torch.cat([starts, e.offsets_R1[-1:]])))
+        bags = e.rebagged(torch.cat([starts, e.offsets_R1[-1:]]))
+        grouped = ops.decode(self.values, W_FD, bags, rows_FD)
         return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
+
+
+def _begin(t: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins; those of the meta device differ, too."""
+    return t.untyped_storage()._cdata, int(t.storage_offset())
 
 
 class Preactivations:
@@ -214,12 +225,13 @@ class Preactivations:
         self.weights = (W_enc_FD, b_enc_F, b_dec_D)
         self.execution, self.buffers = execution, 0
         self.centered_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
-        self.bf16 = execution.bf16 is not False
+        self.bf16 = execution.bf16
         self.product = ops.preactivations(
             self.centered_BD,
             W_enc_FD,
             b_enc_F,
-            bf16=execution.bf16,
+            bf16=self.bf16,
+            bf16_FD=self.bf16_copy(W_enc_FD),
             use_estimate=execution.use_estimate,
             workspace=execution.workspace,
         )
@@ -233,6 +245,17 @@ class Preactivations:
     def tokens(self) -> int:
         """B, the tokens of the batch."""
         return len(self.centered_BD)
+
+    def bf16_copy(self, W_FD: Tensor) -> Tensor | None:
+        """Return a weight's copy in bfloat16, if there is one."""
+        for weight, copy in self.execution.bf16_copies:
+            if weight.shape == W_FD.shape and _begin(weight) == _begin(W_FD):
+                return copy
+        return None
+
+    def gathered(self, W_FD: Tensor) -> Tensor | None:
+        """Return what rows of a weight are gathered from instead, if from anything else."""
+        return self.bf16_copy(W_FD) if W_FD.is_cuda else None
 
     def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialized [B, F] workspace.
@@ -264,7 +287,13 @@ class Preactivations:
             return self._sparse(ops.above(self.product, threshold, self.execution.capacity), padded=True)
         assert isinstance(self.product, Tensor), "the dense layout needs the exact product"
         values_BF, again_BF, mask_BF, sums_F, counts_F = ops.encode_dense(
-            *self.weights, self.centered_BD, self.product, threshold, self.buffer, bf16=self.bf16
+            *self.weights,
+            self.centered_BD,
+            self.product,
+            threshold,
+            self.buffer,
+            bf16=self.bf16,
+            rows_FD=self.gathered(self.weights[0]),
         )
         positive = not isinstance(threshold, Tensor) and threshold >= 0
         return DenseCodes(self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive)
@@ -272,5 +301,7 @@ class Preactivations:
     def _sparse(self, selection: ops.Selection, *, padded: bool) -> SparseCodes:
         F, padded = self.product_BF.shape[1], padded and self.product_BF.is_cuda
         pattern = ops.SparsePattern(selection.indices_N, selection.offsets_B1, F, padded=padded)
-        values_N = ops.encode_sparse(*self.weights, self.centered_BD, selection.values_N, pattern)
+        values_N = ops.encode_sparse(
+            *self.weights, self.centered_BD, selection.values_N, pattern, self.gathered(self.weights[0])
+        )
         return SparseCodes(self, values_N, pattern)

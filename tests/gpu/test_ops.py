@@ -159,7 +159,8 @@ def supports(B: int, F: int, k: int, device: torch.device) -> list[tuple[Selecti
 
 
 def check_sums(fast: Any, device: torch.device) -> None:
-    """Sums over entries and their gradients, by tokens and by groups of a token's latents."""
+    """Sums over entries and their gradients, by tokens and by groups of a token's latents; of rows in
+    bfloat16, too."""
     errors = Errors()
     for B, D, F, k in SIZES.sums:
         for (indices_N, offsets_B1, _), padding in supports(B, F, k, device):
@@ -171,11 +172,7 @@ def check_sums(fast: Any, device: torch.device) -> None:
                 torch.cat([indices_N, indices_N.new_zeros(padding)]), offsets_B1, F, padded=padding > 0
             )
             values_N, W_FD, x_BD = (torch.randn(*shape, device=device) for shape in ((n,), (F, D), (B, D)))
-            padded_N, values, W = (
-                torch.cat([values_N, values_N.new_zeros(padding)]),
-                values_N.double(),
-                W_FD.double(),
-            )
+            padded_N, values = torch.cat([values_N, values_N.new_zeros(padding)]), values_N.double()
 
             poison(device)
             order_N, begins_F1 = fast.sort_by_latent(pattern.indices_N, offsets_B1, F)
@@ -187,13 +184,17 @@ def check_sums(fast: Any, device: torch.device) -> None:
             count_F, least_R = fast.count_by_latent(padded_N, pattern), fast.smallest(padded_N, pattern)
             errors.places("count_by_latent", (count_F != reference.count_by_latent(values_N, exact)).sum())
             errors.places("smallest", (least_R != reference.smallest(values_N, exact)).sum())
-            both = zip(
-                fast.encode_backward(padded_N, x_BD, pattern),
-                reference.encode_backward(values, x_BD.double(), exact),
-                strict=True,
+            precisions = (
+                (torch.float32, torch.bfloat16) if fast.__name__.endswith("triton") else (torch.float32,)
             )
-            for got, wanted in both:
-                errors.near("encode_backward", got, wanted)
+            for x in (x_BD.to(dtype) for dtype in precisions):
+                both = zip(
+                    fast.encode_backward(padded_N, x, pattern),
+                    reference.encode_backward(values, x.double(), exact),
+                    strict=True,
+                )
+                for got, wanted in both:
+                    errors.near(f"encode_backward, {x.dtype}", got, wanted)
 
             first_of_groups = torch.arange(B, device=device)[:, None] * F + torch.tensor(
                 [0, F // 3, F // 2], device=device
@@ -203,14 +204,17 @@ def check_sums(fast: Any, device: torch.device) -> None:
             )
             starts = torch.cat([places, offsets_B1[-1:]])
             grouped = (" by groups", SparsePattern(indices_N, starts, F), pattern.rebagged(starts))
-            for name, a, b in (("", exact, pattern), grouped):
-                g_RD = torch.randn(a.R, D, device=device)
+            for (name, a, b), dtype in itertools.product((("", exact, pattern), grouped), precisions):
+                g_RD, rows_FD = torch.randn(a.R, D, device=device).to(dtype), W_FD.to(dtype)
+                W = rows_FD.double()
                 poison(device)
-                errors.near(f"decode{name}", fast.decode(padded_N, W_FD, b), reference.decode(values, W, a))
+                errors.near(
+                    f"decode{name}", fast.decode(padded_N, rows_FD, b), reference.decode(values, W, a)
+                )
                 d_values, d_W = reference.decode_backward(g_RD.double(), values, W, a, True)
-                got_values, got_W = fast.decode_backward(g_RD, padded_N, W_FD, b, True)
+                got_values, got_W = fast.decode_backward(g_RD, padded_N, rows_FD, b, True)
                 errors.near(f"decode_backward{name}, weights", got_W, d_W)
-                for got in (got_values, fast.decode_backward(g_RD, padded_N, W_FD, b, False)[0]):
+                for got in (got_values, fast.decode_backward(g_RD, padded_N, rows_FD, b, False)[0]):
                     errors.near(f"decode_backward{name}, values", got[:n], d_values)
     errors.check()
 
@@ -251,8 +255,38 @@ def check_dense(fast: Any, device: torch.device) -> None:
             errors.near("masked_copy", values_BF, torch.where(mask_BF, x_BF.double(), 0))
             errors.near("select, sums", sums_F, torch.where(mask_BF, x_BF.double(), 0).sum(0))
             check_formulas(fast, errors, pre_BF, mask_BF)
+            if fast.__name__.endswith("triton"):
+                check_dense_in_bfloat16(fast, errors, pre_BF.bfloat16(), threshold)
             errors.places("count_positive", (fast.count_positive(values_BF) != (values_BF > 0).sum(0)).sum())
     errors.check()
+
+
+def check_dense_in_bfloat16(fast: Any, errors: Errors, pre_BF: Tensor, threshold: Tensor | float) -> None:
+    """Arrays in bfloat16, whose sums are of float32."""
+    values_BF, mask_BF = torch.empty_like(pre_BF), torch.empty_like(pre_BF, dtype=torch.bool)
+    wanted_BF, wanted_mask_BF = torch.empty_like(pre_BF).double(), torch.empty_like(mask_BF)
+    of_latents = fast.threshold_dense(pre_BF, threshold, values_BF, mask_BF)
+    wanted = reference.threshold_dense(pre_BF.double(), threshold, wanted_BF, wanted_mask_BF)
+    for a, b in zip(of_latents, wanted, strict=True):
+        errors.near("split of bfloat16, sums", a, b)
+    errors.places("split of bfloat16", ((values_BF != wanted_BF) | (mask_BF != wanted_mask_BF)).sum())
+    x_BF = torch.randn_like(pre_BF)
+    sums_F = fast.masked_copy(mask_BF, x_BF, values_BF)
+    errors.places("masked_copy of bfloat16", (values_BF != torch.where(mask_BF, x_BF, 0)).sum())
+    errors.near("select of bfloat16, sums", sums_F, torch.where(mask_BF, x_BF.double(), 0).sum(0))
+    errors.places(
+        "count_positive of bfloat16", (fast.count_positive(values_BF) != (values_BF > 0).sum(0)).sum()
+    )
+    (name, count, formula), v_BF = FORMULAS[0], torch.where(mask_BF, pre_BF.abs() + 0.1, 0)
+    kernels, w_F = fast.fused(formula, count), [torch.randn(v_BF.shape[1], device=v_BF.device)]
+    inputs = [t.double().requires_grad_() for t in (v_BF, *w_F)]
+    exact_BF, d_BF, out_BF = torch.where(mask_BF, formula(*inputs), 0), *torch.empty(2, *v_BF.shape).to(v_BF)
+    kernels.map(v_BF, mask_BF, out_BF, w_F)
+    errors.places(f"fused {name} in bfloat16", (out_BF != exact_BF.bfloat16()).sum())
+    _, (d_w_F,) = kernels.gradients(v_BF, mask_BF, x_BF, d_BF, w_F)
+    wanted_v, wanted_w = torch.autograd.grad(exact_BF, inputs, x_BF.double())
+    errors.places(f"fused {name} in bfloat16, gradient", (d_BF != wanted_v.bfloat16()).sum())
+    errors.near(f"fused {name} in bfloat16, of numbers", d_w_F, wanted_w)
 
 
 def check_formulas(fast: Any, errors: Errors, values_BF: Tensor, mask_BF: Tensor) -> None:

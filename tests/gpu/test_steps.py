@@ -87,6 +87,13 @@ def test_captured_steps_match_uncaptured_ones(name: str, sparse: bool) -> None:
     assert trained(name, "captured", sparse=sparse)[0] == pytest.approx(wanted, rel=LOSS_ERROR)
 
 
+@needs_gpu
+@layouts
+def test_steps_in_bfloat16_are_near_those_in_float32(name: str, sparse: bool) -> None:
+    wanted, _ = trained(name, "captured", sparse=sparse)
+    assert trained(name, "captured", sparse=sparse, bf16=True)[0] == pytest.approx(wanted, rel=0.02)
+
+
 @layouts
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_a_second_run_is_bit_equal(name: str, sparse: bool, bf16: bool) -> None:

@@ -80,7 +80,10 @@ def test_an_sae_takes_what_was_said(name, bf16):
         member.sparse |= step > 1
         member.use_estimate |= step > 1
         member.step(torch.randn(B, D, generator=torch.Generator().manual_seed(step)), step)
-    assert abs(tensor_bytes(member.group, apart=[scratch]) - sae_bytes(kind.memory, D, F, bf16=bf16)) <= 64
+    assert (
+        abs(tensor_bytes(member.group, apart=[scratch]) - sae_bytes(kind.memory, D, F, copies=int(bf16)))
+        <= 64
+    )
     if cpu.available():
         assert tensor_bytes(scratch) == workspace_bytes(kind.memory, B, D, F, bf16=bf16)
 
@@ -262,7 +265,8 @@ def test_a_dry_run_tells_it(wide_model, text_file, tmp_path):
     lines = plan.describe().splitlines()
     for name in c.architectures:
         for width in c.dictionary_widths:
-            bytes_of = sae_bytes(architecture(name).memory, 576, width, bf16=plan.config.precision == "bf16")
+            copies = int(plan.config.precision == "bf16")
+            bytes_of = sae_bytes(architecture(name).memory, 576, width, copies=copies)
             assert any(
                 line.split()[:2] == [name, f"{width:,}"] and memory.size(bytes_of) in line for line in lines
             )

@@ -285,7 +285,7 @@ def test_the_update_is_adam_with_the_decoder_s_constraint(form, dtype, constrain
         constraint=constraint,
         clip=clip,
         betas=(beta1, 0.999),
-        bf16_copy="W_enc",
+        bf16_copies=("W_enc",),
     )
 
     def gradient(step, s, name):

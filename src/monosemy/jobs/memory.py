@@ -116,7 +116,8 @@ def estimate(
     D, B, M, L = model.d_model, c.sae_batch_size, c.llm_batch_size, c.context_length
     of_lm, bf16 = BYTES[c.dtype], c.precision == "bf16"
     number = {row: len(sites) * row.per_site for row in grid}
-    saes = {row: sae_bytes(row.memory, D, row.width, bf16=bf16) for row in grid}
+    copies = bf16 * (2 if gpu else 1)
+    saes = {row: sae_bytes(row.memory, D, row.width, copies=copies) for row in grid}
     all_saes = sum(saes[row] * n for row, n in number.items())
     weights = {row: 4 * _parameters(row.memory, D, row.width) for row in grid}
 
@@ -202,11 +203,11 @@ def _evaluation(
     )
 
 
-def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, bf16: bool = False) -> int:
-    """Count one SAE in training: parameters and moments in float32, W_enc's bfloat16 copy, dead-latent
-    counters."""
+def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, copies: int = 0) -> int:
+    """Count one SAE in training: parameters and moments in float32, copies of matrices in bfloat16,
+    dead-latent counters."""
     parameters = 4 * _parameters(memory, D, F) * (1 + memory.moments)
-    return parameters + 4 * memory.centers * D + 2 * F * D * bf16 + 8 * F + COUNTERS
+    return parameters + 4 * memory.centers * D + 2 * F * D * copies + 8 * F + COUNTERS
 
 
 def workspace_bytes(

@@ -46,18 +46,20 @@ def preactivations(
     W_FD: Tensor,
     b_F: Tensor,
     *,
-    bf16: bool | Tensor = False,
+    bf16: bool = False,
+    bf16_FD: Tensor | None = None,
     use_estimate: bool = False,
     workspace: Workspace | None = None,
 ) -> Tensor | Estimate:
-    """Compute x W^T + b, [B, F], outside autograd; with `bf16`, which may be W's copy in it, the product is
-    of bfloat16 operands, and rounded to it.
+    """Compute x W^T + b, [B, F], outside autograd; with `bf16` the product is of bfloat16 operands, and
+    rounded to it. `bf16_FD` is W's copy in it.
 
     Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from
     the product of float32.
     """
     workspace = workspace or Workspace()
-    bf16_FD = None if bf16 is False else W_FD.bfloat16() if bf16 is True else bf16
+    if bf16 and bf16_FD is None:
+        bf16_FD = W_FD.bfloat16()
     if (
         use_estimate
         and (estimate := backend_for(x_BD).estimate(x_BD, W_FD, b_F, workspace, bf16_FD)) is not None
@@ -85,6 +87,20 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
     On a GPU the lists hold `capacity` entries.
     """
     return backend_for(pre).above(pre, threshold, capacity)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply matrices. On a GPU a product of bfloat16 ones is not rounded to it on the way to `dtype`."""
+    if a.dtype != dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _d_b_dec(d_b_F: Tensor, W_FD: Tensor, rows_FD: Tensor | None) -> Tensor:
+    """Return b_dec's gradient from that of b_enc: b_dec enters every pre-activation by W_enc."""
+    if rows_FD is None:
+        return -(d_b_F @ W_FD)
+    return -_product(d_b_F.to(rows_FD.dtype)[None], rows_FD, d_b_F.dtype)[0]
 
 
 # --- the sparse layout --------------------------------------------------------------------------------------
@@ -151,9 +167,10 @@ class _EncodeSparse(Function):
         x_BD: Tensor,
         values_N: Tensor,
         pattern: SparsePattern,
+        rows_FD: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(W_FD, x_BD)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.rows_FD = pattern, rows_FD
         return values_N.view_as(values_N)
 
     @staticmethod
@@ -161,8 +178,11 @@ class _EncodeSparse(Function):
         W_FD, x_BD = ctx.saved_tensors
         if ctx.pattern.valid_N is not None:
             g_N = torch.where(ctx.pattern.valid_N, g_N, 0)
+        rows_FD = ctx.rows_FD
+        x_BD = x_BD if rows_FD is None else x_BD.to(rows_FD.dtype)
         d_W_FD, d_b_F = backend_for(W_FD).encode_backward(g_N.contiguous(), x_BD, ctx.pattern)
-        return d_W_FD, d_b_F, -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None, None, None, None
+        d_b_dec_D = _d_b_dec(d_b_F, W_FD, rows_FD) if ctx.needs_input_grad[2] else None
+        return d_W_FD, d_b_F, d_b_dec_D, None, None, None, None
 
 
 def encode_sparse(
@@ -172,35 +192,43 @@ def encode_sparse(
     centered_BD: Tensor,
     values_N: Tensor,
     pattern: SparsePattern,
+    rows_FD: Tensor | None = None,
 ) -> Tensor:
     """Return the pre-activations of the entries, [N], differentiable in W_enc, b_enc and b_dec (where x was
     centered by it).
 
     x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of
-    [B, F] with it.
+    [B, F] with it. `rows_FD` is W_enc in the precision in which the backward pass takes it and x.
     """
-    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centered_BD, values_N, pattern)
+    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centered_BD, values_N, pattern, rows_FD)
 
 
 class _Decode(Function):
     @staticmethod
-    def forward(ctx: Any, values_N: Tensor, W_FD: Tensor, pattern: SparsePattern) -> Tensor:
-        ctx.save_for_backward(values_N, W_FD)
+    def forward(
+        ctx: Any, values_N: Tensor, W_FD: Tensor, pattern: SparsePattern, rows_FD: Tensor | None
+    ) -> Tensor:
+        rows_FD = W_FD if rows_FD is None else rows_FD
+        ctx.save_for_backward(values_N, rows_FD)
         ctx.pattern = pattern
-        return backend_for(W_FD).decode(values_N, W_FD, pattern)
+        return backend_for(W_FD).decode(values_N, rows_FD, pattern)
 
     @staticmethod
-    def backward(ctx: Any, g_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        values_N, W_FD = ctx.saved_tensors
-        d_values_N, d_W_FD = backend_for(W_FD).decode_backward(
-            g_RD.contiguous(), values_N, W_FD, ctx.pattern, ctx.needs_input_grad[1]
+    def backward(ctx: Any, g_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        values_N, rows_FD = ctx.saved_tensors
+        d_values_N, d_W_FD = backend_for(values_N).decode_backward(
+            g_RD.to(rows_FD.dtype).contiguous(), values_N, rows_FD, ctx.pattern, ctx.needs_input_grad[1]
         )
-        return d_values_N, d_W_FD, None
+        return d_values_N, d_W_FD, None, None
 
 
-def decode(values_N: Tensor, W_FD: Tensor, pattern: SparsePattern) -> Tensor:
-    """Sum by bag: value times the latent's row of W, [R, D]."""
-    return _Decode.apply(values_N.contiguous(), W_FD, pattern)
+def decode(values_N: Tensor, W_FD: Tensor, pattern: SparsePattern, rows_FD: Tensor | None = None) -> Tensor:
+    """Sum by bag: value times the latent's row of W, [R, D].
+
+    `rows_FD` is W in the precision in which its rows, and those of the gradient, are gathered; sums are of
+    float32.
+    """
+    return _Decode.apply(values_N.contiguous(), W_FD, pattern, rows_FD)
 
 
 # --- the dense layout ---------------------------------------------------------------------------------------
@@ -228,31 +256,34 @@ class _EncodeDense(Function):
         threshold: Tensor | float,
         buffer: Buffer,
         bf16: bool,
+        rows_FD: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        values_BF, mask_BF = buffer(W_FD), buffer(W_FD, torch.bool)
+        # on a GPU, where what is above the threshold is kept as it is, in bfloat16, too
+        values_BF = buffer(pre_BF if pre_BF.is_cuda else W_FD)
+        mask_BF = buffer(W_FD, torch.bool)
         sums_F, counts_F = backend_for(W_FD).threshold_dense(pre_BF, threshold, values_BF, mask_BF)
         ctx.save_for_backward(W_FD, x_BD, mask_BF)
         ctx.mark_non_differentiable(mask_BF, counts_F)
         ctx.set_materialize_grads(False)
-        ctx.bf16, ctx.buffer = bf16, buffer
+        ctx.bf16, ctx.buffer, ctx.rows_FD, ctx.like = bf16, buffer, rows_FD, values_BF.new_empty(0)
         return values_BF, values_BF.view_as(values_BF), mask_BF, sums_F.to(W_FD.dtype), counts_F
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         W_FD, x_BD, mask_BF = ctx.saved_tensors
         first_BF, second_BF, _, g_F, _ = grads
-        d_BF = ctx.buffer(W_FD)
+        d_BF = ctx.buffer(ctx.like)
         if first_BF is None or second_BF is None:
             g_BF = next(
-                (g for g in (first_BF, second_BF) if g is not None), W_FD.new_zeros(()).expand(mask_BF.shape)
+                (g for g in (first_BF, second_BF) if g is not None), d_BF.new_zeros(()).expand(mask_BF.shape)
             )
         else:
             g_BF = torch.add(first_BF, second_BF, out=d_BF)
         # what is infinite off the support (p < 1) does not count
         d_b_F = backend_for(W_FD).masked_copy(mask_BF, g_BF, d_BF, None if g_F is None else g_F.contiguous())
         d_BF, x_BD = _operands(ctx.bf16, d_BF, x_BD)
-        d_b_dec_D = -(d_b_F @ W_FD) if ctx.needs_input_grad[2] else None
-        return (d_BF.T @ x_BD).to(W_FD.dtype), d_b_F, d_b_dec_D, None, None, None, None, None
+        d_b_dec_D = _d_b_dec(d_b_F, W_FD, ctx.rows_FD) if ctx.needs_input_grad[2] else None
+        return _product(d_BF.T, x_BD, W_FD.dtype), d_b_F, d_b_dec_D, *[None] * 6
 
 
 def encode_dense(
@@ -265,6 +296,7 @@ def encode_dense(
     buffer: Buffer,
     *,
     bf16: bool = False,
+    rows_FD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the pre-activations above a threshold and zero elsewhere, [B, F]: `encode_sparse` in the dense
     layout.
@@ -273,7 +305,7 @@ def encode_dense(
     where they are above, [B, F], and of each latent the sum of its values, which costs its gradient no pass
     of its own, and on how many tokens it is above, [F].
     """
-    return _EncodeDense.apply(W_FD, b_F, b_dec_D, centered_BD, pre_BF, threshold, buffer, bf16)
+    return _EncodeDense.apply(W_FD, b_F, b_dec_D, centered_BD, pre_BF, threshold, buffer, bf16, rows_FD)
 
 
 def _gradients(
@@ -291,7 +323,8 @@ def _gradients(
     if kernels is not None:
         total, d_w_F = kernels.gradients(values_BF, mask_BF, g_BF, d_BF, w_F)
         return total, d_BF if kernels.through_values else None, d_w_F
-    d_w_F, total = [torch.zeros_like(w) for w in w_F], values_BF.new_zeros(())
+    d_w_F = [torch.zeros_like(w) for w in w_F]
+    total = values_BF.new_zeros((), dtype=torch.promote_types(values_BF.dtype, torch.float32))
     one = values_BF.new_ones(())
     d_values = None
     for rows in by_rows(values_BF):
@@ -303,7 +336,8 @@ def _gradients(
         backend_for(made).masked_copy(
             mask_BF[rows], one.expand(made.shape) if g_BF is None else g_BF[rows], d_BF[rows]
         )
-        d_values, *parts = torch.autograd.grad(made, inputs, d_BF[rows], allow_unused=True)
+        d_made = d_BF[rows].to(made.dtype)
+        d_values, *parts = torch.autograd.grad(made, inputs, d_made, allow_unused=True)
         for d_F, part_F in zip(d_w_F, parts, strict=True):
             d_F += 0 if part_F is None else part_F
         if d_values is not None:
@@ -396,7 +430,8 @@ class _TotalDense(Function):
         if not any(ctx.needs_input_grad) and kernels is not None:
             return kernels.total(values_BF, mask_BF, w_F)
         if not any(ctx.needs_input_grad):
-            total, out_BF = values_BF.new_zeros(()), buffer(values_BF)
+            total = values_BF.new_zeros((), dtype=torch.promote_types(values_BF.dtype, torch.float32))
+            out_BF = buffer(values_BF)
             for rows in by_rows(values_BF):
                 made = function(values_BF[rows], *w_F)
                 total += backend_for(made).masked_copy(mask_BF[rows], made, out_BF[: len(made)]).sum()
@@ -436,23 +471,28 @@ def count_positive(values_BF: Tensor) -> Tensor:
 
 class _DecodeDense(Function):
     @staticmethod
-    def forward(ctx: Any, values_BF: Tensor, W_FD: Tensor, buffer: Buffer, bf16: bool) -> Tensor:
-        v_BF, w_FD = _operands(bf16, values_BF, W_FD)
+    def forward(
+        ctx: Any, values_BF: Tensor, W_FD: Tensor, buffer: Buffer, bf16: bool, bf16_FD: Tensor | None
+    ) -> Tensor:
+        v_BF, w_FD = _operands(bf16, values_BF, W_FD if bf16_FD is None else bf16_FD)
         ctx.save_for_backward(v_BF, w_FD)
-        ctx.bf16, ctx.dtype, ctx.buffer = bf16, W_FD.dtype, buffer
-        return (v_BF @ w_FD).to(W_FD.dtype)
+        ctx.bf16, ctx.dtype, ctx.of_values, ctx.buffer = bf16, W_FD.dtype, values_BF.dtype, buffer
+        return _product(v_BF, w_FD, W_FD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
         v_BF, w_FD = ctx.saved_tensors
         (g_BD,) = _operands(ctx.bf16, g_BD)
-        d_W_FD = (v_BF.T @ g_BD).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return torch.mm(g_BD, w_FD.T, out=ctx.buffer(g_BD)).to(ctx.dtype), d_W_FD, None, None
+        d_W_FD = _product(v_BF.T, g_BD, ctx.dtype) if ctx.needs_input_grad[1] else None
+        d_values_BF = torch.mm(g_BD, w_FD.T, out=ctx.buffer(g_BD)).to(ctx.of_values)
+        return d_values_BF, d_W_FD, None, None, None
 
 
-def decode_dense(values_BF: Tensor, W_FD: Tensor, buffer: Buffer, *, bf16: bool = False) -> Tensor:
+def decode_dense(
+    values_BF: Tensor, W_FD: Tensor, buffer: Buffer, *, bf16: bool = False, bf16_FD: Tensor | None = None
+) -> Tensor:
     """Compute values W, [B, D]: `decode` in the dense layout.
 
-    With `bf16` its products, of the backward pass too, are of bfloat16 operands.
+    With `bf16` its products, of the backward pass too, are of bfloat16 operands; `bf16_FD` is W's copy in it.
     """
-    return _DecodeDense.apply(values_BF, W_FD, buffer, bf16)
+    return _DecodeDense.apply(values_BF, W_FD, buffer, bf16, bf16_FD)

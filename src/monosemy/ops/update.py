@@ -20,9 +20,9 @@ class Optimizer:
     """Adam over stacked parameters {name: [S, ..]}, with the decoder's constraint and the clipping of the
     architecture.
 
-    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `bf16_copy` names a parameter
-    of which a bfloat16 copy is kept up to date, for products in that precision. An SAE whose loss or gradient
-    is not finite is left as it is.
+    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `bf16_copies` names
+    parameters of which a bfloat16 copy is kept up to date, for products and gathers in that precision. An SAE
+    whose loss or gradient is not finite is left as it is.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Optimizer:
         clip: float | None,
         betas: tuple[float, float],
         eps: float = 1e-8,
-        bf16_copy: str | None = None,
+        bf16_copies: Sequence[str] = (),
     ) -> None:
         self.params, self.decoder, self.constraint = dict(params), decoder, constraint
         self.adam = Adam(clip, betas, eps)
@@ -42,7 +42,7 @@ class Optimizer:
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
         W = self.params[decoder]
         self.steps_S = torch.zeros(len(W), dtype=torch.float32, device=W.device)
-        self.bf16_copies = {bf16_copy: self.params[bf16_copy].bfloat16()} if bf16_copy else {}
+        self.bf16_copies = {name: self.params[name].bfloat16() for name in bf16_copies}
 
     def constraint_of(self, name: str) -> Constraint:
         return self.constraint if name == self.decoder else "free"

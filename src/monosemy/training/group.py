@@ -59,13 +59,16 @@ class TrainerGroup:
     def optimizer(self) -> ops.Optimizer:
         """The update of all SAEs; made when it is first needed, from the weights that are there then."""
         first = self.trainers[0]
+        copies = (
+            ("W_enc", "W_dec") if self.params["W_enc"].is_cuda else ("W_enc",)
+        )  # a CPU gathers in float32
         return ops.Optimizer(
             self.params,
             decoder="W_dec",
             constraint=first.sae.constraint,
             clip=first.sae.clip,
             betas=first.sae.betas,
-            bf16_copy="W_enc" if first.bf16 else None,
+            bf16_copies=copies if first.bf16 else (),
         )
 
     def step(self, batches: Mapping[str, Tensor], step: int) -> None:
@@ -118,14 +121,14 @@ class TrainerGroup:
 
     def _forward(self, members: slice, batches: Mapping[str, Tensor], step: int) -> list[StepResult]:
         """Run the forward and backward passes of some of the SAEs."""
-        W_enc_bf16 = self.optimizer.bf16_copies.get("W_enc")
+        bf16_copies = self.optimizer.bf16_copies
         passes = [
             partial(
                 trainer.forward,
                 batches[trainer.name],
                 step,
                 self.scales_2S[1, s],
-                None if W_enc_bf16 is None else W_enc_bf16[s],
+                {name: copy_S[s] for name, copy_S in bf16_copies.items()},
             )
             for s, trainer in list(enumerate(self.trainers))[members]
         ]

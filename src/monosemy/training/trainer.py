@@ -231,13 +231,21 @@ class SAETrainer:
         return self.sparse, self.capacity, self.any_dead, architecture_phase
 
     def forward(
-        self, x_BD: Tensor, step: int, sparsity_scale: Tensor | float, W_enc_bf16: Tensor | None = None
+        self,
+        x_BD: Tensor,
+        step: int,
+        sparsity_scale: Tensor | float,
+        bf16_copies: Mapping[str, Tensor] | None = None,
     ) -> StepResult:
-        """Compute the loss and the gradient of each parameter on a batch of scaled activations."""
+        """Compute the loss and the gradient of each parameter on a batch of scaled activations.
+
+        `bf16_copies` are weights in that precision, which takes products then.
+        """
         x_BD = self._centered(x_BD)
         execution = Execution(
             sparse=self.sparse,
-            bf16=False if W_enc_bf16 is None else W_enc_bf16,
+            bf16=bool(bf16_copies),
+            bf16_copies=[(getattr(self.sae, name), copy) for name, copy in (bf16_copies or {}).items()],
             use_estimate=self.sparse and self.use_estimate,
             workspace=None if x_BD.is_cuda else self.workspace,  # CUDA graphs have memory of their own
             capacity=self.capacity,

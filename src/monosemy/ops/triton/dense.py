@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from monosemy.ops.triton.launch import ROWS, columns, key_bits, on_device, require_float32
+from monosemy.ops.triton.launch import ROWS, columns, key_bits, on_device, require_floats
 from monosemy.ops.triton.selection_kernels import is_above, load_row
 
 
@@ -51,7 +51,7 @@ def _count_positive_kernel(x_BF, parts_PF, B, F: tl.constexpr, ROWS: tl.constexp
     first = tl.program_id(1) * ROWS
     count = tl.zeros([BLOCK], tl.float32)
     for row in range(first, tl.minimum(first + ROWS, B)):
-        x = tl.load(x_BF + tl.cast(row, tl.int64) * F + cols, mask=cols < F, other=0)
+        x = tl.load(x_BF + tl.cast(row, tl.int64) * F + cols, mask=cols < F, other=0).to(tl.float32)
         count += (x > 0).to(tl.float32)
     tl.store(parts_PF + tl.program_id(1) * F + cols, count, mask=cols < F)
 
@@ -78,7 +78,8 @@ def _select_kernel(
     add = total if add_F is None else tl.load(add_F + cols, mask=cols < F, other=0)
     for row in range(first, tl.minimum(first + ROWS, B)):
         at = tl.cast(row, tl.int64) * F + cols
-        x = tl.load(x_BF + tl.cast(row, tl.int64) * stride_B + cols * STRIDE_F, mask=cols < F, other=0)
+        place = tl.cast(row, tl.int64) * stride_B + cols * STRIDE_F
+        x = tl.load(x_BF + place, mask=cols < F, other=0).to(tl.float32)
         x = tl.where(tl.load(mask_BF + at, mask=cols < F, other=0) != 0, x + add, 0.0)
         tl.store(out_BF + at, x, mask=cols < F)
         total += x
@@ -91,9 +92,9 @@ def threshold_dense(
     """Write where the pre-activations are above a threshold, and what they are there and zero elsewhere, [B,
     F]; their sums and counts."""
     key_bits(pre_BF)
-    require_float32(values_BF=values_BF)
+    require_floats(values_BF=values_BF)
     (B, F), threshold, block = pre_BF.shape, on_device(threshold, pre_BF), columns(pre_BF.shape[1])
-    parts_2PF = values_BF.new_empty(2, cdiv(B, ROWS), F)
+    parts_2PF = values_BF.new_empty(2, cdiv(B, ROWS), F, dtype=torch.float32)
     outputs, each = (values_BF, mask_BF.view(torch.uint8), parts_2PF), threshold.ndim
     grid = (cdiv(F, block), cdiv(B, ROWS))
     _split_kernel[grid](pre_BF, threshold, *outputs, B, F=F, EACH=each, ROWS=ROWS, BLOCK=block)
@@ -104,12 +105,12 @@ def threshold_dense(
 def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
     """Write x, plus a number of each latent, where the mask is set and zero elsewhere; returns the sums, [F].
     x may have any strides."""
-    require_float32(out_BF=out_BF)
-    assert mask_BF.is_contiguous() and x_BF.dtype == torch.float32, (
-        "mask_BF: not contiguous, or x_BF: not float32"
+    require_floats(out_BF=out_BF)
+    assert mask_BF.is_contiguous() and x_BF.dtype in (torch.float32, torch.bfloat16), (
+        "mask_BF: not contiguous, or x_BF: neither float32 nor bfloat16"
     )
     (B, F), block = out_BF.shape, columns(out_BF.shape[1])
-    parts_PF = out_BF.new_empty(cdiv(B, ROWS), F)
+    parts_PF = out_BF.new_empty(cdiv(B, ROWS), F, dtype=torch.float32)
     grid, (stride_B, stride_F) = (cdiv(F, block), len(parts_PF)), x_BF.stride()
     mask = mask_BF.view(torch.uint8)
     _select_kernel[grid](
@@ -120,8 +121,8 @@ def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | N
 
 def count_positive(x_BF: Tensor) -> Tensor:
     """Return on how many tokens each latent is positive, float32 [F]."""
-    require_float32(x_BF=x_BF)
+    require_floats(x_BF=x_BF)
     (B, F), block = x_BF.shape, columns(x_BF.shape[1])
-    parts_PF = x_BF.new_empty(cdiv(B, ROWS), F)
+    parts_PF = x_BF.new_empty(cdiv(B, ROWS), F, dtype=torch.float32)
     _count_positive_kernel[(cdiv(F, block), len(parts_PF))](x_BF, parts_PF, B, F=F, ROWS=ROWS, BLOCK=block)
     return parts_PF.sum(0)

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 from triton import cdiv
 
-from monosemy.ops.triton.launch import ROWS, columns, require_float32
+from monosemy.ops.triton.launch import ROWS, columns, require_float32, require_floats
 from monosemy.system.files import cache_folder, write_text
 
 SAMPLE_B, SAMPLE_F = 3, 5  # of the tensors that formulas are traced on
@@ -151,11 +151,12 @@ class Fused:
     ) -> list[Tensor]:
         """Launch the kernel that writes what is asked for. Returns the sum, if asked for, and those over
         tokens that the gradients are made of."""
-        require_float32(values_BF=values_BF, **{f"w_F[{i}]": w for i, w in enumerate(w_F)})
+        require_floats(values_BF=values_BF)
+        require_float32(**{f"w_F[{i}]": w for i, w in enumerate(w_F)})
         (B, F), block = values_BF.shape, columns(values_BF.shape[1])
         kernel = _compiled(_source(self, out=out_BF is not None, total=total, gradients=d_BF is not None))
         count = total + len(self.sums) * (d_BF is not None)
-        parts_KPF = values_BF.new_empty(count, cdiv(B, ROWS), F)
+        parts_KPF = values_BF.new_empty(count, cdiv(B, ROWS), F, dtype=torch.float32)
         g_BF = None if g_BF is None else g_BF.contiguous()
         mask = mask_BF.view(torch.uint8)
         arrays = (values_BF, mask, g_BF, out_BF, d_BF if self.through_values else None, parts_KPF)
@@ -163,7 +164,7 @@ class Fused:
         kernel[grid](*arrays, *w_F, B, F=F, ROWS=ROWS, BLOCK=block)
         sums_KF = parts_KPF.sum(1) if count else parts_KPF[:, 0]
         found = list(sums_KF.unbind())
-        whole = found.pop(0).sum() if total else values_BF.new_zeros(())
+        whole = found.pop(0).sum() if total else parts_KPF.new_zeros(())
         return [whole, *found]
 
 
@@ -204,10 +205,10 @@ def fused_kernel(
     for row in range(first, tl.minimum(first + ROWS, B)):
         at = tl.cast(row, tl.int64) * F + cols
         m = tl.load(mask_BF + at, mask=there, other=0) != 0
-        v = tl.load(values_BF + at, mask=there, other=0.0)
+        v = tl.load(values_BF + at, mask=there, other=0.0).to(tl.float32)
         g = tl.where(m, 1.0, 0.0)
         if g_BF is not None:
-            g = tl.where(m, tl.load(g_BF + at, mask=there, other=0.0), 0.0)
+            g = tl.where(m, tl.load(g_BF + at, mask=there, other=0.0).to(tl.float32), 0.0)
         {body}
     {after}
 """

@@ -41,6 +41,13 @@ def on_device(threshold: Tensor | float, pre_BF: Tensor) -> Tensor:
     return threshold.contiguous() if threshold.ndim else threshold.to(pre_BF.dtype)
 
 
+def require_floats(**tensors: Tensor) -> None:
+    """Assert that tensors are contiguous and of a precision that kernels read and compute on in float32."""
+    for name, t in tensors.items():
+        known = t.dtype in (torch.float32, torch.bfloat16)
+        assert t.is_contiguous() and known, f"{name}: not contiguous, or neither float32 nor bfloat16"
+
+
 def require_float32(**tensors: Tensor) -> None:
     """Assert that tensors are contiguous and of float32, as kernels read them."""
     for name, t in tensors.items():

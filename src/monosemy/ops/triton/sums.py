@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from monosemy.ops.pattern import SparsePattern
-from monosemy.ops.triton.launch import require_float32
+from monosemy.ops.triton.launch import require_float32, require_floats
 
 CHUNK = 128  # entries of a latent that one program takes
 
@@ -101,7 +101,7 @@ def _decode_kernel(
         W = tl.load(
             W_FD + latents[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
         )
-        total_D += tl.sum(values[:, None] * W, 0)
+        total_D += tl.sum(values[:, None] * W.to(tl.float32), 0)
     tl.store(out_RD + bag * D + d, total_D, mask=d < D)
 
 
@@ -151,14 +151,15 @@ def _by_latent_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total_D = tl.zeros([BLOCK_D], tl.float32)
     if W_FD is not None:
-        W_D = tl.load(W_FD + latent.to(tl.int64) * D + d, mask=d < tl.where(begin < end, D, 0), other=0)
+        there = d < tl.where(begin < end, D, 0)
+        W_D = tl.load(W_FD + latent.to(tl.int64) * D + d, mask=there, other=0).to(tl.float32)
     for first in range(begin, end, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         place = tl.load(order_N + at, mask=at < end, other=0)
         bags = tl.load(bags_N + place, mask=at < end, other=0).to(tl.int64)
         rows = tl.load(
             rows_RD + bags[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
-        )
+        ).to(tl.float32)
         if W_FD is not None:
             tl.store(d_values_N + place, tl.sum(rows * W_D[None, :], 1), mask=at < end)
         if pieces_D is not None:
@@ -246,9 +247,10 @@ def _bags(e: SparsePattern) -> Tensor:
 
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     """Sum by bag: value times the latent's row of W, [R, D]."""
-    require_float32(values_N=values_N, W_FD=W_FD)
+    require_float32(values_N=values_N)
+    require_floats(W_FD=W_FD)
     D = W_FD.shape[1]
-    out_RD, tile = W_FD.new_empty(e.R, D), _tile(D, 1024)
+    out_RD, tile = values_N.new_empty(e.R, D), _tile(D, 1024)
     _decode_kernel[(e.R, cdiv(D, tile["BLOCK_D"]))](
         values_N, W_FD, e.indices_N, e.offsets_R1, out_RD, D=D, **tile
     )
@@ -264,7 +266,7 @@ def _by_latent(
     tile = _tile(D, 1024 if W_FD is None else next_power_of_2(D))
     cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
     d_values_N = None if W_FD is None else torch.zeros_like(values_N)
-    pieces_D = rows_RD.new_empty(e.F + cuts, D) if weight else None
+    pieces_D = values_N.new_empty(e.F + cuts, D) if weight else None
     where = (e.indices_N, _bags(e), order_N, offsets_F1)
     _by_latent_kernel[(e.F + cuts, blocks)](
         rows_RD, values_N, W_FD, *where, d_values_N, pieces_D, e.F, D=D, CHUNK=CHUNK, **tile
@@ -282,7 +284,8 @@ def decode_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F,
     D]."""
-    require_float32(g_RD=g_RD, values_N=values_N, W_FD=W_FD)
+    require_float32(values_N=values_N)
+    require_floats(g_RD=g_RD, W_FD=W_FD)
     d_values_N, d_W_FD = _by_latent(g_RD, values_N, W_FD, e, weight)
     assert d_values_N is not None
     return d_values_N, d_W_FD
@@ -291,7 +294,8 @@ def decode_backward(
 def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
     """Return the gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D],
     and b_enc, [F]. Bags are tokens."""
-    require_float32(g_N=g_N, x_BD=x_BD)
+    require_float32(g_N=g_N)
+    require_floats(x_BD=x_BD)
     d_W_FD = _by_latent(x_BD, g_N, None, e, True)[1]
     assert d_W_FD is not None
     return d_W_FD, sum_by_latent(g_N, e)
