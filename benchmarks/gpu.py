@@ -13,7 +13,7 @@ and says which it left out.
 
 smoke: a few steps of every architecture and layout at each shape, which must have finite losses; the first
     to run, so that what is broken shows at once, and kernels are compiled before they are timed.
-steps: the eight architectures, the encoder's product of bfloat16 operands, k or L0 = 80 (ReLU kinds: b_enc
+steps: the eight architectures, the TopK kinds with AuxK, too; the encoder's product of bfloat16 operands, k or L0 = 80 (ReLU kinds: b_enc
     lowered until L0 is 80, in the sparse layout; then as they begin, in the dense one). Each step lies
     between two events; medians. The floor is the least time that
     the same maths takes at rates measured here: the encoder's product, a reading of it, the rows that
@@ -111,13 +111,16 @@ def layouts(name: str) -> tuple[bool, ...]:
     return (False,) if name in TOP_K else (False, True)
 
 
-def stepping(report: Report, name: str, D: int, F: int, batches: list[Tensor], *, dense: bool) -> Stepping:
-    """One SAE that is ready to be timed."""
+def stepping(
+    report: Report, name: str, D: int, F: int, batches: list[Tensor], *, dense: bool, auxk: bool = False
+) -> Stepping:
+    """One SAE that is ready to be timed, with AuxK if latents may be dead; none is."""
     sizes = report.sizes
     sae = drawn(name, D, F, sizes.k, report.device)
     if name in RELU and not dense:
         thin_out(sae, batches[0], sizes.k)
-    return Stepping([member(sae, "", sizes.B, sizes.k, workspace=ops.Workspace(), dense=dense)], batches)
+    alone = member(sae, "", sizes.B, sizes.k, workspace=ops.Workspace(), dense=dense, any_dead=auxk)
+    return Stepping([alone], batches)
 
 
 def smoke(report: Report) -> None:
@@ -166,10 +169,18 @@ def target(ms: float, floor: float) -> str:
 
 
 def time_steps(
-    report: Report, rates: Rates, name: str, D: int, F: int, batches: list[Tensor], *, dense: bool
+    report: Report,
+    rates: Rates,
+    name: str,
+    D: int,
+    F: int,
+    batches: list[Tensor],
+    *,
+    dense: bool,
+    auxk: bool = False,
 ) -> None:
     sizes, device = report.sizes, report.device
-    run = stepping(report, name, D, F, batches, dense=dense)
+    run = stepping(report, name, D, F, batches, dense=dense, auxk=auxk)
     free(device)
     reset_peak(device)
     ms = milliseconds(run.warmed(), sizes.timed, device)
@@ -191,7 +202,7 @@ def time_steps(
         asked,
     )
     more = {"floor_ms": floor, "ratio": ms / floor, "eager_ms": eager_ms, "peak_bytes": memory, "l0": l0}
-    report.add(label(name, D, F, dense), ms, "ms", note=note, **more)
+    report.add(label(name, D, F, dense) + " AuxK" * auxk, ms, "ms", note=note, **more)
 
 
 def tell_rates(report: Report, rates: Rates, shapes: tuple[tuple[int, int], ...]) -> None:
@@ -230,6 +241,8 @@ def steps(report: Report) -> None:
                     with report.case(label(name, D, F, dense)) as there_is_time:
                         if there_is_time:
                             time_steps(report, rates, name, D, F, batches, dense=dense)
+                            if name in TOP_K:
+                                time_steps(report, rates, name, D, F, batches, dense=dense, auxk=True)
 
 
 SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")

@@ -120,8 +120,12 @@ def _decode(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
 
 
 def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
-    gathered = entries(len(a["order_N"])) * a["D"] * a["rows_RD"].element_size()
-    return Launch("", size([a["W_FD"]]) + a["F"] * a["D"] * 4 * (a["pieces_D"] is not None), gathered)
+    number = entries(len(a["order_N"]))
+    gathered = number * a["D"] * a["rows_RD"].element_size()
+    # of AuxK's rows, which are added to what is there, only those of dead latents
+    written = 0 if a["out_FD"] is None else 2 * min(number, a["F"]) if a["ADD"] else a["F"]
+    read = min(number, a["F"]) * a["D"] * a["W_FD"].element_size() if a["W_FD"] is not None else 0
+    return Launch("", read + 4 * a["D"] * written, gathered)
 
 
 def _join(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:

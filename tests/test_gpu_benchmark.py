@@ -45,7 +45,12 @@ def test_the_tiny_form_runs_every_section(
     assert {row["verdict"] for row in rows} == {""}
     by_section = {name: [row for row in rows if row["section"] == name] for name in gpu.SECTIONS}
     steps = {row["case"]: row for row in by_section["steps"] if row["unit"] == "ms"}
-    assert list(steps) == ["batch_top_k 24x128", "gated 24x128", "gated 24x128 dense"]
+    assert list(steps) == [
+        "batch_top_k 24x128",
+        "batch_top_k 24x128 AuxK",
+        "gated 24x128",
+        "gated 24x128 dense",
+    ]
     assert all(
         row["value"] > 0 and row["ratio"] == pytest.approx(row["value"] / row["floor_ms"])
         for row in steps.values()

@@ -188,9 +188,9 @@ class SparseCodes(Codes):
         return ops.smallest(self.values, self.pattern)
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
-        e, rows_FD = self.pattern, self.pre.gathered(W_FD)
+        e, how = self.pattern, (self.pre.gathered(W_FD), self.pre.gradient(W_FD))
         if begins_G is None:
-            return ops.decode(self.values, W_FD, e, rows_FD)
+            return ops.decode(self.values, W_FD, e, *how)
         # entries are in order of tokens and latents, hence of tokens and groups: only the bags' offsets are
         # new
         flat_N = e.bags_N.long() * e.F + e.indices_N
@@ -199,7 +199,7 @@ class SparseCodes(Codes):
         places_BG = torch.arange(e.R, device=begins_G.device)[:, None] * e.F + begins_G
         starts = torch.searchsorted(flat_N, places_BG.flatten(), out_int32=True)
         bags = e.rebagged(torch.cat([starts, e.offsets_R1[-1:]]))
-        grouped = ops.decode(self.values, W_FD, bags, rows_FD)
+        grouped = ops.decode(self.values, W_FD, bags, *how)
         return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
 
 
@@ -224,6 +224,7 @@ class Preactivations:
         execution = execution or Execution()
         self.weights = (W_enc_FD, b_enc_F, b_dec_D)
         self.execution, self.buffers = execution, 0
+        self.gradients: dict[tuple[int, int], ops.WeightGradient] = {}
         self.centered_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
         self.bf16 = execution.bf16
         self.product = ops.preactivations(
@@ -256,6 +257,12 @@ class Preactivations:
     def gathered(self, W_FD: Tensor) -> Tensor | None:
         """Return what rows of a weight are gathered from instead, if from anything else."""
         return self.bf16_copy(W_FD) if W_FD.is_cuda else None
+
+    def gradient(self, W_FD: Tensor) -> ops.WeightGradient | None:
+        """Return where ops add up a weight's gradient; None where autograd adds arrays of each."""
+        if not ops.adds_in_place(W_FD):
+            return None
+        return self.gradients.setdefault(_begin(W_FD), ops.WeightGradient())
 
     def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialized [B, F] workspace.
@@ -301,7 +308,6 @@ class Preactivations:
     def _sparse(self, selection: ops.Selection, *, padded: bool) -> SparseCodes:
         F, padded = self.product_BF.shape[1], padded and self.product_BF.is_cuda
         pattern = ops.SparsePattern(selection.indices_N, selection.offsets_B1, F, padded=padded)
-        values_N = ops.encode_sparse(
-            *self.weights, self.centered_BD, selection.values_N, pattern, self.gathered(self.weights[0])
-        )
+        how = (self.gathered(self.weights[0]), self.gradient(self.weights[0]))
+        values_N = ops.encode_sparse(*self.weights, self.centered_BD, selection.values_N, pattern, *how)
         return SparseCodes(self, values_N, pattern)

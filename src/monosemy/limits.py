@@ -12,6 +12,7 @@ ESTIMATE_BELOW = 0.03
 SELECTION_TOKENS = 2048
 HEAD_ELEMENTS = 2**24  # logits held at a time in evaluation
 EVERY = 1000  # steps between a CPU's checkpoints
+CUBLAS = 2**25  # bytes that cuBLAS keeps for each stream of each thread that takes products
 STAGING = 2**28  # bytes of pinned memory that a GPU's checkpoints pass through
 IN_CACHE = 2**18  # elements that stay in a CPU's cache through several operations
 
@@ -21,7 +22,7 @@ def branches(B: int, F: int) -> int:
 
     Of small ones several, since their kernels do not fill it.
     """
-    return min(max(BRANCH_BYTES // (8 * 4 * B * F), 1), BRANCHES)
+    return min(max(BRANCH_BYTES // (6 * 4 * B * F), 1), BRANCHES)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class ArchitectureMemory:
     """Arrays of a few rows, as many as stay in the cache, at once."""
     bf16_copies: float = 1.5
     """Arrays [B, F] of operands in bfloat16 and results out of it."""
-    gpu_arrays: float = 4.5
-    """Arrays [B, F] that a GPU holds at once in the dense layout."""
+    gpu_arrays: float = 4.4
+    """Arrays [B, F] that a GPU holds at once in the dense layout, of the products' precision."""
     modes: int = 1
     """In which the SAE is evaluated."""
     products: int = 1

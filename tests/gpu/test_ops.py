@@ -196,6 +196,13 @@ def check_sums(fast: Any, device: torch.device) -> None:
                 for got, wanted in both:
                     errors.near(f"encode_backward, {x.dtype}", got, wanted)
 
+            if hasattr(fast, "add_rows"):
+                into_FD = torch.randn(F, D, device=device)
+                wanted_FD = into_FD.double()
+                fast.add_rows(padded_N, x_BD, pattern, into_FD)
+                reference.add_rows(values, x_BD.double(), exact, wanted_FD)
+                errors.near("add_rows", into_FD, wanted_FD)
+
             first_of_groups = torch.arange(B, device=device)[:, None] * F + torch.tensor(
                 [0, F // 3, F // 2], device=device
             )

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
 import triton
-from triton import next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,7 +27,8 @@ _TYPES = {
     "offsets_F1 offsets_R1 keys_N entries",
     "*i64": "table since_fired_F since_F dead nonfinite clock",
     "*bf16": "bf16_copy",
-    "*fp32": "bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N pieces_D "
+    "*fp32": "also_BF bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N "
+    "out_FD rest_D "
     "sums_F add_F parts_2PF parts_KPF g_BF d_BF w0_F w1_F w2_F x x_hat error parts_P least_R values "
     "smallest_kept active squares_S loss_S "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
@@ -50,9 +51,10 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
     types = {name: kind for kind, names in _TYPES.items() for name in names.split()}
     found = []
 
-    def add(kernel: Any, pre: str = "*bf16", num_warps: int = 4, **constexprs: Any) -> None:
+    def add(kernel: Any, pre: str = "*bf16", num_warps: int = 4, bf16: str = "", **constexprs: Any) -> None:
         of = (
             types
+            | dict.fromkeys(bf16.split(), "*bf16")
             | dict.fromkeys(("pre_BF", "maxima_BM", "coarse_BM", "threshold"), pre)
             | dict.fromkeys(constexprs, "constexpr")
         )
@@ -84,11 +86,13 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
         add(selection_kernels.pick_kernel, pre, among_F=None, **pick, num_warps=warps_for(C))
         add(selection_kernels.count_above_kernel, pre, EACH=each, **row)
         add(selection_kernels.above_kernel, pre, EACH=each, **row | some)
-        add(dense._split_kernel, pre, F=F, EACH=each, ROWS=ROWS, BLOCK=columns(F))
+        narrow = "values_BF" if bits == 16 else ""
+        add(dense._split_kernel, pre, bf16=narrow, F=F, EACH=each, ROWS=ROWS, BLOCK=columns(F))
     rows: dict[str, Any] = {"STRIDE_F": 1, "F": F, "ROWS": ROWS, "BLOCK": columns(F)}
-    add(dense._select_kernel, **rows)
-    add(dense._count_positive_kernel, F=F, ROWS=ROWS, BLOCK=columns(F))
-    add(dense._select_kernel, add_F=None, **rows)
+    for narrow in ("", "x_BF also_BF out_BF"):
+        add(dense._select_kernel, bf16=narrow, **rows)
+        add(dense._select_kernel, bf16=narrow, also_BF=None, add_F=None, **rows)
+        add(dense._count_positive_kernel, bf16=narrow, F=F, ROWS=ROWS, BLOCK=columns(F))
     add(selection_kernels.bound_rows_kernel, among_F=None, BITS=16, **row)
     add(selection_kernels.list_kernel, among_F=None, F=F, C=C, M=M, **some)
     add(selection_kernels.starts_kernel, BLOCK=1024)
@@ -105,12 +109,15 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
     add(counts._count_step_kernel, overflowed=None, BLOCK=counts.BLOCK)
     add(adam._scales_kernel, CLIP=1.0, BLOCK=4, num_warps=1)
     add(adam._scales_kernel, CLIP=None, BLOCK=4, num_warps=1)
-    whole: dict[str, Any] = sums._tile(D, next_power_of_2(D))
-    part: dict[str, Any] = sums._tile(D, 1024)
-    add(sums._decode_kernel, D=D, **part)
-    add(sums._by_latent_kernel, D=D, CHUNK=sums.CHUNK, **whole)
-    add(sums._by_latent_kernel, D=D, CHUNK=sums.CHUNK, pieces_D=None, **whole)
-    add(sums._by_latent_kernel, D=D, CHUNK=sums.CHUNK, W_FD=None, d_values_N=None, **part)
+    for dtype, narrow in ((torch.float32, ""), (torch.bfloat16, "W_FD rows_RD")):
+        whole: dict[str, Any] = {"bf16": narrow, "D": D} | sums._tile(D, dtype, whole=True)
+        part: dict[str, Any] = {"bf16": narrow, "D": D} | sums._tile(D, dtype)
+        add(sums._decode_kernel, **part | sums._tile(D, dtype, elements=8192))
+        chunks: dict[str, Any] = {"CHUNK": sums.CHUNK, "ADD": False}
+        add(sums._by_latent_kernel, **chunks, **whole)
+        add(sums._by_latent_kernel, **chunks | {"ADD": True}, **whole)
+        add(sums._by_latent_kernel, **chunks, out_FD=None, rest_D=None, **whole)
+        add(sums._by_latent_kernel, **chunks, W_FD=None, d_values_N=None, **part)
     add(sums._join_kernel, D=D, CHUNK=sums.CHUNK, BLOCK_D=whole["BLOCK_D"])
     add(adam._addresses_kernel, num_warps=1)
     constraints: tuple[Constraint, ...] = ("project", "constrain", "free")
@@ -128,7 +135,9 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
             absent: dict[str, Any] = {} if what["out"] else {"out_BF": None}
             absent |= {} if what["gradients"] else {"d_BF": None, "g_BF": None}
             constants = absent | {"F": F, "ROWS": ROWS, "BLOCK": columns(F)}
-            add(elementwise._compiled(elementwise._source(kernels, **what)), **constants)
+            for narrow in ("", "values_BF g_BF out_BF d_BF"):
+                compiled = elementwise._compiled(elementwise._source(kernels, **what))
+                add(compiled, bf16=narrow, **constants)
     return found
 
 

@@ -29,7 +29,7 @@ class Gated(SAE):
     short_run_lr = 2.5e-3  # a half more, and nearly all latents may fall silent at once
     sweep_flag = "gated_penalties"
     memory = ArchitectureMemory(
-        vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=11.25, products=2
+        vectors=3, moments=1, dense_arrays=4, cached_arrays=4.5, bf16_copies=2, gpu_arrays=6.4, products=2
     )
     constraint = "constrain"
     centered = True

@@ -80,7 +80,7 @@ class JumpReLU(SAE):
     short_run_lr = 4e-3  # above, latents fall silent
     sweep_flag = "target_l0s"
     memory = ArchitectureMemory(
-        vectors=2, moments=1, dense_arrays=5, cached_arrays=2.5, bf16_copies=1, gpu_arrays=9.5
+        vectors=2, moments=1, dense_arrays=5, cached_arrays=2.5, bf16_copies=1, gpu_arrays=5.4
     )
     betas = (0.0, 0.999)
     pre_bias = False

@@ -28,7 +28,7 @@ class PAnneal(SAE):
     look = Look("#bb7aa3", "#e3aab8", "triangle-down", place=3)
     sparsity_setting = "initial_sparsity_penalty"
     sweep_flag = "p_anneal_penalties"
-    memory = ArchitectureMemory(dense_arrays=4, cached_arrays=1, gpu_arrays=7.25)
+    memory = ArchitectureMemory(dense_arrays=4, cached_arrays=1, gpu_arrays=5.4)
     constraint = "constrain"
     short_run_lr = 7.5e-3
     centered = True

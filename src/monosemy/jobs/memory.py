@@ -18,6 +18,7 @@ from typing import Any
 
 from monosemy.config import ResolvedConfig
 from monosemy.limits import (
+    CUBLAS,
     ESTIMATE_BELOW,
     GRADIENTS_AT_ONCE,
     HEAD_ELEMENTS,
@@ -33,7 +34,7 @@ MIB = 2**20
 # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
 LIBRARIES = {
     "cpu": 610 * MIB,
-    "cuda": 64 * MIB,
+    "cuda": 4 * CUBLAS,  # steps as they are and captured, forward and backward
 }
 GATHERED = 2060  # bytes of a latent, as in evaluation/latent_stats.py
 COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
@@ -238,18 +239,20 @@ def step_bytes(
         (2 if bf16 else 4) * B * F,
     )
     dense = memory.dense_arrays > 0
-    retained = of_pre + 5 * B * F if dense else of_pre + 16 * B * k  # on a GPU, until the group's update
+    # on a GPU, until the group's update
+    retained = 2 * of_pre + B * F if dense else of_pre + 16 * B * k
     if not dense:
         # AuxK's entries, too, and its gradient of W_dec
         work = matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
     elif on_gpu:
-        work = int(memory.gpu_arrays * array)
+        work = int(memory.gpu_arrays * of_pre)
     else:
         work = max(int(4 * memory.cached_arrays * min(IN_CACHE, B * F)) - matrix, 0)
         work += bf16 * (int(memory.bf16_copies * array) + matrix // 2)
     together = min(on_gpu, max(GRADIENTS_AT_ONCE // gradients, 1)) if on_gpu else 1
     at_once = min(together, branches(B, F))
-    return together * gradients + (together - at_once) * retained + at_once * (work + 12 * B * D)
+    libraries = 2 * CUBLAS * at_once if at_once > 1 else 0
+    return together * gradients + (together - at_once) * retained + at_once * (work + 12 * B * D) + libraries
 
 
 def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:

@@ -1,34 +1,27 @@
 """The ops that SAEs are made of: one signature for each, and no caller asks where it runs.
 
 `reference.py` defines every op in plain torch. `cpu.py` (C, through ctypes), `aten.py` (torch's own CPU
-kernels) and `triton/` (a GPU) are its fast backends, which `backends.py` chooses from. `functions.py` and
-`counts.py` give the ops their gradients, `update.py` is the optimizer.
+kernels) and `triton/` (a GPU) are its fast backends, which `backends.py` chooses from. `selections.py`,
+`sparse.py`, `dense.py` and `counts.py` give the ops their gradients, `update.py` is the optimizer.
 """
 
 from monosemy.ops.backends import use_backend
 from monosemy.ops.counts import count_step, firing, follow_threshold, squared_error
-from monosemy.ops.functions import (
-    Workspace,
-    above,
-    batch_top_k,
+from monosemy.ops.dense import count_positive, decode_dense, encode_dense, map_dense, power, total_dense
+from monosemy.ops.pattern import Estimate, Selection, SparsePattern
+from monosemy.ops.reference import Constraint, Counters, StepOutcome
+from monosemy.ops.selections import Workspace, above, batch_top_k, preactivations, top_k
+from monosemy.ops.sparse import (
+    WeightGradient,
+    adds_in_place,
     count_by_latent,
-    count_positive,
     decode,
-    decode_dense,
-    encode_dense,
     encode_sparse,
     gather,
-    map_dense,
-    power,
-    preactivations,
     smallest,
     sort_by_latent,
     sum_by_latent,
-    top_k,
-    total_dense,
 )
-from monosemy.ops.pattern import Estimate, Selection, SparsePattern
-from monosemy.ops.reference import Constraint, Counters, StepOutcome
 from monosemy.ops.update import Optimizer
 
 __all__ = [
@@ -39,8 +32,10 @@ __all__ = [
     "Selection",
     "SparsePattern",
     "StepOutcome",
+    "WeightGradient",
     "Workspace",
     "above",
+    "adds_in_place",
     "batch_top_k",
     "count_by_latent",
     "count_positive",

@@ -124,7 +124,14 @@ def threshold_dense(
     return sums, counts
 
 
-def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
+def masked_copy(
+    mask_BF: Tensor,
+    x_BF: Tensor,
+    out_BF: Tensor,
+    add_F: Tensor | None = None,
+    also_BF: Tensor | None = None,
+) -> Tensor:
+    x_BF = x_BF if also_BF is None else torch.add(x_BF, also_BF, out=out_BF)
     return torch.stack(
         [reference.masked_copy(mask_BF[rows], x_BF[rows], out_BF[rows], add_F) for rows in by_rows(x_BF)]
     ).sum(0)

@@ -374,8 +374,14 @@ def threshold_dense(
     return sums_F, counts_F
 
 
-def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
-    x_BF = x_BF.contiguous()
+def masked_copy(
+    mask_BF: Tensor,
+    x_BF: Tensor,
+    out_BF: Tensor,
+    add_F: Tensor | None = None,
+    also_BF: Tensor | None = None,
+) -> Tensor:
+    x_BF = x_BF.contiguous() if also_BF is None else torch.add(x_BF, also_BF, out=out_BF)
     _check(torch.float32, x_BF=x_BF, out_BF=out_BF, add_F=add_F)
     _check(torch.bool, mask_BF=mask_BF)
     sums_F = torch.empty(x_BF.shape[1])

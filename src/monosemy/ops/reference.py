@@ -121,6 +121,11 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor
     return d_W_FD, sum_by_latent(g_N, e)
 
 
+def add_rows(values_N: Tensor, rows_RD: Tensor, e: SparsePattern, into_FD: Tensor) -> None:
+    """Add to each latent's row of an array the sum of value times its bags' rows."""
+    into_FD.add_(encode_backward(values_N, rows_RD, e)[0])
+
+
 # --- the dense layout ---------------------------------------------------------------------------------------
 
 
@@ -136,9 +141,16 @@ def threshold_dense(
     return values_BF.copy_(torch.where(mask_BF, pre_BF, 0)).sum(0), mask_BF.sum(0).float()
 
 
-def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
-    """Write x, plus a number of each latent, where the mask is set and zero elsewhere, whatever x is there;
-    returns the sums, [F]."""
+def masked_copy(
+    mask_BF: Tensor,
+    x_BF: Tensor,
+    out_BF: Tensor,
+    add_F: Tensor | None = None,
+    also_BF: Tensor | None = None,
+) -> Tensor:
+    """Write x, plus another array and a number of each latent, where the mask is set and zero elsewhere,
+    whatever x is there; returns the sums, [F]."""
+    x_BF = x_BF if also_BF is None else x_BF + also_BF
     return out_BF.copy_(torch.where(mask_BF, x_BF if add_F is None else x_BF + add_F, 0)).sum(0)
 
 

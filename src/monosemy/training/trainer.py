@@ -25,7 +25,7 @@ from monosemy.sae import SAE, StepContext, architecture
 from monosemy.schedule import Schedule
 
 READBACK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
-SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.009}  # share of latents per token; above it dense products are faster
+SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.005}  # share of latents per token; above it dense products are faster
 CAPACITY_FACTOR = 4  # a GPU's index lists are allocated at this multiple of the last measured entry count
 
 FORMER_COUNTERS = {"bad": "nonfinite", "seen": "readback"}  # in checkpoints of earlier versions
@@ -264,6 +264,7 @@ class SAETrainer:
         parts = self.sae.loss(x_BD, codes, f, ctx)
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
+        assert not any(gradient.uses for gradient in codes.pre.gradients.values()), "codes without a gradient"
         metrics = {name: part.detach() for name, part in parts.items()}
         metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead}
         return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F)

@@ -14,6 +14,7 @@ from monosemy.ops.triton.dense import count_positive, masked_copy, threshold_den
 from monosemy.ops.triton.elementwise import fused
 from monosemy.ops.triton.selections import above, batch_top_k, count_above, top_k
 from monosemy.ops.triton.sums import (
+    add_rows,
     count_by_latent,
     decode,
     decode_backward,
@@ -26,6 +27,7 @@ from monosemy.ops.triton.sums import (
 __all__ = [
     "above",
     "adam_step",
+    "add_rows",
     "batch_top_k",
     "count_above",
     "count_by_latent",

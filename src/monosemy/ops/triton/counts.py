@@ -110,7 +110,7 @@ def _count_step_kernel(
     after = tl.load(since_F + latents, mask=latents < F, other=0)
     tl.store(since_fired_F + latents, tl.where(took, after, before), mask=latents < F)
     if tl.program_id(0) == 0:
-        tl.store(active, tl.load(entries).to(tl.float32) / tokens)
+        tl.store(active, tl.div_rn(tl.load(entries).to(tl.float32), tl.full([], tokens, tl.float32)))
         steps = tl.load(clock)
         tl.store(clock, steps + 1)
         if not took:

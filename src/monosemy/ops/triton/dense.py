@@ -60,6 +60,7 @@ def _count_positive_kernel(x_BF, parts_PF, B, F: tl.constexpr, ROWS: tl.constexp
 def _select_kernel(
     mask_BF,
     x_BF,
+    also_BF,
     add_F,
     out_BF,
     parts_PF,
@@ -70,8 +71,8 @@ def _select_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a block of some rows, plus a number of each column, where the mask is set, and sum over the
-    rows."""
+    """Write a block of some rows, plus those of another array and a number of each column, where the mask is
+    set, and sum over the rows."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(1) * ROWS
     total = tl.zeros([BLOCK], tl.float32)
@@ -80,6 +81,8 @@ def _select_kernel(
         at = tl.cast(row, tl.int64) * F + cols
         place = tl.cast(row, tl.int64) * stride_B + cols * STRIDE_F
         x = tl.load(x_BF + place, mask=cols < F, other=0).to(tl.float32)
+        if also_BF is not None:
+            x += tl.load(also_BF + place, mask=cols < F, other=0).to(tl.float32)
         x = tl.where(tl.load(mask_BF + at, mask=cols < F, other=0) != 0, x + add, 0.0)
         tl.store(out_BF + at, x, mask=cols < F)
         total += x
@@ -102,19 +105,37 @@ def threshold_dense(
     return sums_F, counts_F
 
 
-def masked_copy(mask_BF: Tensor, x_BF: Tensor, out_BF: Tensor, add_F: Tensor | None = None) -> Tensor:
-    """Write x, plus a number of each latent, where the mask is set and zero elsewhere; returns the sums, [F].
-    x may have any strides."""
+def masked_copy(
+    mask_BF: Tensor,
+    x_BF: Tensor,
+    out_BF: Tensor,
+    add_F: Tensor | None = None,
+    also_BF: Tensor | None = None,
+) -> Tensor:
+    """Write x, plus another array and a number of each latent, where the mask is set and zero elsewhere;
+    returns the sums, [F]. x may have any strides, and the other array has the same."""
     require_floats(out_BF=out_BF)
     assert mask_BF.is_contiguous() and x_BF.dtype in (torch.float32, torch.bfloat16), (
         "mask_BF: not contiguous, or x_BF: neither float32 nor bfloat16"
     )
     (B, F), block = out_BF.shape, columns(out_BF.shape[1])
     parts_PF = out_BF.new_empty(cdiv(B, ROWS), F, dtype=torch.float32)
+    assert also_BF is None or also_BF.stride() == x_BF.stride(), "also_BF: other strides than x_BF"
     grid, (stride_B, stride_F) = (cdiv(F, block), len(parts_PF)), x_BF.stride()
     mask = mask_BF.view(torch.uint8)
     _select_kernel[grid](
-        mask, x_BF, add_F, out_BF, parts_PF, B, stride_B, STRIDE_F=stride_F, F=F, ROWS=ROWS, BLOCK=block
+        mask,
+        x_BF,
+        also_BF,
+        add_F,
+        out_BF,
+        parts_PF,
+        B,
+        stride_B,
+        STRIDE_F=stride_F,
+        F=F,
+        ROWS=ROWS,
+        BLOCK=block,
     )
     return parts_PF.sum(0)
 

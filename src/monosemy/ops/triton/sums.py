@@ -137,10 +137,12 @@ def _by_latent_kernel(
     order_N,
     offsets_F1,
     d_values_N,
-    pieces_D,
+    out_FD,
+    rest_D,
     F,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -156,40 +158,62 @@ def _by_latent_kernel(
     for first in range(begin, end, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         place = tl.load(order_N + at, mask=at < end, other=0)
-        bags = tl.load(bags_N + place, mask=at < end, other=0).to(tl.int64)
+        bags = tl.load(bags_N + at, mask=at < end, other=0).to(tl.int64)
         rows = tl.load(
             rows_RD + bags[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
         ).to(tl.float32)
         if W_FD is not None:
             tl.store(d_values_N + place, tl.sum(rows * W_D[None, :], 1), mask=at < end)
-        if pieces_D is not None:
+        if out_FD is not None:
             total_D += tl.sum(tl.load(values_N + place, mask=at < end, other=0)[:, None] * rows, 0)
-    if pieces_D is not None:
-        tl.store(
-            pieces_D + piece.to(tl.int64) * D + d,
-            total_D,
-            mask=d < tl.where((piece < F) | (begin < end), D, 0),
-        )
+    if out_FD is not None:
+        filled = d < tl.where(begin < end, D, 0)
+        if piece < F:
+            here = out_FD + piece.to(tl.int64) * D + d
+            if ADD:
+                total_D += tl.load(here, mask=filled, other=0)
+                tl.store(here, total_D, mask=filled)
+            else:
+                tl.store(here, total_D, mask=d < D)
+        else:
+            tl.store(rest_D + (piece - F).to(tl.int64) * D + d, total_D, mask=filled)
 
 
 @triton.jit
 def _join_kernel(
-    indices_N, order_N, offsets_F1, pieces_D, F, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
+    indices_N,
+    order_N,
+    offsets_F1,
+    out_FD,
+    rest_D,
+    F,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Add a latent's later pieces to its first; the program of the second does so."""
     piece = F + tl.program_id(0)
     latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
     if (begin < end) & (tl.load(offsets_F1 + latent) >= begin - CHUNK):
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total_D = tl.load(pieces_D + latent.to(tl.int64) * D + d, mask=d < D, other=0)
+        total_D = tl.load(out_FD + latent.to(tl.int64) * D + d, mask=d < D, other=0)
         for cut in range(begin, tl.load(offsets_F1 + latent + 1), CHUNK):
-            total_D += tl.load(pieces_D + tl.cast(F + cut // CHUNK, tl.int64) * D + d, mask=d < D, other=0)
-        tl.store(pieces_D + latent.to(tl.int64) * D + d, total_D, mask=d < D)
+            total_D += tl.load(rest_D + tl.cast(cut // CHUNK, tl.int64) * D + d, mask=d < D, other=0)
+        tl.store(out_FD + latent.to(tl.int64) * D + d, total_D, mask=d < D)
 
 
-def _tile(D: int, most: int) -> dict[str, int]:
-    """Blocks of entries by blocks of D, 4096 elements together where D has no more."""
-    block = min(next_power_of_2(D), most)
+def _tile(D: int, dtype: torch.dtype, *, whole: bool = False, elements: int = 2048) -> dict[str, int]:
+    """Blocks of entries by blocks of D, which are `whole` rows where they have to be.
+
+    Of rows in bfloat16 a program has as many warps as read a row at once, so that none has to add up what
+    others read, and so many `elements`; of float32 4096.
+    """
+    if dtype == torch.bfloat16:
+        block = next_power_of_2(D) if whole else min(next_power_of_2(D), 512)
+        warps = min(max(block // 256, 1), 4)
+        number = min(max(min(elements, 4096 * warps) // block, 2 if block > 1024 else 4), 32)
+        return {"BLOCK_D": block, "BLOCK_N": number, "num_warps": warps}
+    block = next_power_of_2(D) if whole else min(next_power_of_2(D), 1024)
     return {
         "BLOCK_D": block,
         "BLOCK_N": min(max(4096 // block, 1), 32),
@@ -245,12 +269,19 @@ def _bags(e: SparsePattern) -> Tensor:
     return e.bags_N
 
 
+def _bags_by_latent(e: SparsePattern) -> Tensor:
+    """Return the bag of each entry in order of latents, int32 [N]; made once."""
+    if "bags_by_latent_N" not in e.__dict__:
+        e.__dict__["bags_by_latent_N"] = _bags(e)[e.by_latent(sort_by_latent)[0]]
+    return e.__dict__["bags_by_latent_N"]
+
+
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     """Sum by bag: value times the latent's row of W, [R, D]."""
     require_float32(values_N=values_N)
     require_floats(W_FD=W_FD)
     D = W_FD.shape[1]
-    out_RD, tile = values_N.new_empty(e.R, D), _tile(D, 1024)
+    out_RD, tile = values_N.new_empty(e.R, D), _tile(D, W_FD.dtype, elements=8192)
     _decode_kernel[(e.R, cdiv(D, tile["BLOCK_D"]))](
         values_N, W_FD, e.indices_N, e.offsets_R1, out_RD, D=D, **tile
     )
@@ -258,25 +289,43 @@ def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
 
 
 def _by_latent(
-    rows_RD: Tensor, values_N: Tensor, W_FD: Tensor | None, e: SparsePattern, weight: bool
+    rows_RD: Tensor,
+    values_N: Tensor,
+    W_FD: Tensor | None,
+    e: SparsePattern,
+    weight: bool,
+    into_FD: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """By latent: the products of its bags' rows with its row of W, [N], and the sum of value times row, [F,
     D]; each if wanted."""
     (order_N, offsets_F1), N, D = e.by_latent(sort_by_latent), len(values_N), rows_RD.shape[1]
-    tile = _tile(D, 1024 if W_FD is None else next_power_of_2(D))
+    tile = _tile(D, rows_RD.dtype, whole=W_FD is not None)
     cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
     d_values_N = None if W_FD is None else torch.zeros_like(values_N)
-    pieces_D = values_N.new_empty(e.F + cuts, D) if weight else None
-    where = (e.indices_N, _bags(e), order_N, offsets_F1)
+    if not weight:
+        out_FD = rest_D = None
+    else:
+        out_FD = values_N.new_empty(e.F, D) if into_FD is None else into_FD
+        rest_D = values_N.new_empty(cuts, D)
+    entries = (e.indices_N, _bags_by_latent(e), order_N, offsets_F1)
     _by_latent_kernel[(e.F + cuts, blocks)](
-        rows_RD, values_N, W_FD, *where, d_values_N, pieces_D, e.F, D=D, CHUNK=CHUNK, **tile
+        rows_RD,
+        values_N,
+        W_FD,
+        *entries,
+        d_values_N,
+        out_FD,
+        rest_D,
+        e.F,
+        D=D,
+        CHUNK=CHUNK,
+        ADD=into_FD is not None,
+        **tile,
     )
-    if pieces_D is None:
-        return d_values_N, None
-    _join_kernel[(cuts, blocks)](
-        e.indices_N, order_N, offsets_F1, pieces_D, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"]
-    )
-    return d_values_N, pieces_D[: e.F]
+    if out_FD is not None:
+        where = (e.indices_N, order_N, offsets_F1, out_FD, rest_D)
+        _join_kernel[(cuts, blocks)](*where, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"])
+    return d_values_N, out_FD
 
 
 def decode_backward(
@@ -299,3 +348,10 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor
     d_W_FD = _by_latent(x_BD, g_N, None, e, True)[1]
     assert d_W_FD is not None
     return d_W_FD, sum_by_latent(g_N, e)
+
+
+def add_rows(values_N: Tensor, rows_RD: Tensor, e: SparsePattern, into_FD: Tensor) -> None:
+    """Add to each latent's row of an array the sum of value times its bags' rows."""
+    require_float32(values_N=values_N, into_FD=into_FD)
+    require_floats(rows_RD=rows_RD)
+    _by_latent(rows_RD, values_N, None, e, True, into_FD)

@@ -1,7 +1,10 @@
-"""The ops with their gradients. After the encoder's product everything costs as much as there are active
-entries, and no tensor of [B, F] appears in a backward pass of the sparse layout.
+"""The dense layout's ops with their gradients.
 
-B tokens, D d_in, F latents, N entries, R bags.
+On a CPU a pass over [B, F] costs what memory costs, and a fresh array as much again. So elementwise work
+goes by a few rows at a time, which stay in the cache through all of its operations, and arrays of [B, F]
+are workspaces from a `Buffer`.
+
+B tokens, D d_in, F latents.
 """
 
 from __future__ import annotations
@@ -14,228 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from monosemy.ops.backends import backend_for
-from monosemy.ops.pattern import Estimate, Selection, SparsePattern, by_rows
-
-
-class Workspace:
-    """Large arrays that SAEs in training use one after the other, so that none is allocated in a step.
-
-    A fresh array of [B, F] on a CPU costs as much as several passes over it: the system hands out its pages
-    one by one.
-    """
-
-    def __init__(self) -> None:
-        self.array: dict[tuple[Any, ...], Tensor] = {}
-
-    def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an array with any content, the same one whenever the name and the needs are the same."""
-        dtype = dtype or like.dtype
-        key, numel = (name, dtype, like.device), torch.Size(shape).numel()
-        array = self.array.get(key)
-        if array is None or array.numel() < numel:
-            array = self.array[key] = torch.empty(numel, dtype=dtype, device=like.device)
-        return array[:numel].view(shape)
-
-
-# --- the encoder's product and selections of it -------------------------------------------------------------
-
-
-@torch.no_grad()
-def preactivations(
-    x_BD: Tensor,
-    W_FD: Tensor,
-    b_F: Tensor,
-    *,
-    bf16: bool = False,
-    bf16_FD: Tensor | None = None,
-    use_estimate: bool = False,
-    workspace: Workspace | None = None,
-) -> Tensor | Estimate:
-    """Compute x W^T + b, [B, F], outside autograd; with `bf16` the product is of bfloat16 operands, and
-    rounded to it. `bf16_FD` is W's copy in it.
-
-    Where only a `few` are to be picked an estimate may do, from which selections find the same ones as from
-    the product of float32.
-    """
-    workspace = workspace or Workspace()
-    if bf16 and bf16_FD is None:
-        bf16_FD = W_FD.bfloat16()
-    if (
-        use_estimate
-        and (estimate := backend_for(x_BD).estimate(x_BD, W_FD, b_F, workspace, bf16_FD)) is not None
-    ):
-        return estimate
-    if bf16_FD is not None:
-        x_BD, W_FD, b_F = x_BD.bfloat16(), bf16_FD, b_F.bfloat16()
-    return torch.addmm(b_F, x_BD, W_FD.T, out=workspace("pre", x_BD, len(x_BD), len(W_FD)))
-
-
-def top_k(pre: Tensor | Estimate, k: int, among_F: Tensor | None = None) -> Selection:
-    """Select the k largest of each token; with a mask `among_F` those of its latents alone, as many as there
-    are up to k."""
-    return backend_for(pre).top_k(pre, k, among_F)
-
-
-def batch_top_k(pre: Tensor | Estimate, n: int) -> Selection:
-    """Select the n largest of the whole batch."""
-    return backend_for(pre).batch_top_k(pre, n)
-
-
-def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | None = None) -> Selection:
-    """Select everything above a threshold: a number, or one for each latent [F].
-
-    On a GPU the lists hold `capacity` entries.
-    """
-    return backend_for(pre).above(pre, threshold, capacity)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply matrices. On a GPU a product of bfloat16 ones is not rounded to it on the way to `dtype`."""
-    if a.dtype != dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
-
-def _d_b_dec(d_b_F: Tensor, W_FD: Tensor, rows_FD: Tensor | None) -> Tensor:
-    """Return b_dec's gradient from that of b_enc: b_dec enters every pre-activation by W_enc."""
-    if rows_FD is None:
-        return -(d_b_F @ W_FD)
-    return -_product(d_b_F.to(rows_FD.dtype)[None], rows_FD, d_b_F.dtype)[0]
-
-
-# --- the sparse layout --------------------------------------------------------------------------------------
-
-
-class _Take(Function):
-    @staticmethod
-    def forward(ctx: Any, w_F: Tensor, pattern: SparsePattern) -> Tensor:
-        ctx.pattern = pattern
-        return w_F[pattern.indices_N]
-
-    @staticmethod
-    def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor, None]:
-        return sum_by_latent(g_N, ctx.pattern), None
-
-
-def gather(w_F: Tensor, pattern: SparsePattern) -> Tensor:
-    """Gather w of each entry's latent, [N]; its gradient is summed by latent."""
-    return _Take.apply(w_F, pattern)
-
-
-class _SumByLatent(Function):
-    @staticmethod
-    def forward(ctx: Any, values_N: Tensor, pattern: SparsePattern) -> Tensor:
-        ctx.pattern = pattern
-        return backend_for(values_N).sum_by_latent(values_N.contiguous(), pattern)
-
-    @staticmethod
-    def backward(ctx: Any, g_F: Tensor) -> tuple[Tensor, None]:
-        g_N = g_F[ctx.pattern.indices_N]
-        return g_N if ctx.pattern.valid_N is None else torch.where(ctx.pattern.valid_N, g_N, 0), None
-
-
-def sort_by_latent(pattern: SparsePattern) -> tuple[Tensor, Tensor]:
-    """Return the places of the entries in order of latents, int32 [N], and the latents' offsets, int32 [F +
-    1]."""
-    return pattern.by_latent(backend_for(pattern.indices_N).sort_by_latent)
-
-
-def sum_by_latent(values_N: Tensor, pattern: SparsePattern) -> Tensor:
-    """Return the sum of each latent's values, [F]."""
-    return _SumByLatent.apply(values_N, pattern)
-
-
-@torch.no_grad()
-def count_by_latent(values_N: Tensor, pattern: SparsePattern) -> Tensor:
-    """Count each latent's positive values, [F]."""
-    return backend_for(values_N).count_by_latent(values_N, pattern)
-
-
-@torch.no_grad()
-def smallest(values_N: Tensor, pattern: SparsePattern) -> Tensor:
-    """Return the smallest positive value of each bag, [R]; infinity where it has none."""
-    return backend_for(values_N).smallest(values_N, pattern)
-
-
-class _EncodeSparse(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        W_FD: Tensor,
-        b_F: Tensor,
-        b_dec_D: Tensor | None,
-        x_BD: Tensor,
-        values_N: Tensor,
-        pattern: SparsePattern,
-        rows_FD: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(W_FD, x_BD)
-        ctx.pattern, ctx.rows_FD = pattern, rows_FD
-        return values_N.view_as(values_N)
-
-    @staticmethod
-    def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor | None, ...]:
-        W_FD, x_BD = ctx.saved_tensors
-        if ctx.pattern.valid_N is not None:
-            g_N = torch.where(ctx.pattern.valid_N, g_N, 0)
-        rows_FD = ctx.rows_FD
-        x_BD = x_BD if rows_FD is None else x_BD.to(rows_FD.dtype)
-        d_W_FD, d_b_F = backend_for(W_FD).encode_backward(g_N.contiguous(), x_BD, ctx.pattern)
-        d_b_dec_D = _d_b_dec(d_b_F, W_FD, rows_FD) if ctx.needs_input_grad[2] else None
-        return d_W_FD, d_b_F, d_b_dec_D, None, None, None, None
-
-
-def encode_sparse(
-    W_FD: Tensor,
-    b_F: Tensor,
-    b_dec_D: Tensor | None,
-    centered_BD: Tensor,
-    values_N: Tensor,
-    pattern: SparsePattern,
-    rows_FD: Tensor | None = None,
-) -> Tensor:
-    """Return the pre-activations of the entries, [N], differentiable in W_enc, b_enc and b_dec (where x was
-    centered by it).
-
-    x - b_dec enters every token alike, so that b_dec's gradient is a product of a vector with W_enc, not of
-    [B, F] with it. `rows_FD` is W_enc in the precision in which the backward pass takes it and x.
-    """
-    return _EncodeSparse.apply(W_FD, b_F, b_dec_D, centered_BD, values_N, pattern, rows_FD)
-
-
-class _Decode(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values_N: Tensor, W_FD: Tensor, pattern: SparsePattern, rows_FD: Tensor | None
-    ) -> Tensor:
-        rows_FD = W_FD if rows_FD is None else rows_FD
-        ctx.save_for_backward(values_N, rows_FD)
-        ctx.pattern = pattern
-        return backend_for(W_FD).decode(values_N, rows_FD, pattern)
-
-    @staticmethod
-    def backward(ctx: Any, g_RD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        values_N, rows_FD = ctx.saved_tensors
-        d_values_N, d_W_FD = backend_for(values_N).decode_backward(
-            g_RD.to(rows_FD.dtype).contiguous(), values_N, rows_FD, ctx.pattern, ctx.needs_input_grad[1]
-        )
-        return d_values_N, d_W_FD, None, None
-
-
-def decode(values_N: Tensor, W_FD: Tensor, pattern: SparsePattern, rows_FD: Tensor | None = None) -> Tensor:
-    """Sum by bag: value times the latent's row of W, [R, D].
-
-    `rows_FD` is W in the precision in which its rows, and those of the gradient, are gathered; sums are of
-    float32.
-    """
-    return _Decode.apply(values_N.contiguous(), W_FD, pattern, rows_FD)
-
-
-# --- the dense layout ---------------------------------------------------------------------------------------
-#
-# On a CPU a pass over [B, F] costs what memory costs, and a fresh array as much again. So elementwise work
-# goes by a few rows at a time, which stay in the cache through all of its operations, and arrays of [B, F]
-# are workspaces from a `Buffer`.
+from monosemy.ops.pattern import by_rows
+from monosemy.ops.selections import d_b_dec, product
 
 Buffer = Callable[..., Tensor]  # (like, dtype) -> an array of [B, F]
 
@@ -273,17 +56,15 @@ class _EncodeDense(Function):
         W_FD, x_BD, mask_BF = ctx.saved_tensors
         first_BF, second_BF, _, g_F, _ = grads
         d_BF = ctx.buffer(ctx.like)
-        if first_BF is None or second_BF is None:
-            g_BF = next(
-                (g for g in (first_BF, second_BF) if g is not None), d_BF.new_zeros(()).expand(mask_BF.shape)
-            )
-        else:
-            g_BF = torch.add(first_BF, second_BF, out=d_BF)
+        g_BF, *also_BF = [g for g in (first_BF, second_BF) if g is not None] or [
+            d_BF.new_zeros(()).expand(mask_BF.shape)
+        ]
+        g_F = None if g_F is None else g_F.contiguous()
         # what is infinite off the support (p < 1) does not count
-        d_b_F = backend_for(W_FD).masked_copy(mask_BF, g_BF, d_BF, None if g_F is None else g_F.contiguous())
+        d_b_F = backend_for(W_FD).masked_copy(mask_BF, g_BF, d_BF, g_F, *also_BF)
         d_BF, x_BD = _operands(ctx.bf16, d_BF, x_BD)
-        d_b_dec_D = _d_b_dec(d_b_F, W_FD, ctx.rows_FD) if ctx.needs_input_grad[2] else None
-        return _product(d_BF.T, x_BD, W_FD.dtype), d_b_F, d_b_dec_D, *[None] * 6
+        d_b_dec_D = d_b_dec(d_b_F, W_FD, ctx.rows_FD) if ctx.needs_input_grad[2] else None
+        return product(d_BF.T, x_BD, W_FD.dtype), d_b_F, d_b_dec_D, *[None] * 6
 
 
 def encode_dense(
@@ -477,13 +258,13 @@ class _DecodeDense(Function):
         v_BF, w_FD = _operands(bf16, values_BF, W_FD if bf16_FD is None else bf16_FD)
         ctx.save_for_backward(v_BF, w_FD)
         ctx.bf16, ctx.dtype, ctx.of_values, ctx.buffer = bf16, W_FD.dtype, values_BF.dtype, buffer
-        return _product(v_BF, w_FD, W_FD.dtype)
+        return product(v_BF, w_FD, W_FD.dtype)
 
     @staticmethod
     def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
         v_BF, w_FD = ctx.saved_tensors
         (g_BD,) = _operands(ctx.bf16, g_BD)
-        d_W_FD = _product(v_BF.T, g_BD, ctx.dtype) if ctx.needs_input_grad[1] else None
+        d_W_FD = product(v_BF.T, g_BD, ctx.dtype) if ctx.needs_input_grad[1] else None
         d_values_BF = torch.mm(g_BD, w_FD.T, out=ctx.buffer(g_BD)).to(ctx.of_values)
         return d_values_BF, d_W_FD, None, None, None
 
