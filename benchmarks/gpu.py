@@ -13,10 +13,10 @@ and says which it left out.
 
 smoke: a few steps of every architecture and layout at each shape, which must have finite losses; the first
     to run, so that what is broken shows at once, and kernels are compiled before they are timed.
-steps: the eight architectures, the TopK kinds with AuxK, too; the encoder's product of bfloat16 operands, k or L0 = 80 (ReLU kinds: b_enc
-    lowered until L0 is 80, in the sparse layout; then as they begin, in the dense one). Each step lies
-    between two events; medians. The floor is the least time that
-    the same maths takes at rates measured here: the encoder's product, a reading of it, the rows that
+steps: the eight architectures, the TopK kinds with AuxK, too; the encoder's product of bfloat16 operands, k
+    or L0 = 80 (ReLU kinds: b_enc lowered until L0 is 80, in the sparse layout; then as they begin, in the
+    dense one). Each step lies between two events; medians. The floor is the least time that the same maths
+    takes at rates measured here: the encoder's product, a reading of it, the rows that
     decoding and its backward pass gather (or dense products, where these are faster), and for each parameter
     30 bytes (22 without a first moment). TARGET times the floor is aimed at.
 kernels: where the time of a step goes, by kernel.

@@ -3,7 +3,7 @@
     python benchmarks/gpu_cost.py                                  # every architecture at 512x16384
     python benchmarks/gpu_cost.py --shapes 2304x65536 --architectures top_k --auxk --kinds
     python benchmarks/gpu_cost.py --members 4 --shapes 512x4096    # 4 SAEs of each architecture in one sweep
-    python benchmarks/gpu_cost.py --measured                       # beside what an H100 took
+    python benchmarks/gpu_cost.py --measured --device H200         # beside what an H200 took
 
 A step of the very code that trains runs on meta tensors, which have shapes and no numbers, with the lists of
 fixed capacity that a GPU has. Every ATen operation and every Triton launch is recorded with the bytes that it
@@ -74,7 +74,11 @@ class Device:
         return self.products[nearest]
 
 
-DEVICES = {"H100": Device(3.01e12, 6.7e12, {512: 580e12, 2304: 760e12, 5120: 786e12}, 1.75e-6, 40e-6)}
+# a launch: the mean of what the small kernels of a step took, twice the smallest kernel's
+DEVICES = {
+    "H100": Device(3.01e12, 6.7e12, {512: 580e12, 2304: 760e12, 5120: 786e12}, 1.75e-6, 40e-6),
+    "H200": Device(4.26e12, 8.0e12, {512: 600e12, 2304: 761e12, 5120: 786e12}, 1.9e-6, 40e-6),
+}
 
 
 # --- counting -----------------------------------------------------------------------------------------------
@@ -109,6 +113,8 @@ def size(value: Any) -> int:
     return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
 
 
+PROGRAM = 3e-10  # seconds of a program that finds nothing to do
+
 # a kernel of ours -> its launch, from its arguments by name and the entries of a list of some length
 Rule = Callable[[dict[str, Any], Callable[[int], float]], Launch]
 
@@ -121,15 +127,20 @@ def _decode(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
 
 def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     number = entries(len(a["order_N"]))
-    gathered = number * a["D"] * a["rows_RD"].element_size()
+    bytes_of_one = a["rows_RD"].element_size()
+    # of rows in bfloat16 fewer bytes are on their way at a time
+    gathered = number * a["D"] * bytes_of_one * (1.7 if bytes_of_one == 2 else 1)
     # of AuxK's rows, which are added to what is there, only those of dead latents
     written = 0 if a["out_FD"] is None else 2 * min(number, a["F"]) if a["ADD"] else a["F"]
     read = min(number, a["F"]) * a["D"] * a["W_FD"].element_size() if a["W_FD"] is not None else 0
-    return Launch("", read + 4 * a["D"] * written, gathered)
+    # programs of latents without entries, which are many where lists are long and wide
+    programs = (a["F"] + len(a["order_N"]) / a["CHUNK"]) * math.ceil(a["D"] / a["BLOCK_D"])
+    return Launch("", read + 4 * a["D"] * written, gathered, seconds=PROGRAM * programs)
 
 
 def _join(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
-    return Launch("", 0.0, seconds=3.5e-6)
+    programs = len(a["order_N"]) / a["CHUNK"] * math.ceil(a["D"] / a["BLOCK_D"])
+    return Launch("", 0.0, seconds=3.5e-6 + PROGRAM * programs)
 
 
 def _sums(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
@@ -204,6 +215,8 @@ def aten_launch(name: str, inputs: Any, output: Any) -> Launch:
         return Launch(name, 40.0 * n, seconds=18e-6, launches=7)
     if name == "scatter_reduce_":
         return Launch(name, 0.0, seconds=tensors[-1].numel() / 3.5e9, launches=2)
+    if name == "mul" and len({t.dtype for t in tensors}) > 1 and tensors[0].dtype == torch.bfloat16:
+        return Launch(name, 3.5 * moved)  # by a scalar of float32: element by element
     if name == "searchsorted":
         return Launch(name, moved, seconds=5e-6)
     if name in ("sum", "mean", "amin", "amax", "max", "all", "any"):
@@ -396,11 +409,13 @@ class Measured:
     then: Cost
 
 
-def read_measured(path: Path = MEASURED) -> dict[Case, Measured]:
-    """Read the H100's rows."""
+def read_measured(device: str = "H100", path: Path = MEASURED) -> dict[Case, Measured]:
+    """Read the rows of a device."""
     rows = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
+        if row["device"] != device:
+            continue
         names = ("D", "F", "dense", "auxk", "members")
         case = Case(tuple(row["architectures"]), **{name: row[name] for name in names})
         launches = [Launch(*values) for count, *values in row["launches"] for _ in range(count)]
@@ -473,12 +488,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a line for each row, too")
     args = parser.parse_args()
     args.architectures = args.architectures or list(SWEPT if args.members > 1 else TOP_K + RELU)
-    device, measured = DEVICES[args.device], read_measured()
+    device, measured = DEVICES[args.device], read_measured(args.device)
     print(HEAD)
     lines = []
     for case in measured if args.measured else cases(args):
         counted = cost(case)
-        seen = measured.get(case) if args.device == "H100" else None
+        seen = measured.get(case)
         print(line(counted, device, seen), flush=True)
         lines.append(json.dumps(row(counted, device, seen)))
         if args.kinds:

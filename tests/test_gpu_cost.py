@@ -9,25 +9,28 @@ from benchmarks.gpu_cost import DEVICES, Case, cost, floor, read_measured, row
 from benchmarks.harness import RELU, TOP_K
 
 H100, MEASURED = DEVICES["H100"], read_measured()
+EVERY = [(device, case) for device in DEVICES for case in read_measured(device)]
 
 
-@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.label)
-def test_it_foretells_what_was_measured(case: Case) -> None:
+@pytest.mark.parametrize(("device", "case"), EVERY, ids=[f"{device}-{case.label}" for device, case in EVERY])
+def test_it_foretells_what_was_measured(device: str, case: Case) -> None:
     """Within 16 %, of the launches that the measured code made; its floor lies below."""
-    measured = MEASURED[case]
-    assert measured.then.seconds(H100) * 1e3 == pytest.approx(measured.ms, rel=0.16)
-    assert floor(case, H100) * 1e3 < measured.ms
+    measured, rates = read_measured(device)[case], DEVICES[device]
+    assert measured.then.seconds(rates) * 1e3 == pytest.approx(measured.ms, rel=0.16)
+    assert floor(case, rates) * 1e3 < measured.ms
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in MEASURED if case.members == 1], ids=lambda case: case.label
+    ("device", "case"),
+    [(device, case) for device, case in EVERY if case.members == 1],
+    ids=[f"{device}-{case.label}" for device, case in EVERY if case.members == 1],
 )
-def test_a_step_costs_no_more_than_it_did(case: Case) -> None:
+def test_a_step_costs_no_more_than_it_did(device: str, case: Case) -> None:
     """Launches, bytes and predicted time beside those of the code that was measured."""
-    now, then = cost(case), MEASURED[case].then
+    now, then, rates = cost(case), read_measured(device)[case].then, DEVICES[device]
     assert now.count <= then.count
     assert now.bytes <= 1.01 * then.bytes
-    assert floor(case, H100) < now.seconds(H100) <= 1.01 * then.seconds(H100)
+    assert floor(case, rates) < now.seconds(rates) <= 1.01 * then.seconds(rates)
 
 
 @pytest.mark.parametrize("name", TOP_K + RELU)

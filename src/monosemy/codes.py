@@ -40,6 +40,8 @@ class Execution:
     """Arrays reused from one step to the next; fresh ones are allocated without it."""
     capacity: int | None = None
     """Entries that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
+    dead_at_most: int | None = None
+    """Latents of a mask that `top_k_among` selects from, at most: so long are its lists then."""
 
 
 class Codes(ABC):
@@ -286,6 +288,7 @@ class Preactivations:
     def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
         """Select the k largest of each token among the latents of a mask [F]; all of these where they are
         fewer."""
+        k = min(k, self.execution.dead_at_most or k)
         return self._sparse(ops.top_k(self.product, k, latents_F), padded=True)
 
     def above(self, threshold: Tensor | float) -> Codes:

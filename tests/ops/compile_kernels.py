@@ -29,7 +29,7 @@ _TYPES = {
     "*bf16": "bf16_copy",
     "*fp32": "also_BF bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N "
     "out_FD rest_D "
-    "sums_F add_F parts_2PF parts_KPF g_BF d_BF w0_F w1_F w2_F x x_hat error parts_P least_R values "
+    "sums_F add_F parts_2PF parts_KPF g_BF d_BF w0_F w1_F w2_F factor x x_hat error parts_P least_R values "
     "smallest_kept active squares_S loss_S "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
     "i32": "n B F N R S limit stride_B stride_S dead_tokens",
@@ -100,7 +100,9 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
     add(sums._sum_kernel, COUNT=False, BLOCK_F=16, BLOCK_N=64)
     add(sums._sum_kernel, COUNT=True, BLOCK_F=16, BLOCK_N=64)
     add(sums._smallest_kernel, BLOCK=128)
-    add(sums._bags_kernel, BLOCK=128)
+    add(sums._bags_kernel, BLOCK=1024)
+    for narrow in ("", "x_BF out_BF"):
+        add(dense._scale_kernel, bf16=narrow, BLOCK=dense.SCALED)
     add(sums._sort_keys_kernel, BLOCK=1024)
     add(counts._error_kernel, BLOCK=counts.BLOCK)
     add(counts._firing_kernel, BLOCK=counts.BLOCK)

@@ -399,3 +399,15 @@ def test_powers_do_not_follow_the_threads(N: int) -> None:
         torch.set_num_threads(threads)
     assert all(torch.equal(made[0], other) for other in made[1:])
     assert torch.allclose(made[0].double(), x.double() ** 0.7, rtol=1e-6)
+
+
+def test_lists_of_dead_latents_are_as_long_as_there_can_be_dead_ones() -> None:
+    x, params = torch.randn(6, 8), (torch.randn(40, 8), torch.randn(40), None)
+    dead_F = torch.arange(40) % 9 == 0  # five
+    whole, bounded = (
+        Preactivations(x, *params, Execution(dead_at_most=most)).top_k_among(dead_F, 20) for most in (None, 8)
+    )
+    for a, b in ((whole.values, bounded.values), (whole.pattern.indices_N, bounded.pattern.indices_N)):
+        assert torch.equal(a, b)
+    cut = Preactivations(x, *params, Execution(dead_at_most=2)).top_k_among(dead_F, 20)
+    assert len(whole.values) == 30 and len(cut.values) == 12

@@ -24,6 +24,7 @@ from monosemy.ops.reference import (  # noqa: F401
     firing,
     follow_threshold,
     fused,
+    scale,
     smallest,
     squared_error,
 )
@@ -164,8 +165,8 @@ def update(
     p: Tensor, grads: Sequence[Tensor], m: Tensor | None, v: Tensor, bf16_copy: Tensor | None, adam: AdamStep
 ) -> None:
     for s, g in enumerate(grads):
-        scale = float(adam.scale_S[s])
-        if scale != scale or scale in (float("inf"), -float("inf")):
+        factor = float(adam.scale_S[s])
+        if factor != factor or factor in (float("inf"), -float("inf")):
             continue
         if adam.constraint != "free":
             g.addcmul_(p[s], -_radial(p[s], g, adam.constraint)[:, None])
@@ -183,7 +184,7 @@ def update(
             eps=adam.eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=None if scale == 1 else torch.tensor(1 / scale),
+            grad_scale=None if factor == 1 else torch.tensor(1 / factor),
         )
         if adam.constraint != "free":
             norm_R1 = torch.linalg.vector_norm(p[s], dim=1, keepdim=True)

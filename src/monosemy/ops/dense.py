@@ -225,7 +225,7 @@ class _TotalDense(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         *d_w_F, d_BF = ctx.saved_tensors if ctx.through_values else (*ctx.saved_tensors, None)
-        d_values_BF = None if d_BF is None else torch.mul(d_BF, g, out=ctx.buffer(d_BF))
+        d_values_BF = None if d_BF is None else backend_for(d_BF).scale(d_BF, g, ctx.buffer(d_BF))
         return None, d_values_BF, None, None, *(d_F * g for d_F in d_w_F)
 
 

@@ -154,6 +154,11 @@ def masked_copy(
     return out_BF.copy_(torch.where(mask_BF, x_BF if add_F is None else x_BF + add_F, 0)).sum(0)
 
 
+def scale(x_BF: Tensor, factor: Tensor, out_BF: Tensor) -> Tensor:
+    """Write x times a scalar, which is not rounded to x's precision, and return it."""
+    return torch.mul(x_BF, factor, out=out_BF)
+
+
 def fused(function: Callable[..., Tensor], numbers: int) -> None:
     """Return an elementwise function of values [B, F] and of so many `numbers` of each latent as kernels of
     this form; None where it has none, and torch computes it operation by operation."""

@@ -87,7 +87,7 @@ class TrainerGroup:
             self.graphs(self._run, tuple(trainer.phase(step) for trainer in self.trainers), batches, step)
         if step % READBACK_EVERY == 0:
             for trainer in self.trainers:
-                trainer.schedule_readback()
+                trainer.schedule_readback(len(batches[trainer.name]))
 
     def _run(self, batches: Mapping[str, Tensor], step: int) -> None:
         """Step the SAEs launch by launch."""

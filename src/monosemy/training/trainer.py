@@ -190,8 +190,10 @@ class SAETrainer:
         self.nonfinite = torch.tensor([0, -1, 1, 0], device=device)  # NonfiniteState
         self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
         self.sparse, self.capacity, self.any_dead = self.sae.always_sparse, 0, True
+        self.dead_at_most = 0  # latents, before the next readback; 0: not known
         self.use_estimate = self.sparse and self._estimate_pays(getattr(self.sae.settings, "k", spec.d_sae))
-        # `active` and the longest time without firing, at the last step that is a multiple of READBACK_EVERY
+        # at the last step that is a multiple of READBACK_EVERY: `active`, the longest time without firing,
+        # and how many latents may be dead before the next readback is in use
         self.readback: AsyncScalars | None = None
 
     def prepare(self, x_BD: Tensor, step: int) -> None:
@@ -203,8 +205,10 @@ class SAETrainer:
             self.sae.init_from_batch(self._centered(x_BD))
             self.any_dead = READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
         if step % READBACK_EVERY == 0 and self.readback is not None:
-            active, longest = self.readback.read()
+            active, longest, dying = self.readback.read()
             self.any_dead = longest + 2 * READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
+            # a power of two, since each is a phase of its own
+            self.dead_at_most = 2 ** math.ceil(math.log2(dying)) if x_BD.is_cuda and dying else 0
             if not self.sae.always_sparse:
                 self._choose_layout(active, len(x_BD), x_BD.device.type)
 
@@ -228,7 +232,7 @@ class SAETrainer:
     def phase(self, step: int) -> tuple[Any, ...]:
         """Return a hashable key of everything that changes which kernels a step launches."""
         architecture_phase = self.sae.phase(StepContext(step, self.schedule, self.recipe))
-        return self.sparse, self.capacity, self.any_dead, architecture_phase
+        return self.sparse, self.capacity, self.any_dead, self.dead_at_most, architecture_phase
 
     def forward(
         self,
@@ -249,6 +253,7 @@ class SAETrainer:
             use_estimate=self.sparse and self.use_estimate,
             workspace=None if x_BD.is_cuda else self.workspace,  # CUDA graphs have memory of their own
             capacity=self.capacity,
+            dead_at_most=self.dead_at_most or None,
         )
         ctx = StepContext(step, self.schedule, self.recipe, sparsity_scale=sparsity_scale)
         codes = self.sae.codes(self.sae.preactivations(x_BD, execution), ctx)
@@ -299,9 +304,11 @@ class SAETrainer:
             ops.StepOutcome(updated, full, batch_is_finite, codes.size(), codes.tokens, result.since_fired_F),
         )
 
-    def schedule_readback(self) -> None:
-        """Start copying to the host what it decides by `READBACK_EVERY` steps later."""
-        self.readback = AsyncScalars(torch.stack([self.active.double(), self.since_fired_F.max().double()]))
+    def schedule_readback(self, tokens: int) -> None:
+        """Start copying to the host what it decides by `READBACK_EVERY` steps later, of so many tokens."""
+        dying = self.since_fired_F + 2 * READBACK_EVERY * tokens >= self.schedule.dead_tokens
+        numbers = (self.active, self.since_fired_F.max(), dying.sum())
+        self.readback = AsyncScalars(torch.stack([number.double() for number in numbers]))
 
     @torch.no_grad()
     def read_metrics(self, x_BD: Tensor, last: Mapping[str, Tensor]) -> StepMetrics:
@@ -328,9 +335,11 @@ class SAETrainer:
         sae = {
             f"sae.{name}": t.detach() for name, t in [*self.sae.named_parameters(), *self.sae.named_buffers()]
         }
-        readback = [float("nan")] * 2 if self.readback is None else self.readback.read()
+        readback = [float("nan")] * 3 if self.readback is None else self.readback.read()
         host = {
-            "layout": torch.tensor([self.sparse, self.capacity, self.any_dead, self.use_estimate]),
+            "layout": torch.tensor(
+                [self.sparse, self.capacity, self.any_dead, self.use_estimate, self.dead_at_most]
+            ),
             "readback": torch.tensor(readback, dtype=torch.float64),
         }
         center = {"center_D": self.center_D} if self.centered else {}
@@ -351,8 +360,10 @@ class SAETrainer:
             getattr(self, name).copy_(state[name])
         # versions that did not center wrote none
         self.center_D.copy_(state.get("center_D", torch.zeros_like(self.center_D)))
-        # versions without estimates wrote three
-        sparse, capacity, any_dead, *estimate = state["layout"].tolist()
+        # versions without estimates wrote three, those that did not count latents that can die four
+        sparse, capacity, any_dead, use_estimate, dead_at_most = [*state["layout"].tolist(), 0, 0][:5]
         self.sparse, self.capacity, self.any_dead = bool(sparse), capacity, bool(any_dead)
-        self.use_estimate = estimate == [1]
-        self.readback = None if state["readback"].isnan().any() else AsyncScalars(state["readback"].cpu())
+        self.use_estimate, self.dead_at_most = bool(use_estimate), dead_at_most
+        readback = torch.full((3,), float(self.sae.d_sae), dtype=torch.float64)
+        readback[: len(state["readback"])] = state["readback"]
+        self.readback = None if readback.isnan().any() else AsyncScalars(readback)

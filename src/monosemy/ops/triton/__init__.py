@@ -10,7 +10,7 @@ added atomically.
 from monosemy.ops.reference import estimate
 from monosemy.ops.triton.adam import adam_step, square_norms, update
 from monosemy.ops.triton.counts import count_step, firing, follow_threshold, squared_error
-from monosemy.ops.triton.dense import count_positive, masked_copy, threshold_dense
+from monosemy.ops.triton.dense import count_positive, masked_copy, scale, threshold_dense
 from monosemy.ops.triton.elementwise import fused
 from monosemy.ops.triton.selections import above, batch_top_k, count_above, top_k
 from monosemy.ops.triton.sums import (
@@ -41,6 +41,7 @@ __all__ = [
     "follow_threshold",
     "fused",
     "masked_copy",
+    "scale",
     "smallest",
     "sort_by_latent",
     "square_norms",

@@ -11,6 +11,8 @@ from triton import cdiv
 from monosemy.ops.triton.launch import ROWS, columns, key_bits, on_device, require_floats
 from monosemy.ops.triton.selection_kernels import is_above, load_row
 
+SCALED = 4096  # elements that a program multiplies
+
 
 @triton.jit
 def _split_kernel(
@@ -138,6 +140,21 @@ def masked_copy(
         BLOCK=block,
     )
     return parts_PF.sum(0)
+
+
+@triton.jit
+def _scale_kernel(x_BF, factor, out_BF, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_BF + at, mask=at < n, other=0).to(tl.float32)
+    tl.store(out_BF + at, x * tl.load(factor).to(tl.float32), mask=at < n)
+
+
+def scale(x_BF: Tensor, factor: Tensor, out_BF: Tensor) -> Tensor:
+    """Write x times a scalar, which is not rounded to x's precision, and return it."""
+    require_floats(x_BF=x_BF, out_BF=out_BF)
+    n = x_BF.numel()
+    _scale_kernel[(cdiv(n, SCALED),)](x_BF, factor, out_BF, n, BLOCK=SCALED)
+    return out_BF
 
 
 def count_positive(x_BF: Tensor) -> Tensor:

@@ -58,13 +58,15 @@ def _smallest_kernel(values_N, offsets_R1, least_R, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bags_kernel(offsets_R1, bags_N, N, BLOCK: tl.constexpr):
-    """Write the bag of each of its entries; the last bag also writes that of the padding."""
-    bag = tl.program_id(0)
-    end = tl.load(offsets_R1 + bag + 1)
-    if bag == tl.num_programs(0) - 1:
-        end = N
-    for first in range(tl.load(offsets_R1 + bag), end, BLOCK):
+def _bags_kernel(offsets_R1, bags_N, R, N, BLOCK: tl.constexpr):
+    """Write the bag of each of its entries; programs after those of the bags write the last one to a block of
+    the padding."""
+    program = tl.program_id(0)
+    bag = tl.minimum(program, R - 1)
+    begin, end = tl.load(offsets_R1 + bag), tl.load(offsets_R1 + bag + 1)
+    if program >= R:
+        begin, end = tl.maximum((program - R) * BLOCK, end), tl.minimum((program - R + 1) * BLOCK, N)
+    for first in range(begin, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         tl.store(bags_N + at, bag, mask=at < end)
 
@@ -264,8 +266,9 @@ def smallest(values_N: Tensor, e: SparsePattern) -> Tensor:
 def _bags(e: SparsePattern) -> Tensor:
     """Return the bag of each entry, int32 [N], of padding the last; made once."""
     if "bags_N" not in e.__dict__:  # where the cached property keeps it
+        N, block = len(e.indices_N), 1024
         e.bags_N = torch.empty_like(e.indices_N)
-        _bags_kernel[(e.R,)](e.offsets_R1, e.bags_N, len(e.indices_N), BLOCK=128)
+        _bags_kernel[(e.R + cdiv(N, block),)](e.offsets_R1, e.bags_N, e.R, N, BLOCK=block)
     return e.bags_N
 
 
