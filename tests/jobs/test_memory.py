@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from benchmarks.alone import LoneTrainer
+from benchmarks.gpu_cost import SWEPT, read_measured
+from benchmarks.harness import TOP_K
 from monosemy import ops
 from monosemy.config import TrainConfig, architecture_names
 from monosemy.jobs import memory
-from monosemy.jobs.memory import sae_bytes, step_bytes, tensor_bytes, workspace_bytes
+from monosemy.jobs.memory import LIBRARIES, sae_bytes, step_bytes, tensor_bytes, workspace_bytes
 from monosemy.jobs.plan import Plan
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
@@ -367,3 +369,34 @@ def test_layers_that_are_not_asked_for_are_never_read(tiny_model, tmp_path):
     found, taken = torch.load(tmp_path / "out.pt")
     assert torch.equal(found, wanted)
     assert taken < 3 * layer + 8 * MIB < 24 * layer / 4
+
+
+MEASURED = {case: row for case, row in read_measured("H200").items() if row.peak_bytes is not None}
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.label)
+def test_peaks_of_a_gpu_are_what_is_said(case):
+    """Within 15 % of what an H200 allocated, in the phase that takes most; AuxK's arrays always count."""
+    [name], B, D, F = case.architectures, case.B, case.D, case.F
+    memory, batches = architecture(name).memory, 5 * 4 * B * D
+    said = sae_bytes(memory, D, F, copies=2) + LIBRARIES["cuda"] + batches
+    said += step_bytes(memory, B, D, F, k=case.k, bf16=True, on_gpu=1)
+    if case.dense or name in TOP_K:
+        assert said == pytest.approx(MEASURED[case].peak_bytes, rel=0.15)
+    else:  # which began dense
+        assert said > 0.98 * MEASURED[case].peak_bytes
+
+
+# SAEs of a sweep of six kinds, four of each -> bytes that an H200 allocated, passes side by side
+SWEEPS = {(4096, True): 2.5e9, (16384, False): 7.1e9, (16384, True): 7.9e9}
+
+
+@pytest.mark.parametrize(("F", "dense"), SWEEPS)
+def test_peaks_of_a_sweep_are_what_is_said(F, dense):
+    B, D, of_kind = 2048, 512, {name: architecture(name).memory for name in SWEPT}
+    said = sum(4 * sae_bytes(memory, D, F, copies=2) for memory in of_kind.values())
+    said += LIBRARIES["cuda"] + max(
+        step_bytes(memory, B, D, F, k=80, bf16=True, on_gpu=8 if name in TOP_K else 4)
+        for name, memory in of_kind.items()
+    )
+    assert said == pytest.approx(SWEEPS[F, dense], rel=0.15)
