@@ -138,6 +138,10 @@ def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     return Launch("", read + 4 * a["D"] * written, gathered, seconds=PROGRAM * programs)
 
 
+def _add_scaled_rows(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    return Launch("", size([a["W_FD"]]) + 2 * size([a["into_FD"]]))
+
+
 def _join(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     programs = len(a["order_N"]) / a["CHUNK"] * math.ceil(a["D"] / a["BLOCK_D"])
     return Launch("", 0.0, seconds=3.5e-6 + PROGRAM * programs)
@@ -168,6 +172,7 @@ def _addresses(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
 RULES: dict[str, Rule] = {
     "_addresses_kernel": _addresses,
     "_decode_kernel": _decode,
+    "_add_scaled_rows_kernel": _add_scaled_rows,
     "_by_latent_kernel": _by_latent,
     "_join_kernel": _join,
     "_sum_kernel": _sums,

@@ -91,6 +91,10 @@ class Codes(ABC):
     def smallest(self) -> Tensor:
         """Return the smallest positive value of each token, [B]; infinity where a token has none."""
 
+    def row_norms(self, W_FD: Tensor) -> Tensor:
+        """Return the norm of each row of a weight, [F], whose gradient joins those of other uses."""
+        return ops.row_norms(W_FD, self.pre.gradient(W_FD))
+
     @abstractmethod
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
         """Compute codes W, [B, D]; given the first latent of each group, each group's contribution, [G, B,
@@ -143,8 +147,14 @@ class DenseCodes(Codes):
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
         if begins_G is None:
-            w_FD = self.pre.bf16_copy(W_FD)
-            return ops.decode_dense(self.values, W_FD, self.pre.buffer, bf16=self.pre.bf16, bf16_FD=w_FD)
+            return ops.decode_dense(
+                self.values,
+                W_FD,
+                self.pre.buffer,
+                bf16=self.pre.bf16,
+                bf16_FD=self.pre.bf16_copy(W_FD),
+                gradient=self.pre.gradient(W_FD),
+            )
         ends = [*begins_G.tolist()[1:], len(W_FD)]
         groups = zip(begins_G.tolist(), ends, strict=True)
         return torch.stack([self.values[:, a:b].to(W_FD.dtype) @ W_FD[a:b] for a, b in groups])

@@ -196,6 +196,12 @@ def check_sums(fast: Any, device: torch.device) -> None:
                 for got, wanted in both:
                     errors.near(f"encode_backward, {x.dtype}", got, wanted)
 
+            if hasattr(fast, "row_norms"):
+                factors_F, total_FD = torch.randn(F, device=device), torch.randn(F, D, device=device)
+                wanted_FD = torch.addcmul(total_FD.double(), W_FD.double(), factors_F.double()[:, None])
+                fast.add_scaled_rows(W_FD, factors_F, total_FD)
+                errors.near("add_scaled_rows", total_FD, wanted_FD)
+                errors.near("row_norms", fast.row_norms(W_FD), reference.row_norms(W_FD.double()))
             if hasattr(fast, "add_rows"):
                 into_FD = torch.randn(F, D, device=device)
                 wanted_FD = into_FD.double()

@@ -13,11 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import triton
+from triton import next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from monosemy.ops.reference import Constraint
-from monosemy.ops.triton import adam, counts, dense, elementwise, selection_kernels, selections, sums
+from monosemy.ops.triton import adam, counts, dense, elementwise, norms, selection_kernels, selections, sums
 from monosemy.ops.triton.launch import ROWS, block_size, columns, warps_for
 from tests.gpu.sizes import FORMULAS
 
@@ -28,7 +29,7 @@ _TYPES = {
     "*i64": "table since_fired_F since_F dead nonfinite clock",
     "*bf16": "bf16_copy",
     "*fp32": "also_BF bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N "
-    "out_FD rest_D "
+    "out_FD rest_D norms_F factors_F into_FD "
     "sums_F add_F parts_2PF parts_KPF g_BF d_BF w0_F w1_F w2_F factor x x_hat error parts_P least_R values "
     "smallest_kept active squares_S loss_S "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
@@ -120,6 +121,8 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
         add(sums._by_latent_kernel, **chunks | {"ADD": True}, **whole)
         add(sums._by_latent_kernel, **chunks, out_FD=None, rest_D=None, **whole)
         add(sums._by_latent_kernel, **chunks, W_FD=None, d_values_N=None, **part)
+    for kernel in (norms._row_norms_kernel, norms._add_scaled_rows_kernel):
+        add(kernel, D=D, BLOCK=next_power_of_2(D), num_warps=warps_for(next_power_of_2(D)))
     add(sums._join_kernel, D=D, CHUNK=sums.CHUNK, BLOCK_D=whole["BLOCK_D"])
     add(adam._addresses_kernel, num_warps=1)
     constraints: tuple[Constraint, ...] = ("project", "constrain", "free")

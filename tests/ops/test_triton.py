@@ -595,6 +595,8 @@ def test_every_kernel_compiles(capability, tmp_path):
         ("gated", True),
         ("jump_relu", False),
         ("p_anneal", True),
+        ("standard_new", True),
+        ("standard_new", False),
     ],
 )
 def test_whole_steps_are_the_reference_s(name, dense):

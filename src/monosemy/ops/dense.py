@@ -19,6 +19,7 @@ from torch.autograd import Function
 from monosemy.ops.backends import backend_for
 from monosemy.ops.pattern import by_rows
 from monosemy.ops.selections import d_b_dec, product
+from monosemy.ops.sparse import WeightGradient
 
 Buffer = Callable[..., Tensor]  # (like, dtype) -> an array of [B, F]
 
@@ -253,11 +254,20 @@ def count_positive(values_BF: Tensor) -> Tensor:
 class _DecodeDense(Function):
     @staticmethod
     def forward(
-        ctx: Any, values_BF: Tensor, W_FD: Tensor, buffer: Buffer, bf16: bool, bf16_FD: Tensor | None
+        ctx: Any,
+        values_BF: Tensor,
+        W_FD: Tensor,
+        buffer: Buffer,
+        bf16: bool,
+        bf16_FD: Tensor | None,
+        gradient: WeightGradient | None,
     ) -> Tensor:
         v_BF, w_FD = _operands(bf16, values_BF, W_FD if bf16_FD is None else bf16_FD)
         ctx.save_for_backward(v_BF, w_FD)
         ctx.bf16, ctx.dtype, ctx.of_values, ctx.buffer = bf16, W_FD.dtype, values_BF.dtype, buffer
+        ctx.gradient = gradient if ctx.needs_input_grad[1] else None
+        if ctx.gradient is not None:
+            ctx.gradient.uses += 1
         return product(v_BF, w_FD, W_FD.dtype)
 
     @staticmethod
@@ -265,15 +275,24 @@ class _DecodeDense(Function):
         v_BF, w_FD = ctx.saved_tensors
         (g_BD,) = _operands(ctx.bf16, g_BD)
         d_W_FD = product(v_BF.T, g_BD, ctx.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.gradient is not None:
+            d_W_FD = ctx.gradient.joined(d_W_FD)
         d_values_BF = torch.mm(g_BD, w_FD.T, out=ctx.buffer(g_BD)).to(ctx.of_values)
-        return d_values_BF, d_W_FD, None, None, None
+        return d_values_BF, d_W_FD, None, None, None, None
 
 
 def decode_dense(
-    values_BF: Tensor, W_FD: Tensor, buffer: Buffer, *, bf16: bool = False, bf16_FD: Tensor | None = None
+    values_BF: Tensor,
+    W_FD: Tensor,
+    buffer: Buffer,
+    *,
+    bf16: bool = False,
+    bf16_FD: Tensor | None = None,
+    gradient: WeightGradient | None = None,
 ) -> Tensor:
     """Compute values W, [B, D]: `decode` in the dense layout.
 
     With `bf16` its products, of the backward pass too, are of bfloat16 operands; `bf16_FD` is W's copy in it.
+    To `gradient`, where it is given, W's gradient is added.
     """
-    return _DecodeDense.apply(values_BF, W_FD, buffer, bf16, bf16_FD)
+    return _DecodeDense.apply(values_BF, W_FD, buffer, bf16, bf16_FD, gradient)

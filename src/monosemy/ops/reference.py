@@ -121,6 +121,16 @@ def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor
     return d_W_FD, sum_by_latent(g_N, e)
 
 
+def row_norms(W_FD: Tensor) -> Tensor:
+    """Return the norm of each row, [F]."""
+    return torch.linalg.vector_norm(W_FD, dim=1)
+
+
+def add_scaled_rows(W_FD: Tensor, factors_F: Tensor, into_FD: Tensor) -> None:
+    """Add each row of W times its factor to an array."""
+    into_FD.addcmul_(W_FD, factors_F[:, None])
+
+
 def add_rows(values_N: Tensor, rows_RD: Tensor, e: SparsePattern, into_FD: Tensor) -> None:
     """Add to each latent's row of an array the sum of value times its bags' rows."""
     into_FD.add_(encode_backward(values_N, rows_RD, e)[0])

@@ -78,14 +78,21 @@ class WeightGradient:
 
     def __init__(self) -> None:
         self.uses = 0  # whose backward pass is to come
-        self._waiting: list[Callable[[Tensor], None]] = []
+        self._waiting: list[Callable[[Tensor], object]] = []
 
     def last(self) -> bool:
         """Count the backward pass of a use, and return whether it is the last."""
         self.uses -= 1
         return self.uses == 0
 
-    def wait(self, add: Callable[[Tensor], None]) -> None:
+    def joined(self, d_W_FD: Tensor) -> Tensor | None:
+        """Return a use's whole gradient with what waits added to it, or have it wait, too."""
+        if self.last():
+            return self.add_to(d_W_FD)
+        self.wait(lambda total_FD: total_FD.add_(d_W_FD))
+        return None
+
+    def wait(self, add: Callable[[Tensor], object]) -> None:
         """Have a use's part added to the array later."""
         self._waiting.append(add)
 
@@ -100,6 +107,30 @@ class WeightGradient:
 def adds_in_place(W_FD: Tensor) -> bool:
     """Whether a backend can add to a gradient."""
     return hasattr(backend_for(W_FD), "add_rows")
+
+
+class _RowNorms(Function):
+    @staticmethod
+    def forward(ctx: Any, W_FD: Tensor, gradient: WeightGradient) -> Tensor:
+        norms_F = backend_for(W_FD).row_norms(W_FD)
+        ctx.save_for_backward(W_FD, norms_F)
+        ctx.gradient = gradient
+        gradient.uses += ctx.needs_input_grad[0]
+        return norms_F
+
+    @staticmethod
+    def backward(ctx: Any, g_F: Tensor) -> tuple[Tensor | None, None]:
+        (W_FD, norms_F), backend = ctx.saved_tensors, backend_for(g_F)
+        factors_F = torch.where(norms_F > 0, g_F / norms_F, 0)
+        if ctx.gradient.last():
+            return ctx.gradient.add_to(factors_F[:, None] * W_FD), None
+        ctx.gradient.wait(lambda d_W_FD: backend.add_scaled_rows(W_FD, factors_F, d_W_FD))
+        return None, None
+
+
+def row_norms(W_FD: Tensor, gradient: WeightGradient | None = None) -> Tensor:
+    """Return the norm of each row, [F]; to `gradient`, where it is given, W's gradient is added."""
+    return torch.linalg.vector_norm(W_FD, dim=1) if gradient is None else _RowNorms.apply(W_FD, gradient)
 
 
 class _EncodeSparse(Function):

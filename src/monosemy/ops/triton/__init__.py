@@ -12,6 +12,7 @@ from monosemy.ops.triton.adam import adam_step, square_norms, update
 from monosemy.ops.triton.counts import count_step, firing, follow_threshold, squared_error
 from monosemy.ops.triton.dense import count_positive, masked_copy, scale, threshold_dense
 from monosemy.ops.triton.elementwise import fused
+from monosemy.ops.triton.norms import add_scaled_rows, row_norms
 from monosemy.ops.triton.selections import above, batch_top_k, count_above, top_k
 from monosemy.ops.triton.sums import (
     add_rows,
@@ -28,6 +29,7 @@ __all__ = [
     "above",
     "adam_step",
     "add_rows",
+    "add_scaled_rows",
     "batch_top_k",
     "count_above",
     "count_by_latent",
@@ -41,6 +43,7 @@ __all__ = [
     "follow_threshold",
     "fused",
     "masked_copy",
+    "row_norms",
     "scale",
     "smallest",
     "sort_by_latent",
