@@ -147,9 +147,10 @@ class _EncodeSparse(Function):
         gradient: WeightGradient | None,
     ) -> Tensor:
         ctx.save_for_backward(W_FD, x_BD)
-        ctx.pattern, ctx.rows_FD, ctx.gradient = pattern, rows_FD, gradient
-        if gradient is not None:
-            gradient.uses += 1
+        ctx.pattern, ctx.rows_FD = pattern, rows_FD
+        ctx.gradient = gradient if ctx.needs_input_grad[0] else None
+        if ctx.gradient is not None:
+            ctx.gradient.uses += 1
         return values_N.view_as(values_N)
 
     @staticmethod
