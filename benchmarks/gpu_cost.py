@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -414,6 +415,7 @@ class Measured:
     then: Cost
 
 
+@cache
 def read_measured(device: str = "H100", path: Path = MEASURED) -> dict[Case, Measured]:
     """Read the rows of a device."""
     rows = {}

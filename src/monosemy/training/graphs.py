@@ -35,8 +35,8 @@ def release_memory() -> None:
 
 
 @cache
-def _side_stream(i: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream()
+def _side_stream(device: torch.device, i: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def side_by_side(parts: Sequence[Callable[[], T]], branches: int) -> list[T]:
@@ -48,7 +48,8 @@ def side_by_side(parts: Sequence[Callable[[], T]], branches: int) -> list[T]:
     branches = min(branches, len(parts))
     if branches == 1 or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return [part() for part in parts]
-    main, streams = torch.cuda.current_stream(), [_side_stream(i) for i in range(branches)]
+    main = torch.cuda.current_stream()
+    streams = [_side_stream(main.device, i) for i in range(branches)]
     for stream in streams:
         stream.wait_stream(main)
     results = []
