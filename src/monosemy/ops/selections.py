@@ -48,8 +48,8 @@ def preactivations(
     """Compute x W^T + b, [B, F], outside autograd; with `bf16` the product is of bfloat16 operands, and
     rounded to it. `bf16_FD` is W's copy in it.
 
-    With `use_estimate`, where few are to be picked, an estimate may do, from which selections find the same ones as from
-    the product of float32.
+    With `use_estimate`, where few are to be picked, an estimate may do, from which selections find the same
+    ones as from the product of float32.
     """
     workspace = workspace or Workspace()
     if bf16 and bf16_FD is None:
