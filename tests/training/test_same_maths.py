@@ -112,8 +112,8 @@ def test_the_norm_that_clips_is_exact_at_a_real_width(form: str, constraint: ops
 def check_drift(
     name: str, batches: list[Tensor], d_sae: int, form: str, steps: int, seeds: tuple[int, ...]
 ) -> None:
-    """The fast run leaves the plain one by at most three times as much as the plain one leaves itself, once
-    moved by units in the last place."""
+    """Fast runs leave the plain one by at most three times as much as the plain one leaves itself, once moved
+    by units in the last place."""
     found = same_maths.drift(name, batches, d_sae, form, steps, seeds)
     assert 0 < found.weights <= 3 * found.nudged_weights
     assert found.losses <= 3 * found.nudged_losses
