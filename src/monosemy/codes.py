@@ -274,7 +274,16 @@ class Preactivations:
         """Return where ops add up a weight's gradient; None where autograd adds arrays of each."""
         if not ops.adds_in_place(W_FD):
             return None
-        return self.gradients.setdefault(_begin(W_FD), ops.WeightGradient())
+        known, workspace = self.gradients.get(_begin(W_FD)), self.execution.workspace
+        if known is None:
+            number = len(self.gradients)
+            lent_FD = (
+                workspace(f"gradient {number}", W_FD, *W_FD.shape)
+                if workspace is not None and ops.lends(W_FD)
+                else None
+            )
+            known = self.gradients[_begin(W_FD)] = ops.WeightGradient(lent_FD)
+        return known
 
     def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialized [B, F] workspace.
@@ -314,6 +323,7 @@ class Preactivations:
             self.buffer,
             bf16=self.bf16,
             rows_FD=self.gathered(self.weights[0]),
+            gradient=self.gradient(self.weights[0]),
         )
         positive = not isinstance(threshold, Tensor) and threshold >= 0
         return DenseCodes(self, values_BF, again_BF, mask_BF, counts_F, sums_F, positive)

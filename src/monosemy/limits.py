@@ -51,6 +51,8 @@ class ArchitectureMemory:
     """In which the SAE is evaluated."""
     products: int = 1
     """With the decoder."""
+    outputs: int = 3
+    """Arrays [B, D]: the decoder's output, what is made of it, and gradients."""
 
 
 TOP_K_MEMORY = ArchitectureMemory(centers=0, dense_arrays=0, modes=2)

@@ -61,7 +61,14 @@ def wide_model(tiny_model, tmp_path_factory):
 # --- one SAE ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.fixture(params=["float32", "bf16", "bf16 estimates"])
+def bf16(request, monkeypatch):
+    """Whether products are of bfloat16, with estimates by integers or, as AMX has it, by those, too."""
+    for module in (cpu, memory):
+        monkeypatch.setattr(module, "cpu_estimates_in_bf16", lambda: request.param == "bf16 estimates")
+    return request.param != "float32"
+
+
 @pytest.mark.parametrize("name", architecture_names())
 def test_an_sae_takes_what_was_said(name, bf16):
     """Every storage that a member reaches after two steps in each layout, itself and through its group, but
@@ -104,7 +111,6 @@ def most_allocated(job):
     return max(accumulate(change for _, change in sorted(changes, key=lambda change: change[0])))
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", architecture_names())
 def test_a_step_takes_what_was_said(name, bf16):
     """Its gradients and arrays, those that are kept for the next SAE included; for the TopK kinds with
@@ -118,9 +124,14 @@ def test_a_step_takes_what_was_said(name, bf16):
     spec = SAESpec(name, F, 1e-3, 0, {"k": k} if kind.memory.modes == 2 else {})
     member = LoneTrainer("", spec, D, schedule, bf16=bf16, workspace=scratch)
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(0)) / D**0.5
-    member.step(x_BD, 0)
+    layout = member.sparse, member.use_estimate
+    for step in range(2):  # both layouts, whose arrays are kept
+        member.sparse = member.use_estimate = True
+        if step:
+            member.sparse, member.use_estimate = layout
+        member.step(x_BD, step)
     member.since_fired_F.fill_(10**9)
-    taken = most_allocated(lambda: member.step(x_BD, 1))
+    taken = most_allocated(lambda: member.step(x_BD, 2))
     said = workspace_bytes(kind.memory, B, D, F, k=k, bf16=bf16) + step_bytes(
         kind.memory, B, D, F, k=k, bf16=bf16
     )

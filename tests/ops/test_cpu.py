@@ -23,6 +23,12 @@ linux = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _bf16_where_it_is_asked_for(monkeypatch):
+    """Whatever is faster on this processor."""
+    monkeypatch.setattr(cpu, "cpu_estimates_in_bf16", lambda: True)
+
+
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -216,6 +222,16 @@ def test_numbers_that_no_bound_is_known_of_are_not_estimated(where, value, bf16)
     assert estimate is None or (value == 1e30 and estimate.error_B.isfinite().all())
 
 
+@built
+def test_bf16_is_estimated_by_the_faster_product(monkeypatch):
+    x_BD, W_FD, b_F = draw(9, 16), draw(40, 16, seed=1), draw(40, seed=2)
+    for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(cpu, "cpu_estimates_in_bf16", lambda faster=faster: faster)
+        estimate = cpu.estimate(x_BD, W_FD, b_F, Workspace(), W_FD.bfloat16())
+        assert estimate is None or estimate.pre_BF.dtype == dtype
+        assert estimate is not None or not (faster or cpu._call("panel"))
+
+
 # --- sums over entries --------------------------------------------------------------------------------------
 
 
@@ -263,6 +279,17 @@ def test_sums_are_the_plain_ones(B, D, F, mask, bags):
     got, nothing = cpu.decode_backward(g_RD, values_N, W_FD, e, weight=False)
     close(got, d_values_N)
     assert nothing is None
+
+    # in an array that is lent, and added to one
+    lent_FD, into_FD = torch.full((F, D), torch.nan), draw(F, D, seed=5)
+    for got in (
+        cpu.encode_backward(values_N, g_RD, e, lent_FD)[0],
+        cpu.decode_backward(g_RD, values_N, W_FD, e, True, lent_FD)[1],
+    ):
+        assert got.data_ptr() == lent_FD.data_ptr() and torch.equal(got, got_W_FD)
+    together_FD = into_FD + got_W_FD
+    cpu.add_rows(values_N, g_RD, e, into_FD)
+    assert torch.equal(into_FD, together_FD)
 
 
 # --- the update ---------------------------------------------------------------------------------------------

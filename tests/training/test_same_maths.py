@@ -135,6 +135,13 @@ def test_whole_runs_stay_together(large: Data, name: str, form: str) -> None:
 # --- bfloat16
 
 
+@pytest.fixture
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates by bfloat16 products, where integers are faster, too."""
+    monkeypatch.setattr(cpu, "cpu_estimates_in_bf16", lambda: True)
+
+
+@pytest.mark.usefixtures("bf16_products")
 def test_bf16_is_within_the_seeds_of_float32(small: Data) -> None:
     found = same_maths.evaluated("top_k", small, 64, splice=False, bf16=(0,))
     spread, difference = same_maths.spread(found, "fvu")
@@ -142,6 +149,7 @@ def test_bf16_is_within_the_seeds_of_float32(small: Data) -> None:
 
 
 @pytest.mark.certify
+@pytest.mark.usefixtures("bf16_products")
 @pytest.mark.parametrize("name", ["top_k", "batch_top_k", "standard", "gated", "jump_relu"])
 def test_bf16_trains_as_well_as_float32(large: Data, name: str) -> None:
     """What bfloat16 changes of any of three seeds is no more than the largest minus the smallest of those
@@ -152,6 +160,7 @@ def test_bf16_trains_as_well_as_float32(large: Data, name: str) -> None:
         assert 0 < difference <= spread, key
 
 
+@pytest.mark.usefixtures("bf16_products")
 @every
 def test_how_the_product_is_estimated_changes_no_bit(name: str) -> None:
     """Selections look up what any estimate leaves open, so that after it a run in bfloat16 is that of

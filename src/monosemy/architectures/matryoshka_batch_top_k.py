@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from monosemy.architectures._top_k import TopKFamily, auxk_loss
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
 from monosemy.initialization import EPS, uniform, unit
+from monosemy.limits import TOP_K_MEMORY
 from monosemy.sae import Look, StepContext, register
 
 
@@ -30,6 +31,7 @@ class MatryoshkaBatchTopK(TopKFamily):
 
     name = "matryoshka_batch_top_k"
     look = Look("#694cd1", "#a995d3", "star", place=7)
+    memory = replace(TOP_K_MEMORY, outputs=11)
 
     begins_G: Tensor  # the first latent of each group
 

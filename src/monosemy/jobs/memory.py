@@ -29,6 +29,7 @@ from monosemy.limits import (
     branches,
 )
 from monosemy.lm.info import ModelInfo, Site
+from monosemy.system.machine import cpu_estimates_in_bf16
 
 MIB = 2**20
 # Python with torch, transformers, datasets and some text; the workspaces of cuBLAS
@@ -216,15 +217,19 @@ def workspace_bytes(
 ) -> int:
     """Count the arrays that SAEs on a CPU use one after the other.
 
-    Pre-activations [B, F], and in the dense layout values, a mask and gradients; x and W_enc in 16-bit
-    integers, by which pre-activations are estimated where few latents are active, as in the ReLU kinds sooner
-    or later.
+    Pre-activations [B, F], and in the dense layout values, a mask and gradients; the gradients of both
+    matrices; x and W_enc in 16-bit integers, by which pre-activations are estimated where few latents are
+    active, as in the ReLU kinds sooner or later, unless bfloat16 does that faster.
     """
-    dense = memory.dense_arrays > 0
+    dense, integers = memory.dense_arrays > 0, not (bf16 and cpu_estimates_in_bf16())
     # the encoder's, and gradients through the decoder
-    of_products = (2 if bf16 else 4) * (1 + memory.products * dense)
-    integers = 2 * (B + F) * D * (not bf16 and (dense or k < ESTIMATE_BELOW * F))
-    return B * F * (of_products + 4 * memory.dense_arrays + dense) + integers
+    of_products = (2 if bf16 and (dense or not integers) else 4) * (1 + memory.products * dense)
+    if bf16 and dense and integers:
+        of_products += 4  # the encoder's, estimated
+    estimated = integers and (dense or bf16 or k < ESTIMATE_BELOW * F)
+    return (
+        B * F * (of_products + 4 * memory.dense_arrays + dense) + 2 * (B + F) * D * estimated + 2 * 4 * F * D
+    )
 
 
 def step_bytes(
@@ -232,27 +237,24 @@ def step_bytes(
 ) -> int:
     """Count a step's gradients and transients: on a CPU of one SAE; on a GPU of the group that `on_gpu` SAEs
     are in."""
-    array, matrix, gradients, of_pre = (
-        4 * B * F,
-        4 * F * D,
-        4 * _parameters(memory, D, F),
-        (2 if bf16 else 4) * B * F,
-    )
+    array, matrix, of_pre = 4 * B * F, 4 * F * D, (2 if bf16 else 4) * B * F
+    gradients = 4 * _parameters(memory, D, F) - (0 if on_gpu else 2 * matrix)
     dense = memory.dense_arrays > 0
     # on a GPU, until the group's update
     retained = 2 * of_pre + B * F if dense else of_pre + 16 * B * k
     if not dense:
-        # AuxK's entries, too, and its gradient of W_dec
-        work = matrix + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
+        # AuxK's entries, too, and on a GPU its gradient of W_dec
+        work = matrix * bool(on_gpu) + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
     elif on_gpu:
         work = int(memory.gpu_arrays * of_pre)
     else:
-        work = max(int(4 * memory.cached_arrays * min(IN_CACHE, B * F)) - matrix, 0)
+        work = int(4 * memory.cached_arrays * min(IN_CACHE, B * F))
         work += bf16 * (int(memory.bf16_copies * array) + matrix // 2)
+    work += 4 * memory.outputs * B * D
     together = min(on_gpu, max(GRADIENTS_AT_ONCE // gradients, 1)) if on_gpu else 1
     at_once = min(together, branches(B, F))
     libraries = 2 * CUBLAS * at_once if at_once > 1 else 0
-    return together * gradients + (together - at_once) * retained + at_once * (work + 12 * B * D) + libraries
+    return together * gradients + (together - at_once) * retained + at_once * work + libraries
 
 
 def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:

@@ -36,9 +36,11 @@ from monosemy.ops.reference import (  # noqa: F401
     smallest,
     squared_error,
 )
+from monosemy.system import machine
 from monosemy.system.files import cache_folder
 
 log = logging.getLogger(__name__)
+cpu_estimates_in_bf16 = cache(machine.cpu_estimates_in_bf16)
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # not -ffast-math, under which infinities and NaN may mean anything
@@ -46,6 +48,7 @@ FLAGS = (
     "-std=c11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
 )
 FLAT = 1024  # elements of a row, where a parameter has no rows that matter
+LENDS = True  # gradients of weights are written to arrays that are lent
 CHUNK = 256  # entries; a latent that has more is summed in so large parts
 
 # --- building -----------------------------------------------------------------------------------------------
@@ -153,7 +156,8 @@ TINY = 1e-18  # numbers below it have squares that float32 takes for zero, and s
 def estimate(
     x_BD: Tensor, W_FD: Tensor, b_F: Tensor, workspace: Callable[..., Tensor], bf16_FD: Tensor | None = None
 ) -> Estimate | None:
-    """By a product of 16-bit integers; of bfloat16 numbers where W's copy in that precision is given.
+    """By a product of 16-bit integers; of bfloat16 numbers where W's copy in that precision is given and this
+    processor multiplies those faster.
 
     A sum over d of x_d w_d is off by no more than the norms of what rounding took of one factor, times the
     norm of the other. Both are taken of x_d / c_d and w_d c_d with c_d the root of x_d's size, so that the
@@ -161,6 +165,8 @@ def estimate(
     """
     B, D, F, eps = *x_BD.shape, len(W_FD), torch.finfo(torch.float32).eps
     interleaved = _call("panel")
+    if interleaved and not cpu_estimates_in_bf16():
+        bf16_FD = None
     if not interleaved and bf16_FD is None:
         return None
     x_BD, W_FD, b_F = (t.detach().contiguous() for t in (x_BD, W_FD, b_F))
@@ -314,18 +320,27 @@ def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
 
 
 def _by_latent(
-    rows_RD: Tensor, e: SparsePattern, values_N: Tensor | None, W_FD: Tensor | None
+    rows_RD: Tensor,
+    e: SparsePattern,
+    values_N: Tensor | None,
+    W_FD: Tensor | None,
+    sums_FD: Tensor | None = None,
+    *,
+    adds: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum by latent: value times the bag's row over its entries, [F, D], and each entry's dot
     product of that row with W's, [N].
 
-    Without values there are no sums, without W no dot products.
+    Without values there are no sums, without W no dot products. Sums are written to `sums_FD` where it is
+    given, or added to it.
     """
-    _check(torch.float32, rows_RD=rows_RD, values_N=values_N, W_FD=W_FD)
+    _check(torch.float32, rows_RD=rows_RD, values_N=values_N, W_FD=W_FD, sums_FD=sums_FD)
     (order_N, offsets_F1), (N, D) = e.by_latent(sort_by_latent), (len(e.indices_N), rows_RD.shape[1])
-    sums_FD, dots_N = torch.empty(0 if values_N is None else e.F, D), torch.empty(0 if W_FD is None else N)
+    if sums_FD is None:
+        sums_FD = torch.empty(0 if values_N is None else e.F, D)
+    dots_N = torch.empty(0 if W_FD is None else N)
     parts = 2 * N // CHUNK  # at most
-    partial, places = torch.empty(parts, D), _int32(parts, 2)
+    partial, places = torch.empty(parts + torch.get_num_threads(), D), _int32(parts, 2)
     _call(
         "by_latent",
         order_N,
@@ -337,6 +352,7 @@ def _by_latent(
         rows_RD,
         W_FD,
         sums_FD,
+        adds,
         dots_N,
         CHUNK,
         partial,
@@ -346,15 +362,26 @@ def _by_latent(
 
 
 def decode_backward(
-    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
+    g_RD: Tensor,
+    values_N: Tensor,
+    W_FD: Tensor,
+    e: SparsePattern,
+    weight: bool,
+    lent_FD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    d_W_FD, d_values_N = _by_latent(g_RD, e, values_N if weight else None, W_FD)
+    d_W_FD, d_values_N = _by_latent(g_RD, e, values_N if weight else None, W_FD, lent_FD if weight else None)
     return d_values_N, d_W_FD if weight else None
 
 
-def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
-    d_W_FD, _ = _by_latent(x_BD.contiguous(), e, g_N, None)
+def encode_backward(
+    g_N: Tensor, x_BD: Tensor, e: SparsePattern, lent_FD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    d_W_FD, _ = _by_latent(x_BD.contiguous(), e, g_N, None, lent_FD)
     return d_W_FD, sum_by_latent(g_N, e)
+
+
+def add_rows(values_N: Tensor, rows_RD: Tensor, e: SparsePattern, into_FD: Tensor) -> None:
+    _by_latent(rows_RD.contiguous(), e, values_N, None, into_FD, adds=True)
 
 
 # --- the dense layout ---------------------------------------------------------------------------------------

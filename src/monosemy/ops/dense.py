@@ -10,6 +10,7 @@ B tokens, D d_in, F latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from monosemy.ops.selections import d_b_dec, product
 from monosemy.ops.sparse import WeightGradient
 
 Buffer = Callable[..., Tensor]  # (like, dtype) -> an array of [B, F]
+
+
+def _weight_gradient(
+    gradient: WeightGradient | None, of_latents_BF: Tensor, of_tokens_BD: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Return a weight's gradient, [F, D], as `gradient` wants it."""
+    compute = partial(product, of_latents_BF.T, of_tokens_BD, dtype)
+    return compute() if gradient is None else gradient.joined(compute)
 
 
 def _operands(bf16: bool, *tensors: Tensor) -> list[Tensor]:
@@ -41,6 +50,7 @@ class _EncodeDense(Function):
         buffer: Buffer,
         bf16: bool,
         rows_FD: Tensor | None,
+        gradient: WeightGradient | None,
     ) -> tuple[Tensor, ...]:
         # on a GPU, where what is above the threshold is kept as it is, in bfloat16, too
         values_BF = buffer(pre_BF if pre_BF.is_cuda else W_FD)
@@ -50,6 +60,9 @@ class _EncodeDense(Function):
         ctx.mark_non_differentiable(mask_BF, counts_F)
         ctx.set_materialize_grads(False)
         ctx.bf16, ctx.buffer, ctx.rows_FD, ctx.like = bf16, buffer, rows_FD, values_BF.new_empty(0)
+        ctx.gradient = gradient if ctx.needs_input_grad[0] else None
+        if ctx.gradient is not None:
+            ctx.gradient.uses += 1
         return values_BF, values_BF.view_as(values_BF), mask_BF, sums_F.to(W_FD.dtype), counts_F
 
     @staticmethod
@@ -65,7 +78,8 @@ class _EncodeDense(Function):
         d_b_F = backend_for(W_FD).masked_copy(mask_BF, g_BF, d_BF, g_F, *also_BF)
         d_BF, x_BD = _operands(ctx.bf16, d_BF, x_BD)
         d_b_dec_D = d_b_dec(d_b_F, W_FD, ctx.rows_FD) if ctx.needs_input_grad[2] else None
-        return product(d_BF.T, x_BD, W_FD.dtype), d_b_F, d_b_dec_D, *[None] * 6
+        d_W_FD = _weight_gradient(ctx.gradient, d_BF, x_BD, W_FD.dtype)
+        return d_W_FD, d_b_F, d_b_dec_D, *[None] * 7
 
 
 def encode_dense(
@@ -79,6 +93,7 @@ def encode_dense(
     *,
     bf16: bool = False,
     rows_FD: Tensor | None = None,
+    gradient: WeightGradient | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the pre-activations above a threshold and zero elsewhere, [B, F]: `encode_sparse` in the dense
     layout.
@@ -87,7 +102,8 @@ def encode_dense(
     where they are above, [B, F], and of each latent the sum of its values, which costs its gradient no pass
     of its own, and on how many tokens it is above, [F].
     """
-    return _EncodeDense.apply(W_FD, b_F, b_dec_D, centered_BD, pre_BF, threshold, buffer, bf16, rows_FD)
+    operands = (W_FD, b_F, b_dec_D, centered_BD, pre_BF, threshold)
+    return _EncodeDense.apply(*operands, buffer, bf16, rows_FD, gradient)
 
 
 def _gradients(
@@ -274,9 +290,7 @@ class _DecodeDense(Function):
     def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
         v_BF, w_FD = ctx.saved_tensors
         (g_BD,) = _operands(ctx.bf16, g_BD)
-        d_W_FD = product(v_BF.T, g_BD, ctx.dtype) if ctx.needs_input_grad[1] else None
-        if ctx.gradient is not None:
-            d_W_FD = ctx.gradient.joined(d_W_FD)
+        d_W_FD = _weight_gradient(ctx.gradient, v_BF, g_BD, ctx.dtype) if ctx.needs_input_grad[1] else None
         d_values_BF = torch.mm(g_BD, w_FD.T, out=ctx.buffer(g_BD)).to(ctx.of_values)
         return d_values_BF, d_W_FD, None, None, None, None
 

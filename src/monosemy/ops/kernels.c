@@ -418,6 +418,15 @@ INLINE void keep(const int32_t *latents, const int32_t *keys, int64_t n, int32_t
             *kept++ = latents[i], *values++ = value_of(keys[i]);
 }
 
+/* Drop candidates below `least`. Returns how many are left. */
+INLINE int64_t kept_from(int32_t *latents, const int32_t *keys, int64_t n, int32_t least)
+{
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i++)
+        latents[kept] = latents[i], kept += keys[i] >= least;
+    return kept;
+}
+
 INLINE void top_k_row(const void *x, int bf16, int64_t F, int64_t k, int64_t width, const int32_t *among, Exactly e, int64_t b,
                       int32_t *scratch, int32_t *latents, float *values)
 {
@@ -430,6 +439,7 @@ INLINE void top_k_row(const void *x, int bf16, int64_t F, int64_t k, int64_t wid
         candidates[i] = among[candidates[i]];
     if (e.error) {
         float *exact = (float *)(keys + F);
+        n = kept_from(candidates, keys, n, lowered(e, b, reached_by(keys, n, k, k), e.error[b]));
         look_up(e, b, candidates, n, exact);
         keys_of(exact, n, keys);
     }
@@ -674,6 +684,12 @@ void decode(const float *values, const float *W, const int32_t *latents, const i
         add(entries, starts[r], starts[r + 1], out + r * D, NULL, NULL);
 }
 
+INLINE void add_row(const float *restrict row, float *restrict sum, int64_t D)
+{
+    for (int64_t d = 0; d < D; d++)
+        sum[d] += row[d];
+}
+
 INLINE void add_latent(Rows e, int64_t from, int64_t to, float *sum, const float *w, float *dots)
 {
     if (sum && w)
@@ -685,11 +701,12 @@ INLINE void add_latent(Rows e, int64_t from, int64_t to, float *sum, const float
 }
 
 /* For each latent, over its entries: sums [F, D] of coefficient times the bag's row, and dots [N] of its own row of W with the bag's.
-   Where `sums` or W is NULL they are left out. A latent of more than `size` entries is summed in chunks of them, and so by several threads:
-   `partial` has a row for each chunk, `chunks` the latent and the first entry of each, and there are at most 2 N / size. */
+   Where `sums` or W is NULL they are left out; with `adds` the sums are added to what is there. A latent of more than `size` entries is
+   summed in chunks of them, and so by several threads: `chunks` has the latent and the first entry of each, at most 2 N / size. `partial`
+   has a row for each chunk, and one for each thread. */
 void by_latent(const int32_t *order, const int32_t *starts, const int32_t *bags, int64_t F, int64_t D, const float *coefficients,
-               const float *rows, const float *W, float *sums, float *dots, int64_t size, float *partial, int32_t (*chunks)[2],
-               int64_t threads)
+               const float *rows, const float *W, float *sums, int64_t adds, float *dots, int64_t size, float *partial,
+               int32_t (*chunks)[2], int64_t threads)
 {
     Rows entries = {order, bags, coefficients, rows, D, starts[F]};
     const int64_t block = 16; /* latents */
@@ -705,8 +722,12 @@ void by_latent(const int32_t *order, const int32_t *starts, const int32_t *bags,
             add_latent(entries, from, to, sums ? partial + task * D : NULL, W ? W + f * D : NULL, dots);
         } else
             for (int64_t f = (task - n_chunks) * block; f < least_of(F, (task - n_chunks + 1) * block); f++)
-                if (starts[f + 1] - starts[f] <= size)
-                    add_latent(entries, starts[f], starts[f + 1], sums ? sums + f * D : NULL, W ? W + f * D : NULL, dots);
+                if (starts[f + 1] - starts[f] <= size && (!adds || starts[f + 1] > starts[f])) {
+                    float *mine = adds ? partial + (n_chunks + omp_get_thread_num()) * D : sums ? sums + f * D : NULL;
+                    add_latent(entries, starts[f], starts[f + 1], mine, W ? W + f * D : NULL, dots);
+                    if (adds)
+                        add_row(mine, sums + f * D, D);
+                }
     if (!sums)
         return;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -714,11 +735,13 @@ void by_latent(const int32_t *order, const int32_t *starts, const int32_t *bags,
         int64_t f = chunks[first][0];
         if (chunks[first][1] != starts[f])
             continue;
-        float *restrict sum = sums + f * D;
-        memcpy(sum, partial + first * D, sizeof *sum * D);
+        float *sum = partial + first * D;
         for (int64_t chunk = first + 1; chunk < n_chunks && chunks[chunk][0] == f; chunk++)
-            for (int64_t d = 0; d < D; d++)
-                sum[d] += partial[chunk * D + d];
+            add_row(partial + chunk * D, sum, D);
+        if (adds)
+            add_row(sum, sums + f * D, D);
+        else
+            memcpy(sums + f * D, sum, sizeof *sum * D);
     }
 }
 

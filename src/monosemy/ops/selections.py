@@ -83,11 +83,13 @@ def above(pre: Tensor | Estimate, threshold: Tensor | float, capacity: int | Non
     return backend_for(pre).above(pre, threshold, capacity)
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Multiply matrices. On a GPU a product of bfloat16 ones is not rounded to it on the way to `dtype`."""
     if a.dtype != dtype and a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    if out is None:
+        return (a @ b).to(dtype)
+    return torch.mm(a, b, out=out) if a.dtype == dtype else out.copy_(a @ b)
 
 
 def d_b_dec(d_b_F: Tensor, W_FD: Tensor, rows_FD: Tensor | None) -> Tensor:

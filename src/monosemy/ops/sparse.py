@@ -73,11 +73,13 @@ class WeightGradient:
     """The gradient of one weight in a step, which its uses add up in one array instead of in one each.
 
     autograd comes to the last use first, which is AuxK's and has few entries. So all but the last that it
-    comes to wait, and are added to what that one writes.
+    comes to wait, and are added to what that one writes. `lent_FD` is where that goes, if not to a fresh
+    array.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lent_FD: Tensor | None = None) -> None:
         self.uses = 0  # whose backward pass is to come
+        self.lent = () if lent_FD is None else (lent_FD,)
         self._waiting: list[Callable[[Tensor], object]] = []
 
     def last(self) -> bool:
@@ -85,10 +87,12 @@ class WeightGradient:
         self.uses -= 1
         return self.uses == 0
 
-    def joined(self, d_W_FD: Tensor) -> Tensor | None:
-        """Return a use's whole gradient with what waits added to it, or have it wait, too."""
+    def joined(self, compute: Callable[..., Tensor]) -> Tensor | None:
+        """Return a use's whole gradient with what waits added to it, or have it wait, too. `compute` may be
+        given an array for it."""
         if self.last():
-            return self.add_to(d_W_FD)
+            return self.add_to(compute(*self.lent))
+        d_W_FD = compute()
         self.wait(lambda total_FD: total_FD.add_(d_W_FD))
         return None
 
@@ -107,6 +111,12 @@ class WeightGradient:
 def adds_in_place(W_FD: Tensor) -> bool:
     """Whether a backend can add to a gradient."""
     return hasattr(backend_for(W_FD), "add_rows")
+
+
+def lends(W_FD: Tensor) -> bool:
+    """Whether a backend writes a gradient to an array that it is lent. A fresh one costs a CPU as much as
+    the sums that go there: the system hands out its pages one by one."""
+    return getattr(backend_for(W_FD), "LENDS", False)
 
 
 class _RowNorms(Function):
@@ -130,7 +140,9 @@ class _RowNorms(Function):
 
 def row_norms(W_FD: Tensor, gradient: WeightGradient | None = None) -> Tensor:
     """Return the norm of each row, [F]; to `gradient`, where it is given, W's gradient is added."""
-    return torch.linalg.vector_norm(W_FD, dim=1) if gradient is None else _RowNorms.apply(W_FD, gradient)
+    if gradient is None or not hasattr(backend_for(W_FD), "row_norms"):
+        return torch.linalg.vector_norm(W_FD, dim=1)
+    return _RowNorms.apply(W_FD, gradient)
 
 
 class _EncodeSparse(Function):
@@ -162,7 +174,8 @@ class _EncodeSparse(Function):
         x_BD = x_BD if rows_FD is None else x_BD.to(rows_FD.dtype)
         backend, given, d_W_FD = backend_for(W_FD), (g_N.contiguous(), x_BD, ctx.pattern), None
         if ctx.gradient is None or ctx.gradient.last():
-            d_W_FD, d_b_F = backend.encode_backward(*given)
+            lent = () if ctx.gradient is None else ctx.gradient.lent
+            d_W_FD, d_b_F = backend.encode_backward(*given, *lent)
             d_W_FD = d_W_FD if ctx.gradient is None else ctx.gradient.add_to(d_W_FD)
         else:
             d_b_F = backend.sum_by_latent(given[0], ctx.pattern)
@@ -213,7 +226,8 @@ class _Decode(Function):
         (values_N, rows_FD), gradient, e = ctx.saved_tensors, ctx.gradient, ctx.pattern
         backend, g_RD = backend_for(values_N), g_RD.to(rows_FD.dtype).contiguous()
         now = ctx.needs_input_grad[1] and (gradient is None or gradient.last())
-        d_values_N, d_W_FD = backend.decode_backward(g_RD, values_N, rows_FD, e, now)
+        lent = () if gradient is None else gradient.lent
+        d_values_N, d_W_FD = backend.decode_backward(g_RD, values_N, rows_FD, e, now, *lent)
         if gradient is not None and now:
             gradient.add_to(d_W_FD)
         elif gradient is not None:
