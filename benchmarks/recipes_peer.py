@@ -2,8 +2,9 @@
 
     recipes_peer.py ACTIVATIONS OUT CELL
 
-trains one SAE on the first activations of a file (float16, [N, d_in]) with the peer's own trainer, and saves
-it in the peer's own layout. CELL is JSON: peer, architecture, d_in, width, sparsity (k, a target or a
+trains one SAE on the first activations of a file (float16, [N, d_in]; of a transcoder a .npy of what is read
+and written side by side) with the peer's own trainer, and saves it in the peer's own layout.
+CELL is JSON: peer, architecture, d_in, width, sparsity (k, a target or a
 penalty), group_fractions, tokens, batch, seed and lr. Everything that it does not name, and the learning rate
 where it is null, is the peer's default.
 """
@@ -35,6 +36,16 @@ def batches(path: str, cell: Cell) -> Iterator[Tensor]:
     count = cell["tokens"] // cell["batch"] * cell["batch"]
     for x_BD in torch.from_numpy(rows.reshape(-1, cell["d_in"])[:count].copy()).split(cell["batch"]):
         yield x_BD.float()
+
+
+def pairs(path: str, cell: Cell) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is read and what is to be reconstructed, the same but for a transcoder."""
+    if not cell.get("transcode"):
+        yield from ((x_BD, x_BD) for x_BD in batches(path, cell))
+        return
+    for rows in np.load(path, mmap_mode="r").reshape(-1, cell["batch"], 2 * cell["d_in"]):
+        x_BD, y_BD = torch.from_numpy(rows.copy()).split(cell["d_in"], 1)
+        yield x_BD.contiguous(), y_BD.contiguous()
 
 
 def dictionary_learning(path: str, cell: Cell, out: Path) -> None:
@@ -106,33 +117,43 @@ def sparsify(path: str, cell: Cell, out: Path) -> None:
     from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(cell["seed"])
-    config = SparseCoderConfig(num_latents=cell["width"], k=cell["sparsity"])
+    transcode = {name: cell.get(name, False) for name in ("transcode", "skip_connection")}
+    config = SparseCoderConfig(num_latents=cell["width"], k=cell["sparsity"], **transcode)
     coder = SparseCoder(cell["d_in"], config, dtype=torch.float32)
     scale = (cell["width"] / 2**14) ** 0.5
     optimizer: Any
+    steps = cell["tokens"] // cell["batch"]
     if cell.get("optimizer") == "adam":
         optimizer = torch.optim.Adam(coder.parameters(), cell["lr"] or 2e-4 / scale)
-        scheduler = get_linear_schedule_with_warmup(optimizer, 1000, cell["tokens"] // cell["batch"])
+        scheduler = get_linear_schedule_with_warmup(
+            optimizer, min(1000, steps // 20) if transcode["transcode"] else 1000, steps
+        )
     else:
         optimizer = ScheduleFreeWrapper(
             SignSGD([{"params": coder.parameters(), "lr": cell["lr"] or 5e-3 / scale}]), momentum=0.95
         )
         optimizer.train()
         scheduler = None
-    for step, x_BD in enumerate(batches(path, cell)):
+    unit = not config.transcode  # a transcoder's decoder is free
+    for step, (x_BD, y_BD) in enumerate(pairs(path, cell)):
         if step == 0:
-            coder.b_dec.data = x_BD.mean(0)
-        coder.set_decoder_norm_to_unit_norm()
-        result = coder(x=x_BD, y=x_BD, total_variance=(x_BD - x_BD.mean(0)).pow(2).sum())
+            coder.b_dec.data = y_BD.mean(0)
+            if not unit:
+                coder.encoder.bias.data = -x_BD.mean(0) @ coder.encoder.weight.data.T
+        if unit:
+            coder.set_decoder_norm_to_unit_norm()
+        result = coder(x=x_BD, y=y_BD, total_variance=(y_BD - y_BD.mean(0)).pow(2).sum())
         result.fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
+        if unit:
+            coder.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
         if scheduler is not None:
             scheduler.step()
     if scheduler is None:
         optimizer.eval()
-    coder.set_decoder_norm_to_unit_norm()
+    if unit:
+        coder.set_decoder_norm_to_unit_norm()
     coder.save_to_disk(out)
 
 

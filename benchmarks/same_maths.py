@@ -179,7 +179,8 @@ def watched(member: LoneTrainer, x_BD: Tensor, step: int, grads: dict[str, Tenso
 def exact(member: LoneTrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = None) -> Seen:
     """What the next step of a member should go through, in float64: all of it, or what comes after the
     encoder's product `pre_BF`."""
-    sae, x_BD = copy.deepcopy(member.sae).double(), x_BD.double()
+    sae = copy.deepcopy(member.sae).double()
+    x_BD, y_BD = sae.operands(x_BD.double())
     ctx = StepContext(step, member.schedule, member.recipe, sparsity_scale=member.schedule.sparsity(step))
     pre = sae.preactivations(x_BD, Execution(sparse=member.sparse))
     if pre_BF is not None:
@@ -187,9 +188,8 @@ def exact(member: LoneTrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = 
     codes = sae.codes(pre, ctx)
     f = sae.active(codes)
     since_F = torch.where(sae.fired(codes, f.count(), ctx), 0, member.since_fired_F + len(x_BD))
-    loss = sae.loss(x_BD, codes, f, dataclasses.replace(ctx, dead_F=since_F >= member.schedule.dead_tokens))[
-        "loss"
-    ]
+    ctx = dataclasses.replace(ctx, dead_F=since_F >= member.schedule.dead_tokens)
+    loss = sae.loss(sae.target(x_BD, y_BD), codes, f, ctx)["loss"]
     params = dict(sae.named_parameters())
     grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
     return Seen(float(loss.detach()), dict(zip(params, grads, strict=True)), codes)

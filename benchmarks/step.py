@@ -4,6 +4,7 @@
     python benchmarks/step.py --peer sae_lens --architectures top_k
     python benchmarks/step.py --dead 0.3     # TopK kinds with 30 % dead latents, so that AuxK works
     python benchmarks/step.py --dense        # ReLU kinds with about half of the latents active
+    python benchmarks/step.py --family transcoder [--skip_connection]   # sparsify's TopK transcoder
 
 A step is forward, backward and update, and everything else that the peer's training loop does at each step.
 Both sides run in one process (the peer's environment under .venv-peers, made when missing), in turn, on the
@@ -30,6 +31,7 @@ model's hook: unit decoder, forward,
     checkpoints, and the lower
     precision of float32 products that `fit` asks for. Its loss is the FVU. AuxK is off by default, and has
     weight 1/32 with --dead.
+--family transcoder: from one array to another of the same width; sparsify's decoder is then free.
 --precision bf16: our encoder's product of bfloat16 operands, theirs in float32.
 
 B tokens, D d_in, F d_sae.
@@ -88,12 +90,14 @@ class Ours:
         phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
         phases |= {"dead_feature_threshold": DEAD_TOKENS}
         schedule = Schedule.of_run(STEPS, args.batch, recipe=recipe, decay_start_fraction=1.0, **phases)
-        spec = SAESpec(name, args.d_sae, lr=LR, settings=settings(name, args.k))
+        how = {"transcode": args.family == "transcoder", "skip_connection": args.skip_connection}
+        spec = SAESpec(name, args.d_sae, lr=LR, settings=settings(name, args.k), **how)
         self.member = LoneTrainer(
             name,
             spec,
             args.d_in,
             schedule,
+            d_out=args.d_in,
             recipe=recipe,
             bf16=args.precision == "bf16",
             workspace=Workspace(),
@@ -253,10 +257,16 @@ class Sparsify(Theirs):
         from sparsify.sign_sgd import SignSGD
         from transformers import get_linear_schedule_with_warmup
 
-        self.coder = SparseCoder(
-            sae.d_in, SparseCoderConfig(num_latents=sae.d_sae, k=sae.settings.k), dtype=torch.float32
+        self.transcode = args.family == "transcoder"
+        config = SparseCoderConfig(
+            num_latents=sae.d_sae,
+            k=sae.settings.k,
+            transcode=self.transcode,
+            skip_connection=args.skip_connection,
         )
-        weights = {
+        self.coder = SparseCoder(sae.d_in, config, dtype=torch.float32)
+        weights = {"W_skip": sae.get_parameter("W_skip")} if args.skip_connection else {}
+        weights |= {
             "encoder.weight": sae.W_enc,
             "encoder.bias": sae.b_enc,
             "W_dec": sae.W_dec,
@@ -278,16 +288,25 @@ class Sparsify(Theirs):
     def bury(self, dead_F: Tensor) -> None:
         self.since_fired_F[dead_F] = 2 * DEAD_TOKENS
 
+    def operands(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.transcode:
+            return batch, batch
+        x_BD, y_BD = batch.chunk(2, 1)
+        return x_BD.contiguous(), y_BD.contiguous()
+
     def step(self, x_BD: Tensor, step: int) -> None:
-        self.coder.set_decoder_norm_to_unit_norm()
+        x_BD, y_BD = self.operands(x_BD)
+        if not self.transcode:
+            self.coder.set_decoder_norm_to_unit_norm()
         dead_F = self.since_fired_F > DEAD_TOKENS if self.auxk_alpha else None
-        variance = (x_BD - x_BD.mean(0)).pow(2).sum()
-        out = self.coder(x=x_BD, y=x_BD, dead_mask=dead_F, total_variance=variance)
+        variance = (y_BD - y_BD.mean(0)).pow(2).sum()
+        out = self.coder(x=x_BD, y=y_BD, dead_mask=dead_F, total_variance=variance)
         self.fired_F[out.latent_indices.flatten()] = True
         self.loss = out.fvu + self.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
         self.loss.backward()
         self.loss = self.loss.detach()
-        self.coder.remove_gradient_parallel_to_decoder_directions()
+        if not self.transcode:
+            self.coder.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
         self.optimizer.zero_grad()
         for scheduler in self.schedulers:
@@ -297,7 +316,7 @@ class Sparsify(Theirs):
         self.fired_F.zero_()
 
     def l0(self, x_BD: Tensor) -> float:
-        return per_token(self.coder.encode(x_BD).top_acts)
+        return per_token(self.coder.encode(self.operands(x_BD)[0]).top_acts)
 
     @property
     def dead(self) -> int:
@@ -376,7 +395,9 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     Raises RuntimeError where dictionary_learning's loss is another than ours, or where other latents are dead
     than were meant to be.
     """
-    batches = activations(2 + args.pairs, args.batch, args.d_in)
+    batches = list(activations(2 + args.pairs, args.batch, args.d_in))
+    if args.family == "transcoder":
+        batches = [torch.cat([x_BD, x_BD.roll(1, 1)], 1) for x_BD in batches]
     ours = Ours(name, args)
     dead_F = silence(ours.sae, batches[0], args.k, args.dead) if args.dead else None
     if name in RELU and not args.dense:
@@ -416,6 +437,7 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
         "architecture": name,
         "case": f"dead {100 * args.dead:g} %" if args.dead else "dense" if args.dense else "sparse",
     }
+    row |= {"family": args.family, "skip_connection": args.skip_connection}
     row |= {field: getattr(args, field) for field in ("precision", "batch", "d_in", "d_sae", "k", "pairs")}
     row |= {
         "ours_ms": median(ours_ms),
@@ -454,6 +476,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--force", action="store_true", help="bf16 even where the CPU has no instructions for it"
     )
     parser.add_argument("--pairs", type=int, default=7, help="timed steps of each side")
+    parser.add_argument("--family", choices=("autoencoder", "transcoder"), default="autoencoder")
+    parser.add_argument("--skip_connection", action="store_true", help="of transcoders")
     case = parser.add_mutually_exclusive_group()
     case.add_argument(
         "--dead", type=float, default=0.0, help="share of the latents that is dead (TopK kinds)"
@@ -467,6 +491,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # this is the peer's environment
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.family == "transcoder":
+        if args.dense or args.dead or args.peer not in (None, "sparsify"):
+            parser.error("--family transcoder: sparsify's TopK alone, with no latent dead")
+        args.peer, args.architectures = "sparsify", ["top_k"]
+    elif args.skip_connection:
+        parser.error("--skip_connection: of --family transcoder alone")
     kinds = TOP_K if args.dead else RELU if args.dense else RELU + TOP_K
     asked = [name for name in args.architectures or kinds if name in kinds]
     args.plan = {

@@ -71,7 +71,7 @@ BAD = [
     ("--dataset {text} --text_key body", "text_key", "body", ""),
     ("--model_name {tmp}", "model_name", "", "config.json"),
     ("--model_name no/such/model", "model_name", "no/such/model", ""),
-    ("--sites resid_mid.1", "site", "resid_mid.1", "resid_post"),
+    ("--sites resid_middle.1", "site", "resid_middle.1", "resid_post"),
     ("--sites mlp_out.9", "layers", "9", "0 to 2"),
     ("--save_dir {tmp}/file.txt", "save_dir", "file.txt", "folder"),
     ("--save_dir {tmp}/full", "save_dir", "full", "other files"),

@@ -24,6 +24,7 @@ FLOORS = {
     "data": 3,
     "sae": 4,
     "initialization": 4.5,
+    "transcoder": 4.7,
     "architectures": 5,
     "formats": 5,
     "training": 5,

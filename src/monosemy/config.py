@@ -77,14 +77,20 @@ class ModelConfig:
     package."""
     revision: Annotated[str, REVISION] | None = None
     """Revision of the model on the hub."""
-    layers: tuple[int, ...] = ()
-    """Layers whose residual stream (after the layer) is read, counted from 0.
+    layers: tuple[int | Literal["all"], ...] = ()
+    """Layers whose residual stream (after the layer) is read, counted from 0; or all.
 
     All of them share one pass of the model.
     """
+    transcode: tuple[str, ...] = ()
+    """Train transcoders at the layers instead: mlp, from what the MLP reads (after the norm) to what it
+    writes, or two kinds of sites, such as resid_mid:mlp_out, which reads before the norm."""
     sites: tuple[str, ...] = ()
-    """Further places to read: resid_pre.3, mlp_out.3, attn_out.3, a module's path, or
-    blocks.3.hook_resid_post."""
+    """Further places to read: resid_pre.3, resid_mid.3, mlp_in.3, mlp_out.3, attn_out.3, a module's path, or
+    blocks.3.hook_resid_post; and pairs of them for transcoders, resid_mid.3:mlp_out.3.
+
+    resid_mid is the residual stream between attention and MLP, mlp_in what the MLP reads.
+    """
     llm_batch_size: Annotated[int, AT_LEAST_1] | None = None
     """Contexts of a forward pass of the language model.
 
@@ -170,6 +176,8 @@ class SAEConfig:
     """Initial penalties of p_anneal."""
     gated_penalties: tuple[Annotated[float, ABOVE_0], ...] = (0.012, 0.018, 0.024, 0.04, 0.06, 0.08)
     """L1 penalties of gated."""
+    skip_connection: bool = False
+    """Give transcoders a linear map of what they read beside their latents."""
     auxk_alpha: Annotated[float, AT_LEAST_0] = 1 / 32
     """Weight of the TopK kinds' auxiliary loss on dead latents."""
     bandwidth: Annotated[float, ABOVE_0] = 0.001

@@ -40,8 +40,7 @@ def reset_relu(sae: SAE, generator: torch.Generator) -> None:
     sae.b_enc.data.copy_(uniform((F,), D**-0.5, generator))
     uniform((D, F), F**-0.5, generator)
     rows_FD = 0.1 * unit(torch.randn(D, F, generator=generator), 0).T
-    sae.W_enc.data.copy_(rows_FD)
-    sae.W_dec.data.copy_(rows_FD)
+    sae.init_directions(rows_FD)
 
 
 @torch.no_grad()

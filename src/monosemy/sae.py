@@ -95,7 +95,7 @@ class SAE(nn.Module, ABC):
                 f"settings of {self.name}: {', '.join(sorted(known)) or 'none'}",
                 "take it out",
             )
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in
         self.settings: Any = self.Settings(**settings)
         for field, value in vars(self.settings).items():
             if isinstance(value, int | float) and not 0 <= value < math.inf:
@@ -130,6 +130,11 @@ class SAE(nn.Module, ABC):
         """Compute f of the pre-activations (x - b_dec) W_enc^T + b_enc of some latents, as a trained SAE
         does."""
 
+    def init_directions(self, rows_FD: Tensor) -> None:
+        """Begin with these rows of the encoder, and a decoder equal to them."""
+        self.W_enc.data.copy_(rows_FD)
+        self.W_dec.data.copy_(rows_FD)
+
     def init_from_batch(self, x_BD: Tensor) -> None:
         """Initialize what depends on data from the first batch, before the first step."""
 
@@ -153,6 +158,20 @@ class SAE(nn.Module, ABC):
     def encode_top_k(self, pre_BF: Tensor) -> Tensor:
         """Compute f under the selection that training used; only where `modes` names "top_k"."""
         raise invalid("mode", "top_k", f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
+
+    # what a transcoder does otherwise
+
+    def operands(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the SAE reads of a training batch, and what it is to reconstruct."""
+        return batch, batch
+
+    def init_from_operands(self, x_BD: Tensor, y_BD: Tensor) -> None:
+        """Initialize what depends on data, given both of the first batch."""
+        self.init_from_batch(y_BD)
+
+    def target(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        """Return what the latents are to reconstruct of y."""
+        return y_BD
 
     # what every architecture has
 
@@ -210,9 +229,18 @@ class SAE(nn.Module, ABC):
         self._check(f, "f", self.d_sae, "latents [.., d_sae] as `encode` gives them")
         return f.to(self.dtype) @ self.W_dec + self.b_dec
 
+    def reconstruct(self, f: Tensor, x: Tensor) -> Tensor:
+        """Return the output for codes f [.., F] of x [.., D]; a skip connection needs x itself."""
+        return self.decode(f)
+
     def forward(self, x: Tensor, mode: str | None = None) -> Tensor:
         """Return the reconstruction of x [.., D]."""
-        return self.decode(self.encode(x, mode=mode))
+        return self.reconstruct(self.encode(x, mode=mode), x)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of what the SAE trains on: d_in; of a transcoder's pairs d_in and d_out."""
+        return (self.d_in,)
 
     @property
     def device(self) -> torch.device:
@@ -301,9 +329,9 @@ class SAE(nn.Module, ABC):
         return latents
 
     @torch.no_grad()
-    def fold_norm_factor_(self, factor: float) -> None:
+    def fold_norm_factor_(self, factor: float, target_factor: float | None = None) -> None:
         """Take in the factor that training divided activations by: an SAE of x / factor becomes one of x, f
-        in the units of x."""
+        in the units of x. A transcoder's target has a factor of its own."""
         for name in self.scaled:
             getattr(self, name).mul_(factor)
 

@@ -60,7 +60,7 @@ def contexts() -> Tensor:
 class Stub(nn.Module):
     """What the evaluation asks of an SAE, around two functions."""
 
-    name, d_in, modes = "stub", D, ("default",)
+    name, d_in, d_out, modes = "stub", D, D, ("default",)
 
     def __init__(
         self, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], d_sae: int = D
@@ -72,14 +72,14 @@ class Stub(nn.Module):
         assert x.dtype == torch.float32 and x.dim() == 2
         return self.f(x)
 
-    def decode(self, f: Tensor) -> Tensor:
+    def reconstruct(self, f: Tensor, x: Tensor) -> Tensor:
         return self.g(f)
 
 
 class BatchTopK(nn.Module):
     """Random directions; k N of them are kept, or those above a threshold."""
 
-    name, d_in, d_sae, modes = "batch_top_k", D, 64, ("threshold", "top_k")
+    name, d_in, d_out, d_sae, modes = "batch_top_k", D, D, 64, ("threshold", "top_k")
 
     def __init__(self, k: int, threshold: float) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class BatchTopK(nn.Module):
         least = pre.flatten().topk(self.k * len(x)).values[-1] if mode == "top_k" else self.threshold
         return pre * (pre >= least)
 
-    def decode(self, f: Tensor) -> Tensor:
+    def reconstruct(self, f: Tensor, x: Tensor) -> Tensor:
         return f @ self.W_FD
 
 
@@ -169,7 +169,7 @@ def test_figures_equal_a_plain_computation(lm: LanguageModel, contexts: Tensor) 
     keep[:, 0] = False
     x = lm.activations(contexts)[SITE][keep]
     with torch.no_grad():
-        f, hat = sae.encode(x), sae.decode(sae.encode(x))
+        f, hat = sae.encode(x), sae.reconstruct(sae.encode(x), x)
 
         def logits(replacement: Tensor | None) -> Tensor:
             def splice(module: nn.Module, args: object, output: Tensor) -> Tensor:

@@ -303,6 +303,9 @@ def test_reading_a_shallow_site_of_a_whole_model_runs_no_deep_layer(
         ("blocks.3.hook_resid_post", "resid_post.3", "resid_post_layer_3"),
         ("blocks.0.hook_attn_out", "attn_out.0", "attn_out_layer_0"),
         ("blocks.12.hook_mlp_out", "mlp_out.12", "mlp_out_layer_12"),
+        ("resid_mid.3", "resid_mid.3", "resid_mid_layer_3"),
+        ("blocks.3.hook_resid_mid", "resid_mid.3", "resid_mid_layer_3"),
+        ("blocks.3.mlp.hook_in", "mlp_in.3", "mlp_in_layer_3"),
         (
             "model.layers.3.mlp.down_proj",
             "model.layers.3.mlp.down_proj",
@@ -317,7 +320,19 @@ def test_site_names(name: str, canonical: str, folder_name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "resid_post", "resid_post.x", "blocks.3.hook_q", "resid_post.3 ", "../x", "resid_post.1.2"]
+    "name",
+    [
+        "",
+        "resid_post",
+        "resid_post.x",
+        "blocks.3.hook_q",
+        "blocks.3.hook_mlp_in",
+        "blocks.3.ln2.hook_normalized",
+        "mlp_in",
+        "resid_post.3 ",
+        "../x",
+        "resid_post.1.2",
+    ],
 )
 def test_site_names_that_cannot_be(name: str) -> None:
     with pytest.raises(ValueError, match=r"resid_post\.3"):

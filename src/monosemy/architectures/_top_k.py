@@ -62,11 +62,6 @@ class TopKFamily(SAE):
     def smallest_kept(self, codes: Codes) -> Tensor:
         """Return the number that the running threshold follows."""
 
-    def init_weights(self, rows_FD: Tensor) -> None:
-        """Decoder rows, and the encoder equal to them."""
-        self.W_enc.data.copy_(rows_FD)
-        self.W_dec.data.copy_(rows_FD)
-
     def init_from_batch(self, x_BD: Tensor) -> None:
         # of a batch that is not finite there is none
         self.b_dec.data.copy_(geometric_median(x_BD).nan_to_num(0.0))
@@ -100,7 +95,7 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Ten
     """
     if ctx.dead_F is None:
         return error_BD.new_zeros(())
-    aux = codes.pre.top_k_among(ctx.dead_F, max(sae.d_in // 2, 1))
+    aux = codes.pre.top_k_among(ctx.dead_F, max(sae.d_out // 2, 1))
     e_BD = error_BD.detach()
     left = (e_BD - aux.map(torch.relu).decode(sae.W_dec)).pow(2).sum(1).mean()
     variance = (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()

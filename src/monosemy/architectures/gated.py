@@ -51,8 +51,7 @@ class Gated(SAE):
         uniform((F, D), D**-0.5, generator)  # dictionary_learning makes two linear layers first
         uniform((D, F), F**-0.5, generator)
         rows_FD = unit(torch.randn(D, F, generator=generator), 0).T
-        self.W_enc.data.copy_(rows_FD)
-        self.W_dec.data.copy_(rows_FD)
+        self.init_directions(rows_FD)
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
         return pre.above(0)
@@ -67,7 +66,8 @@ class Gated(SAE):
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse, _ = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
-        gate_mse, _ = ops.squared_error(x_BD, codes.decode(self.W_dec.detach()) + self.b_dec.detach())
+        gate_x_hat_BD = codes.decode(self.W_dec.detach()) + self.b_dec.detach()
+        gate_mse, _ = ops.squared_error(x_BD.detach(), gate_x_hat_BD)
         l1 = codes.total() / len(x_BD)
         loss = mse + self.settings.l1_penalty * ctx.sparsity_scale * l1 + gate_mse
         return {"loss": loss, "mse": mse, "l1": l1, "gate_mse": gate_mse}

@@ -107,8 +107,7 @@ class JumpReLU(SAE):
 
     def reset(self, generator: torch.Generator) -> None:
         rows_FD = unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1)
-        self.W_enc.data.copy_(rows_FD)
-        self.W_dec.data.copy_(rows_FD)
+        self.init_directions(rows_FD)
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
         """Return everything that fires or lies within reach of the kernel."""

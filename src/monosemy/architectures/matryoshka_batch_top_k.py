@@ -65,7 +65,9 @@ class MatryoshkaBatchTopK(TopKFamily):
         return [*sizes, self.d_sae - sum(sizes)]
 
     def reset(self, generator: torch.Generator) -> None:
-        self.init_weights(unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS))
+        self.init_directions(
+            unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1, EPS)
+        )
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
         selected = pre.batch_top_k(self.settings.k * pre.tokens)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.errors import invalid
-from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
+from monosemy.lm.pairs import AnySite, ends, parts
 from monosemy.system.rng import generator
 
 SERVED = 0.98  # of the rows that the rules on tokens leave; the rest covers what sites drop by themselves
@@ -58,7 +58,7 @@ class ActivationStream:
         self,
         lm: LanguageModel,
         contexts: ContextStream,
-        sites: Sequence[Site],
+        sites: Sequence[AnySite],
         *,
         batch: int,
         contexts_per_forward: int,
@@ -71,8 +71,10 @@ class ActivationStream:
         self.contexts_per_forward = contexts_per_forward
         self.contexts_per_block = -(-contexts_per_block // contexts_per_forward) * contexts_per_forward
         self.keep_special, self.norm_multiple = keep_special, norm_multiple
-        self.norm_factor: dict[Site, float] = {}
-        self.norm_limit: dict[Site, float] = {}
+        self.norm_factor: dict[AnySite, float] = {}
+        self.norm_limit: dict[AnySite, float] = {}
+        self.target_factor: dict[AnySite, float] = {}
+        """Of what pairs of sites have transcoders reconstruct."""
         self.counts: Counter[str] = Counter()
         # called with the number of contexts of each forward
         self.on_contexts: Callable[[int], None] = lambda n: None
@@ -83,11 +85,14 @@ class ActivationStream:
         self._forward_rows = contexts_per_forward * contexts.context_length  # at most
         self._slots = self.contexts_per_block * contexts.context_length + self._forward_rows
         self._rings = {site: RingBuffer(self._slots, self._aside) for site in self.sites}
-        self._norms = torch.empty(0)  # [sites, S]: of the rows of the block being read, in their order
-        self._scale: dict[Site, Tensor] = {}  # the norm factors, [1]
+        self._parts = [len(parts(site)) for site in self.sites]
+        self._norms = torch.empty(
+            0
+        )  # [parts of all sites, S]: of the rows of the block being read, in their order
+        self._scale: dict[AnySite, Tensor] = {}  # the norm factors
         self._begin(_Block(-1, contexts.state_dict(), 0))  # nothing is served yet
 
-    def next(self) -> dict[Site, Tensor]:
+    def next(self) -> dict[AnySite, Tensor]:
         """Return the batch of the next step, [B, D] in float32 by site.
 
         Raises StreamEnded when a source ran dry and all that it gave has been served. On a GPU the host waits
@@ -104,12 +109,12 @@ class ActivationStream:
         # a factor of one dimension makes half precision float32 in the division itself
         return {site: ring.read(taken) / self._scale[site] for site, ring in self._rings.items()}
 
-    def width(self, site: Site) -> int:
-        """Return the width of a site's activations.
+    def width(self, site: AnySite) -> int:
+        """Return the width of what an SAE at a site reads.
 
         None need have been read: a state at a block's end is restored without a forward.
         """
-        return self.lm.d_in(site)
+        return self.lm.d_in(ends(site)[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on with the next batch: JSON, without activations."""
@@ -120,6 +125,7 @@ class ActivationStream:
             "counts": dict(self.counts),
             "norm_factor": {str(s): v for s, v in self.norm_factor.items()},
             "norm_limit": {str(s): v for s, v in self.norm_limit.items()},
+            "target_factor": {str(s): v for s, v in self.target_factor.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,12 +134,11 @@ class ActivationStream:
         What had been read of the next follows with the batches after the first.
         """
         self.contexts.load_state_dict(state["contexts"])
-        self.norm_factor = {
-            s: state["norm_factor"][str(s)] for s in self.sites if str(s) in state["norm_factor"]
-        }
-        self.norm_limit = {
-            s: state["norm_limit"][str(s)] for s in self.sites if str(s) in state["norm_limit"]
-        }
+        # versions without transcoders wrote no target factors
+        self.norm_factor, self.norm_limit, self.target_factor = (
+            {s: state[key][str(s)] for s in self.sites if str(s) in state.get(key, {})}
+            for key in ("norm_factor", "norm_limit", "target_factor")
+        )
         self._begin(_Block(-1, state["contexts"], 0))
         if state["block"] >= 0:
             self._coming.number = state["block"]
@@ -175,13 +180,24 @@ class ActivationStream:
         with self._aside():
             norms = self._norms[:, : self._block.rows].cpu()
         self._aside.join()
-        for site, norm_R in zip(self.sites, norms, strict=True):
-            self._rings[site].serve(*self._ordered(site, norm_R))
-            self._scale[site] = self._aside.send(torch.tensor([self.norm_factor[site]], dtype=torch.float32))
+        for site, norm_PR in zip(self.sites, norms.split(self._parts), strict=True):
+            self._rings[site].serve(*self._ordered(site, norm_PR))
+            self._scale[site] = self._aside.send(self._divisor(site))
 
-    def _ordered(self, site: Site, norm_R: Tensor) -> tuple[Tensor, int]:
-        """Return the numbers of the rows that a site serves, in their order, and how many of them differ."""
-        finite_R = norm_R.isfinite()
+    def _divisor(self, site: AnySite) -> Tensor:
+        """Return what a site's rows are divided by, [1]; of a pair each column's own."""
+        factor = self.norm_factor[site]
+        if site not in self.target_factor:
+            return torch.tensor([factor], dtype=torch.float32)
+        factors, widths = (factor, self.target_factor[site]), [self.lm.d_in(part) for part in parts(site)]
+        return torch.tensor(factors, dtype=torch.float32).repeat_interleave(torch.tensor(widths))
+
+    def _ordered(self, site: AnySite, norm_PR: Tensor) -> tuple[Tensor, int]:
+        """Return the numbers of the rows that a site serves, in their order, and how many of them differ.
+
+        Of a pair a row is left out by the norm of what is read.
+        """
+        finite_R, norm_R = norm_PR.isfinite().all(0), norm_PR[0]
         if site not in self.norm_factor:
             if not finite_R.any():
                 allowed = f"a precision in which activations of {site} are finite"
@@ -190,9 +206,12 @@ class ActivationStream:
                 self.norm_multiple * float(norm_R[finite_R].median()) if self.norm_multiple else float("inf")
             )
             self.norm_limit[site] = limit
-            self.norm_factor[site] = (
-                float(norm_R[finite_R & (norm_R <= limit)].double().pow(2).mean().sqrt()) or 1.0
-            )
+            kept_R = finite_R & (norm_R <= limit)
+            self.norm_factor[site], *of_target = [
+                float(norm_R[kept_R].double().pow(2).mean().sqrt()) or 1.0 for norm_R in norm_PR
+            ]
+            if of_target:
+                self.target_factor[site] = of_target[0]
         rows_N = (finite_R & (norm_R <= self.norm_limit[site])).nonzero().squeeze(1)
         if not len(rows_N):
             rows_N = torch.arange(len(norm_R))  # the block is served as it is, for its steps to be skipped
@@ -256,14 +275,17 @@ class ActivationStream:
             found = self.lm.activations(self._aside.send(ids_ML))
         if not len(self._norms):
             for site, ring in self._rings.items():
-                ring.allocate(found[site])
-            self._norms = self._aside.share(torch.empty(len(self.sites), self._slots, device=self.lm.device))
+                first, *others = (found[part] for part in parts(site))
+                ring.allocate(first, first.shape[-1] + sum(x_MLD.shape[-1] for x_MLD in others))
+            norms = torch.empty(sum(self._parts), self._slots, device=self.lm.device)
+            self._norms = self._aside.share(norms)
         with self._aside(after_caller=True):  # which may still be gathering from these slots
             rows_N = self._aside.send(keep_N)
-            for site, norm_S in zip(self.sites, self._norms, strict=True):
-                x_ND = found[site].flatten(0, 1).index_select(0, rows_N)
-                self._rings[site].write(rows, x_ND)
-                norm_S[rows] = torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32)
+            for site, norm_PS in zip(self.sites, self._norms.split(self._parts), strict=True):
+                of_parts = [found[part].flatten(0, 1).index_select(0, rows_N) for part in parts(site)]
+                self._rings[site].write(rows, of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts, 1))
+                for norm_S, x_ND in zip(norm_PS, of_parts, strict=True):
+                    norm_S[rows] = torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32)
 
 
 class RingBuffer:
@@ -287,9 +309,9 @@ class RingBuffer:
         self._writing = torch.arange(slots)  # slots of the rows of the block being read
         self._serving = torch.empty(0)  # slots of the block being served in their order, on the device
 
-    def allocate(self, like_ND: Tensor) -> None:
-        """Allocate the slots for rows of this width, type and device."""
-        self._rows = self._aside.share(like_ND.new_empty(len(self._writing), like_ND.shape[-1]))
+    def allocate(self, like: Tensor, width: int) -> None:
+        """Allocate the slots for rows of a width, of a tensor's type and device."""
+        self._rows = self._aside.share(like.new_empty(len(self._writing), width))
 
     def write(self, rows: slice, x_ND: Tensor) -> None:
         """Write rows of the block being read, by their numbers in it."""

@@ -26,7 +26,10 @@ def unit_rows(W_FD: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encoder_decoder(sae: Any) -> Tensor:
-    """Return the cosine of each latent's encoder and decoder, [F]."""
+    """Return the cosine of each latent's encoder and decoder, [F]; NaN where a transcoder's differ in
+    width."""
+    if sae.d_in != sae.d_out:
+        return torch.full((sae.d_sae,), torch.nan, device=sae.W_dec.device)
     return (unit_rows(sae.W_enc) * unit_rows(sae.W_dec)).sum(1)
 
 

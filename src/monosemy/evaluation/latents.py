@@ -178,7 +178,7 @@ def effects(
     if (
         not len(latents_P)
         or site.kind == "module"
-        or sae.d_in != lm.model.get_output_embeddings().weight.shape[1]
+        or sae.d_out != lm.model.get_output_embeddings().weight.shape[1]
     ):
         return {}
     rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(lm.device)

@@ -37,7 +37,7 @@ ROWS = "row"  # the part of an evaluation that an SAE may lack
 @torch.inference_mode()
 def evaluate(
     saes: SAE | Sequence[SAE] | Mapping[str, SAE],
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | tuple[Tensor, Tensor]],
     *,
     site: str = "activations",
     gather: Mapping[str, LatentStats] | None = None,
@@ -47,7 +47,8 @@ def evaluate(
     of a simulator.
 
     The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry;
-    `tokens` counts rows, as `unit` says. `batches` may be an iterator: it is read once, moved to the SAEs'
+    `tokens` counts rows, as `unit` says. Transcoders take pairs of what a component reads and what it writes.
+    `batches` may be an iterator: it is read once, moved to the SAEs'
     device and regrouped to 2,048 rows, so that the size of batches cannot show, not even in the exact
     selection of batch_top_k. A list of SAEs is named sae_0, sae_1, ..; `site` names where the activations are
     from. `gather` sees the codes of every SAE that it names. With `missing` an SAE that fails has no row; it
@@ -56,18 +57,19 @@ def evaluate(
     """
     named = named_saes(saes)
     missing = Missing(strict=True) if missing is None else missing
-    D, device = _common(named)
+    widths, device = _common(named)
     sums = {name: new_sums(sae, device, (gather or {}).get(name)) for name, sae in named.items()}
     spread = _Spread()
-    for x_ND in _regrouped(batches, D, device):
+    for rows_ND in _regrouped(batches, widths, device):
+        x_ND, y_ND = next(iter(named.values())).operands(rows_ND)
         at_N = torch.arange(spread.rows, spread.rows + len(x_ND), device=device)
-        spread.add(x_ND)
+        spread.add(y_ND)
         for name, sae in named.items():
             if missing.lacks(ROWS, name):
                 continue
             with missing.part(ROWS, name):
                 for mode, of in sums[name].items():
-                    of.add(x_ND, sae, mode, at_N)
+                    of.add(x_ND, y_ND, sae, mode, at_N)
     if not spread.rows:
         raise invalid(
             "batches",
@@ -124,11 +126,12 @@ def dictionary_learning_results(row: Row) -> dict[str, Any]:
 # --- activations that come in batches -----------------------------------------------------------------------
 
 
-def _common(saes: Mapping[str, SAE]) -> tuple[int, torch.device]:
-    """Return the width and the device that all SAEs have."""
-    found = {(sae.d_in, next(sae.parameters()).device) for sae in saes.values()}
+def _common(saes: Mapping[str, SAE]) -> tuple[tuple[int, ...], torch.device]:
+    """Return the widths of what all SAEs take, two for transcoders, and their device."""
+    found = {(sae.widths, sae.device) for sae in saes.values()}
     if len(found) > 1:
-        said = ", ".join(f"{width} on {device}" for width, device in sorted(found, key=str))
+        named = ((" to ".join(map(str, widths)), device) for widths, device in sorted(found, key=str))
+        said = ", ".join(f"{width} on {device}" for width, device in named)
         raise invalid(
             "saes",
             said,
@@ -138,19 +141,25 @@ def _common(saes: Mapping[str, SAE]) -> tuple[int, torch.device]:
     return found.pop()
 
 
-def _regrouped(batches: Iterable[Tensor], D: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield the rows in groups of SELECTION_TOKENS, the last one smaller, in float32 on a device."""
+def _regrouped(
+    batches: Iterable[Tensor | tuple[Tensor, Tensor]], widths: tuple[int, ...], device: torch.device
+) -> Iterator[Tensor]:
+    """Yield the rows in groups of SELECTION_TOKENS, the last one smaller, in float32 on a device; those of
+    pairs side by side."""
     waiting: list[Tensor] = []
-    for i, x_BD in enumerate(batches):
-        shape = tuple(getattr(x_BD, "shape", ()))
-        if not isinstance(x_BD, Tensor) or len(shape) != 2 or shape[1] != D:
-            raise invalid(
-                f"batches[{i}]",
-                shape or type(x_BD).__name__,
-                f"a tensor [B, {D}], as wide as the SAEs",
-                "flatten leading dimensions first",
-            )
-        x_BD = x_BD.to(device, torch.float32)
+    for i, batch in enumerate(batches):
+        matrices = list(batch) if isinstance(batch, tuple | list) else [batch]
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else () for x in matrices]
+        fits = len(shapes) == len(widths) and all(
+            len(shape) == 2 and shape[1] == width for shape, width in zip(shapes, widths, strict=True)
+        )
+        if not fits or len({shape[0] for shape in shapes}) != 1:
+            allowed = f"a tensor [B, {widths[0]}], as wide as the SAEs"
+            if len(widths) == 2:
+                allowed = f"a pair ([B, {widths[0]}], [B, {widths[1]}]), as wide as the transcoders"
+            said = (shapes[0] or type(matrices[0]).__name__) if len(matrices) == 1 else tuple(shapes)
+            raise invalid(f"batches[{i}]", said, allowed, "flatten leading dimensions first")
+        x_BD = torch.cat([x.to(device, torch.float32) for x in matrices], 1)
         if not x_BD.isfinite().all():
             raise invalid(
                 f"batches[{i}]",
@@ -198,19 +207,20 @@ class ReconstructionSums:
     def __init__(self, sae: SAE, device: torch.device, seen: LatentStats | None = None) -> None:
         self.tokens, self.seen = 0, seen
         self.fired_F = torch.zeros(sae.d_sae, dtype=torch.long, device=device)
-        self.residual_D = torch.zeros(sae.d_in, dtype=torch.float64, device=device)
+        self.residual_D = torch.zeros(sae.d_out, dtype=torch.float64, device=device)
         self.of: dict[str, Tensor] = {}
 
-    def add(self, x_ND: Tensor, sae: SAE, mode: str, at_N: Tensor) -> Tensor:
-        """Encode and decode counted tokens, whose places are `at_N`; returns the reconstruction [N, D]."""
+    def add(self, x_ND: Tensor, y_ND: Tensor, sae: SAE, mode: str, at_N: Tensor) -> Tensor:
+        """Encode counted tokens, whose places are `at_N`, and decode them to y, which is x for an
+        autoencoder; returns the reconstruction [N, D]."""
         f_NF = sae.encode(x_ND, mode=mode)
         if self.seen is not None:
             self.seen.add(f_NF, at_N)
-        hat_ND = sae.decode(f_NF)
-        residual_ND = x_ND - hat_ND
+        hat_ND = sae.reconstruct(f_NF, x_ND)
+        residual_ND = y_ND - hat_ND
         fired_NF = f_NF != 0
-        x_norm_N, hat_norm_N, error_N = (v.norm(dim=1).double() for v in (x_ND, hat_ND, residual_ND))
-        dot_N = (x_ND * hat_ND).sum(1).double()
+        y_norm_N, hat_norm_N, error_N = (v.norm(dim=1).double() for v in (y_ND, hat_ND, residual_ND))
+        dot_N = (y_ND * hat_ND).sum(1).double()
         tiny = torch.finfo(torch.float32).tiny  # a zero vector has cosine and ratio 0
         self.tokens += len(x_ND)
         self.fired_F += fired_NF.sum(0)
@@ -220,8 +230,8 @@ class ReconstructionSums:
             "l1": f_NF.abs().sum(1).double().sum(),
             "error": error_N.sum(),
             "squared_error": error_N.square().sum(),
-            "cosine": (dot_N / (x_norm_N * hat_norm_N).clamp(min=tiny)).sum(),
-            "ratio": (hat_norm_N / x_norm_N.clamp(min=tiny)).sum(),
+            "cosine": (dot_N / (y_norm_N * hat_norm_N).clamp(min=tiny)).sum(),
+            "ratio": (hat_norm_N / y_norm_N.clamp(min=tiny)).sum(),
             "hat_squared": hat_norm_N.square().sum(),
             "dot": dot_N.sum(),
         }

@@ -6,8 +6,9 @@ positions that predict, V vocabulary, W draws of the bootstrap.
 
 A token is *counted* unless it opens its context, is one of `ignore_ids`, or its norm is over the site's
 limit. Only counted tokens enter metrics, and only they are replaced: by the reconstruction, by zero and by
-the mean alike; all others keep the model's own activations. Cross-entropy and KL are taken where a counted
-token predicts the next one, whatever that is: everywhere but at a context's end.
+the mean alike, a transcoder's where it writes; all others keep the model's own activations. Cross-entropy
+and KL are taken where a counted token predicts the next one, whatever that is: everywhere but at a context's
+end.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from monosemy.evaluation.missing import Missing
 from monosemy.limits import HEAD_ELEMENTS, SELECTION_TOKENS
 from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel
+from monosemy.lm.pairs import AnySite, ends, parts, single_sites
 from monosemy.system import rng
 from monosemy.system.progress import Progress
 
@@ -43,13 +45,13 @@ DRAWS = 1000  # of the bootstrap
 @torch.inference_mode()
 def evaluate_on_model(
     lm: LanguageModel,
-    saes: Mapping[str, tuple[Site, SAE]],
+    saes: Mapping[str, tuple[AnySite, SAE]],
     contexts_CL: Tensor,
     *,
     ignore_ids: Tensor,
     batch_size: int = 8,
     splice_contexts: int | None = None,
-    norm_limits: Mapping[Site, float | None] | None = None,
+    norm_limits: Mapping[AnySite, float | None] | None = None,
     info: Mapping[str, Mapping[str, Any]] | None = None,
     gather: Mapping[str, LatentStats] | None = None,
     seed: int = 0,
@@ -74,7 +76,7 @@ def evaluate_on_model(
     spliced = _check_inputs(lm, saes, contexts_CL, splice_contexts)
     missing = Missing(strict=True) if missing is None else missing
     contexts_CL, ignore_ids = contexts_CL.to(lm.device), ignore_ids.to(lm.device)
-    of_site: dict[Site, dict[str, SAE]] = {}
+    of_site: dict[AnySite, dict[str, SAE]] = {}
     for name, (site, sae) in saes.items():
         of_site.setdefault(site, {})[name] = sae
     sites = {
@@ -84,9 +86,9 @@ def evaluate_on_model(
     for one in sites.values():
         one.check_splicing(lm, contexts_CL[:1], spliced, missing)
     for ids_BL in contexts_CL.split(batch_size):
-        for at, x_BLD in lm.activations(ids_BL).items():
-            if at in sites:
-                sites[at].add_to_mean(ids_BL, x_BLD)
+        found = lm.activations(ids_BL)
+        for one in sites.values():
+            one.add_to_mean(ids_BL, found)
     sites = {at: one for at, one in sites.items() if one.has_tokens(missing)}
     for one in sites.values():
         one.start(len(contexts_CL), lm.device, gather or {})
@@ -103,7 +105,10 @@ def evaluate_on_model(
 
 
 def _check_inputs(
-    lm: LanguageModel, saes: Mapping[str, tuple[Site, SAE]], contexts_CL: Tensor, splice_contexts: int | None
+    lm: LanguageModel,
+    saes: Mapping[str, tuple[AnySite, SAE]],
+    contexts_CL: Tensor,
+    splice_contexts: int | None,
 ) -> int:
     """Return how many contexts are spliced into. Raises ValueError for what cannot be evaluated."""
     C, L = contexts_CL.shape
@@ -115,7 +120,7 @@ def _check_inputs(
             "splice_contexts", splice_contexts, "0 or more", "leave it out to splice into all contexts"
         )
     for name, (site, _) in saes.items():
-        if site not in lm.sites:
+        if not set(parts(site)) <= set(lm.sites):
             raise invalid(
                 "site", str(site), ", ".join(map(str, lm.sites)), f"load the model with the site of {name}"
             )
@@ -126,7 +131,8 @@ class _SiteEvaluation:
     """Accumulators of one site: mean, variance, its SAEs' sums, and losses of all runs, those of the
     baselines included."""
 
-    def __init__(self, site: Site, saes: Mapping[str, SAE], ignore_ids: Tensor, norm_limit: float) -> None:
+    def __init__(self, site: AnySite, saes: Mapping[str, SAE], ignore_ids: Tensor, norm_limit: float) -> None:
+        self.read, self.replaced = ends(site)
         self.site, self.saes, self.ignore_ids, self.norm_limit = site, saes, ignore_ids, norm_limit
         self.spliced = 0  # contexts
         self.tokens, self.sum_D = 0, torch.zeros(())
@@ -139,7 +145,7 @@ class _SiteEvaluation:
         self.spliced = contexts
         if contexts:
             with missing.part(LOSSES, str(self.site)):
-                _check_splicing(lm, ids_1L, self.site, contexts)
+                _check_splicing(lm, ids_1L, self.replaced, contexts)
             self._stop_splicing_if(missing)
 
     def _stop_splicing_if(self, missing: Missing) -> None:
@@ -152,11 +158,11 @@ class _SiteEvaluation:
         mask_BL[:, 0] = False
         return mask_BL
 
-    def add_to_mean(self, ids_BL: Tensor, x_BLD: Tensor) -> None:
+    def add_to_mean(self, ids_BL: Tensor, found: Mapping[Site, Tensor]) -> None:
         """Add a batch's counted tokens to the mean."""
-        x_ND = x_BLD[self.counted(ids_BL, x_BLD)]
-        self.tokens += len(x_ND)
-        self.sum_D = self.sum_D.to(x_ND.device) + x_ND.double().sum(0)
+        y_ND = found[self.replaced][self.counted(ids_BL, found[self.read])]
+        self.tokens += len(y_ND)
+        self.sum_D = self.sum_D.to(y_ND.device) + y_ND.double().sum(0)
 
     def has_tokens(self, missing: Missing) -> bool:
         """Whether any token is counted; a site without one is missing."""
@@ -176,22 +182,24 @@ class _SiteEvaluation:
 
     def add(self, runs: _Runs, ids_GL: Tensor, first: int, sae_bench: bool, missing: Missing) -> None:
         """Encode a group's tokens with every SAE, splice the reconstructions in and add up what follows."""
-        x_GLD = runs.activations(self.site)
+        x_GLD, y_GLD = runs.activations(self.read), runs.activations(self.replaced)
         mask_GL = self.counted(ids_GL, x_GLD)
-        x_ND = x_GLD[mask_GL].float()
+        x_ND, y_ND = x_GLD[mask_GL].float(), y_GLD[mask_GL].float()
         at_N = first * ids_GL.shape[1] + mask_GL.flatten().nonzero()[:, 0]
-        self.variance += (x_ND - self.mean_D).square().sum(1).double().sum()
-        replacements: dict[Key, Tensor] = {ZERO: x_ND * 0, MEAN: self.mean_D.expand_as(x_ND)}
+        self.variance += (y_ND - self.mean_D).square().sum(1).double().sum()
+        replacements: dict[Key, Tensor] = {ZERO: y_ND * 0, MEAN: self.mean_D.expand_as(y_ND)}
         for name, sae in self.saes.items():
             if missing.lacks(ROWS, name):
                 continue
             with missing.part(ROWS, name):
                 sums = self.sums[name]
-                replacements |= {(name, mode): of.add(x_ND, sae, mode, at_N) for mode, of in sums.items()}
+                replacements |= {
+                    (name, mode): of.add(x_ND, y_ND, sae, mode, at_N) for mode, of in sums.items()
+                }
         if first >= self.spliced:
             return
         with missing.part(LOSSES, str(self.site)):
-            spliced = _spliced(runs, self.site, replacements, x_GLD, mask_GL, ids_GL, first, sae_bench)
+            spliced = _spliced(runs, self.replaced, replacements, y_GLD, mask_GL, ids_GL, first, sae_bench)
             for key, where_P, ce_P, kl_P in spliced:
                 self.losses[key].add(where_P, ce_P, kl_P)
         self._stop_splicing_if(missing)
@@ -226,11 +234,13 @@ class _Runs:
     """The model's runs over one group of contexts, some contexts at a time."""
 
     def __init__(
-        self, lm: LanguageModel, ids_GL: Tensor, sites: Sequence[Site], batch_size: int, *, splicing: bool
+        self, lm: LanguageModel, ids_GL: Tensor, sites: Sequence[AnySite], batch_size: int, *, splicing: bool
     ) -> None:
         self.lm, self.batch_size = lm, batch_size
         batches = ids_GL.split(batch_size)
-        self.cleans: list[CleanRun] = [lm.clean(ids_BL, sites) for ids_BL in batches] if splicing else []
+        self.cleans: list[CleanRun] = (
+            [lm.clean(ids_BL, single_sites(sites)) for ids_BL in batches] if splicing else []
+        )
         self.found = [clean.activations for clean in self.cleans] or [
             lm.activations(ids_BL) for ids_BL in batches
         ]
@@ -264,7 +274,7 @@ def _spliced(
     runs: _Runs,
     site: Site,
     replacements: Mapping[Key, Tensor],
-    x_GLD: Tensor,
+    y_GLD: Tensor,
     mask_GL: Tensor,
     ids_GL: Tensor,
     first: int,
@@ -276,8 +286,8 @@ def _spliced(
     compared_GL[:, -1] &= sae_bench
     hidden: dict[Key, Tensor] = {}
     for key, hat_ND in replacements.items():
-        replacement_GLD = x_GLD.clone()
-        replacement_GLD[mask_GL] = hat_ND.to(x_GLD.dtype)
+        replacement_GLD = y_GLD.clone()
+        replacement_GLD[mask_GL] = hat_ND.to(y_GLD.dtype)
         if sae_bench and key == ZERO:
             replacement_GLD.zero_()
         hidden[key] = runs.run_from(site, replacement_GLD)[compared_GL]

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from monosemy.config import TrainConfig
 from monosemy.jobs.memory import GridRow
-from monosemy.lm.info import ModelInfo, Site
+from monosemy.lm.info import ModelInfo
+from monosemy.lm.pairs import AnySite
 
 # Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and
 # 80 are 0.06 apart; with 200, +-0.003.
@@ -29,7 +30,7 @@ DENSE_STEP = 12  # encoder and decoder, forward and backward
 
 
 def contexts_of_evaluation(
-    c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], context_length: int
+    c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: Sequence[GridRow], context_length: int
 ) -> int:
     """Return as many held-out contexts as take, with the latents' pages, about as long as training, FEWEST to
     MOST."""
@@ -43,7 +44,7 @@ def contexts_of_evaluation(
     return min(max(int(n), FEWEST), MOST)
 
 
-def training(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow]) -> float:
+def training(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: Sequence[GridRow]) -> float:
     """Count a whole training: the model up to its deepest site, and every SAE's steps, on each token."""
     read = _width(c.dtype) * 2 * model.layer_parameters * max(_depth(site, model) for site in sites)
     products = {row: DENSE_STEP if row.memory.dense_arrays else SPARSE_STEP for row in grid}
@@ -52,7 +53,12 @@ def training(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequ
 
 
 def evaluation(
-    c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow], *, spliced: bool = True
+    c: TrainConfig,
+    model: ModelInfo,
+    sites: Sequence[AnySite],
+    grid: Sequence[GridRow],
+    *,
+    spliced: bool = True,
 ) -> float:
     """Count one token's evaluation.
 
@@ -75,7 +81,7 @@ def evaluation(
     )
 
 
-def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequence[GridRow]) -> float:
+def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: Sequence[GridRow]) -> float:
     """Count what does not depend on text: all pairs of decoder rows, and the effects on logits of latents
     with a page."""
     embedded = min(c.report_latents, max(c.dictionary_widths)) * model.embedding_parameters
@@ -83,7 +89,7 @@ def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[Site], grid: Sequenc
     return len(sites) * of_grid
 
 
-def _depth(site: Site, model: ModelInfo) -> int:
+def _depth(site: AnySite, model: ModelInfo) -> int:
     return model.num_layers if site.depth is None else site.depth
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.pretrained import Resolved, resolve
 from monosemy.jobs.results import context_stream, held_out_contexts
-from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
+from monosemy.lm.pairs import AnySite, ends, parse_site, single_sites
 from monosemy.report import page
 from monosemy.sae import SAE
 from monosemy.system.files import read_json, write_json, write_text
@@ -97,12 +97,12 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
         )
     chosen = chosen_datasets(sae_probes(), datasets)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    sites = {row["sae"]: Site.parse(row["site"]) for row in rows}
+    sites = {row["sae"]: parse_site(row["site"]) for row in rows}
     plan = Plan.from_run(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
     c = plan.config
-    lm = LanguageModel.load(plan.model, tuple(dict.fromkeys(sites.values())), dtype=c.dtype, device=device)
+    lm = LanguageModel.load(plan.model, single_sites(sites.values()), dtype=c.dtype, device=device)
     saes = {
-        name: (site, formats.load(folder / name, unfinished=True).to(lm.device))
+        name: (ends(site)[0], formats.load(folder / name, unfinished=True).to(lm.device))
         for name, site in sites.items()
     }
     resolved = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
@@ -141,20 +141,22 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     contexts_CL = held_out_contexts(c, stream)
     for sentence in stream.damage():
         log.warning("%s", sentence)
-    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
+    lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device, whole=True)
     for name, (sae, _) in read.items():
-        if sae.d_in != lm.d_in(sites[name]):
-            allowed = f"{lm.d_in(sites[name])}, the width of {sites[name]} of {c.model_name}"
-            raise invalid(
-                f"{name}: d_in", sae.d_in, allowed, "name the model and the site that it was trained on"
-            )
+        for field, site in zip(("d_in", "d_out"), ends(sites[name]), strict=True):
+            if getattr(sae, field) != lm.d_in(site):
+                allowed = f"{lm.d_in(site)}, the width of {site} of {c.model_name}"
+                remedy = "name the model and the site that it was trained on"
+                raise invalid(f"{name}: {field}", getattr(sae, field), allowed, remedy)
     rows = results.measure(
         c,
         lm,
         {name: (sites[name], sae.to(lm.device)) for name, (sae, _) in read.items()},
         contexts_CL,
         stream.special_ids,
-        norm_limits=_norm_limits(runs, lm, contexts_CL[: c.llm_batch_size], c.max_activation_norm_multiple),
+        norm_limits=_norm_limits(
+            runs, lm, plan.sites, contexts_CL[: c.llm_batch_size], c.max_activation_norm_multiple
+        ),
         info={
             name: results.row_info(sae, metadata) | resolved[name].origin
             for name, (sae, metadata) in read.items()
@@ -169,7 +171,7 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
 def _plan(
     config: EvalConfig,
     read: Mapping[str, tuple[SAE, dict[str, Any]]],
-    sites: Mapping[str, Site],
+    sites: Mapping[str, AnySite],
     runs: Sequence[Path],
 ) -> Plan:
     """Plan an evaluation by what the configuration says, else the first run, else the defaults of
@@ -220,14 +222,14 @@ def _format(folder: Path, asked: str | None) -> str | None:
         return asked
 
 
-def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | None) -> Site:
+def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | None) -> AnySite:
     requested = site if site is not None else f"resid_post.{layer}" if layer is not None else None
     own = metadata.get("site")
     try:
-        known = Site.parse(own) if isinstance(own, str) else None
+        known = parse_site(own) if isinstance(own, str) else None
     except ValueError:  # a place of another tool's that is read nowhere here
         known = None
-    asked = Site.parse(requested) if requested is not None else known
+    asked = parse_site(requested) if requested is not None else known
     if asked is None:
         allowed = "a place that its folder or you name"
         raise invalid(f"{name}: site", own, allowed, "say where it reads with --layer 3 or --site mlp_out.3")
@@ -279,18 +281,22 @@ def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> 
 
 
 def _norm_limits(
-    runs: list[Path], lm: LanguageModel, contexts_CL: Tensor, multiple: float
-) -> dict[Site, float | None]:
+    runs: list[Path],
+    lm: LanguageModel,
+    sites: Collection[AnySite],
+    contexts_CL: Tensor,
+    multiple: float,
+) -> dict[AnySite, float | None]:
     """Return the runs' limits; for other sites the same multiple of the median norm in some contexts, their
     BOS tokens left out."""
-    limits: dict[Site, float | None] = {}
+    limits: dict[AnySite, float | None] = {}
     if multiple:
         resolved = lm.activations(contexts_CL.to(lm.device))
         limits = {
-            site: multiple * float(x_BLD[:, 1:].float().norm(dim=-1).median())
-            for site, x_BLD in resolved.items()
+            site: multiple * float(resolved[ends(site)[0]][:, 1:].float().norm(dim=-1).median())
+            for site in sites
         }
     for run in reversed(runs):
         recorded = read_json(run / "run.json").get("norm_limit", {})
-        limits |= {site: recorded[str(site)] for site in lm.sites if str(site) in recorded}
+        limits |= {site: recorded[str(site)] for site in sites if str(site) in recorded}
     return limits

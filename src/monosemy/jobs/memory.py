@@ -28,7 +28,8 @@ from monosemy.limits import (
     ArchitectureMemory,
     branches,
 )
-from monosemy.lm.info import ModelInfo, Site
+from monosemy.lm.info import ModelInfo
+from monosemy.lm.pairs import AnySite, parts
 from monosemy.system.machine import cpu_estimates_in_bf16
 
 MIB = 2**20
@@ -106,7 +107,7 @@ class Estimate:
 def estimate(
     c: ResolvedConfig,
     model: ModelInfo,
-    sites: Sequence[Site],
+    sites: Sequence[AnySite],
     grid: Sequence[GridRow],
     *,
     contexts_per_block: int,
@@ -119,7 +120,9 @@ def estimate(
     of_lm, bf16 = BYTES[c.dtype], c.precision == "bf16"
     number = {row: len(sites) * row.per_site for row in grid}
     copies = bf16 * (2 if gpu else 1)
-    saes = {row: sae_bytes(row.memory, D, row.width, copies=copies) for row in grid}
+    skip = D if c.skip_connection else 0
+    saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip) for row in grid}
+    rows = sum(len(parts(site)) for site in sites)  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
     weights = {row: 4 * _parameters(row.memory, D, row.width) for row in grid}
 
@@ -129,14 +132,14 @@ def estimate(
     # the checkpoint's pages, while they are converted
     mapped = stored / of_lm if stored != of_lm and not gpu else 0
     slots = (-(-contexts_per_block // M) + 1) * M * L
-    batches = len(sites) * B * D * (4 + of_lm)
+    batches = rows * B * D * (4 + of_lm)
     libraries = LIBRARIES["cuda" if gpu else "cpu"]
     several = not gpu and checkpoint_every is not None and steps > checkpoint_every
     training = Phase(
         {
             "libraries": libraries,
             "model": cut,
-            "block": len(sites) * slots * (D * of_lm + (12 if gpu else 20)) + batches,
+            "block": rows * slots * (D * of_lm + (12 if gpu else 20)) + batches,
             "SAEs": all_saes,
             "arrays": 0
             if gpu
@@ -144,7 +147,7 @@ def estimate(
             "checkpoint": all_saes if several else 0,
         },
         {
-            "forward": of_lm * M * L * (_widths(model) + (2 + len(sites)) * D),
+            "forward": of_lm * M * L * (_widths(model) + (2 + rows) * D),
             "step": max(
                 step_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, on_gpu=n if gpu else 0)
                 for r, n in number.items()
@@ -163,7 +166,7 @@ def estimate(
 def _evaluation(
     c: ResolvedConfig,
     model: ModelInfo,
-    sites: Sequence[Site],
+    sites: Sequence[AnySite],
     grid: Sequence[GridRow],
     weights: Mapping[GridRow, int],
     libraries: int,
@@ -205,10 +208,10 @@ def _evaluation(
     )
 
 
-def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, copies: int = 0) -> int:
+def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, copies: int = 0, skip: int = 0) -> int:
     """Count one SAE in training: parameters and moments in float32, copies of matrices in bfloat16,
-    dead-latent counters."""
-    parameters = 4 * _parameters(memory, D, F) * (1 + memory.moments)
+    dead-latent counters; `skip` is what a skip connection reads."""
+    parameters = 4 * (_parameters(memory, D, F) + skip * D) * (1 + memory.moments)
     return parameters + 4 * memory.centers * D + 2 * F * D * copies + 8 * F + COUNTERS
 
 

@@ -24,6 +24,7 @@ from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
 from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.lm.pairs import AnySite, SitePair, pairs_at, parse_site, single_sites
 from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
 from monosemy.schedule import Schedule
 from monosemy.system.files import LOCK, path_of, read_json
@@ -66,7 +67,7 @@ class Plan:
 
     config: ResolvedConfig
     model: ModelInfo
-    sites: tuple[Site, ...]
+    sites: tuple[AnySite, ...]
     folder: Path
     note: str = ""
     """Why the folder is not the one that was asked for."""
@@ -83,11 +84,11 @@ class Plan:
         _check_sweeps(config, classes)
         folder, note = _folder(config)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
-        sites = _sites(config)
+        sites = _sites(config, model)
         if not sites:
             allowed = f"one or more of 0 to {model.num_layers - 1}"
             raise invalid("layers", config.layers, allowed, "name a layer, such as --layers 3")
-        check_sites(model, sites)
+        check_sites(model, single_sites(sites))
         check_weights(model)
         recorded = _recorded(folder) or {}
         # blanks that a run which goes on fills as it began, whatever this version would
@@ -119,7 +120,8 @@ class Plan:
         folder = Path(config.save_dir)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
         check_weights(model)
-        return cls(_resolve(config, model, _sites(config)), model, _sites(config), folder)
+        sites = _sites(config, model)
+        return cls(_resolve(config, model, sites), model, sites, folder)
 
     @classmethod
     def for_eval(cls, config: TrainConfig, commit: str | None = None) -> Plan:
@@ -128,9 +130,10 @@ class Plan:
         Raises as `from_config` does.
         """
         model = describe(config.model_name, commit or config.revision)
-        check_sites(model, _sites(config))
+        sites = _sites(config, model)
+        check_sites(model, single_sites(sites))
         check_weights(model)
-        plan = cls(_resolve(config, model, _sites(config)), model, _sites(config), Path(config.save_dir))
+        plan = cls(_resolve(config, model, sites), model, sites, Path(config.save_dir))
         check_sources(plan.config)
         return plan
 
@@ -254,12 +257,21 @@ def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
     return commit if isinstance(commit, str) else None
 
 
-def _sites(c: TrainConfig) -> tuple[Site, ...]:
-    return tuple(
-        dict.fromkeys(
-            [Site("resid_post", layer) for layer in c.layers] + [Site.parse(name) for name in c.sites]
-        )
-    )
+def _sites(c: TrainConfig, model: ModelInfo) -> tuple[AnySite, ...]:
+    """Return where SAEs are trained. Raises ValueError for names that are none, and for settings of
+    transcoders where there are no pairs."""
+    whole = range(model.num_layers)
+    layers = dict.fromkeys(n for layer in c.layers for n in (whole if layer == "all" else (layer,)))
+    of_layers: list[AnySite] = [pair for kinds in c.transcode for pair in pairs_at(kinds, layers)]
+    if not c.transcode:
+        of_layers = [Site("resid_post", layer) for layer in layers]
+    elif not layers:
+        raise invalid("layers", c.layers, "one or more with transcode", "name layers, or all of them: all")
+    sites = tuple(dict.fromkeys([*of_layers, *map(parse_site, c.sites)]))
+    if c.skip_connection and not any(isinstance(site, SitePair) for site in sites):
+        allowed = "False for autoencoders, which would copy their input"
+        raise invalid("skip_connection", True, allowed, "name transcode, too")
+    return sites
 
 
 def _architectures(c: TrainConfig) -> dict[str, type[SAE]]:
@@ -341,7 +353,7 @@ def _grid(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> tuple[GridRow, ..
     )
 
 
-def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[Site, ...]) -> ResolvedConfig:
+def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[AnySite, ...]) -> ResolvedConfig:
     """Fill blanks from the model's preset or its size; the contexts of evaluation from what all of that
     costs."""
     batch, length, gpu_dtype = PRESETS.get(c.model_name, (None, min(1024, model.max_length or 1024), None))

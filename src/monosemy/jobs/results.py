@@ -35,8 +35,8 @@ from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.formats.untrusted import sha256
 from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
-from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
+from monosemy.lm.pairs import AnySite, ends, single_sites
 from monosemy.report import page, plots
 from monosemy.sae import SAE
 from monosemy.system import arrays
@@ -139,11 +139,11 @@ def held_out_contexts(c: ResolvedConfig, held_out: ContextStream) -> Tensor:
 def measure(
     c: ResolvedConfig,
     lm: LanguageModel,
-    saes: Mapping[str, tuple[Site, SAE]],
+    saes: Mapping[str, tuple[AnySite, SAE]],
     contexts_CL: Tensor,
     special_ids: Tensor,
     *,
-    norm_limits: Mapping[Site, float | None],
+    norm_limits: Mapping[AnySite, float | None],
     info: Mapping[str, Mapping[str, Any]],
     gather: Mapping[str, LatentStats] | None = None,
     missing: Missing | None = None,
@@ -216,7 +216,7 @@ def _evaluate(run: Run, missing: Missing) -> None:
 
 def _measured(
     run: Run,
-    todo: Mapping[str, Site],
+    todo: Mapping[str, AnySite],
     contexts_CL: Tensor,
     special_ids: Tensor,
     tokenizer: Any,
@@ -224,7 +224,7 @@ def _measured(
 ) -> dict[str, Row]:
     """New rows, on the same contexts through the whole model; writes the SAEs' latents.npz."""
     c, plan = run.config, run.plan
-    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device, whole=True)
+    lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device, whole=True)
     saes, info = _opened(run, todo, lm, missing)
     if not saes:
         return {}
@@ -273,7 +273,7 @@ def _add_latents(
     run: Run,
     row: Row,
     sae: SAE,
-    site: Site,
+    site: AnySite,
     gathered: LatentStats | None,
     lm: LanguageModel,
     contexts_CL: Tensor,
@@ -293,14 +293,14 @@ def _add_latents(
         columns = latents.statistics(gathered, sae, like, c.report_latents, contexts_CL)
         with missing.part(EFFECTS, name):
             masked_V = latents.untold(lm, tokenizer, special_ids.tolist())
-            columns |= latents.effects(sae, lm, site, columns["page_latent"], masked_V)
+            columns |= latents.effects(sae, lm, ends(site)[1], columns["page_latent"], masked_V)
         path = run.folder / name / "latents.npz"
         latents.write(path, gathered, columns, seconds=time.monotonic() - began, text=c.report_text)
 
 
 def _opened(
-    run: Run, names: Mapping[str, Site], lm: LanguageModel, missing: Missing
-) -> tuple[dict[str, tuple[Site, SAE]], dict[str, Row]]:
+    run: Run, names: Mapping[str, AnySite], lm: LanguageModel, missing: Missing
+) -> tuple[dict[str, tuple[AnySite, SAE]], dict[str, Row]]:
     """Return the SAEs that can be read, on the model's device, and what their rows say beside
     measurements."""
     saes, info = {}, {}
@@ -315,7 +315,7 @@ def _opened(
 # --- what there is of an earlier evaluation -----------------------------------------------------------------
 
 
-def _names(run: Run) -> dict[str, Site]:
+def _names(run: Run) -> dict[str, AnySite]:
     """Return the run's SAEs in order, by their folders and by what status.json says was trained."""
     found = {}
     for site in run.plan.sites:
@@ -328,7 +328,7 @@ def _names(run: Run) -> dict[str, Site]:
     return found
 
 
-def _kept(run: Run, names: Mapping[str, Site]) -> dict[str, Row]:
+def _kept(run: Run, names: Mapping[str, AnySite]) -> dict[str, Row]:
     """Return the rows of an earlier evaluation that need not be made again: none where nothing was missing,
     or with other settings."""
     record = _read_record(run)

@@ -30,6 +30,7 @@ from monosemy.jobs.memory import tensor_bytes
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
 from monosemy.lm.model import LanguageModel, load_tokenizer
+from monosemy.lm.pairs import SitePair, ends, single_sites
 from monosemy.ops import Workspace
 from monosemy.recipe import RECIPES
 from monosemy.sae import SAE
@@ -108,7 +109,7 @@ def train_saes(
     c, plan = run.config, run.plan
     # on a CPU every core is busy anyway
     text = context_stream(plan, load_tokenizer(plan.model), "train", prefetch=plan.gpu)
-    lm = LanguageModel.load(plan.model, plan.sites, dtype=c.dtype, device=c.device)
+    lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device)
     with TrainingProgress(plan) as progress:
         started, checkpoint = time.monotonic(), store.newest()
         stream = _activations(plan, lm, text)
@@ -295,10 +296,12 @@ def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> di
                 recipe=RECIPES[c.recipe],
                 bf16=c.precision == "bf16",
                 norm_factor=stream.norm_factor[site],
+                d_out=stream.lm.d_in(ends(site)[1]),
+                target_factor=stream.target_factor.get(site),
                 on_nonfinite=c.on_nonfinite,
                 workspace=workspace,
             )
-            for i, spec in enumerate(grid(c, init_from))
+            for i, spec in enumerate(grid(c, init_from, transcode=isinstance(site, SitePair)))
         ]
         for site in plan.sites
     }
@@ -307,7 +310,8 @@ def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> di
 def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
     return {
         name: {str(site): v for site, v in getattr(stream, name).items()}
-        for name in ("norm_factor", "norm_limit")
+        for name in ("norm_factor", "norm_limit", "target_factor")
+        if getattr(stream, name) or name != "target_factor"
     }
 
 

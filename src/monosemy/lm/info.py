@@ -23,17 +23,22 @@ logger = logging.getLogger(__name__)
 
 # --- sites ------------------------------------------------------------------------------------------------
 
-KINDS = ("resid_post", "resid_pre", "mlp_out", "attn_out")
+KINDS = ("resid_post", "resid_pre", "resid_mid", "mlp_in", "mlp_out", "attn_out")
+# TransformerLens' names, after `blocks.L.`. Its hook_mlp_in is the residual stream in one of its classes and
+# mlp.hook_in in the other, and ln2.hook_normalized is before the norm's weight or after it: neither is read.
+HOOKS = {kind: f"hook_{kind}" for kind in KINDS} | {"mlp_in": "mlp.hook_in"}
 
 
 @dataclass(frozen=True)
 class Site:
     """Name where activations are read.
 
-    `resid_post.L` is the output of decoder layer L and `resid_pre.L` its input. `mlp_out.L` and `attn_out.L`
-    are what the layer's sublayers add to the residual stream, TransformerLens' hook_mlp_out and
-    hook_attn_out: after the second norm where a model has norms on both sides of a sublayer (Gemma 2 and 3).
-    Any other name is the path of a module, whose output (its first tensor) is read.
+    `resid_post.L` is the output of decoder layer L and `resid_pre.L` its input. `resid_mid.L` is the residual
+    stream between its attention and its MLP; the layer's input where both read that side by side (Pythia).
+    `mlp_in.L` is what the MLP itself reads, after the norm before it. `mlp_out.L` and `attn_out.L` are what
+    the layer's sublayers add to the residual stream, TransformerLens' hook_mlp_out and hook_attn_out: after
+    the second norm where a model has norms on both sides of a sublayer (Gemma 2 and 3). Any other name is the
+    path of a module, whose output (its first tensor) is read.
     """
 
     kind: str  # one of KINDS, or "module"
@@ -49,11 +54,12 @@ class Site:
         """
         if match := re.fullmatch(rf"({'|'.join(KINDS)})\.(-?\d+)", name):
             return cls(match[1], int(match[2]))
-        if match := re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join(KINDS)})", name):
-            return cls(match[2], int(match[1]))
+        for kind, hook in HOOKS.items():
+            if match := re.fullmatch(rf"blocks\.(\d+)\.{re.escape(hook)}", name):
+                return cls(kind, int(match[1]))
         near_miss = "hook_" in name or re.fullmatch(r"(resid|mlp|attn)_\w+(\..*)?", name)
         if near_miss or not re.fullmatch(r"\w+(\.\w+)*", name):
-            hooks = ", ".join(f"blocks.L.hook_{kind}" for kind in KINDS)
+            hooks = ", ".join(f"blocks.L.{hook}" for hook in HOOKS.values())
             kinds = ", ".join(f"{kind}.L" for kind in KINDS)
             allowed = f"{kinds} with L a layer's number, {hooks}, or a module's path"
             raise invalid("site", name, allowed, "write for example resid_post.3")

@@ -34,6 +34,8 @@ from monosemy.lm.modules import (
     hidden_of,
     module_of,
     replace_activations,
+    same_memory,
+    site_module,
     sublayer_of,
     with_hidden,
 )
@@ -62,8 +64,18 @@ class Call:
     """One call of a module in a forward."""
 
     module: nn.Module
-    inputs: list[Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     output: Any
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [*self.args, *self.kwargs.values()]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state among the inputs."""
+        return hidden_of(self.args, self.kwargs)
 
     @property
     def tensor(self) -> Tensor:
@@ -121,12 +133,12 @@ class LanguageModel:
         if not whole:
             _truncate(config, max(depths, default=info.num_layers))
         auto = _with_head(config) if whole else transformers.AutoModel
-        paths = [site.path for site in sites if site.kind == "module"]
-        if paths:
+        inside = [site for site in sites if site.kind not in ("resid_pre", "resid_post")]
+        if inside:
             with torch.device("meta"):  # a module that is not there is told before any weights are read
                 skeleton = auto.from_config(config)
-            for path in paths:
-                module_of(skeleton, path)
+            for site in inside:
+                site_module(skeleton, site)
         with _quiet(), _readable(info):
             loaded, report = auto.from_pretrained(
                 **source, config=config, dtype=dtype_, output_loading_info=True
@@ -246,7 +258,40 @@ class LanguageModel:
             last = site.layer - (site.kind == "resid_pre")
             return Tap(self.layers[last], last + 1, between=True)
         layer = self.layers[site.layer]
+        if site.kind == "resid_mid":
+            return self._middle(layer, site)
+        if site.kind == "mlp_in":
+            return Tap(sublayer_of(layer, site), site.layer, of_input=True)
         return Tap(self._contribution(layer, site), site.layer)
+
+    def _middle(self, layer: nn.Module, site: Site) -> Tap:
+        """Find the residual stream between a layer's attention and its MLP.
+
+        It is the input of the norm, the module that returned what the MLP reads; or, without a norm, what the
+        MLP reads. Where that is the layer's own input, attention and MLP stand side by side. A replacement is
+        written into the tensor, so that the skip connection has it, too. That the layer's output then changes
+        past the MLP is tried; it also tells the residual stream from a copy. Raises ValueError for a copy.
+        """
+        assert site.layer is not None
+        mlp, whole = sublayer_of(layer, site), Tap(layer, site.layer)
+        calls = self.probe(layer.modules())
+        read = next(i for i, call in enumerate(calls) if call.module is mlp)
+        inner = set(mlp.modules())
+        before = (call for call in calls[:read] if call.module not in inner)
+        returned = (call for call in before if same_memory(call.output, calls[read].hidden))
+        entry = next(returned, calls[read])
+        tap = Tap(entry.module, site.layer, of_input=True, in_place=True)
+        taps = {"in": Tap(layer, site.layer, of_input=True), "middle": tap, "mlp": Tap(mlp, site.layer)}
+        x = self._probed(taps | {"out": whole}, {})
+        if same_memory(entry.hidden, calls[-1].hidden) and torch.equal(x["in"], x["middle"]):
+            return self._tap(Site("resid_pre", site.layer))
+        changed = self._probed({"out": whole}, {tap: 2 * x["middle"] + 1, taps["mlp"]: x["mlp"]})
+        if (changed["out"] == x["out"]).all(-1).any():
+            allowed = (
+                f"a layer with a skip connection past its MLP, which {type(layer).__name__} does not show"
+            )
+            raise invalid("site", str(site), allowed, "choose resid_pre, resid_post or mlp_in")
+        return tap
 
     def _contribution(self, layer: nn.Module, site: Site) -> nn.Module:
         """Find the module whose output a layer adds to the residual stream.
@@ -281,13 +326,22 @@ class LanguageModel:
         calls: list[Call] = []
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.append(Call(module, [*args, *kwargs.values()], output))
+            calls.append(Call(module, args, kwargs, output))
 
         with torch.no_grad(), ExitStack() as stack:
             for module in modules:
                 stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
             self._run(self._probe_ids)
         return calls
+
+    def _probed(self, taps: Mapping[Key, Tap], replacements: Mapping[Tap, Tensor]) -> dict[Key, Tensor]:
+        """Return what is at the taps in a run of three tokens, with other activations at some."""
+        with torch.no_grad(), ExitStack() as stack:
+            found = self._reading(stack, taps, self._probe_ids.shape)
+            for tap, x_BLD in replacements.items():
+                stack.enter_context(replace_activations(tap, x_BLD))
+            self._run(self._probe_ids)
+        return found
 
     def _run(self, ids_BL: Tensor) -> Tensor:
         return self.decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state

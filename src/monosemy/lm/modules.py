@@ -23,6 +23,7 @@ class Tap:
     skipped: int  # how many layers need not run for what comes after the site
     between: bool = False  # the site is the hidden state between two layers
     of_input: bool = False  # the module's input is meant; else its output
+    in_place: bool = False  # a replacement is written into the input, for all that read the same tensor
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
@@ -55,19 +56,38 @@ def module_of(model: PreTrainedModel, path: str) -> nn.Module:
 def sublayer_of(layer: nn.Module, site: Site) -> nn.Module:
     """Find a layer's attention, or its MLP: the child with matrices that is not the attention.
 
-    The last such child, where an MLP is bare matrices (OPT).
+    The last such child, where an MLP is bare matrices (OPT). Raises ValueError where it cannot be told, and
+    for what bare matrices read.
     """
     children = layer.named_children()
     parts = {name: child for name, child in children if any(p.dim() > 1 for p in child.parameters())}
     names = {name: f"{name} {type(child).__name__}".lower() for name, child in parts.items()}
     attention = {name for name, full in names.items() if re.search("attn|attention", full)}
     chosen = [child for name, child in parts.items() if (name in attention) == (site.kind == "attn_out")]
-    if all(isinstance(child, nn.Linear) for child in chosen):
+    before = site.kind in ("resid_mid", "mlp_in")
+    if all(isinstance(child, nn.Linear) for child in chosen) and not before:
         chosen = chosen[-1:]
     if len(chosen) != 1:
         allowed = f"a site whose module can be told from the layer's ({', '.join(parts)})"
-        raise invalid("site", str(site), allowed, "name the module's path instead")
+        remedy = "name the module's path instead"
+        if before:
+            allowed += ", which needs an MLP that is one of them"
+            remedy = "name the path of the norm whose output the MLP reads, or choose resid_pre or resid_post"
+        raise invalid("site", str(site), allowed, remedy)
     return chosen[0]
+
+
+def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
+    """Find the module or the sublayer of a site by structure alone. Raises ValueError where there is none."""
+    if site.layer is None or site.kind == "module":
+        return module_of(model, site.path)
+    return sublayer_of(decoder_of(model)[1][site.layer], site)
+
+
+def same_memory(output: Any, x: Tensor) -> bool:
+    """Compare where an output's first tensor and another lie: whether they are one, whatever its shape."""
+    first = output[0] if isinstance(output, tuple) else output
+    return isinstance(first, torch.Tensor) and (first.data_ptr(), first.numel()) == (x.data_ptr(), x.numel())
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -93,7 +113,12 @@ def replace_activations(tap: Tap, x_BLD: Tensor) -> Any:
     if tap.of_input:
 
         def write(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return ((x_BLD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x_BLD})
+            before = hidden_of(args, kwargs)
+            x = x_BLD.reshape(before.shape)
+            if tap.in_place:
+                before.copy_(x)
+                return None
+            return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
 
         return tap.module.register_forward_pre_hook(write, with_kwargs=True)
     return tap.module.register_forward_hook(

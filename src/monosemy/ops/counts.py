@@ -24,9 +24,10 @@ class _SquaredError(Function):
         return mse, error_BD
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[None, Tensor | None]:
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
         (error_BD,) = ctx.saved_tensors
-        return None, None if g is None else error_BD * (-2 * (g / len(error_BD)))
+        d_x_hat_BD = None if g is None else error_BD * (-2 * (g / len(error_BD)))
+        return -d_x_hat_BD if ctx.needs_input_grad[0] and d_x_hat_BD is not None else None, d_x_hat_BD
 
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> tuple[Tensor, Tensor]:

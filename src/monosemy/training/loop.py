@@ -120,6 +120,8 @@ class Fitted:
     saes: list[SAE]
     metrics: list[Record]
     norm_factor: float
+    target_norm_factor: float | None
+    """Of what transcoders reconstruct; None for autoencoders."""
     status: str
     """"complete", "stopped_early" where the batches ran out, "failed" where an SAE's loss did not stay
     finite."""
@@ -127,8 +129,11 @@ class Fitted:
     """By place in the list, why an SAE was stopped."""
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 def fit(
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Pair],
     saes: Sequence[SAESpec],
     *,
     steps: int | None = None,
@@ -142,16 +147,19 @@ def fit(
     checkpoint_every: int | None = None,
     **schedule: Any,
 ) -> Fitted:
-    """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model.
+    """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model;
+    or transcoders (`SAESpec(..., transcode=True)`) on pairs of what a component reads, [B, d_in], and what it
+    writes, [B, d_out].
 
     `steps` defaults to the number of batches, where they have one; `schedule` takes the keywords of
     `Schedule.of_run`. With `normalize` the first batches (up to 100, which are then trained on) measure
-    sqrt(E ||x||^2), by which activations are divided and which is folded into the SAEs' weights at the end.
+    sqrt(E ||x||^2), by which activations are divided and which is folded into the SAEs' weights at the end;
+    of pairs each by its own.
     `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps (by default 1,000 on a CPU)
     or ten minutes, from which the same call goes on: batches must then be the same ones again, and those
     already trained on are skipped. SIGTERM and Ctrl-C save one first.
-    Raises ValueError where the number of steps is unknown, batches are empty or no matrices, those that are
-    measured are not finite, or the folder holds checkpoints of another call.
+    Raises ValueError for an unknown number of steps; batches that are empty, no matrices or, where measured,
+    not finite; pairs for autoencoders, or none for transcoders; and for checkpoints of another call.
     """
     device = checked_device(device)
     steps = _check_arguments(batches, saes, steps, log_steps, checkpoint_every)
@@ -159,22 +167,23 @@ def fit(
     store = Checkpoints(Path(checkpoints), every) if checkpoints else None
     checkpoint = store.newest() if store else None
     source = _Batches(batches, checkpoint, min(100, steps) if normalize else 1, normalize)
-    B, D = source.shape
+    _check_kinds(saes, paired=source.paired)
+    B, d_in, *_ = source.widths
     plan = Schedule.of_run(steps, B, recipe=recipe, **schedule)
     specs = [dataclasses.replace(spec, init_from=None) for spec in saes]
-    payload = json.dumps([specs, steps, schedule, recipe], default=vars)
+    payload = json.dumps([specs, steps, schedule, recipe], default=_told)
     if checkpoint and checkpoint.state["told"] != payload:
         allowed = "a folder for these SAEs and this schedule alone"
         raise invalid("checkpoints", str(checkpoints), allowed, "name another folder")
     metrics: list[Record] = checkpoint.state["metrics"] if checkpoint else []
     workspace, interrupts = Workspace(), Interrupts()
     shared: dict[str, Any] = {"device": device, "recipe": recipe, "bf16": bf16, "workspace": workspace}
-    shared |= {"norm_factor": source.norm_factor, "on_nonfinite": on_nonfinite}
-    trainers = [SAETrainer(f"{i}", spec, D, plan, **shared) for i, spec in enumerate(saes)]
+    shared |= {"on_nonfinite": on_nonfinite, **source.sizes()}
+    trainers = [SAETrainer(f"{i}", spec, d_in, plan, **shared) for i, spec in enumerate(saes)]
     sweep = Sweep({"": trainers})
 
     def extra_state() -> dict[str, Any]:
-        return {"told": payload, "norm_factor": source.norm_factor, "metrics": metrics, "shape": (B, D)}
+        return {"told": payload, "metrics": metrics, **source.state()}
 
     loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=extra_state)
     options: dict[str, Any] = {"resume_from": checkpoint, "log_steps": log_steps, "on_record": metrics.append}
@@ -182,7 +191,15 @@ def fit(
         ended = loop.run(lambda: {"": source.next(device)}, steps, **options)
     status = "failed" if sweep.failed else "stopped_early" if ended else "complete"
     failed = {int(name): why for name, why in sweep.failed.items()}
-    return Fitted([trainer.finished() for trainer in trainers], metrics, source.norm_factor, status, failed)
+    return Fitted([t.finished() for t in trainers], metrics, *source.factors(), status, failed)
+
+
+def _told(of_call: Any) -> dict[str, Any]:
+    """Return what a checkpoint says of an argument; what autoencoders do not have is not said of them."""
+    told = dict(vars(of_call))
+    if isinstance(of_call, SAESpec) and not of_call.transcode:
+        del told["transcode"], told["skip_connection"]
+    return told
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -202,39 +219,97 @@ def _owned(store: Checkpoints | None, interrupts: Interrupts) -> Iterator[None]:
 
 
 class _Batches:
-    """The batches of `fit`: checked, scaled by their norm factor, and without those that a checkpoint has
-    been trained on."""
+    """The batches of `fit`: checked, scaled by their norm factors, and without those that a checkpoint has
+    been trained on. Of a pair both lie side by side."""
 
     def __init__(
-        self, batches: Iterable[Tensor], checkpoint: Checkpoint | None, measured: int, normalize: bool
+        self,
+        batches: Iterable[Tensor | Pair],
+        checkpoint: Checkpoint | None,
+        measured: int,
+        normalize: bool,
     ) -> None:
         source = iter(batches)
-        self.shape: tuple[int, int]
-        self._stream: Iterator[Tensor]
+        self.widths: tuple[int, ...]  # B, d_in and, of pairs, d_out
+        self.norm_factors: tuple[float, ...]
+        self._stream: Iterator[list[Tensor]]
         if checkpoint:
-            self.norm_factor, self.shape = checkpoint.state["norm_factor"], checkpoint.state["shape"]
-            self._stream = map(_checked, itertools.islice(source, checkpoint.step, None))
+            self.widths = tuple(checkpoint.state["shape"])
+            of_target = checkpoint.state.get("target_norm_factor")
+            self.norm_factors = (checkpoint.state["norm_factor"], *([of_target] if of_target else []))
+            self._stream = map(self._checked, itertools.islice(source, checkpoint.step, None))
             return
-        first = [_checked(x) for x in itertools.islice(source, measured)]
-        if not first:
+        parts = next(source, None)
+        if parts is None:
             raise invalid("batches", "empty", "at least one batch [B, D]", "pass activations")
-        if normalize and not all(x.isfinite().all() for x in first):
+        self.widths = (0, *(x.shape[1] for x in _matrices(parts)))
+        rest = itertools.islice(source, measured - 1)
+        first = [self._checked(parts) for parts in itertools.chain([parts], rest)]
+        if normalize and not all(x.isfinite().all() for parts in first for x in parts):
             remedy = "find where infinities come from, or drop those rows"
             raise invalid("batches", "not finite", "finite activations", remedy)
-        self.norm_factor = _norm_factor(first) if normalize else 1.0
-        self.shape = len(first[0]), first[0].shape[1]
-        self._stream = itertools.chain(first, map(_checked, source))
+        self.norm_factors = tuple(
+            _norm_factor(of_part) if normalize else 1.0 for of_part in zip(*first, strict=True)
+        )
+        self.widths = (len(first[0][0]), *self.widths[1:])
+        self._stream = itertools.chain(first, map(self._checked, source))
+
+    @property
+    def paired(self) -> bool:
+        """Whether batches are pairs."""
+        return len(self.widths) == 3
+
+    def factors(self) -> tuple[float, float | None]:
+        """Return the norm factor, and that of what pairs have transcoders reconstruct."""
+        return self.norm_factors[0], self.norm_factors[1] if self.paired else None
+
+    def sizes(self) -> dict[str, Any]:
+        """Return what a trainer needs to know."""
+        factor, of_target = self.factors()
+        pair = {"d_out": self.widths[2], "target_factor": of_target} if self.paired else {}
+        return {"norm_factor": factor, **pair}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to know."""
+        factor, of_target = self.factors()
+        pair = {"target_norm_factor": of_target} if self.paired else {}
+        return {"norm_factor": factor, "shape": self.widths, **pair}
 
     def next(self, device: torch.device) -> Tensor:
         """Return the next batch, scaled, on a device. Raises EndOfData."""
-        x_BD = next(self._stream, None)
-        if x_BD is None:
+        parts = next(self._stream, None)
+        if parts is None:
             raise EndOfData("the batches ran out")
-        return x_BD.to(device, torch.float32) / self.norm_factor
+        scaled = [
+            x.to(device, torch.float32) / factor for x, factor in zip(parts, self.norm_factors, strict=True)
+        ]
+        return scaled[0] if len(scaled) == 1 else torch.cat(scaled, 1)
+
+    def _checked(self, batch: Tensor | Pair) -> list[Tensor]:
+        """Return a batch's matrices. Raises ValueError for what is not of the first batch's kind and
+        widths."""
+        parts = _matrices(batch)
+        widths = tuple(x.shape[1] for x in parts)
+        if widths != self.widths[1:]:
+            raise invalid(
+                "batches", f"widths {widths}", f"those of the first, {self.widths[1:]}", "correct it"
+            )
+        return parts
+
+
+def _check_kinds(saes: Sequence[SAESpec], *, paired: bool) -> None:
+    """Raises ValueError for autoencoders on pairs, and for transcoders on anything else."""
+    for spec in saes:
+        if spec.transcode and not paired:
+            remedy = "pass tuples (x, y)"
+            raise invalid("batches", "tensors", "pairs (x [B, d_in], y [B, d_out]) for transcoders", remedy)
+        if paired and not spec.transcode:
+            allowed = "tensors [B, D] for an autoencoder"
+            raise invalid("batches", "pairs", allowed, "set transcode=True in its SAESpec, or pass x alone")
 
 
 def _check_arguments(
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Pair],
     saes: Sequence[SAESpec],
     steps: int | None,
     log_steps: int,
@@ -263,9 +338,15 @@ def _norm_factor(batches: Sequence[Tensor]) -> float:
     )
 
 
-def _checked(x: Tensor) -> Tensor:
-    """Return a batch as it is. Raises ValueError for what is not [B, D]."""
-    if not isinstance(x, Tensor) or x.ndim != 2 or not len(x):
-        shape = getattr(x, "shape", type(x).__name__)
-        raise invalid("batches", shape, "tensors [B, D]", "flatten leading dimensions first")
-    return x
+def _matrices(batch: Tensor | Pair) -> list[Tensor]:
+    """Return the matrix of a batch, or both of a pair. Raises ValueError for anything else."""
+    parts = list(batch) if isinstance(batch, tuple | list) else [batch]
+    for x in parts:
+        if not isinstance(x, Tensor) or x.ndim != 2 or not len(x):
+            shape = tuple(getattr(x, "shape", ())) or type(x).__name__
+            raise invalid("batches", shape, "tensors [B, D]", "flatten leading dimensions first")
+    if len(parts) > 2 or len({len(x) for x in parts}) != 1:
+        rows = " and ".join(str(len(x)) for x in parts)
+        allowed = "pairs of what is read and what is written, a row of each for a token"
+        raise invalid("batches", f"{rows} rows", allowed, "pass (x, y)")
+    return parts

@@ -20,10 +20,11 @@ from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
 Record = dict[str, Any]
 
 
-def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
+def grid(config: TrainConfig, init_from: SAE | None = None, *, transcode: bool = False) -> list[SAESpec]:
     """Every architecture at every sparsity, width, learning rate and seed of a configuration, in
     dictionary_learning's order."""
     specs = []
+    beside = {"transcode": transcode, "skip_connection": transcode and config.skip_connection}
     for seed, width, lr in itertools.product(
         config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)
     ):
@@ -32,7 +33,7 @@ def grid(config: TrainConfig, init_from: SAE | None = None) -> list[SAESpec]:
             flags = SAEConfig.__dataclass_fields__.keys() & kind.Settings.__dataclass_fields__.keys()
             settings = {name: getattr(config, name) for name in sorted(flags)}
             specs += [
-                SAESpec(name, width, lr, seed, settings | {kind.sparsity_setting: value}, init_from)
+                SAESpec(name, width, lr, seed, settings | {kind.sparsity_setting: value}, init_from, **beside)
                 for value in kind.sweep_of(config)
             ]
     return specs

@@ -21,8 +21,9 @@ from monosemy.errors import invalid
 from monosemy.initialization import geometric_median
 from monosemy.limits import ESTIMATE_BELOW
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
-from monosemy.sae import SAE, StepContext, architecture
+from monosemy.sae import SAE, StepContext
 from monosemy.schedule import Schedule
+from monosemy.transcoder import build
 
 READBACK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
 SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.005}  # share of latents per token; above it dense products are faster
@@ -45,6 +46,10 @@ class SAESpec:
     settings: dict[str, Any] = field(default_factory=dict)
     init_from: SAE | None = None
     """Start from a copy of these weights instead of random ones."""
+    transcode: bool = False
+    """Train a `Transcoder`: batches are pairs of what a component reads and what it writes."""
+    skip_connection: bool = False
+    """Give the transcoder a linear map of what it reads."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a width, learning rate or seed that no SAE can be trained with."""
@@ -56,13 +61,27 @@ class SAESpec:
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise invalid("seed", self.seed, "a whole number", "correct it")
+        if self.skip_connection and not self.transcode:
+            raise invalid("skip_connection", True, "False without transcode", "set transcode, too")
 
-    def build(self, d_in: int) -> SAE:
+    def empty(self, d_in: int, d_out: int | None = None) -> SAE:
+        """Build the SAE with weights of zero. Raises ValueError for an unknown architecture or setting."""
+        return build(
+            self.architecture,
+            d_in,
+            self.d_sae,
+            transcode=self.transcode,
+            d_out=d_out,
+            skip_connection=self.skip_connection,
+            **self.settings,
+        )
+
+    def build(self, d_in: int, d_out: int | None = None) -> SAE:
         """Build the SAE with its initial weights.
 
         Raises ValueError for an unknown architecture or setting, and for another shape in `init_from`.
         """
-        sae = architecture(self.architecture)(d_in, self.d_sae, **self.settings)
+        sae = self.empty(d_in, d_out)
         if self.init_from is None:
             sae.reset(torch.Generator().manual_seed(self.seed))
             return sae
@@ -168,23 +187,27 @@ class SAETrainer:
         recipe: Recipe = MONOSEMY,
         bf16: bool = False,
         norm_factor: float = 1.0,
+        d_out: int | None = None,
+        target_factor: float | None = None,
         on_nonfinite: OnNonfinite = "stop",
         workspace: ops.Workspace | None = None,
     ) -> None:
         """Build the SAE of a spec.
 
-        `norm_factor` is what batches are divided by; weights of `init_from` are scaled to it.
+        `norm_factor` is what batches are divided by; weights of `init_from` are scaled to it. A transcoder's
+        targets have a width and a factor of their own.
         """
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
         self.on_nonfinite, self.workspace = on_nonfinite, workspace
-        self.sae = spec.build(d_in).to(device)
-        self.norm_factor, self.fresh = norm_factor, spec.init_from is None
+        self.sae = spec.build(d_in, d_out).to(device)
+        self.norm_factor, self.target_factor = norm_factor, target_factor
+        self.fresh = spec.init_from is None
         self.centered = self.fresh and recipe.centered and self.sae.centered
         self.center_D = torch.zeros(d_in if self.centered else 0, device=device)
         rate = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps, schedule.batch)
         self.lr = rate if spec.lr is None else spec.lr
         if not self.fresh:
-            self.sae.fold_norm_factor_(1 / norm_factor)
+            self.sae.fold_norm_factor_(1 / norm_factor, target_factor and 1 / target_factor)
         self.since_fired_F = torch.zeros(spec.d_sae, dtype=torch.long, device=device)  # tokens
         self.clock = torch.zeros((), dtype=torch.long, device=device)  # steps taken, skipped ones included
         self.nonfinite = torch.tensor([0, -1, 1, 0], device=device)  # NonfiniteState
@@ -196,21 +219,21 @@ class SAETrainer:
         # and how many latents may be dead before the next readback is in use
         self.readback: AsyncScalars | None = None
 
-    def prepare(self, x_BD: Tensor, step: int) -> None:
+    def prepare(self, batch: Tensor, step: int) -> None:
         """Make the host's decisions before a step: the first b_dec, the layout, whether a latent may be
         dead."""
         if step == 0 and self.fresh:
             if self.centered:  # of a batch that is not finite there is no median
-                self.center_D.copy_(geometric_median(x_BD).nan_to_num(0.0, 0.0, 0.0))
-            self.sae.init_from_batch(self._centered(x_BD))
-            self.any_dead = READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
+                self.center_D.copy_(geometric_median(batch).nan_to_num(0.0, 0.0, 0.0))
+            self.sae.init_from_operands(*self._operands(batch))
+            self.any_dead = READBACK_EVERY * len(batch) >= self.schedule.dead_tokens
         if step % READBACK_EVERY == 0 and self.readback is not None:
             active, longest, dying = self.readback.read()
-            self.any_dead = longest + 2 * READBACK_EVERY * len(x_BD) >= self.schedule.dead_tokens
+            self.any_dead = longest + 2 * READBACK_EVERY * len(batch) >= self.schedule.dead_tokens
             # a power of two, since each is a phase of its own
-            self.dead_at_most = 2 ** math.ceil(math.log2(dying)) if x_BD.is_cuda and dying else 0
+            self.dead_at_most = 2 ** math.ceil(math.log2(dying)) if batch.is_cuda and dying else 0
             if not self.sae.always_sparse:
-                self._choose_layout(active, len(x_BD), x_BD.device.type)
+                self._choose_layout(active, len(batch), batch.device.type)
 
     def _choose_layout(self, active: float, batch: int, device: str) -> None:
         """Choose the layout for the next steps from the mean active latents of a token."""
@@ -236,7 +259,7 @@ class SAETrainer:
 
     def forward(
         self,
-        x_BD: Tensor,
+        batch: Tensor,
         step: int,
         sparsity_scale: Tensor | float,
         bf16_copies: Mapping[str, Tensor] | None = None,
@@ -245,7 +268,7 @@ class SAETrainer:
 
         `bf16_copies` are weights in that precision, which takes products then.
         """
-        x_BD = self._centered(x_BD)
+        x_BD, y_BD = self._operands(batch)
         execution = Execution(
             sparse=self.sparse,
             bf16=bool(bf16_copies),
@@ -266,7 +289,7 @@ class SAETrainer:
             )
         any_dead = self.any_dead if x_BD.is_cuda else bool(dead)
         ctx = dataclasses.replace(ctx, dead_F=dead_F if any_dead else None)
-        parts = self.sae.loss(x_BD, codes, f, ctx)
+        parts = self.sae.loss(self.sae.target(x_BD, y_BD), codes, f, ctx)
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
         assert not any(gradient.uses for gradient in codes.pre.gradients.values()), "codes without a gradient"
@@ -274,9 +297,9 @@ class SAETrainer:
         metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead}
         return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F)
 
-    def _centered(self, x_BD: Tensor) -> Tensor:
-        """Return the batch that the SAE is trained on."""
-        return x_BD - self.center_D if self.centered else x_BD
+    def _operands(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the SAE reads of a batch and what it is to reconstruct, [B, D] each."""
+        return self.sae.operands(batch - self.center_D if self.centered else batch)
 
     def loss_or_nan(self, result: StepResult) -> Tensor:
         """Return the loss; NaN where this step's update is skipped whatever its numbers are."""
@@ -311,23 +334,24 @@ class SAETrainer:
         self.readback = AsyncScalars(torch.stack([number.double() for number in numbers]))
 
     @torch.no_grad()
-    def read_metrics(self, x_BD: Tensor, last: Mapping[str, Tensor]) -> StepMetrics:
+    def read_metrics(self, batch: Tensor, last: Mapping[str, Tensor]) -> StepMetrics:
         """Start copying the last step's metrics on its batch to the host; FVU is squared error over the
-        batch's variance."""
-        variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
+        variance of what is reconstructed."""
+        _, y_BD = self.sae.operands(batch)
+        variance = (y_BD - y_BD.mean(0)).pow(2).sum(1).mean()
         metrics = {**last, "fvu": last["mse"] / torch.where(variance > 0, variance, torch.nan)}
         scalars = [*(v.double() for v in metrics.values()), *self.nonfinite.double()]
         return StepMetrics(self.on_nonfinite, tuple(metrics), AsyncScalars(torch.stack(scalars)))
 
     def finished(self) -> SAE:
         """Copy the SAE for use: on raw activations, with unit decoder rows."""
-        sae = architecture(self.spec.architecture)(self.sae.d_in, self.sae.d_sae, **self.spec.settings)
+        sae = self.spec.empty(self.sae.d_in, self.sae.d_out)
         sae.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.sae.state_dict().items()})
         if sae.constraint == "free":
             sae.fold_decoder_norm_()
         if self.centered:
             sae.fold_center_(self.center_D.cpu())
-        sae.fold_norm_factor_(self.norm_factor)
+        sae.fold_norm_factor_(self.norm_factor, self.target_factor)
         return sae.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:
