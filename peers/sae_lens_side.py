@@ -8,7 +8,7 @@
     out of the hub cache in FOLDER/hub
 
 Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its
-reconstruction x_hat [B, D].
+reconstruction x_hat [B, D], or of a transcoder its output [B, OUT].
 """
 
 import json
@@ -34,6 +34,16 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.saes.transcoder import (
+    JumpReLUSkipTranscoder,
+    JumpReLUSkipTranscoderConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -45,6 +55,10 @@ ABOUT = {
     "context_size": 128,
     "prepend_bos": True,
 }
+# between two places, the second of another width or not
+OUT = 6
+TRANSCODER = {"apply_b_dec_to_input": False, "d_out": OUT}
+ABOUT_TRANSCODERS = ABOUT | {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out"}
 BATCH = {"k": 4, "decoder_init_norm": None}
 MADE = {
     "standard": (StandardSAE, StandardSAEConfig, {}),
@@ -64,22 +78,38 @@ MADE = {
         BATCH | {"matryoshka_widths": [8, F]},
     ),
 }
+MADE_TRANSCODERS = {
+    "transcoder": (Transcoder, TranscoderConfig, TRANSCODER),
+    "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig, TRANSCODER),
+    "jumprelu_transcoder": (JumpReLUTranscoder, JumpReLUTranscoderConfig, TRANSCODER | {"d_out": D}),
+    "jumprelu_skip_transcoder": (
+        JumpReLUSkipTranscoder,
+        JumpReLUSkipTranscoderConfig,
+        TRANSCODER | {"d_out": D},
+    ),
+}
 
 
 @torch.no_grad()
 def write(folder: Path) -> None:
     draw = torch.Generator().manual_seed(3)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (kind, config, settings) in MADE.items():
-        sae = kind(config(**SIZES, **settings, metadata=SAEMetadata(**ABOUT)))
-        for name_of, tensor in sae.state_dict().items():
-            drawn = 0.4 * torch.randn(tensor.shape, generator=draw)
-            tensor.copy_(drawn.abs() if "threshold" in name_of else drawn)
-        if hasattr(sae, "save_inference_model"):
-            sae.save_inference_model(folder / name)
-        else:
-            sae.save_model(folder / name)
+    for name, how in MADE.items():
+        write_one(folder / name, *how, ABOUT, draw)
     save_file({"x": torch.randn(B, D, generator=draw)}, folder / "x.safetensors")
+    for name, how in MADE_TRANSCODERS.items():
+        write_one(folder / name, *how, ABOUT_TRANSCODERS, draw)
+
+
+def write_one(folder: Path, kind: type, config: type, settings: dict, about: dict, draw) -> None:
+    sae = kind(config(**SIZES, **settings, metadata=SAEMetadata(**about)))
+    for name_of, tensor in sae.state_dict().items():
+        drawn = 0.4 * torch.randn(tensor.shape, generator=draw)
+        tensor.copy_(drawn.abs() if "threshold" in name_of else drawn)
+    if hasattr(sae, "save_inference_model"):
+        sae.save_inference_model(folder)
+    else:
+        sae.save_model(folder)
 
 
 @torch.no_grad()
@@ -89,7 +119,7 @@ def reconstruct(folder: Path) -> None:
         sae = SAE.load_from_disk(path.parent)
         x = x_BD[:, : sae.cfg.d_in]
         f = sae.encode(x)
-        made = {"x": x, "f": f, "x_hat": sae.decode(f)}
+        made = {"x": x, "f": f, "x_hat": output(sae, x, f)}
         save_file(
             {name: tensor.float().contiguous() for name, tensor in made.items()},
             path.parent / "reconstruction.safetensors",
@@ -110,11 +140,17 @@ def published(folder: Path) -> None:
         # [B, heads, d_head], which it puts side by side
         heads = (1, -1) if sae.cfg.reshape_activations == "hook_z" else (-1,)
         f = sae.encode(x.unflatten(-1, heads))
-        made = {"f": f, "x_hat": sae.decode(f).reshape(x.shape)}
+        x_hat = output(sae, x, f)
+        made = {"f": f, "x_hat": x_hat.reshape(len(x_hat), -1)}
         save_file(
             {of: tensor.float().contiguous() for of, tensor in made.items()},
             folder / name / "reconstruction.safetensors",
         )
+
+
+def output(sae, x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """What it makes of x, whose latents are f; a skip connection is added by its forward alone."""
+    return sae(x) if hasattr(sae, "W_skip") else sae.decode(f)
 
 
 def overridden(loader, overrides: dict, *, cfg_overrides: dict, **arguments):

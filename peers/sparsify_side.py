@@ -2,7 +2,7 @@
 us.
 
     sparsify_side.py write FOLDER          its SAE, with random weights, written to FOLDER/layers.3 by its own
-    save_to_disk; a bfloat16 one beside
+    save_to_disk; a bfloat16 one and two transcoders beside
     sparsify_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs
     FOLDER/x.safetensors
 
@@ -33,6 +33,12 @@ def write(folder: Path) -> None:
             tensor.copy_(0.4 * torch.randn(tensor.shape, generator=draw))
         sae.save_to_disk(folder / name)
     save_file({"x": torch.randn(B, D, generator=draw)}, folder / "x.safetensors")
+    for name, skip in (("layers.3.mlp", False), ("layers.4.mlp", True)):
+        cfg = SparseCoderConfig(num_latents=F, k=4, transcode=True, skip_connection=skip)
+        coder = SparseCoder(D, cfg, dtype=torch.float32)
+        for tensor in coder.state_dict().values():
+            tensor.copy_(0.4 * torch.randn(tensor.shape, generator=draw))
+        coder.save_to_disk(folder / name)
 
 
 @torch.no_grad()
@@ -43,7 +49,9 @@ def reconstruct(folder: Path) -> None:
         x = x_BD[:, : sae.d_in]
         values, indices, _ = sae.encode(x.to(sae.dtype))
         f = torch.zeros(len(x), sae.num_latents, dtype=values.dtype).scatter_(1, indices, values)
-        made = {"x": x, "f": f, "x_hat": sae.decode(values, indices)}
+        # a skip connection is added by its forward alone
+        x_hat = sae.decode(values, indices) if sae.W_skip is None else sae(x.to(sae.dtype)).sae_out
+        made = {"x": x, "f": f, "x_hat": x_hat}
         save_file(
             {name: tensor.float().contiguous() for name, tensor in made.items()},
             path.parent / "reconstruction.safetensors",

@@ -1,7 +1,7 @@
 """A small SAE in every layout that is read, with what its authors' own formula makes of x in float64.
 
 Each builder gives the files of a repository under a name that the repository could have.
-B tokens, D d_in, F d_sae.
+B tokens, D d_in, F d_sae, OUT d_out of a transcoder.
 """
 
 import io
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 B, D, F = 16, 8, 24
+OUT = 6
 K = 4
 
 
@@ -27,7 +28,7 @@ class Tree:
     sae_id: str
     x: np.ndarray  # float64 [B, D]
     f: np.ndarray  # [B, F]
-    x_hat: np.ndarray  # [B, D]
+    x_hat: np.ndarray  # [B, D], or [B, OUT]
     site: str | None
     model: str | None
 
@@ -49,6 +50,24 @@ def drawn(f: int = F) -> dict[str, np.ndarray]:
     shapes = {"W_enc": (D, f), "W_dec": (f, D), "b_enc": (f,), "b_dec": (D,), "threshold": (f,), "x": (B, D)}
     weights = {name: 0.5 * draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     return weights | {"threshold": abs(weights["threshold"]) + 0.1, "x": 3 * weights["x"].astype(np.float64)}
+
+
+def drawn_pair(out: int = D) -> dict[str, np.ndarray]:
+    """Weights of a transcoder: as above, but W_dec [F, out], b_dec [out], and W_skip [out, D]."""
+    draw = np.random.default_rng(1)
+    shapes = {"W_dec": (F, out), "b_dec": (out,), "W_skip": (out, D)}
+    weights = {name: 0.5 * draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return drawn() | weights
+
+
+def transcoded(
+    w: dict[str, np.ndarray], k: int | None = None, *, skip: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents and output of x: a JumpReLU's, or with k a TopK's."""
+    W_enc, W_dec, b_enc, b_dec, threshold, x = wide(w)
+    pre = x @ W_enc + b_enc
+    f = jump_relu(pre, threshold) if k is None else top_k(relu(pre), k)
+    return f, f @ W_dec + b_dec + skip * (x @ w["W_skip"].astype(np.float64).T)
 
 
 def relu(pre: np.ndarray) -> np.ndarray:
@@ -110,6 +129,28 @@ def native() -> Tree:
     return Tree(files, "someone/saes", folder, x, f, f @ W_dec + b_dec, about["site"], about["model"])
 
 
+def native_transcoder() -> Tree:
+    w = drawn_pair(OUT)
+    f, y_hat = transcoded(w, skip=True)
+    about = {
+        "architecture": "jump_relu",
+        "d_in": D,
+        "d_sae": F,
+        "settings": {},
+        "transcode": True,
+        "d_out": OUT,
+        "skip_connection": True,
+        "status": "complete",
+        "site": "resid_mid.3:mlp_out.3",
+        "model": "EleutherAI/pythia-70m-deduped",
+    }
+    names = ("W_dec", "b_enc", "b_dec", "threshold", "W_skip")
+    tensors = {name: w[name] for name in names} | {"W_enc": w["W_enc"].T}
+    folder = "resid_mid_layer_3_to_mlp_out_layer_3/trainer_0"
+    files = {f"{folder}/sae.safetensors": safetensors(tensors), f"{folder}/config.json": text(about)}
+    return Tree(files, "someone/saes", folder, w["x"], f, y_hat, about["site"], about["model"])
+
+
 def dictionary_learning() -> Tree:
     """BatchTopKSAE: the latents of x - b_dec above one threshold."""
     w = drawn()
@@ -169,6 +210,35 @@ def sae_lens() -> Tree:
     }
     tensors = {name: w[name] for name in (*SAE_LENS, "threshold")}
     return _sae_lens(tensors, cfg, "someone/gpt2-small-jumprelu", x, f, f @ W_dec + b_dec)
+
+
+def sae_lens_transcoder() -> Tree:
+    """A JumpReLU transcoder with a skip connection, from one width to another."""
+    w = drawn_pair(OUT)
+    f, y_hat = transcoded(w, skip=True)
+    cfg = {
+        "architecture": "jumprelu_skip_transcoder",
+        "d_in": D,
+        "d_sae": F,
+        "d_out": OUT,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.54.12",
+            "model_name": "gpt2-small",
+            "hook_name": "blocks.8.hook_resid_mid",
+            "hook_name_out": "blocks.8.hook_mlp_out",
+        },
+    }
+    tensors = {name: w[name] for name in (*SAE_LENS, "threshold", "W_skip")}
+    tree = _sae_lens(tensors, cfg, "someone/gpt2-small-transcoders", w["x"], f, y_hat)
+    folder = "resid_mid_layer_8_to_mlp_out_layer_8/skip"
+    tree.files = {f"{folder}/{name.rsplit('/', 1)[1]}": data for name, data in tree.files.items()}
+    tree.sae_id, tree.site = folder, "resid_mid.8:mlp_out.8"
+    return tree
 
 
 def sae_lens_3() -> Tree:
@@ -238,6 +308,30 @@ def sparsify() -> Tree:
     )
 
 
+def sparsify_transcoder() -> Tree:
+    """Of a module's input and output, with a skip connection."""
+    w = drawn_pair()
+    f, y_hat = transcoded(w, K, skip=True)
+    tensors = {
+        "encoder.weight": w["W_enc"].T,
+        "encoder.bias": w["b_enc"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+        "W_skip": w["W_skip"],
+    }
+    cfg = {
+        "activation": "topk",
+        "num_latents": F,
+        "k": K,
+        "d_in": D,
+        "transcode": True,
+        "skip_connection": True,
+    }
+    files = {"layers.3.mlp/sae.safetensors": safetensors(tensors), "layers.3.mlp/cfg.json": text(cfg)}
+    site = "mlp_in.3:mlp_out.3"
+    return Tree(files, "EleutherAI/skip-transcoder-x", "layers.3.mlp", w["x"], f, y_hat, site, None)
+
+
 def gemma_scope() -> Tree:
     w = drawn()
     W_enc, W_dec, b_enc, b_dec, threshold, x = wide(w)
@@ -290,6 +384,47 @@ def gemma_scope_2_bare() -> Tree:
     params = tree.files[f"{tree.sae_id}/params.safetensors"]
     tree.files, tree.sae_id = {f"{folder}/params.safetensors": params}, folder
     tree.repo, tree.site, tree.model = "google/gemma-scope-2-270m-pt", "mlp_out.3", "google/gemma-3-270m"
+    return tree
+
+
+def gemma_scope_transcoder() -> Tree:
+    """With an SAE's arrays: the repository's name alone says that it is one."""
+    tree = gemma_scope()
+    tree.repo = "google/gemma-scope-2b-pt-transcoders"
+    tree.site = "blocks.20.ln2.hook_normalized:mlp_out.20"
+    return tree
+
+
+def gemma_scope_2_transcoder() -> Tree:
+    w = drawn_pair()
+    f, y_hat = transcoded(w, skip=True)
+    config = {
+        "architecture": "jump_relu",
+        "type": "transcoder",
+        "model_name": "gemma-v3-1b-pt",
+        "hf_hook_point_in": "model.layers.3.pre_feedforward_layernorm.output",
+        "hf_hook_point_out": "model.layers.3.post_feedforward_layernorm.output",
+        "width": F,
+        "l0": 10,
+        "affine_connection": True,
+    }
+    tensors = {
+        name.replace("W_", "w_"): w[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+    }
+    tensors["affine_skip_connection"] = w["W_skip"].T  # [D, D]
+    folder = "transcoder_all/layer_3_width_16k_l0_big_affine"
+    files = {f"{folder}/params.safetensors": safetensors(tensors), f"{folder}/config.json": text(config)}
+    repo, site = "google/gemma-scope-2-1b-pt", "mlp_in.3:mlp_out.3"
+    return Tree(files, repo, folder, w["x"], f, y_hat, site, "google/gemma-3-1b-pt")
+
+
+def gemma_scope_2_transcoder_bare() -> Tree:
+    """Without a skip connection, and without a config.json: its folder alone says that it is one."""
+    tree = gemma_scope_2()
+    folder = "transcoder/layer_13_width_16k_l0_big"
+    params = tree.files[f"{tree.sae_id}/params.safetensors"]
+    tree.files, tree.sae_id = {f"{folder}/params.safetensors": params}, folder
+    tree.site = "mlp_in.13:mlp_out.13"
     return tree
 
 
@@ -419,15 +554,21 @@ TREES: dict[str, Callable[[], Tree]] = {
     tree.__name__: tree
     for tree in (
         native,
+        native_transcoder,
         dictionary_learning,
         sae_lens,
+        sae_lens_transcoder,
         sae_lens_3,
         sae_lens_3_top_k,
         sparsify,
+        sparsify_transcoder,
         gemma_scope,
         gemma_scope_lower,
+        gemma_scope_transcoder,
         gemma_scope_2,
         gemma_scope_2_bare,
+        gemma_scope_2_transcoder,
+        gemma_scope_2_transcoder_bare,
         llama_scope,
         llama_scope_r1,
         qwen_scope,

@@ -2,6 +2,7 @@
 claims."""
 
 import importlib.util
+import json
 import re
 import runpy
 import sys
@@ -134,6 +135,19 @@ def test_without_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "monosemy",
     }
     assert "from monosemy" not in text
+
+
+def test_trace_circuit(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to the set; peers/test_circuit_tracer.py runs what circuit-tracer makes of one."""
+    text = write_text(tmp_path / "text.jsonl", documents=100)
+    settings = {"dictionary_widths": [48], "target_l0s": [4], "num_tokens": 3200, "sae_batch_size": 64}
+    settings |= {"dataset": str(text), "context_length": 16, "held_out_fraction": 0.2, "report_latents": 0}
+    arguments = ("--model", tiny_model, "--settings", json.dumps(settings | {"eval_num_inputs": 2}))
+    command("trace_circuit", tmp_path / "my_set", *arguments)
+    files = {"config.yaml", *(f"layer_{layer}.safetensors" for layer in range(3))}
+    assert {path.name for path in (tmp_path / "my_set").iterdir()} == files
+    asked = f"{EXAMPLES / 'trace_circuit.py'} {tmp_path / 'my_set'} --model {tiny_model} --text "
+    assert capsys.readouterr().out.splitlines()[-1] == f"python {asked}'The capital of France is'"
 
 
 def test_every_example_is_tested() -> None:

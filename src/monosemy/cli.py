@@ -33,6 +33,7 @@ USAGE = """usage: monosemy COMMAND ...
   eval     RUN: evaluate a run's SAEs again, on more text if asked
            FOLDER ...: evaluate SAEs of any tool, and runs' SAEs, on the same tokens, in one table
   convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
+           RUN OUT --to circuit_tracer: write a run's transcoders as a set for circuit-tracer
   report   RUN ...: write report.html of one run, or several side by side, and draw the plots again
   list     OWNER/REPO: list the SAEs of a repository of the Hugging Face hub, a release, or a folder
   push     RUN OWNER/NAME: upload a run to the Hugging Face hub
@@ -200,23 +201,32 @@ def _convert(arguments: list[str]) -> int:
         to: str,
         format: str | None = None,
         unfinished: bool = False,
+        trainer: int | None = None,
     ) -> int:
         """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for
         goes to monosemy.json beside it.
 
         Args:
             folder: An SAE's own folder, its file in layouts of one file for each SAE, or its name on the hub,
-            OWNER/REPO/SAE_ID.
+            OWNER/REPO/SAE_ID. For circuit_tracer a run's folder.
             out: A new folder.
-            to: native, dictionary_learning, sae_lens or sparsify.
+            to: native, dictionary_learning, sae_lens or sparsify; circuit_tracer for the transcoders of a
+            run, one of each layer.
             format: dictionary_learning, qwen_scope or goodfire: opens a pickle of that layout, restricted to
             tensors. Others are told apart
                 by their files.
             unfinished: Also an SAE whose training did not complete.
+            trainer: For circuit_tracer, which of a run's transcoders at each layer: N of trainer_N.
         """
         from monosemy import formats
-        from monosemy.jobs import pretrained
+        from monosemy.jobs import pretrained, transcoder_set
 
+        if to == "circuit_tracer":
+            transcoder_set.convert(_run_folder(folder), out, trainer=trainer, unfinished=unfinished)
+            print(out)
+            return 0
+        if trainer is not None:
+            raise invalid("trainer", trainer, "left out but for --to circuit_tracer", "name the SAE's folder")
         found = pretrained.resolve(folder, format=format)
         formats.convert(found.path, out, to, format=found.format, unfinished=unfinished, source=found.source)
         print(out)

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 import monosemy
 from monosemy import formats
 from monosemy.cli import main
+from monosemy.jobs.export import snapshot
 from monosemy.sae import architecture
+from monosemy.transcoder import transcoder
 
 DATA = Path(__file__).parents[1] / "fixtures"
 D, F = 16, 48
@@ -32,7 +34,9 @@ SETTINGS = {
     "batch_top_k": {"k": 5},
     "matryoshka_batch_top_k": {"k": 5, "group_fractions": (0.25, 0.75)},
 }
-OURS = [f"ours/{name}" for name in SETTINGS]
+# every other one with a skip connection
+SKIP = {name: bool(i % 2) for i, name in enumerate(SETTINGS)}
+OURS = [f"ours/{name}{kind}" for kind in ("", "_transcoder") for name in SETTINGS]
 THEIRS = sorted(
     str(path.parent.relative_to(DATA))
     for path in DATA.glob("*/*/c*f*g.json")
@@ -42,7 +46,29 @@ SOURCES = [*OURS, *THEIRS]
 PEERS = ("dictionary_learning", "sae_lens", "sparsify")
 RELU = ("standard", "standard_new", "p_anneal", "standard_uncentered", "standard_bfloat16")
 TOP_K = ("top_k", "topk", "topk_uncentered", "topk_rescaled", "layers.3", "layers.4")
-REFUSED = {(name, "sparsify") for name in SOURCES if name.split("/")[1] not in RELU + TOP_K}
+
+
+def transcodes(name: str) -> bool:
+    return "transcoder" in name or name.endswith(".mlp")
+
+
+def refusal(name: str, to: str) -> str | None:
+    """What is said where a tool would compute something else."""
+    kind = name.split("/")[1]
+    if to == "dictionary_learning" and transcodes(name):
+        return "architecture is 'transcoder of .*for dictionary_learning: autoencoders of .*has no class"
+    if to == "sae_lens" and kind == "gated_transcoder":
+        return "architecture is 'gated'; .*SAELens has no transcoder that computes it"
+    if to == "sae_lens" and kind.endswith(".mlp"):
+        return "threshold is -1.0; allowed: a running threshold of 0 or more for SAELens"
+    if to == "sparsify" and kind in ("transcoder", "skip_transcoder"):
+        return "d_out is 6; allowed: 8, its d_in, for sparsify"
+    if to == "sparsify" and kind.removesuffix("_transcoder").removesuffix(".mlp") not in RELU + TOP_K:
+        return r"architecture is .*; allowed: for sparsify: top_k.*[Ss]parsify keeps the k largest"
+    return None
+
+
+REFUSED = {(name, to): said for name in SOURCES for to in PEERS if (said := refusal(name, to))}
 CONFIG = {
     "status": "complete",
     "site": "resid_post.3",
@@ -52,16 +78,33 @@ CONFIG = {
 }
 
 
+PAIR = CONFIG | {"site": "resid_mid.3:mlp_out.3"}
+
+
+def randomized(sae, draw: torch.Generator):
+    """The SAE with random weights and thresholds above 0."""
+    for of, tensor in sae.state_dict().items():
+        drawn = 0.3 * torch.randn(tensor.shape, generator=draw)
+        tensor.copy_(drawn.abs() + 0.1 if "threshold" in of else drawn)
+    sae.W_dec.data.div_(sae.W_dec.norm(dim=1, keepdim=True))
+    return sae
+
+
 def our_saes(folder: Path) -> None:
-    """Our eight with random weights, as a run leaves them."""
+    """Our eight with random weights, as a run leaves them, and their transcoders."""
     draw = torch.Generator().manual_seed(0)
     for name, settings in SETTINGS.items():
-        sae = architecture(name)(D, F, **settings)
-        for of, tensor in sae.state_dict().items():
-            drawn = 0.3 * torch.randn(tensor.shape, generator=draw)
-            tensor.copy_(drawn.abs() + 0.1 if "threshold" in of else drawn)
-        sae.W_dec.data.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        formats.save(sae, folder / name, CONFIG)
+        formats.save(randomized(architecture(name)(D, F, **settings), draw), folder / name, CONFIG)
+    for name, settings in SETTINGS.items():
+        out = {"d_out": 12} if name in ("jump_relu", "matryoshka_batch_top_k") else {}
+        sae = transcoder(name)(D, F, skip_connection=SKIP[name], **out, **settings)
+        formats.save(randomized(sae, draw), folder / f"{name}_transcoder", PAIR)
+
+
+def tells(x: torch.Tensor, x_hat: torch.Tensor) -> bool:
+    """Whether an output proves something: no copy of x, and another one for each x."""
+    same = x_hat.shape == x.shape and (x - x_hat).abs().max() <= 0.01
+    return not same and bool((x_hat - x_hat.mean(0)).abs().max() > 0.01)
 
 
 def open_as(name: str) -> str | None:
@@ -96,7 +139,7 @@ def test_their_sae_computes_the_same(name):
     narrow = "bfloat16" in name or name.endswith("layers.4")
     x, scale = theirs["x"], theirs["x"].abs().max() * (5e-3 if narrow else 1e-5)
     assert not sae.training and not any(p.requires_grad for p in sae.parameters())
-    assert (x - theirs["x_hat"]).abs().max() > 0.01 and (theirs["f"] > 0).any()
+    assert tells(x, theirs["x_hat"]) and (theirs["f"] > 0).any()
     assert (sae(x) - theirs["x_hat"]).abs().max() <= (10 if narrow else 1) * scale
     assert (sae.encode(x) - theirs["f"]).abs().max() <= (20 if narrow else 1) * scale
 
@@ -114,6 +157,8 @@ def test_what_they_say_of_the_sae_comes_along(ours):
         ("sae_lens/gated", "resid_post.3"),
         ("sparsify/layers.4", "resid_post.4"),
         ("dictionary_learning/gated", "resid_post.3"),
+        ("sae_lens/jumprelu_transcoder", "mlp_in.3:mlp_out.3"),
+        ("sparsify/layers.4.mlp", "mlp_in.4:mlp_out.4"),
     ):
         _, about = formats.read(DATA / name, format=open_as(name))
         assert about["site"] == site
@@ -212,10 +257,7 @@ def test_thresholds_of_at_most_0_are_a_relu_to_sparsify(name, ours, tmp_path):
 def test_there_and_back_it_is_the_same_to_the_bit(name, to, ours, tmp_path):
     folder = source(ours, name)
     if (name, to) in REFUSED:
-        with pytest.raises(
-            ValueError,
-            match=r"architecture is .*; allowed: for sparsify: top_k.*[Ss]parsify keeps the k largest",
-        ):
+        with pytest.raises(ValueError, match=REFUSED[name, to]):
             formats.convert(folder, tmp_path / "there", to, format=open_as(name))
         assert not list(tmp_path.iterdir())
         return
@@ -258,10 +300,9 @@ def test_the_files_alone_reconstruct_the_same(name, to, ours, tmp_path):
         monosemy.load(tmp_path / "there", format=to if to == PEERS[0] else None),
     )
     x = torch.randn(32, before.d_in, generator=torch.Generator().manual_seed(1))
-    mode = "top_k" if before.name == "top_k" else None
-    assert (
-        before(x, mode=mode) - alone(x, mode="top_k" if alone.name == "top_k" else None)
-    ).abs().max() <= 1e-5 * x.abs().max()
+    theirs = "top_k" if alone.name == "top_k" else None
+    mode = theirs if before.name == "top_k" else None  # of a transcoder SAELens has the threshold
+    assert (before(x, mode=mode) - alone(x, mode=theirs)).abs().max() <= 1e-5 * x.abs().max()
 
 
 def test_what_is_known_of_a_run_s_sae_travels(ours, tmp_path):
@@ -286,6 +327,47 @@ def test_what_is_known_of_a_run_s_sae_travels(ours, tmp_path):
     assert json.loads((tmp_path / "batch" / "cfg.json").read_text())["architecture"] == "jumprelu"
     threshold = load_file(tmp_path / "batch" / "sae_weights.safetensors")["threshold"]
     assert threshold.shape == (F,) and (threshold == monosemy.load(ours / "ours/batch_top_k").threshold).all()
+
+
+def test_a_transcoder_s_folder_says_that_it_is_one(ours, tmp_path):
+    folder = ours / "ours/jump_relu_transcoder"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "sae.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["transcode"], config["d_out"], config["skip_connection"]) == (True, 12, SKIP["jump_relu"])
+    assert not config.keys() & {"trainer", "pre_bias"}
+    autoencoder = json.loads((ours / "ours/jump_relu/config.json").read_text())
+    assert not autoencoder.keys() & {"transcode", "d_out", "skip_connection"}
+    for to, kind in (("top_k", "jumprelu_skip_transcoder"), ("standard", "transcoder")):
+        formats.convert(ours / f"ours/{to}_transcoder", tmp_path / to, "sae_lens")
+        cfg = json.loads((tmp_path / to / "cfg.json").read_text())
+        assert (cfg["architecture"], cfg["d_out"], cfg["apply_b_dec_to_input"]) == (kind, D, False)
+        assert cfg["metadata"]["hook_name"] == "blocks.3.hook_resid_mid"
+        assert cfg["metadata"]["hook_name_out"] == "blocks.3.hook_mlp_out"
+        assert formats.read(tmp_path / to)[1] == PAIR
+        (tmp_path / to / "monosemy.json").unlink()
+        assert formats.read(tmp_path / to)[1]["site"] == PAIR["site"]
+
+
+def test_a_transcoder_s_decoder_norms_are_folded_and_its_settings_may_be_unknown(ours, tmp_path):
+    before, _ = formats.read(ours / "ours/standard_new_transcoder")
+    x = torch.randn(32, D, generator=torch.Generator().manual_seed(2))
+    y = before(x)
+    before.W_dec.data.mul_(3)
+    before.W_enc.data.div_(3)
+    before.b_enc.data.div_(3)
+    formats.save(before, tmp_path / "free", PAIR)
+    after = monosemy.load(tmp_path / "free")
+    assert torch.allclose(after.W_dec.norm(dim=1), torch.ones(F), atol=1e-5)
+    assert torch.allclose(after(x), y, atol=1e-5)
+    theirs = monosemy.load(DATA / "sae_lens/jumprelu_skip_transcoder")
+    assert theirs.known_settings == {} and theirs.skip_connection and theirs.cfg["transcode"]
+
+
+def test_a_snapshot_of_a_transcoder_is_in_our_layout(tmp_path):
+    sae = transcoder("top_k")(D, F, k=5)
+    snapshot(tmp_path / "ae_1", sae)()
+    assert load_file(tmp_path / "ae_1.safetensors").keys() == sae.state_dict().keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["ae_1.safetensors"]
 
 
 def test_monosemy_json_is_of_the_files_beside_it(ours, tmp_path):
@@ -326,8 +408,20 @@ def test_monosemy_json_is_of_the_files_beside_it(ours, tmp_path):
             "is 'threshold'; allowed: the tensors w_dec, w_enc, b_dec, b_enc",
         ),
         ("sparsify/layers.3", {"activation": "groupmax"}, "keeps the k largest"),
-        ("sparsify/layers.3", {"transcode": True}, "reconstructs its input"),
-        ("sparsify/layers.3", {"skip_connection": True}, "reconstructs its input"),
+        ("sparsify/layers.3", {"transcode": 1}, "true or false"),
+        ("sparsify/layers.3", {"skip_connection": True}, "false without transcode"),
+        ("sparsify/layers.3.mlp", {"skip_connection": True}, "W_skip is 'missing'"),
+        ("sparsify/layers.4.mlp", {"skip_connection": False}, "W_skip"),
+        ("sparsify/layers.4.mlp", {"transcode": False}, "false without transcode"),
+        ("sae_lens/transcoder", {"d_out": 8}, "belong together"),
+        ("sae_lens/transcoder", {"d_out": None}, "a whole number"),
+        ("sae_lens/transcoder", {"apply_b_dec_to_input": True}, "the width of the output"),
+        ("sae_lens/transcoder", {"apply_b_dec_to_input": None}, "true or false"),
+        ("sae_lens/transcoder", {"reshape_activations": "hook_z"}, "not computed here"),
+        ("sae_lens/transcoder", {"architecture": "skip_transcoder"}, "W_skip is 'missing'"),
+        ("sae_lens/skip_transcoder", {"architecture": "transcoder"}, "W_skip"),
+        ("sae_lens/jumprelu_transcoder", {"architecture": "transcoder"}, "threshold"),
+        ("sae_lens/jumprelu_transcoder", {"normalize_activations": "layer_norm"}, "cannot be folded"),
         ("sparsify/layers.3", {"num_latents": 0}, "belong together"),
         ("sparsify/layers.3", {"d_in": None}, "a whole number"),
         ("sparsify/layers.3", {"k": 25}, "1 to 24"),

@@ -25,6 +25,7 @@ from monosemy import formats
 from monosemy.sae import architecture
 from monosemy.system.rng import generator
 from monosemy.training.checkpoints import Checkpoints
+from monosemy.transcoder import transcoder
 from tests.formats.test_convert import gemma_scope
 from tests.layout_trees import TREES
 
@@ -35,6 +36,9 @@ KINDS = {
     "sae_lens": "jump_relu",
     "sparsify": "top_k",
     "gemma_scope": None,
+    "native_transcoder": "jump_relu",
+    "sae_lens_transcoder": "batch_top_k",
+    "sparsify_transcoder": "top_k",
 }
 
 
@@ -42,6 +46,7 @@ KINDS = {
 # file)
 READ_ONLY = {
     "gemma_scope_2": ["params.safetensors", "config.json"],
+    "gemma_scope_2_transcoder": ["params.safetensors", "config.json"],
     "llama_scope": ["checkpoints/final.safetensors", "hyperparams.json"],
     "llama_scope_r1": ["sae_weights.safetensors", "config.json"],
     "qwen_scope": [""],
@@ -56,19 +61,27 @@ def sae_folder(folder: Path, to: str) -> Path:
         return tree.write(folder / tree.repo)
     if to == "gemma_scope":
         return gemma_scope(folder)
-    sae = architecture(KINDS[to])(D, F, **({"k": 2} if "top_k" in KINDS[to] else {}))
+    settings = {"k": 2} if "top_k" in KINDS[to] else {}
+    sae = architecture(KINDS[to])(D, F, **settings)
+    if to.endswith("_transcoder"):
+        out = D if to.startswith("sparsify") else 5
+        sae = transcoder(KINDS[to])(D, F, d_out=out, skip_connection=True, **settings)
     for tensor in sae.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator(0, str(tensor.shape))).abs() + 0.1)
     formats.save(sae, folder / "of", {"status": "complete", "site": "resid_post.1", "model": "m"})
-    formats.convert(folder / "of", folder / "sae", to)
+    formats.convert(folder / "of", folder / "sae", format_of(to))
     return folder / "sae"
+
+
+def format_of(to: str) -> str:
+    return to.removesuffix("_r1").removesuffix("_transcoder")
 
 
 def load(folder: Path, to: str) -> None:
     """Load what may be anything: an SAE or our own error, and nothing else."""
     try:
-        sae = formats.load(folder, format=to.removesuffix("_r1"))
-        assert sae(torch.zeros(2, sae.d_in)).shape == (2, sae.d_in)
+        sae = formats.load(folder, format=format_of(to))
+        assert sae(torch.zeros(2, sae.d_in)).shape == (2, sae.d_out)
     except ValueError as error:
         assert "; allowed: " in str(error), error
         assert len(str(error)) < 2000
@@ -357,6 +370,18 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda f: edit(f / "config.json", lambda c: c.update(d_in=1 << 20, d_sae=1 << 20)),
     ),
     "sizes beyond numbers": ("native", lambda f: edit(f / "config.json", lambda c: c.update(d_in=10**30))),
+    "an output without its weights": (
+        "native_transcoder",
+        lambda f: edit(f / "config.json", lambda c: c.update(d_out=1 << 40)),
+    ),
+    "an output beyond numbers": (
+        "native_transcoder",
+        lambda f: edit(f / "config.json", lambda c: c.update(d_out=10**30)),
+    ),
+    "another tool's output without its weights": (
+        "sae_lens_transcoder",
+        lambda f: edit(f / "cfg.json", lambda c: c.update(d_out=1 << 40)),
+    ),
     "a setting that makes it large": (
         "native",
         lambda f: edit(f / "config.json", lambda c: c["settings"].update(sparsity_queue_length=1 << 40)),
@@ -420,12 +445,15 @@ def test_no_name_in_a_folder_is_used_as_a_path(name, tmp_path):
         ("dictionary_learning", "config.json"),
         ("sae_lens", "cfg.json"),
         ("sparsify", "cfg.json"),
+        ("native_transcoder", "config.json"),
+        ("sae_lens_transcoder", "cfg.json"),
+        ("sparsify_transcoder", "cfg.json"),
     ):
         folder = sae_folder(tmp_path / to, to)
         if (folder / "monosemy.json").exists():
             (folder / "monosemy.json").unlink()
         keep = {"architecture", "format", "trainer_class", "dict_class", "activation", "dtype", "status"}
-        keep |= {"normalize_activations", "reshape_activations"}
+        keep |= {"normalize_activations", "reshape_activations", "l0_loss"}
 
         def poison(value, key=None, keep=keep):
             if isinstance(value, dict):
@@ -455,7 +483,11 @@ def test_no_name_in_a_folder_is_used_as_a_path(name, tmp_path):
         for target in formats.TARGETS:
             if target == "sparsify" and KINDS[to] not in ("p_anneal", "top_k"):
                 continue  # refused
-            formats.convert(folder, tmp_path / "out", target, format=to)
+            if to.endswith("_transcoder") and target == "dictionary_learning":
+                continue
+            if to == "sparsify_transcoder" and target == "sae_lens":
+                continue
+            formats.convert(folder, tmp_path / "out", target, format=format_of(to))
             made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path not in before}
             ours = (
                 {"sae.safetensors", "config.json"}
@@ -606,6 +638,9 @@ FILES = {
     "sae_lens": ["sae_weights.safetensors"],
     "sparsify": ["sae.safetensors"],
     "gemma_scope": ["params.npz"],
+    "native_transcoder": ["sae.safetensors"],
+    "sae_lens_transcoder": ["sae_weights.safetensors"],
+    "sparsify_transcoder": ["sae.safetensors"],
 }
 
 
@@ -626,15 +661,15 @@ def fuzz_read_only(to: str, tmp_path: Path, examples: int) -> None:
 
 def fuzz_configs(tmp_path: Path, examples: int) -> None:
     """config.json, cfg.json and monosemy.json of every layout, and status.json, in turn."""
-    for to in ("native", "dictionary_learning", "sae_lens", "sparsify"):
+    for to in (to for to in FILES if to != "gemma_scope"):
         folder = sae_folder(tmp_path / to / "run", to)
         (folder.parent.parent / "status.json").write_text(
             '{"status": "complete", "saes": {"run/sae": "complete"}}'
         )
-        for file in ([] if to == "native" else ["monosemy.json"]) + [
+        for file in ([] if format_of(to) == "native" else ["monosemy.json"]) + [
             next(f for f in ("cfg.json", "config.json") if (folder / f).exists())
         ]:
-            fuzz(folder, [file], lambda to=to, folder=folder: load(folder, to), examples // 7)
+            fuzz(folder, [file], lambda to=to, folder=folder: load(folder, to), examples // 12)
             if file == "monosemy.json":
                 (folder / file).unlink()
 

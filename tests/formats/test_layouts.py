@@ -12,10 +12,11 @@ from safetensors.torch import load, save
 
 from monosemy import formats
 from monosemy.formats import layouts
+from monosemy.transcoder import Transcoder
 from tests.formats.test_hostile import Malicious
 from tests.layout_trees import LLAMA_NORM, TREES, drawn, pickled, safetensors, wide
 
-TRANSCODER, CLT = "a transcoder is no SAE", "a cross-layer transcoder is no SAE"
+TRANSCODER, CLT = "transcoders of this layout are not read", "a cross-layer transcoder is no SAE"
 
 
 @pytest.mark.parametrize(
@@ -122,16 +123,10 @@ def test_an_sae_is_told_from_its_files_names(source, files, sae_id, format, want
 @pytest.mark.parametrize(
     ("source", "file", "note"),
     [
-        ("google/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_8/params.npz", TRANSCODER),
         (
             "google/gemma-scope-2b-pt-res",
             "embedding/width_4k/average_l0_6/params.npz",
             "it reads embeddings, whose scale its files do not say",
-        ),
-        (
-            "google/gemma-scope-2-1b-pt",
-            "transcoder_all/layer_3_width_16k_l0_big_affine/params.safetensors",
-            TRANSCODER,
         ),
         (
             "google/gemma-scope-2-1b-pt",
@@ -149,7 +144,7 @@ def test_an_sae_is_told_from_its_files_names(source, files, sae_id, format, want
         (
             "mwhanna/qwen3-4b-transcoders",
             "layer_0.safetensors",
-            "transcoders are laid out so, which are no SAEs",
+            "a set of transcoders, for circuit-tracer, is written here and not read",
         ),
         (
             "",
@@ -238,7 +233,8 @@ def test_it_computes_its_authors_formula(name, tmp_path):
     largest = np.abs(tree.x).max()
     assert np.array_equal(f.numpy() > 0, tree.f > 0)
     assert np.abs(f.numpy() - tree.f).max() <= 1e-5 * largest
-    assert np.abs(sae.decode(f).numpy() - tree.x_hat).max() <= 1e-5 * largest
+    assert np.abs(sae(torch.from_numpy(tree.x).float()).numpy() - tree.x_hat).max() <= 1e-5 * largest
+    assert isinstance(sae, Transcoder) == ("transcoder" in name) and sae.d_out == tree.x_hat.shape[1]
     assert 0 < (tree.f > 0).mean() < 0.9  # thresholds and k decide something
 
 
@@ -349,9 +345,22 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
             {"activation_fn": "topk", "activation_fn_kwargs": {"k": 4}},
             "activation_fn is 'relu'; allowed: relu, or topk",
         ),
-        ("sae_lens_3", {"is_transcoder": True}, "transcoder is no SAE"),
-        ("sae_lens_3", {"d_out": 9}, "transcoder is no SAE"),
-        ("sae_lens_3", {"hook_name_out": "blocks.8.hook_mlp_out"}, "transcoder is no SAE"),
+        ("sae_lens_3", {"is_transcoder": True}, "transcoder is called so there"),
+        ("sae_lens_3", {"d_out": 9}, "transcoder is called so there"),
+        ("sae_lens_3", {"hook_name_out": "blocks.8.hook_mlp_out"}, "transcoder is called so there"),
+        ("sae_lens_transcoder", {"d_out": 6.0}, "d_out is '6.0'; allowed: a whole number"),
+        ("sae_lens_transcoder", {"d_out": 0}, "d_out is 0; allowed: 1 or more"),
+        ("sae_lens_transcoder", {"architecture": "transcoder"}, "W_skip, threshold"),
+        ("native_transcoder", {"transcode": "yes"}, "transcode is \"'yes'\"; allowed: true or false"),
+        ("native_transcoder", {"transcode": False}, "skip_connection is True; allowed: False without"),
+        ("native_transcoder", {"skip_connection": 1}, "skip_connection is '1'; allowed: true or false"),
+        ("native_transcoder", {"skip_connection": False}, "W_skip"),
+        ("native_transcoder", {"d_out": True}, "d_out is 'True'; allowed: a whole number"),
+        ("native_transcoder", {"d_out": None}, "d_out is 'None'; allowed: a whole number"),
+        ("native_transcoder", {"d_out": 7}, "belong together"),
+        ("native_transcoder", {"pre_bias": True}, "a transcoder's encoder sees x"),
+        ("native", {"transcode": True}, "d_out is 'None'; allowed: a whole number"),
+        ("native", {"d_out": 9}, "d_out is 9; allowed: 8, the SAE's d_in, without transcode"),
         ("sae_lens_3", {"reshape_activations": "heads"}, "reshape_activations is 'heads'"),
         ("sae_lens_3_top_k", {"activation_fn_kwargs": {"k": 4, "signed": True}}, "activation_fn_kwargs is"),
         (
@@ -365,8 +374,10 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
         ("sae_lens_3", {"normalize_activations": True}, "normalize_activations"),
         ("sae_lens_3_top_k", {"activation_fn_kwargs": {}}, "k is 'None'"),
         ("sae_lens", {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
-        ("sae_lens", {"architecture": "jumprelu_transcoder"}, "architecture is 'jumprelu_transcoder'"),
-        ("sparsify", {"transcode": True}, "transcode is 'True'"),
+        ("sae_lens", {"architecture": "jumprelu_transcoder"}, "d_out is 'None'; allowed: a whole number"),
+        ("sparsify", {"skip_connection": True}, "skip_connection is True; allowed: false without transcode"),
+        ("sparsify_transcoder", {"transcode": False}, "skip_connection is True; allowed: false without"),
+        ("sparsify_transcoder", {"activation": "groupmax"}, "activation is 'groupmax'"),
         ("gemma_scope_2", {"architecture": "top_k"}, "architecture is 'top_k'"),
         ("gemma_scope_2", {"type": "crosscoder"}, "type is 'crosscoder'"),
         (
@@ -374,8 +385,22 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
             {"hf_hook_point_in": "model.layers.5.output"},
             "allowed: resid_post.13, as in its path",
         ),
-        ("gemma_scope_2", {"affine_connection": True}, "affine_connection is 'True'"),
-        ("gemma_scope_2", {"hf_hook_point_out": "model.layers.13.mlp"}, "A transcoder is no SAE"),
+        ("gemma_scope_2", {"affine_connection": True}, "an SAE of resid_post, as in its path"),
+        ("gemma_scope_2", {"type": "transcoder"}, "an SAE of resid_post, as in its path"),
+        ("gemma_scope_2", {"hf_hook_point_out": "model.layers.13.mlp"}, "an SAE of resid_post, as in its"),
+        ("gemma_scope_2_transcoder", {"type": "sae"}, "type is 'sae'; allowed: transcoder"),
+        ("gemma_scope_2_transcoder", {"affine_connection": False}, "affine_skip_connection"),
+        ("gemma_scope_2_transcoder", {"affine_connection": "yes"}, "allowed: true or false"),
+        (
+            "gemma_scope_2_transcoder",
+            {"hf_hook_point_out": "model.layers.3.pre_feedforward_layernorm.output"},
+            "another place than hf_hook_point_in",
+        ),
+        (
+            "gemma_scope_2_transcoder",
+            {"hf_hook_point_in": "model.layers.4.pre_feedforward_layernorm.output"},
+            "layers.4.* allowed: mlp_in.3:mlp_out.3, as in its path",
+        ),
         ("llama_scope", {"act_fn": "topk"}, "act_fn is 'topk'"),
         ("llama_scope", {"act_fn": None}, "act_fn is 'None'"),
         ("llama_scope", {"jump_relu_threshold": None}, "jump_relu_threshold is 'None'"),
@@ -387,14 +412,14 @@ def test_a_pickle_with_code_is_refused_and_does_nothing(name, tmp_path):
         (
             "llama_scope",
             {"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}},
-            "transcoder is no SAE",
+            "transcoders are not read here",
         ),
-        ("llama_scope", {"hook_point_out": "blocks.15.hook_mlp_out"}, "transcoder is no SAE"),
+        ("llama_scope", {"hook_point_out": "blocks.15.hook_mlp_out"}, "transcoders are not read here"),
         ("llama_scope", {"use_glu_encoder": True}, "use_glu_encoder"),
         ("llama_scope", {"use_decoder_bias": False}, "use_decoder_bias"),
         ("llama_scope", {"sparsity_include_decoder_norm": "yes"}, "sparsity_include_decoder_norm"),
         ("llama_scope_r1", {"sae_type": "lorsa"}, "sae_type is 'lorsa'"),
-        ("llama_scope_r1", {"hook_point_in": "blocks.1.hook_mlp_in"}, "transcoder is no SAE"),
+        ("llama_scope_r1", {"hook_point_in": "blocks.1.hook_mlp_in"}, "transcoders are not read here"),
     ],
 )
 def test_what_is_computed_otherwise_is_refused(name, changes, message, tmp_path):
@@ -425,20 +450,33 @@ def test_a_width_that_the_repository_does_not_have_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("format", [None, "gemma_scope_2"])
-def test_a_transcoder_with_an_sae_s_files_is_refused_by_its_place(format, tmp_path):
-    tree = TREES["gemma_scope_2"]()
+def test_a_transcoder_with_an_sae_s_files_is_told_by_its_place(format, tmp_path):
+    tree = TREES["gemma_scope_2_bare"]()
     path = tree.write(tmp_path)
-    with pytest.raises(ValueError, match="It cannot be: a transcoder is no SAE"):
-        formats.load(path, format, source="google/gemma-scope-2-1b-pt/transcoder/layer_13_width_16k_l0_small")
+    place = "google/gemma-scope-2-1b-pt/transcoder/layer_13_width_16k_l0_small"
+    assert isinstance(formats.load(path, format, source=place), Transcoder)
+    assert not isinstance(formats.load(path, format, source=tree.source), Transcoder)
 
 
 def test_a_transcoder_is_told_by_its_skip_connection(tmp_path):
     skip = np.eye(8, dtype=np.float32)
     tree = tensors_changed(
-        TREES["gemma_scope_2"](), lambda tensors: tensors.update(affine_skip_connection=skip)
+        TREES["gemma_scope_2_bare"](), lambda tensors: tensors.update(affine_skip_connection=skip)
     )
-    with pytest.raises(ValueError, match="affine_skip_connection .* A transcoder is no SAE"):
+    with pytest.raises(ValueError, match="allowed: an SAE of mlp_out, as in its path"):
         opened(tree, tmp_path)
+    assert formats.load(tree.write(tmp_path), source="someone/else").skip_connection
+
+
+@pytest.mark.parametrize("name", ["gemma_scope_2_transcoder", "gemma_scope_transcoder"])
+def test_a_transcoder_that_was_read_is_converted_and_computes_the_same(name, tmp_path):
+    tree = TREES[name]()
+    path = tree.write(tmp_path / tree.repo)
+    for to in ("native", "sae_lens"):
+        formats.convert(path, tmp_path / to, to)
+        sae, about = formats.read(tmp_path / to)
+        assert (about["site"], about["model"]) == (tree.site, tree.model)
+        assert np.abs(sae(torch.from_numpy(tree.x).float()).numpy() - tree.x_hat).max() <= 1e-4
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])

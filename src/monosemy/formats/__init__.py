@@ -1,17 +1,14 @@
 """The folder of an SAE: ours, which is written and read, and those of other tools, which are read and written
 in their own layout.
 
-sae.safetensors  config.json      ours; config.json also has the "trainer" and "buffer" entries of
-dictionary_learning ae.pt                             beside it in a run, the same SAE as
-dictionary_learning's state dict monosemy.json                     in a folder converted to another tool's
-layout: all that the layout has no place for
+sae.safetensors  config.json  ours; config.json also has dictionary_learning's "trainer" and "buffer" entries
+ae.pt                         beside it in a run, the same autoencoder as dictionary_learning's state dict
+monosemy.json                 beside another tool's layout that was converted to: all that has no place in it
 """
 
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +31,16 @@ from monosemy.formats import (
     untrusted,
 )
 from monosemy.formats.layouts import KEPT
-from monosemy.formats.parts import Parts, text
+from monosemy.formats.parts import Parts, check_finite, flag, text, whole
 from monosemy.sae import SAE, current_names
-from monosemy.system.files import atomic_path, write_json
+from monosemy.system.files import atomic_path, check_new, new_folder, write_json
+from monosemy.transcoder import Transcoder
 
-_WRITTEN = {"dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sparsify": sparsify}
+_WRITTEN: dict[str, Any] = {
+    "dictionary_learning": dictionary_learning,
+    "sae_lens": sae_lens,
+    "sparsify": sparsify,
+}
 _OTHERS = _WRITTEN | {
     "gemma_scope": gemma_scope,
     "gemma_scope_2": gemma_scope_2,
@@ -57,6 +59,9 @@ _ABOUT_THE_SAE = (
     "d_sae",
     "settings",
     "pre_bias",
+    "transcode",
+    "d_out",
+    "skip_connection",
     "files",
     "from",
     "tensors",
@@ -69,7 +74,7 @@ def save(sae: SAE, folder: str | Path, config: dict[str, Any]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(sae, folder)
-    if sae.name in dictionary_learning.LAYOUTS:
+    if dictionary_learning.has(sae):
         with atomic_path(folder / "ae.pt", _bytes(sae)) as part:
             torch.save(dictionary_learning.state_dict(sae), part)
     write_json(folder / "config.json", _about(sae) | config)
@@ -138,40 +143,20 @@ def convert(
     Raises ValueError where that tool would compute something else, for what `load` refuses, and for a target
     that is not empty.
     """
-    path, target = Path(path), Path(os.path.abspath(target))
+    path, target = Path(path), Path(target)
     if to not in TARGETS:
         raise invalid("to", to, ", ".join(TARGETS), "these layouts can be written")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise invalid("target", str(target), "a new or empty folder", "name another; nothing is overwritten")
+    check_new(target)
     parts = _parts(path, format, unfinished, source)
     sae = parts.build()
-    if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
-        raise invalid(
-            "path",
-            str(path),
-            "weights that are finite",
-            "there is nothing to convert in an SAE that diverged",
-        )
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    check_finite(sae, str(path))
+    with new_folder(target) as part:
         if to == "native":
             _write_tensors(sae, part)
             write_json(part / "config.json", _about(sae) | parts.config)
         else:
             _WRITTEN[to].write(sae, parts.config, part)
             _keep(sae, parts.config, part, to)
-        part.replace(target)
-    except OSError as error:
-        raise invalid(
-            "target",
-            str(target),
-            "a folder that can be written",
-            f"check permissions and space ({error.strerror})",
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -248,9 +233,10 @@ def _described(metadata: dict[str, Any], tensors: dict[str, Tensor], where: str)
             raise invalid(
                 where, f"no {key}", "the configuration that was saved with these weights", "copy both again"
             )
-    pre_bias = metadata.get("pre_bias")
-    if pre_bias is not None and not isinstance(pre_bias, bool):
-        raise invalid(f"{where}: pre_bias", str(pre_bias)[:80], "true or false", "copy the folder again")
+    pre_bias = flag(metadata, "pre_bias", where) if metadata.get("pre_bias") is not None else None
+    kind: dict[str, Any] = {name: flag(metadata, name, where) for name in ("transcode", "skip_connection")}
+    if kind["transcode"] or metadata.get("d_out") is not None:
+        kind["d_out"] = whole(metadata, "d_out", where)
     config = {key: value for key, value in metadata.items() if key not in _ABOUT_THE_SAE}
     if not _is_origin(config.get("origin", {})):
         raise invalid(
@@ -260,7 +246,7 @@ def _described(metadata: dict[str, Any], tensors: dict[str, Tensor], where: str)
             "copy the folder again",
         )
     shape = (metadata["architecture"], metadata["d_in"], metadata["d_sae"], metadata["settings"])
-    return Parts(*shape, tensors, where, pre_bias, config)
+    return Parts(*shape, tensors, where, pre_bias, config, **kind)
 
 
 def _is_origin(origin: Any) -> bool:
@@ -322,6 +308,8 @@ def _about(sae: SAE) -> dict[str, Any]:
         "d_sae": sae.d_sae,
         "settings": settings,
     }
+    if isinstance(sae, Transcoder):
+        metadata |= {"transcode": True, "d_out": sae.d_out, "skip_connection": sae.skip_connection}
     return metadata if sae.pre_bias == type(sae).pre_bias else metadata | {"pre_bias": sae.pre_bias}
 
 

@@ -31,7 +31,9 @@ from monosemy.formats.parts import (
     whole,
     written,
 )
+from monosemy.lm.info import KINDS
 from monosemy.sae import SAE
+from monosemy.transcoder import Transcoder
 
 FILES = ("ae.pt", "config.json")
 
@@ -101,6 +103,11 @@ LAYOUTS = {
 }
 
 
+def has(sae: SAE) -> bool:
+    """Tell whether dictionary_learning has a class for an SAE; it has none for transcoders."""
+    return sae.name in LAYOUTS and not isinstance(sae, Transcoder)
+
+
 def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
     """Return the SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow
     type where nothing is lost."""
@@ -160,13 +167,10 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
 
     Raises ValueError for one that dictionary_learning would compute differently.
     """
-    if sae.name not in LAYOUTS:
-        raise invalid(
-            "architecture",
-            sae.name,
-            f"for dictionary_learning: {', '.join(LAYOUTS)}",
-            "it has no class that computes it",
-        )
+    if not has(sae):
+        kind = f"transcoder of {sae.name}" if isinstance(sae, Transcoder) else sae.name
+        allowed = f"for dictionary_learning: autoencoders of {', '.join(LAYOUTS)}"
+        raise invalid("architecture", kind, allowed, "it has no class that computes it")
     layout = LAYOUTS[sae.name]
     if layout.tensors is not _RELU and not _as_layout(sae):
         sae = copy.deepcopy(sae)
@@ -269,7 +273,7 @@ def _layout(trainer: dict[str, Any]) -> tuple[str, _Layout]:
 
 def _site(trainer: dict[str, Any]) -> str | None:
     if match := re.fullmatch(
-        r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d{1,4})", str(trainer.get("submodule_name"))[:100]
+        rf"({'|'.join(KINDS)})_layer_(\d{{1,4}})", str(trainer.get("submodule_name"))[:100]
     ):
         return f"{match[1]}.{match[2]}"
     layer = trainer.get("layer")

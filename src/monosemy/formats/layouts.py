@@ -39,18 +39,16 @@ _PICKLES = ("dictionary_learning", *ONE_FILE)
 
 _CLT = "a cross-layer transcoder is no SAE"
 _CROSSCODER = "a crosscoder is no SAE"
-_TRANSCODER = "a transcoder is no SAE"
+_TRANSCODER = "transcoders of this layout are not read"
 _BY_PATH = {  # what lies in files of the same names beside SAEs, or is not all in its files
     "sae_lens": {  # SAELens' own list of SAEs has it
         r".*\bMistral-7B-Residual-Stream-SAEs/.+": "each token's activations are rescaled; its cfg.json is "
         "silent"
     },
     "gemma_scope": {
-        r".*\bgemma-scope-\w+-\w+-transcoders/.+": _TRANSCODER,
         r"(.*/)?embedding/width_\w+/average_l0_\w+": "it reads embeddings, whose scale its files do not say",
     },
     "gemma_scope_2": {
-        r"(.*/)?transcoder\w*/[^/]+": _TRANSCODER,
         r"(.*/)?crosscoder\w*/[^/]+": _CROSSCODER,
         r"(.*/)?clt\w*/[^/]+": _CLT,
     },
@@ -59,7 +57,7 @@ _BY_PATH = {  # what lies in files of the same names beside SAEs, or is not all 
 _NO_SAES = {  # files, relative to the repository
     r"(.+/)?W_(enc|dec)_\d+\.safetensors|(.+/)?clt\w*/.+\.safetensors": _CLT,
     r"(.+/)?crosscoder\w*/.+\.safetensors": _CROSSCODER,
-    r"(.+/)?layer_\d+\.safetensors": "transcoders are laid out so, which are no SAEs",
+    r"(.+/)?layer_\d+\.safetensors": "a set of transcoders, for circuit-tracer, is written here and not read",
     r"(.+/)?latest_ckpt\.safetensors": "a temporal SAE is computed otherwise",
 }
 

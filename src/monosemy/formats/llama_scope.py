@@ -99,7 +99,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
     if config.get("act_fn") != "jumprelu":
         found = str(config.get("act_fn"))[:80]
         raise invalid(f"{where}: act_fn", found, "jumprelu", "others are not read here")
-    neutral(config, where, "a transcoder is no SAE", hook_point_out=config.get("hook_point_in"))
+    neutral(config, where, "its transcoders are not read here", hook_point_out=config.get("hook_point_in"))
     reason = "it is not computed here"
     neutral(config, where, reason, sae_type="sae", use_glu_encoder=False, use_decoder_bias=True)
     for key in ("sparsity_include_decoder_norm", "apply_decoder_bias_to_pre_encoder"):
@@ -127,7 +127,7 @@ def _scale(config: Mapping[str, Any], norms: Mapping[str, Tensor], d_in: int, wh
         raise invalid(f"{where}: {NORM}", str(values)[:80] if values else None, "a number above 0", remedy)
     if len(set(values)) > 1:
         allowed = "one norm of input and output"
-        raise invalid(f"{where}: {NORM}", str(values)[:80], allowed, "a transcoder is no SAE")
+        raise invalid(f"{where}: {NORM}", str(values)[:80], allowed, "its transcoders are not read here")
     return float(math.sqrt(d_in) / values[0])
 
 

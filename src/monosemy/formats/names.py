@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from monosemy.formats import gemma_scope, gemma_scope_2
 from monosemy.formats.parts import module_site, site_of
+from monosemy.lm.info import HOOKS, KINDS
 
 ARCHITECTURES = {
     "gemma_scope": "jump_relu",
@@ -17,18 +18,21 @@ ARCHITECTURES = {
     "goodfire": "standard",
 }
 _LLAMA = {"R": "resid_post.{}", "M": "mlp_out.{}", "A": "attn_out.{}"}
-_HOOK = r"(?<![a-z])blocks\.\d{1,4}\.hook_(?:resid_(?:pre|mid|post)|mlp_out|attn_out)(?![a-z])"
+_HOOK = rf"(?<![a-z])blocks\.\d{{1,4}}\.(?:{'|'.join(map(re.escape, HOOKS.values()))})(?![a-z])"
 
 
 def site(place: str) -> str | None:
     """Return the site in OWNER/REPO/ID, None where it says none."""
-    if match := re.search(r"\bgemma-scope-(?:2b|9b|27b)-(?:pt|it)-(res|mlp|att)/layer_(\d{1,3})/", place):
-        return gemma_scope.PLACES[match[1]].format(match[2])
-    if match := re.search(r"/(resid_post|mlp_out|attn_out)(?:_all)?/layer_(\d{1,3})_[^/]*$", place):
-        return gemma_scope_2.PLACES[match[1]].format(match[2])
     if match := re.search(
-        r"/(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d{1,4})(?:_checkpoints)?/[^/]*$", place
+        r"\bgemma-scope-(?:2b|9b|27b)-(?:pt|it)-(res|mlp|att|transcoders)/layer_(\d{1,3})/", place
     ):
+        return gemma_scope.PLACES[match[1]].format(match[2])
+    if match := re.search(rf"/({'|'.join(gemma_scope_2.PLACES)})(?:_all)?/layer_(\d{{1,3}})_[^/]*$", place):
+        return gemma_scope_2.PLACES[match[1]].format(match[2])
+    end = rf"({'|'.join(KINDS)})_layer_(\d{{1,4}})"
+    if match := re.search(rf"/{end}_to_{end}(?:_checkpoints)?/[^/]*$", place):
+        return f"{match[1]}.{match[2]}:{match[3]}.{match[4]}"
+    if match := re.search(rf"/{end}(?:_checkpoints)?/[^/]*$", place):
         return f"{match[1]}.{match[2]}"
     if match := re.search(r"(?:/|-)L(\d{1,3})([RMA])(?:-\d+x)?$", place):
         return _LLAMA[match[2]].format(match[1])
@@ -36,7 +40,8 @@ def site(place: str) -> str | None:
         return f"resid_post.{match[1] or match[2]}"
     if match := re.search(_HOOK, place):
         return site_of(match[0])
-    return module_site(PurePosixPath(place))
+    folder = PurePosixPath(place)
+    return module_site(folder, transcode="transcoder" in folder.parent.name)
 
 
 def width(place: str) -> int | None:

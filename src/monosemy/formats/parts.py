@@ -1,6 +1,7 @@
 """An SAE as it lies in a folder: its tensors under our names, and what its configuration says of it.
 
-W_enc and W_dec are [F, D] whatever the folder's layout; F d_sae, D d_in.
+W_enc is [F, D] and W_dec [F, O] whatever the folder's layout; F d_sae, D d_in, O d_out, which is D but for a
+transcoder.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import invalid
-from monosemy.lm.info import Site
+from monosemy.lm.info import HOOKS, Site
 from monosemy.sae import SAE, architecture
+from monosemy.transcoder import Transcoder, build, transcoder
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 1 << 20  # numbers that an SAE may have beyond those in its file
+RELU = ("standard", "standard_new", "p_anneal")  # a ReLU, once they are trained
+JUMP_RELU = ("jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")  # above thresholds
 
 
 class Stored(NamedTuple):
@@ -61,27 +65,54 @@ class Parts:
     config: dict[str, Any] = field(default_factory=dict)  # site, model, status, origin, ...
     optional: Collection[str] = ()  # tensors that the layout does not have
     names: Names = field(default_factory=dict)  # what the layout calls its tensors, for errors
+    transcode: bool = False  # whether it is a transcoder, which alone has the next two
+    d_out: int | None = None
+    skip_connection: bool = False
 
     def build(self) -> SAE:
         """Return the SAE, in evaluation mode on the CPU.
 
         Raises ValueError where the parts do not fit each other, before they are copied.
         """
-        kind = _kind(self.architecture)
-        for name in ("d_in", "d_sae"):
-            if type(getattr(self, name)) is not int:
-                raise invalid(
-                    f"{self.where}: {name}",
-                    _short(getattr(self, name)),
-                    "a whole number",
-                    "copy the folder again",
-                )
-        settings = _settings(kind, self.settings, self.where)
+        self._check()
+        settings = _settings(_kind(self.architecture, self.transcode), self.settings, self.where)
         try:
             with torch.device("meta"):  # shapes alone, which take no memory
-                wanted = dict(kind(self.d_in, self.d_sae, **settings).state_dict())
+                wanted = dict(self._empty(settings).state_dict())
         except (TypeError, RuntimeError, OverflowError) as error:
-            raise self._unfit(f"d_in {self.d_in}, d_sae {self.d_sae}", "sizes of an SAE") from error
+            out = "" if self.d_out is None else f", d_out {self.d_out}"
+            raise self._unfit(f"d_in {self.d_in}, d_sae {self.d_sae}{out}", "sizes of an SAE") from error
+        self._compare(wanted)
+        sae = self._empty(settings)
+        sae.unknown_settings = frozenset(vars(sae.settings)) - settings.keys()
+        state = sae.state_dict()
+        for name, tensor in self.tensors.items():
+            state[name].copy_(tensor)
+        if self.pre_bias is not None:
+            sae.pre_bias = self.pre_bias
+        if sae.name == "top_k" and float(state["threshold"]) < 0:
+            # a running threshold it has none, and everything positive is not what it was trained for
+            sae.modes = ("top_k",)
+        return sae.requires_grad_(False).eval()
+
+    def _check(self) -> None:
+        """Check what the configuration says, before anything is built of it. Raises ValueError."""
+        for name in ("d_in", "d_sae", *(() if self.d_out is None else ("d_out",))):
+            whole(vars(self), name, self.where)
+        for name in ("transcode", "skip_connection"):
+            flag(vars(self), name, self.where)
+        if self.transcode and self.pre_bias:
+            remedy = "subtract W_enc b_dec from b_enc, if it was trained so"
+            raise invalid(f"{self.where}: pre_bias", True, "false: a transcoder's encoder sees x", remedy)
+
+    def _empty(self, settings: dict[str, Any]) -> SAE:
+        kind: dict[str, Any] = {
+            name: getattr(self, name) for name in ("transcode", "d_out", "skip_connection")
+        }
+        return build(self.architecture, self.d_in, self.d_sae, **kind, **settings)
+
+    def _compare(self, wanted: Mapping[str, Tensor]) -> None:
+        """Compare the tensors with those that an SAE of these sizes has. Raises ValueError."""
         for name in self.tensors.keys() - wanted.keys():
             raise self._unfit(name, f"tensors of {self.architecture}: {', '.join(wanted)}")
         missing = wanted.keys() - self.tensors.keys()
@@ -97,17 +128,6 @@ class Parts:
             ):
                 found = f"{self._called(name)} {tuple(tensor.shape)}, {tensor.dtype}"
                 raise self._unfit(found, f"a tensor of shape {tuple(wanted[name].shape)}")
-        sae = kind(self.d_in, self.d_sae, **settings)
-        sae.unknown_settings = frozenset(vars(sae.settings)) - settings.keys()
-        state = sae.state_dict()
-        for name, tensor in self.tensors.items():
-            state[name].copy_(tensor)
-        if self.pre_bias is not None:
-            sae.pre_bias = self.pre_bias
-        if sae.name == "top_k" and float(state["threshold"]) < 0:
-            # a running threshold it has none, and everything positive is not what it was trained for
-            sae.modes = ("top_k",)
-        return sae.requires_grad_(False).eval()
 
     def _called(self, name: str) -> str:
         return stored(self.names.get(name, name)).name
@@ -172,6 +192,30 @@ def written(sae: SAE, names: Names, dtype: str | None = None) -> dict[str, Tenso
     return {there: t.detach().contiguous().clone() for there, t in ours.items()}
 
 
+def check_finite(sae: SAE, where: str) -> None:
+    """Check that there is no NaN and no infinity in an SAE. Raises ValueError."""
+    if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
+        reason = "there is nothing to convert in an SAE that diverged"
+        raise invalid("path", where, "weights that are finite", reason)
+
+
+def thresholds(sae: Transcoder, tool: str) -> Tensor | None:
+    """Return the thresholds [F] of a trained transcoder, None for a ReLU's.
+
+    Raises ValueError for a TopK that no threshold was set for, and for what is neither ReLU nor JumpReLU.
+    """
+    if sae.name in RELU:
+        return None
+    if sae.name not in JUMP_RELU:
+        allowed = f"for a transcoder to {tool}: {', '.join(RELU + JUMP_RELU)}"
+        raise invalid("architecture", sae.name, allowed, f"{tool} has no transcoder that computes it")
+    threshold = sae.state_dict()["threshold"]
+    if sae.name == "top_k" and float(threshold) < 0:
+        allowed = f"a running threshold of 0 or more for {tool}, which keeps no k largest"
+        raise invalid("threshold", float(threshold), allowed, "training sets it; no step did here")
+    return threshold.expand(sae.d_sae).contiguous()
+
+
 def dtype_of(tensors: Mapping[str, Tensor]) -> str:
     """Return the type that all of a file's tensors share, or float32."""
     found = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
@@ -186,6 +230,14 @@ def whole(config: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
+def flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    """Return an entry that must be true or false, false where it is not there. Raises ValueError."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise invalid(f"{where}: {key}", _short(value), "true or false", "copy the folder again")
+    return bool(value)
+
+
 def text(value: Any) -> str | None:
     """Return an entry that is told to people and looked up, if it is one: a line of text."""
     return value if isinstance(value, str) and 0 < len(value) <= 300 and value.isprintable() else None
@@ -193,11 +245,10 @@ def text(value: Any) -> str | None:
 
 def hook_name(site: str | None) -> str | None:
     """Return a site under TransformerLens' name, a module under its own."""
-    return (
-        re.sub(r"^(resid_pre|resid_post|mlp_out|attn_out)\.(\d+)$", r"blocks.\2.hook_\1", site)
-        if site
-        else None
-    )
+    if not site or not isinstance(site, str):
+        return None
+    match = re.fullmatch(rf"({'|'.join(HOOKS)})\.(\d+)", site)
+    return f"blocks.{match[2]}.{HOOKS[match[1]]}" if match else site
 
 
 def site_of(name: Any) -> str | None:
@@ -210,8 +261,27 @@ def site_of(name: Any) -> str | None:
         return name
 
 
-def module_site(folder: PurePath) -> str | None:
-    """Return the site in a folder's name as sparsify has it: `layers.3`, `h.3`, `layers.3.mlp`."""
+def pair(source: str | None, target: str | None) -> str | None:
+    """Return the site of a transcoder, SOURCE:TARGET, where both are known."""
+    return f"{source}:{target}" if source and target else None
+
+
+def halves(site: Any) -> tuple[str | None, str | None]:
+    """Return where a transcoder reads and where it writes, by its site; None for what that does not say."""
+    source, _, target = (text(site) or "").partition(":")
+    return source or None, target or None
+
+
+def module_site(folder: PurePath, transcode: bool = False) -> str | None:
+    """Return the site in a folder's name as sparsify has it: `layers.3`, `h.3`, `layers.3.mlp`.
+
+    A transcoder goes from the module's input to its output.
+    """
+    if transcode:
+        if match := re.fullmatch(r"(?:layers|h|blocks)\.(\d{1,4})(\.mlp)?", folder.name):
+            places = ("mlp_in", "mlp_out") if match[2] else ("resid_pre", "resid_post")
+            return pair(*(f"{place}.{match[1]}" for place in places))
+        return None
     if match := re.fullmatch(r"(?:layers|h|blocks)\.(\d{1,4})", folder.name):
         return f"resid_post.{match[1]}"
     if match := re.fullmatch(r"(?:layers|h|blocks)\.(\d{1,4})\.(mlp|attn|self_attn|attention)", folder.name):
@@ -219,8 +289,9 @@ def module_site(folder: PurePath) -> str | None:
     return None
 
 
-def _kind(name: Any) -> type[SAE]:
-    return architecture(name if isinstance(name, str) and len(name) < 100 else _short(name))
+def _kind(name: Any, transcode: bool) -> type[SAE]:
+    name = name if isinstance(name, str) and len(name) < 100 else _short(name)
+    return transcoder(name) if transcode else architecture(name)
 
 
 def _settings(kind: type[SAE], given: Any, where: str) -> dict[str, Any]:

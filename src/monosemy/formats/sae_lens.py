@@ -1,7 +1,8 @@
 """SAELens' folders: `sae_weights.safetensors` and `cfg.json`, as its `load_from_disk` opens them.
 
 W_enc is [D, F] and W_dec [F, D] there. BatchTopK kinds are JumpReLU SAEs with the running threshold for every
-latent, TopK keeps its k largest and has no threshold.
+latent, TopK keeps its k largest and has no threshold. Of a transcoder, which is a ReLU's or a JumpReLU's,
+W_dec is [F, O] and W_skip [O, D], with O d_out.
 """
 
 from __future__ import annotations
@@ -21,28 +22,48 @@ from monosemy.formats.parts import (
     Names,
     Parts,
     dtype_of,
+    halves,
     hook_name,
     neutral,
     only,
+    pair,
     renamed,
     site_of,
     text,
+    thresholds,
     whole,
     written,
 )
 from monosemy.sae import SAE
+from monosemy.transcoder import Transcoder
 
 FILES = ("sae_weights.safetensors", "cfg.json")
 VERSION = "6.54.12"  # whose layout this is
 
 _GATED: Names = COLUMN_ENCODER | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
+_JUMPRELU: Names = COLUMN_ENCODER | {"threshold": "threshold"}
+_SKIP: Names = {"W_skip": "W_skip"}
 NAMES: dict[str, Names] = {
     "standard": COLUMN_ENCODER,
     "gated": _GATED,
-    "jumprelu": COLUMN_ENCODER | {"threshold": "threshold"},
+    "jumprelu": _JUMPRELU,
     "topk": COLUMN_ENCODER,
+    "transcoder": COLUMN_ENCODER,
+    "skip_transcoder": COLUMN_ENCODER | _SKIP,
+    "jumprelu_transcoder": _JUMPRELU,
+    "jumprelu_skip_transcoder": _JUMPRELU | _SKIP,
 }
-TO_OURS = {"standard": "standard", "gated": "gated", "jumprelu": "jump_relu", "topk": "top_k"}
+TRANSCODERS = tuple(name for name in NAMES if name.endswith("transcoder"))
+TO_OURS = {
+    "standard": "standard",
+    "gated": "gated",
+    "jumprelu": "jump_relu",
+    "topk": "top_k",
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jump_relu",
+    "jumprelu_skip_transcoder": "jump_relu",
+}
 TO_THEIRS = {
     "standard": "standard",
     "standard_new": "standard",
@@ -53,7 +74,7 @@ TO_THEIRS = {
 
 
 def read(folder: Path, source: str) -> Parts:
-    """Return the SAE in one of SAELens' folders, of version 6 or before.
+    """Return the SAE or transcoder in one of SAELens' folders, of version 6 or before.
 
     Raises ValueError for what is computed otherwise here.
     """
@@ -74,7 +95,8 @@ def read(folder: Path, source: str) -> Parts:
     ours = renamed(tensors, NAMES[theirs], "sae_weights.safetensors")
     if cfg.get("rescale_acts_by_decoder_norm") and theirs == "topk":
         ours, cfg = _fold_norms(ours), cfg | {"rescale_acts_by_decoder_norm": False}
-    pre_bias = cfg.get("apply_b_dec_to_input", True)
+    transcode = theirs in TRANSCODERS
+    pre_bias = cfg.get("apply_b_dec_to_input", not transcode)
     if not isinstance(pre_bias, bool):
         raise invalid(
             "cfg.json: apply_b_dec_to_input", str(pre_bias)[:80], "true or false", "copy the folder again"
@@ -88,27 +110,23 @@ def read(folder: Path, source: str) -> Parts:
         "sae_weights.safetensors",
         pre_bias,
         {
-            "site": site_of(metadata.get("hook_name", metadata.get("hook_point"))),
+            "site": _site(metadata, transcode),
             "model": text(metadata.get("model_name")),
             "dtype": dtype_of(tensors),
             "origin": {"format": "sae_lens", "config": cfg},
         },
         optional=("threshold",) if theirs == "topk" else (),
         names=NAMES[theirs],
+        transcode=transcode,
+        d_out=whole(cfg, "d_out", "cfg.json") if transcode else None,
+        skip_connection="W_skip" in NAMES[theirs],
     )
 
 
 def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
-    """Write an SAE as SAELens would. Raises ValueError for an architecture that it does not compute."""
-    if sae.name not in TO_THEIRS:
-        raise invalid(
-            "architecture",
-            sae.name,
-            f"for sae_lens: {', '.join(TO_THEIRS)}",
-            "SAELens has no SAE that computes it",
-        )
-    theirs = TO_THEIRS[sae.name]
-    spread = theirs == "jumprelu" and sae.name != "jump_relu"
+    """Write an SAE or transcoder as SAELens would. Raises ValueError for one that it does not compute."""
+    theirs = _theirs(sae)
+    spread = "threshold" in NAMES[theirs] and sae.name != "jump_relu"
     names = {ours: name for ours, name in NAMES[theirs].items() if not (spread and ours == "threshold")}
     tensors = written(sae, names, None if spread else config.get("dtype"))
     if spread:
@@ -117,6 +135,22 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     (folder / "cfg.json").write_text(
         json.dumps(_cfg(sae, config, theirs, tensors), indent=2), encoding="utf-8"
     )
+
+
+def _theirs(sae: SAE) -> str:
+    """Return which of NAMES computes what an SAE does. Raises ValueError where none does."""
+    if not isinstance(sae, Transcoder):
+        if sae.name not in TO_THEIRS:
+            allowed = f"for sae_lens: {', '.join(TO_THEIRS)}"
+            raise invalid("architecture", sae.name, allowed, "SAELens has no SAE that computes it")
+        return TO_THEIRS[sae.name]
+    kind = "skip_transcoder" if sae.skip_connection else "transcoder"
+    return kind if thresholds(sae, "SAELens") is None else f"jumprelu_{kind}"
+
+
+def _site(metadata: dict[str, Any], transcode: bool) -> str | None:
+    source = site_of(metadata.get("hook_name", metadata.get("hook_point")))
+    return pair(source, site_of(metadata.get("hook_name_out"))) if transcode else source
 
 
 def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -129,9 +163,11 @@ def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tenso
         "training_architecture": sae.name,
         "prepend_bos": True,
     }
+    source, target = halves(config.get("site")) if isinstance(sae, Transcoder) else (config.get("site"), None)
     known = {
         "model_name": config.get("model"),
-        "hook_name": hook_name(config.get("site")),
+        "hook_name": hook_name(source),
+        "hook_name_out": hook_name(target),
         "dataset_path": config.get("dataset"),
     }
     buffer = config.get("buffer")
@@ -140,6 +176,7 @@ def _cfg(sae: SAE, config: dict[str, Any], theirs: str, tensors: dict[str, Tenso
         "architecture": theirs,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
+        **({"d_out": sae.d_out} if isinstance(sae, Transcoder) else {}),
         "dtype": dtype_of(tensors),
         "device": "cpu",
         "apply_b_dec_to_input": sae.pre_bias,
@@ -173,10 +210,16 @@ def _architecture(cfg: dict[str, Any], metadata: dict[str, Any]) -> tuple[str, i
         raise invalid("cfg.json: normalize_activations", str(normalized)[:80], allowed, remedy)
     if theirs != "topk":
         neutral(cfg, "cfg.json", "it is not computed here", rescale_acts_by_decoder_norm=False)
-    if cfg.get("reshape_activations") != "hook_z":  # heads side by side, which is how activations come here
+    # heads side by side, which is how activations come here
+    if theirs in TRANSCODERS or cfg.get("reshape_activations") != "hook_z":
         neutral(cfg, "cfg.json", "it is not computed here", reshape_activations="none")
+    if theirs in TRANSCODERS:
+        reason = "neither SAELens nor we subtract b_dec, which has the width of the output"
+        neutral(cfg, "cfg.json", reason, apply_b_dec_to_input=False)
+        return theirs, None
     same = {"d_out": cfg.get("d_in"), "hook_name_out": metadata.get("hook_name", metadata.get("hook_point"))}
-    neutral(metadata, "cfg.json", "a transcoder is no SAE", is_transcoder=False, **same)
+    reason = f"a transcoder is called so there ({', '.join(TRANSCODERS)})"
+    neutral(metadata, "cfg.json", reason, is_transcoder=False, **same)
     return theirs, whole({"k": k}, "k", "cfg.json") if theirs == "topk" else None
 
 

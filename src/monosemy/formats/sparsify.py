@@ -1,7 +1,7 @@
 """sparsify's folders: `sae.safetensors` and `cfg.json`, as its `SparseCoder.load_from_disk` opens them.
 
 It keeps the k largest of each token and nothing else; with k of all latents that is a ReLU. Both weights are
-[F, D] there.
+[F, D] there, as it has one width for what a transcoder reads and what it writes; W_skip is [D, D].
 """
 
 from __future__ import annotations
@@ -15,22 +15,38 @@ from safetensors.torch import save_file
 
 from monosemy.errors import invalid
 from monosemy.formats import untrusted
-from monosemy.formats.parts import Names, Parts, dtype_of, module_site, neutral, only, renamed, whole, written
+from monosemy.formats.parts import (
+    RELU,
+    Names,
+    Parts,
+    dtype_of,
+    flag,
+    module_site,
+    neutral,
+    only,
+    renamed,
+    whole,
+    written,
+)
 from monosemy.sae import SAE
+from monosemy.transcoder import Transcoder
 
 FILES = ("sae.safetensors", "cfg.json")
 NAMES: Names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
-RELU = ("standard", "standard_new", "p_anneal")
 
 
 def read(folder: Path, source: str) -> Parts:
-    """Return the SAE in one of sparsify's folders.
+    """Return the SAE or transcoder in one of sparsify's folders.
 
-    Raises ValueError for a transcoder, and for selections that are not computed here.
+    Raises ValueError for a skip connection of an autoencoder, and for selections that are not computed here.
     """
     cfg = untrusted.json_object(folder / "cfg.json")
-    reason = "an SAE here keeps the k largest and reconstructs its input"
-    neutral(cfg, "cfg.json", reason, activation="topk", transcode=False, skip_connection=False, signed=False)
+    neutral(cfg, "cfg.json", "an SAE here keeps the k largest", activation="topk", signed=False)
+    transcode, skip = (flag(cfg, name, "cfg.json") for name in ("transcode", "skip_connection"))
+    if skip and not transcode:
+        reason = "no autoencoder here adds a linear map of x"
+        raise invalid("cfg.json: skip_connection", True, "false without transcode", reason)
+    names = NAMES | ({"W_skip": "W_skip"} if skip else {})
     d_in = whole(cfg, "d_in", "cfg.json")
     d_sae = (
         whole(cfg, "num_latents", "cfg.json")
@@ -38,23 +54,25 @@ def read(folder: Path, source: str) -> Parts:
         else d_in * whole(cfg, "expansion_factor", "cfg.json")
     )
     tensors = untrusted.safetensors(folder / "sae.safetensors")
-    only(tensors, NAMES.values(), "sae.safetensors")
+    only(tensors, names.values(), "sae.safetensors")
     return Parts(
         "top_k",
         d_in,
         d_sae,
         {"k": whole(cfg, "k", "cfg.json")},
-        renamed(tensors, NAMES, "sae.safetensors"),
+        renamed(tensors, names, "sae.safetensors"),
         "sae.safetensors",
-        True,
+        not transcode,
         {
-            "site": module_site(PurePosixPath(source)),
+            "site": module_site(PurePosixPath(source), transcode),
             "model": None,
             "dtype": dtype_of(tensors),
             "origin": {"format": "sparsify", "config": cfg},
         },
         optional=("threshold",),
-        names=NAMES,
+        names=names,
+        transcode=transcode,
+        skip_connection=skip,
     )
 
 
@@ -73,10 +91,16 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
             f"for sparsify: top_k, {', '.join(RELU)}, or thresholds of at most 0",
             reason,
         )
-    if not sae.pre_bias:
+    transcode = isinstance(sae, Transcoder)
+    skip = isinstance(sae, Transcoder) and sae.skip_connection
+    if sae.d_out != sae.d_in:
+        reason = "sparsify has one width for what a transcoder reads and what it writes"
+        raise invalid("d_out", sae.d_out, f"{sae.d_in}, its d_in, for sparsify", reason)
+    if not transcode and not sae.pre_bias:
         sae = copy.deepcopy(sae)
         sae.set_pre_bias_(True)
-    save_file(written(sae, NAMES, config.get("dtype")), folder / "sae.safetensors")
+    names = NAMES | ({"W_skip": "W_skip"} if skip else {})
+    save_file(written(sae, names, config.get("dtype")), folder / "sae.safetensors")
     origin = config.get("origin", {})
     cfg = {
         "activation": "topk",
@@ -85,8 +109,8 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
         "num_latents": sae.d_sae,
         "k": sae.settings.k if sae.name == "top_k" else sae.d_sae,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": skip,
+        "transcode": transcode,
         "d_in": sae.d_in,
     }
     cfg = dict(origin["config"]) if origin.get("format") == "sparsify" else cfg

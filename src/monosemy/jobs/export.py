@@ -23,7 +23,7 @@ from monosemy.training.trainer import SAETrainer
 def snapshot(path: Path, sae: SAE) -> Callable[[], None]:
     """Return a job that writes an SAE in dictionary_learning's layout, .pt, or where that has none for it in
     ours, .safetensors."""
-    theirs = sae.name in dictionary_learning.LAYOUTS
+    theirs = dictionary_learning.has(sae)
     state = dictionary_learning.state_dict(sae) if theirs else sae.state_dict()
 
     def write() -> None:
@@ -39,7 +39,7 @@ def save_sae(plan: Plan, trainer: SAETrainer, site: Site, folder: Path, status: 
     its config."""
     c, sae = plan.config, trainer.finished()
     entries: dict[str, Any] = {}
-    if sae.name in dictionary_learning.LAYOUTS:
+    if dictionary_learning.has(sae):
         entries["trainer"] = dictionary_learning.trainer_config(
             sae,
             lr=trainer.lr,

@@ -119,6 +119,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_new(folder: Path) -> None:
+    """Check that nothing is in a folder's way. Raises ValueError where it is there and not empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise invalid("target", str(folder), "a new or empty folder", "name another; nothing is overwritten")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write in, which becomes `folder` once all is in it; nothing is left otherwise.
+
+    Raises ValueError where that is there and not empty, or cannot be written.
+    """
+    folder = Path(os.path.abspath(folder))
+    check_new(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.replace(folder)
+    except OSError as error:
+        remedy = f"check permissions and space ({error.strerror or error})"
+        raise invalid("target", str(folder), "a folder that can be written", remedy) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def append(path: Path, text: str) -> None:
     """Add text to a file's end, all of it or none. Raises DiskFull and OSError."""
     data = memoryview(text.encode())

@@ -1,0 +1,99 @@
+"""The transcoders of a run, a layer each, as one set for circuit-tracer."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from monosemy import formats
+from monosemy.errors import invalid
+from monosemy.formats import circuit_tracer, untrusted
+from monosemy.formats.parts import halves, text
+from monosemy.jobs.model_card import HUB_NAMES
+from monosemy.sae import SAE
+from monosemy.system.files import check_new
+
+
+class _Opened(Mapping[int, tuple[SAE, dict[str, Any]]]):
+    """SAEs by layer, each opened when it is looked up: a set of all layers is larger than it has to be."""
+
+    def __init__(self, folders: Mapping[int, Path], unfinished: bool) -> None:
+        self.folders, self.unfinished = folders, unfinished
+
+    def __getitem__(self, layer: int) -> tuple[SAE, dict[str, Any]]:
+        return formats.read(self.folders[layer], "native", unfinished=self.unfinished)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.folders)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+
+def convert(
+    run: str | Path, target: str | Path, *, trainer: int | None = None, unfinished: bool = False
+) -> None:
+    """Write a run's transcoders, RUN/*/trainer_N, to a new folder as circuit-tracer opens them.
+
+    `trainer` is N; it may be left out where a run has one transcoder for each layer.
+    Raises ValueError for a run that has none or several, for two of one layer, and as
+    `circuit_tracer.write_set` and `formats.read` do.
+    """
+    run, target = Path(run), Path(target)
+    check_new(target)
+    found = _found(run)
+    if not found:
+        remedy = "train one with --transcode"
+        raise invalid("run", str(run), "a run with transcoders, SITE/trainer_N/config.json", remedy)
+    if trainer is None and len(found) == 1:
+        (trainer,) = found
+    if trainer not in found:
+        there = "; ".join(f"{n} ({_told(found[n])})" for n in sorted(found))
+        raise invalid("trainer", trainer, f"one of trainer_N in {run}: {there}", "choose it with --trainer N")
+    members = found[trainer]
+    models = {str(config.get("model")) for config in members.values()}
+    if len(models) > 1 or None in (config.get("model") for config in members.values()):
+        raise invalid("model", ", ".join(sorted(models))[:200], "one model", "copy the run's folder again")
+    (model,) = models
+    folders = _by_layer(members)
+    circuit_tracer.write_set(_Opened(folders, unfinished), target, HUB_NAMES.get(model, model))
+
+
+def _found(run: Path) -> dict[int, dict[Path, dict[str, Any]]]:
+    """Return a run's transcoders by the number of their trainers, each with its config.json."""
+    found: dict[int, dict[Path, dict[str, Any]]] = defaultdict(dict)
+    for path in sorted(run.glob("*/trainer_*/config.json")):
+        number = re.fullmatch(r"trainer_(\d{1,6})", path.parent.name)
+        config = untrusted.json_object(path)
+        if number and config.get("transcode") is True:
+            found[int(number[1])][path.parent] = config
+    return dict(found)
+
+
+def _by_layer(members: Mapping[Path, Mapping[str, Any]]) -> dict[int, Path]:
+    """Return folders by the layer that is written. Raises ValueError where there are two of one."""
+    folders: dict[int, Path] = {}
+    for folder, config in members.items():
+        target = re.fullmatch(rf"{circuit_tracer.TARGET}\.(\d{{1,4}})", halves(config.get("site"))[1] or "")
+        if target is None:
+            allowed = f"SOURCE:{circuit_tracer.TARGET}.L, as circuit-tracer replaces MLPs"
+            raise invalid(f"{folder.parent.name}: site", text(config.get("site")), allowed, "take it away")
+        layer = int(target[1])
+        if layer in folders:
+            both = f"{folders[layer].parent.name} and {folder.parent.name}"
+            raise invalid(f"layer {layer}", both, "one transcoder of each layer", "take one of them away")
+        folders[layer] = folder
+    return folders
+
+
+def _told(members: Mapping[Path, Mapping[str, Any]]) -> str:
+    """Return in a line what a trainer's transcoders are."""
+    config = next(iter(members.values()))
+    settings = config.get("settings")
+    known = settings.items() if isinstance(settings, dict) else ()
+    shown = [str(config.get("architecture")), f"{config.get('d_sae')} latents"]
+    shown += [f"{name} {value}" for name, value in known if isinstance(value, int | float)]
+    return ", ".join(shown)[:200]
