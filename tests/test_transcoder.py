@@ -23,6 +23,7 @@ from monosemy.architectures.standard import Standard
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import ContextStream
 from monosemy.data.sources import Source
+from monosemy.evaluation.replacement import evaluate_replacement
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.lm.pairs import SitePair, pairs_at, parse_site, single_sites
@@ -295,3 +296,90 @@ def test_a_transcoder_that_is_the_component_loses_nothing() -> None:
     )[0]
     assert of_output["ce_mean"] == pytest.approx(rows[0]["ce_mean"], rel=1e-6)
     assert of_output["ce_zero"] == pytest.approx(rows[0]["ce_zero"], rel=1e-6)
+
+
+def planted_model() -> tuple[LanguageModel, dict[SitePair, Transcoder]]:
+    """A model whose MLPs are sparse codes, and the transcoders that are them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = hf.LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            initializer_range=0.3,
+        )
+        model = hf.LlamaForCausalLM(config)
+        for layer in model.model.layers:
+            layer.mlp = PlantedMLP(32, 80)
+    found = pairs_at("mlp", range(3))
+    kinds = {pair: transcoder("standard")(32, 80) for pair in found}
+    for layer, kind in zip(model.model.layers, kinds.values(), strict=True):
+        state = {
+            "W_enc": layer.mlp.read.weight,
+            "b_enc": layer.mlp.read.bias,
+            "W_dec": layer.mlp.write.weight.T,
+            "b_dec": layer.mlp.write.bias,
+        }
+        kind.load_state_dict(state)
+        kind.requires_grad_(False)
+    return LanguageModel(model, single_sites(found)), kinds
+
+
+def test_a_set_that_is_the_model_replaces_it() -> None:
+    lm, kinds = planted_model()
+    ids_CL = torch.randint(1, 97, (12, 16), generator=torch.Generator().manual_seed(0))
+    row = evaluate_replacement(lm, kinds, ids_CL, ignore_ids=torch.tensor([0, 5]), batch_size=5)
+    assert row["ce_replaced"] == pytest.approx(row["ce_clean"], rel=1e-6)
+    assert row["top1_agreement"] == 1 and row["errors_carry"] == 0 and abs(row["kl"]) < 1e-9
+    assert row["loss_recovered_zero"] == pytest.approx(1, abs=1e-5)
+    assert row["spliced_tokens"] == int((ids_CL[:, 1:-1] != 5).sum())
+
+
+def test_errors_bring_the_model_back_and_the_whole_is_told() -> None:
+    """Of transcoders that are off: with their errors the untouched model, without them what a run by hand
+    says."""
+    lm, kinds = planted_model()
+    for i, kind in enumerate(kinds.values()):
+        kind.W_dec += 0.3 * torch.randn(kind.W_dec.shape, generator=torch.Generator().manual_seed(i))
+    ids_CL = torch.randint(1, 97, (12, 16), generator=torch.Generator().manual_seed(0))
+    row = evaluate_replacement(lm, kinds, ids_CL, ignore_ids=torch.tensor([0]), batch_size=12)
+    assert row["ce_with_errors"] == pytest.approx(row["ce_clean"], rel=1e-6) and row["errors_kl"] < 1e-6
+    assert row["kl"] > 0.01 and 0 < row["top1_agreement"] < 1
+    assert row["errors_carry"] == pytest.approx(1 - row["top1_agreement"])
+    before = lm.model(ids_CL).logits
+    handles = [
+        layer.mlp.register_forward_hook(
+            lambda _, args, output, kind=kind: torch.cat([output[:, :1], kind(args[0])[:, 1:]], 1)
+        )
+        for layer, kind in zip(lm.layers, kinds.values(), strict=True)
+    ]
+    with torch.no_grad():
+        logits = lm.model(ids_CL).logits
+    for handle in handles:
+        handle.remove()
+    loss = nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids_CL[:, 2:].flatten())
+    assert row["ce_replaced"] == pytest.approx(float(loss), rel=1e-5)
+    agree = (logits.argmax(-1) == before.argmax(-1))[:, 1:-1].double().mean()
+    assert row["top1_agreement"] == pytest.approx(float(agree))
+    # an identity in every place changes nothing; sizes of batches do not show
+    again = evaluate_replacement(lm, kinds, ids_CL, ignore_ids=torch.tensor([0]), batch_size=5)
+    assert again["ce_replaced"] == pytest.approx(row["ce_replaced"], rel=1e-6)
+    assert again["ce_mean"] == pytest.approx(row["ce_mean"], rel=1e-6)
+
+
+def test_sets_that_cannot_replace_anything() -> None:
+    lm, kinds = planted_model()
+    ids_CL, none = torch.randint(1, 97, (2, 8)), torch.tensor([0])
+    with pytest.raises(ValueError, match="transcoders"):
+        evaluate_replacement(lm, {}, ids_CL, ignore_ids=none)
+    pair = next(iter(kinds))
+    twice = {pair: kinds[pair], SitePair(Site("mlp_in", 1), pair.target): kinds[pair]}
+    with pytest.raises(ValueError, match="mlp_out.0"):
+        evaluate_replacement(lm, twice, ids_CL, ignore_ids=none)
+    backwards = {SitePair(pair.target, Site("mlp_in", 1)): kinds[pair]}
+    with pytest.raises(ValueError, match="mlp_in.1"):
+        evaluate_replacement(lm, backwards, ids_CL, ignore_ids=none)
+    with pytest.raises(ValueError, match="ignore_ids"):
+        evaluate_replacement(lm, kinds, ids_CL, ignore_ids=ids_CL.unique())

@@ -347,6 +347,15 @@ class EvalProbing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalReplacement:
+    """A run's transcoders as a whole."""
+
+    replacement: bool = False
+    """Put the transcoders of all layers into the model at once, with and without what they leave out; writes
+    the run's replacement.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSource:
     """Model, site and text, where folders do not name them or others are wanted; not for a run by itself."""
 
@@ -371,12 +380,13 @@ EVAL_GROUPS: dict[str, type] = {
     "paths": EvalPaths,
     "evaluation": EvalSizes,
     "probing": EvalProbing,
+    "replacement": EvalReplacement,
     "source": EvalSource,
 }
 
 
 @dataclass(frozen=True)
-class EvalConfig(EvalSource, EvalProbing, EvalSizes, EvalPaths):
+class EvalConfig(EvalSource, EvalReplacement, EvalProbing, EvalSizes, EvalPaths):
     """Evaluate a run's SAEs again and renew its rows, plots and report; or compare SAEs of any tool on the
     same tokens.
 

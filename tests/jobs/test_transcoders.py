@@ -68,6 +68,20 @@ def test_what_was_trained_is_what_the_model_does(finished, tiny_model):
     assert got["ce_spliced"] == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_all_of_them_at_once(finished, tiny_model, text_file, tmp_path, capsys):
+    assert main(["eval", str(finished), "--replacement"]) == 0
+    rows = [json.loads(line) for line in (finished / "replacement.jsonl").read_text().splitlines()]
+    assert [row["set"] for row in rows] == [f"trainer_{i}" for i in range(len(KINDS))]
+    assert [row["architecture"] for row in rows] == list(KINDS)
+    for row in rows:
+        assert row["replaced"] == [f"mlp_in.{layer}:mlp_out.{layer}" for layer in range(3)]
+        assert row["errors_kl"] < 1e-5 and row["kl"] > row["errors_kl"]
+        assert row["ce_with_errors"] == pytest.approx(row["ce_clean"], rel=1e-5)
+    printed = capsys.readouterr().out
+    assert "3 components replaced at once" in printed and "errors_carry" in printed
+    assert main(["eval", str(finished / PAIRS[0] / "trainer_0"), "--replacement"]) == 2
+
+
 def test_a_set_broken_off(faulty, flags, finished, tmp_path):
     run = tmp_path / "run"
     saes = 3 * len(KINDS)

@@ -24,6 +24,7 @@ from monosemy.jobs import results
 from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.pretrained import Resolved, resolve
+from monosemy.jobs.replacement import replace_run
 from monosemy.jobs.results import context_stream, held_out_contexts
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.lm.pairs import AnySite, ends, parse_site, single_sites
@@ -41,15 +42,20 @@ def evaluate_saes(config: EvalConfig) -> tuple[list[Row], Missing]:
     compared in one table, and no file is changed. Raises ValueError for settings that do not fit the paths.
     """
     of_run = len(config.paths) == 1 and (Path(config.paths[0]) / "run.json").is_file()
-    if config.sparse_probing and not of_run:
-        allowed = "left out for other than one run by itself"
-        raise invalid("sparse_probing", True, allowed, "it needs exactly one run folder: name that alone")
+    for field in ("sparse_probing", "replacement"):
+        if getattr(config, field) and not of_run:
+            allowed = "left out for other than one run by itself"
+            raise invalid(field, True, allowed, "it needs exactly one run folder: name that alone")
     if not of_run:
         return evaluate_folders(config), Missing(strict=True)
     run = Path(config.paths[0])
     rows: list[Row] = []
     missing = Missing(run)
-    if not config.sparse_probing or config.eval_num_inputs is not None or not (run / "rows.jsonl").is_file():
+    beside = config.sparse_probing or config.replacement
+    if config.replacement:
+        config.check_for_run(str(run))
+        replace_run(config)
+    if not beside or config.eval_num_inputs is not None or not (run / "rows.jsonl").is_file():
         rows, missing = evaluate_run(config)
     if config.sparse_probing:
         rows = probe_run(run, config.probing_datasets, device=config.device)

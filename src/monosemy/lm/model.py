@@ -99,7 +99,7 @@ class LanguageModel:
             self.probe([self.layers[0]])[0].output
         )  # a layer's output, of a hidden state
         self._result = type(self.probe([self.decoder])[0].output)
-        self._taps = {site: self._tap(site) for site in sites}
+        self.taps = {site: self._tap(site) for site in sites}
         self._d_in = {site: x.shape[-1] for site, x in self.activations(self._probe_ids).items()}
 
     @classmethod
@@ -168,7 +168,7 @@ class LanguageModel:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        return tuple(self._taps)
+        return tuple(self.taps)
 
     def d_in(self, site: Site) -> int:
         """Return the width of the activations at a site."""
@@ -181,29 +181,29 @@ class LanguageModel:
 
         No gradients, no KV cache.
         """
-        depth = max((tap.skipped + (not tap.between) for tap in self._taps.values()), default=0)
-        if any(site.layer is None for site in self._taps):
+        depth = max((tap.skipped + (not tap.between) for tap in self.taps.values()), default=0)
+        if any(site.layer is None for site in self.taps):
             depth = len(self.layers)
         with torch.no_grad(), ExitStack() as stack:
-            found = self._reading(stack, self._taps, ids_BL.shape)
+            found = self._reading(stack, self.taps, ids_BL.shape)
             for layer in self.layers[depth:]:
                 stack.enter_context(
                     _forward(layer, lambda *args, **kwargs: self._returns(hidden_of(args, kwargs)))
                 )
-            self._run(ids_BL)
+            self.run(ids_BL)
         return found
 
     # splicing
 
     def clean(self, ids_BL: Tensor, sites: Iterable[Site]) -> CleanRun:
         """Run the whole model once and keep what splicing at these sites needs."""
-        taps = {site: self._taps[site] for site in sites}
+        taps = {site: self.taps[site] for site in sites}
         inside = {tap.skipped for tap in taps.values() if tap.skipped and not tap.between}
         with ExitStack() as stack:
             found = self._reading(stack, taps, ids_BL.shape)
             before = {n: Tap(self.layers[n - 1], n, between=True) for n in inside}
             inputs = self._reading(stack, before, ids_BL.shape)
-            hidden_BLD = self._run(ids_BL)
+            hidden_BLD = self.run(ids_BL)
         return CleanRun(ids_BL, hidden_BLD, found, inputs)
 
     def run_from(self, clean: CleanRun, site: Site, replacement_BLD: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class LanguageModel:
         embeddings and the final norm. With the untouched activations the result is bit-equal to
         `clean.hidden_BLD`.
         """
-        tap = self._taps[site]
+        tap = self.taps[site]
         # a copy, because some models add in place
         replacement_BLD = replacement_BLD.to(clean.activations[site].dtype, copy=True)
         with ExitStack() as stack:
@@ -223,7 +223,7 @@ class LanguageModel:
                     stack.enter_context(_forward(layer, lambda *args, **kwargs: self._returns(entry_BLD)))
             if not tap.between:
                 stack.enter_context(replace_activations(tap, replacement_BLD))
-            return self._run(clean.ids_BL)
+            return self.run(clean.ids_BL)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's own head, its biases, scales and soft caps included: [.., D] -> [.., V]."""
@@ -331,7 +331,7 @@ class LanguageModel:
         with torch.no_grad(), ExitStack() as stack:
             for module in modules:
                 stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
-            self._run(self._probe_ids)
+            self.run(self._probe_ids)
         return calls
 
     def _probed(self, taps: Mapping[Key, Tap], replacements: Mapping[Tap, Tensor]) -> dict[Key, Tensor]:
@@ -340,10 +340,11 @@ class LanguageModel:
             found = self._reading(stack, taps, self._probe_ids.shape)
             for tap, x_BLD in replacements.items():
                 stack.enter_context(replace_activations(tap, x_BLD))
-            self._run(self._probe_ids)
+            self.run(self._probe_ids)
         return found
 
-    def _run(self, ids_BL: Tensor) -> Tensor:
+    def run(self, ids_BL: Tensor) -> Tensor:
+        """Run every layer; return the final hidden state [B, L, D], after the final norm."""
         return self.decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state
 
     def _reading(self, stack: ExitStack, taps: Mapping[Key, Tap], shape: torch.Size) -> dict[Key, Tensor]:

@@ -1,0 +1,72 @@
+"""`monosemy eval RUN --replacement`: a run's transcoders of all layers in the model at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from monosemy import formats
+from monosemy.config import EvalConfig, TrainConfig
+from monosemy.errors import invalid
+from monosemy.evaluation.columns import Row
+from monosemy.evaluation.replacement import evaluate_replacement
+from monosemy.jobs.plan import Plan
+from monosemy.jobs.results import context_stream, held_out_contexts
+from monosemy.lm.model import LanguageModel, load_tokenizer
+from monosemy.lm.pairs import SitePair, single_sites
+from monosemy.sae import SAE
+from monosemy.system.files import read_json, write_text
+
+SHOWN = ("ce_clean", "ce_replaced", "ce_mean", "loss_recovered_zero", "kl", "top1_agreement", "errors_carry")
+
+
+def replace_run(config: EvalConfig) -> list[Row]:
+    """Evaluate each set of transcoders of a run as a whole, print a table and write RUN/replacement.jsonl.
+
+    A set is what a run trained alike at all of its pairs of sites: trainer_0 of each, trainer_1, ... Raises
+    ValueError for a run without transcoders, and for one of which an SAE is missing or not complete.
+    """
+    folder = Path(config.paths[0])
+    trained = TrainConfig.read(folder / "run.json")
+    plan = Plan.from_run(dataclasses.replace(trained, save_dir=str(folder), **config.changes()))
+    c, pairs = plan.config, [site for site in plan.sites if isinstance(site, SitePair)]
+    if not pairs:
+        allowed = "left out for a run without transcoders"
+        raise invalid("replacement", True, allowed, "train a set with --transcode mlp --layers all")
+    stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
+    contexts_CL = held_out_contexts(c, stream)
+    sets = [_opened(folder, pairs, i) for i in range(plan.saes_per_site)]
+    lm = LanguageModel.load(plan.model, single_sites(pairs), dtype=c.dtype, device=c.device, whole=True)
+    recorded: dict[str, Any] = read_json(folder / "run.json").get("norm_limit", {})
+    rows = []
+    for i, saes in enumerate(sets):
+        row = evaluate_replacement(
+            lm,
+            {pair: sae.to(lm.device) for pair, sae in saes.items()},
+            contexts_CL,
+            ignore_ids=stream.special_ids,
+            batch_size=c.llm_batch_size,
+            norm_limits={pair: recorded.get(str(pair)) for pair in pairs},
+        )
+        first = next(iter(saes.values()))
+        sparsity = {first.sparsity_setting: getattr(first.settings, first.sparsity_setting)}
+        kind = {"set": f"trainer_{i}", "architecture": first.name, "d_sae": first.d_sae} | sparsity
+        rows.append(kind | row)
+    write_text(folder / "replacement.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _print(rows, len(pairs))
+    return rows
+
+
+def _opened(folder: Path, pairs: list[SitePair], i: int) -> dict[SitePair, SAE]:
+    """Open one set. Raises ValueError where a transcoder is not there or not complete."""
+    return {pair: formats.load(folder / pair.folder / f"trainer_{i}") for pair in pairs}
+
+
+def _print(rows: list[Row], pairs: int) -> None:
+    print(f"{pairs} components replaced at once")
+    print("  ".join(f"{name:>{len(name)}}" for name in ("set", "architecture", *SHOWN)))
+    for row in rows:
+        numbers = (f"{row[name]:.4f}".rjust(len(name)) for name in SHOWN)
+        print("  ".join([row["set"], row["architecture"].ljust(12), *numbers]))
