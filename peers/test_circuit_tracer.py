@@ -1,0 +1,237 @@
+"""Sets of transcoders in the real circuit-tracer, in an environment of its own. Run by peers/run.
+
+A Llama of random weights, and transcoders of all its layers fitted to what its MLPs read and write, written
+as sets: circuit-tracer must compute from them what ours do, read the model where ours did, and make
+attribution graphs. Both of its backends are asked. The one on TransformerLens takes models by name from a
+list; there this one is built from its configuration and weights.
+"""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import monosemy
+from monosemy.formats import circuit_tracer
+from monosemy.lm.info import HOOKS
+from monosemy.lm.pairs import SitePair, pairs_at
+from tests.conftest import WORDS
+
+HERE = Path(__file__).parent
+SIDE = HERE / "circuit_tracer_side.py"
+LAYERS, D, F = 4, 24, 64
+B, STEPS, CONTEXT = 128, 150, 33
+BACKENDS = ("nnsight", "transformerlens")
+ENDS = {"mlp_in": "mlp", "resid_mid": "resid_mid:mlp_out"}
+KINDS = {
+    "jump_relu": monosemy.SAESpec("jump_relu", F, lr=4e-3, settings={"target_l0": 8.0, "bandwidth": 0.01}),
+    "batch_top_k": monosemy.SAESpec("batch_top_k", F, lr=4e-3, settings={"k": 6}),
+    "standard": monosemy.SAESpec("standard", F, lr=4e-3, settings={"l1_penalty": 0.05}),
+}
+SPECS = {
+    f"{kind}{'_skip' * skip}": monosemy.SAESpec(
+        spec.architecture, F, spec.lr, 0, spec.settings, transcode=True, skip_connection=skip
+    )
+    for kind, spec in KINDS.items()
+    for skip in (False, True)
+}
+NAMES = [f"{source}-{spec}" for source in ENDS for spec in SPECS]
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Write a random Llama and a tokenizer of whole words that both versions of transformers read."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = ["<unk>", "<bos>", "<eos>", *WORDS]  # circuit-tracer takes no BOS token whose id is 0
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=D,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for p in model.parameters():
+            p.data.mul_(4) if p.dim() > 1 else p.data.uniform_(0.5, 1.5)  # norms' weights that matter
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos")}
+    told = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    (folder / "tokenizer_config.json").write_text(told)
+    return folder
+
+
+def fitted(lm: monosemy.LanguageModel, pair: SitePair) -> list[monosemy.SAE]:
+    """Fit the transcoders of one layer, in the order of SPECS, on contexts of random words."""
+    draw = torch.Generator().manual_seed(1)
+    x_ND, y_ND = activations(lm, pair, contexts(STEPS * B // (CONTEXT - 1), draw))
+    order_N = torch.randperm(len(x_ND), generator=draw)
+    batches = [(x_ND[rows], y_ND[rows]) for rows in order_N.split(B)]
+    done = monosemy.fit(batches, list(SPECS.values()))
+    assert done.status == "complete"
+    return done.saes
+
+
+def contexts(count: int, draw: torch.Generator) -> torch.Tensor:
+    ids_BL = torch.randint(3, 3 + len(WORDS), (count, CONTEXT), generator=draw)
+    ids_BL[:, 0] = 1
+    return ids_BL
+
+
+def activations(lm: monosemy.LanguageModel, pair: SitePair, ids_BL: torch.Tensor) -> list[torch.Tensor]:
+    """Return what is read and what is written, without the first token's."""
+    found = lm.activations(ids_BL)
+    return [found[site][:, 1:].flatten(0, 1).float() for site in (pair.source, pair.target)]
+
+
+def run_there(script: Path, *arguments: object) -> str:
+    """Run a script in circuit-tracer's environment. Returns what it prints."""
+    python = HERE.parent / ".venv-peers" / "circuit_tracer" / "bin" / "python"
+    line = [str(part) for part in (python, script, *arguments)]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=offline)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class World:
+    """Everything in FOLDER, and ours in memory: transcoders by set and layer, and what they read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.saes, self.x, self.prompt = folder, {}, {}, {}
+        model = str(tiny_llama(folder / "model"))
+        pairs = {source: pairs_at(ends, range(LAYERS)) for source, ends in ENDS.items()}
+        sites = [site for of in pairs.values() for pair in of for site in (pair.source, pair.target)]
+        lm = monosemy.LanguageModel.load(model, list(dict.fromkeys(sites)))
+        draw = torch.Generator().manual_seed(2)
+        ids_BL, self.ids_P = contexts(8, draw), contexts(1, draw)[0, :9]
+        for source, of in pairs.items():
+            layers = [fitted(lm, pair) for pair in of]
+            self.x[source] = torch.stack([activations(lm, pair, ids_BL)[0] for pair in of])
+            read = lm.activations(self.ids_P[None])
+            self.prompt[source] = torch.stack([read[pair.source][0].float() for pair in of])
+            for i, name in enumerate(SPECS):
+                saes = {
+                    layer: (of_layer[i], {"site": str(of[layer])}) for layer, of_layer in enumerate(layers)
+                }
+                circuit_tracer.write_set(saes, folder / "sets" / f"{source}-{name}", model)
+                self.saes[f"{source}-{name}"] = [sae for sae, _ in saes.values()]
+        save_file({HOOKS[source]: x for source, x in self.x.items()}, folder / "x.safetensors")
+        save_file({"ids": self.ids_P}, folder / "ids.safetensors")
+        run_there(SIDE, "trace", folder)
+
+    def made(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "made" / f"{name}.safetensors")
+
+    def latents_of_prompt(self, name: str) -> torch.Tensor:
+        """Ours [L, P, F]; circuit-tracer leaves out the first token, as training did."""
+        x_LPD = self.prompt[name.split("-")[0]]
+        f_LPF = torch.stack([sae.encode(x_PD) for sae, x_PD in zip(self.saes[name], x_LPD, strict=True)])
+        f_LPF[:, 0] = 0
+        return f_LPF.detach()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("circuits"))
+
+
+def apart(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """The largest difference, as a share of ours' largest value."""
+    assert theirs.shape == ours.shape
+    return float((theirs - ours).abs().max() / ours.abs().max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_set_computes_what_ours_do(name: str, world: World) -> None:
+    saes, x_LBD, made = world.saes[name], world.x[name.split("-")[0]], world.made(name)
+    with torch.no_grad():
+        f_LBF = torch.stack([sae.encode(x) for sae, x in zip(saes, x_LBD, strict=True)])
+        y_LBD = torch.stack([sae(x) for sae, x in zip(saes, x_LBD, strict=True)])
+    latents, outputs = apart(made["f"], f_LBF), apart(made["y"], y_LBD)
+    l0 = float((f_LBF > 0).sum(-1).float().mean())
+    print(f"{name:28} L0 {l0:4.1f}  latents {latents:.1e}, outputs {outputs:.1e}")
+    assert max(latents, outputs) <= 1e-5
+    assert torch.equal(made["f"] > 0, f_LBF > 0) and 1 < l0 < F / 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_reads_the_model_where_ours_did(name: str, backend: str, world: World) -> None:
+    """Not one of the two kinds of places for the other, whose activations are none too near."""
+    ours_LPF = world.latents_of_prompt(name)
+    assert apart(world.made(name)[f"{backend}.f"], ours_LPF) <= 1e-4
+    mlp_in, resid_mid = world.prompt["mlp_in"], world.prompt["resid_mid"]
+    assert apart(mlp_in, resid_mid) > 0.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_makes_a_graph(name: str, backend: str, world: World) -> None:
+    """Of the latents that fire in ours, with their values, and with edges from all kinds of nodes."""
+    graph = {key.removeprefix(f"{backend}."): tensor for key, tensor in world.made(name).items()}
+    ours_LPF, P = world.latents_of_prompt(name), len(world.ids_P)
+    assert graph["input_tokens"].equal(world.ids_P)
+    assert graph["active_features"].equal(ours_LPF.nonzero())
+    assert apart(graph["activation_values"], ours_LPF[ours_LPF > 0]) <= 1e-4
+    edges = graph["adjacency_matrix"]  # [to, from]: latents, errors, tokens, logits
+    latents, logits = len(graph["active_features"]), len(graph["logit_token_ids"])
+    assert edges.shape == (latents + LAYERS * P + P + logits,) * 2
+    assert edges.isfinite().all()
+    kinds = [latents, LAYERS * P, P, logits]
+    into = {"latents": edges[:latents], "logits": edges[-logits:]}
+    counts = {to: [int((of != 0).sum()) for of in rows.split(kinds, 1)] for to, rows in into.items()}
+    print(f"{name:28} {backend:16} edges from latents, errors, tokens, logits into {counts}")
+    assert latents > P and all(all(of[:3]) and not of[3] for of in counts.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_backends_agree(name: str, world: World) -> None:
+    made = world.made(name)
+    edges = [made[f"{backend}.adjacency_matrix"] for backend in BACKENDS]
+    assert made["nnsight.logit_token_ids"].equal(made["transformerlens.logit_token_ids"])
+    print(f"{name:28} edges {apart(*edges):.1e} apart")
+    assert apart(*edges) <= 1e-4
+
+
+def test_its_command_line_takes_the_folder(world: World) -> None:
+    """And the model that config.yaml names, where that is a folder."""
+    name, text = "mlp_in-batch_top_k", "the one that was not"
+    run_there(SIDE, "command", world.folder, name, text)
+    page = json.loads((world.folder / "page" / f"{name}.json").read_text())
+    assert page["metadata"]["prompt_tokens"] == ["<bos>", *text.split()]
+    assert page["metadata"]["scan"] == name
+    kinds = {node["feature_type"] for node in page["nodes"]}
+    assert {"cross layer transcoder", "embedding", "logit"} <= kinds and page["links"]
+
+
+def test_the_example_traces_there(world: World) -> None:
+    """What examples/trace_circuit.py does in circuit-tracer's environment; the suite runs the rest of it."""
+    example = HERE.parent / "examples" / "trace_circuit.py"
+    arguments = ("--model", world.folder / "model", "--text", "the one that was not")
+    printed = run_there(example, world.folder / "sets" / "mlp_in-batch_top_k", *arguments)
+    first, *between, last = printed.strip().split("\n -> ")
+    assert re.fullmatch(r"token '[\w<>]+'", first) and re.fullmatch(r"next token '[\w<>]+'", last)
+    assert all(re.fullmatch(r"layer [0-3] latent \d+ at '\w+'", node) for node in between)
+
+
+def test_a_difference_would_show(world: World) -> None:
+    name = NAMES[0]
+    sae, x = world.saes[name][0], world.x["mlp_in"]
+    moved = torch.nn.functional.linear(x[0], sae.W_enc, sae.b_enc + 1e-3)
+    f = moved * (moved > sae.state_dict()["threshold"])
+    assert apart(world.made(name)["f"][0], f.detach()) > 1e-5
