@@ -15,6 +15,8 @@ from monosemy.errors import invalid
 from monosemy.initialization import unit
 from monosemy.sae import SAE, architecture
 
+PIECE = 256  # tokens
+
 
 class Transcoder(SAE):
     """y_hat = f W_dec + b_dec, with skip_connection + x W_skip^T, and f an architecture's sparse function of
@@ -24,7 +26,10 @@ class Transcoder(SAE):
     the architecture's with y - x W_skip^T in the place of x, AuxK's too. b_dec is not subtracted from x.
 
     The encoder begins as the architecture's, but for b_enc, which centers the first batch's x, since b_dec
-    does not; the decoder as random rows of the encoder's norms, b_dec as the mean of y, W_skip as zero.
+    does not; b_dec as the mean of y, W_skip as zero. Decoder rows of the kinds that keep k latents are free
+    and begin as zero, as sparsify's do; those of the others, whose penalties need a norm, point to where the
+    first batch's y goes as the latent's pre-activation rises. Random ones leave most latents silent
+    (docs/transcoders.md).
 
     Dunefsky et al., Transcoders Find Interpretable LLM Feature Circuits (2024), section 3, arXiv 2406.11944.
     Skip: Paulo et al., Transcoders Beat Sparse Autoencoders for Interpretability (2025), arXiv 2501.18823.
@@ -72,9 +77,26 @@ class Transcoder(SAE):
     @torch.no_grad()
     def init_from_operands(self, x_BD: Tensor, y_BD: Tensor) -> None:
         # of a batch that is not finite there is none
-        mean_x_D, mean_y_D = (z.mean(0).nan_to_num(0.0, 0.0, 0.0) for z in (x_BD, y_BD))
-        self.b_dec.data.copy_(mean_y_D)
-        self.shift_encoder_(-(self.W_enc @ mean_x_D))
+        x_BD, y_BD = (z.nan_to_num(0.0, 0.0, 0.0) for z in (x_BD, y_BD))
+        self.b_dec.data.copy_(y_BD.mean(0))
+        self.shift_encoder_(-(self.W_enc @ x_BD.mean(0)))
+        if self.always_sparse:
+            self.W_dec.zero_()
+            return
+        rises_FD = torch.zeros_like(self.W_dec)
+        for x, y in zip(x_BD.split(PIECE), (y_BD - self.b_dec).split(PIECE), strict=True):
+            rises_FD += torch.addmm(self.b_enc, x, self.W_enc.T).relu().T @ y
+        norms_F = torch.linalg.vector_norm(rises_FD, dim=1)
+        known = norms_F > 0
+        rows_FD = (
+            rises_FD[known] * (torch.linalg.vector_norm(self.W_dec[known], dim=1) / norms_F[known])[:, None]
+        )
+        self.W_dec[known] = rows_FD
+
+    def fold_decoder_norm_(self) -> None:
+        # the k largest are those of the codes as they are: with the norms in them they would be others
+        if not self.always_sparse:
+            super().fold_decoder_norm_()
 
     def operands(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         x_BD, y_BD = batch.split(self.widths, 1)
@@ -114,7 +136,9 @@ class Transcoder(SAE):
 def transcoder(name: str) -> type[Transcoder]:
     """Return the class of an architecture's transcoders. Raises ValueError for an unknown architecture."""
     kind = architecture(name)
-    return type(f"{kind.__name__}Transcoder", (Transcoder, kind), {"__doc__": Transcoder.__doc__})
+    constraint = "free" if kind.always_sparse else kind.constraint
+    its_own = {"__doc__": Transcoder.__doc__, "constraint": constraint}
+    return type(f"{kind.__name__}Transcoder", (Transcoder, kind), its_own)
 
 
 def build(
