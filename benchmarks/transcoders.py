@@ -7,8 +7,9 @@
 `collect` caches what the MLP reads (after the norm; with --source resid_mid before it) and what it writes,
 float32, beside the cache of recipes.py. Every cell trains 2,048 latents at 32 active ones for each token,
 with and without a skip connection; jump_relu by its target. sparsify (peers/environment sparsify) trains by
-signum, its default, and by Adam, each at its own rate and at three times that (a third was worse by far). All are
-evaluated on held-out text: FVU of what the MLP writes, and the loss of the model with y_hat in its place.
+signum, its default, and by Adam, each at its own rate and at three times that (a third is far worse). All are
+evaluated on held-out text: FVU of what the MLP writes, and the loss of the model with y_hat in its place. The
+table has the kinds that keep k latents as they were trained, by exact selection.
 
 B tokens, D width of the model.
 """
@@ -145,8 +146,9 @@ def run(source: str, wanted: list[str]) -> None:
             sae = ours(cell["trainer"], source, cell["skip"])
         seconds = time.monotonic() - began
         row = evaluate_on_model(lm, {"": (pair, sae)}, contexts_CL, ignore_ids=split.special_ids)[0]
-        columns = ("fvu", "l0", "frac_alive", "loss_recovered_zero", "kl", "top_k_fvu", "top_k_l0")
-        row = cell | {key: row.get(key) for key in columns} | {"seconds": round(seconds, 1)}
+        columns = ("fvu", "l0", "frac_alive", "loss_recovered_zero", "kl")
+        exact = {f"top_k_{key}": row.get(f"top_k_{key}") for key in columns if f"top_k_{key}" in row}
+        row = cell | {key: row.get(key) for key in columns} | exact | {"seconds": round(seconds, 1)}
         print(json.dumps(row), flush=True)
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -158,6 +160,7 @@ def show() -> None:
     for line in ROWS.read_text().splitlines():
         row = json.loads(line)
         name = row["trainer"]
+        row |= {key.removeprefix("top_k_"): value for key, value in row.items() if key.startswith("top_k_")}
         if name == "sparsify":
             name += f", {row['optimizer']} at {row['lr']:.2g}"
         columns = f"{row['l0']:.1f} | {row['fvu']:.4f} | {row['loss_recovered_zero']:.4f}"

@@ -5,8 +5,10 @@ us.
     save_to_disk; a bfloat16 one and two transcoders beside
     sparsify_side.py reconstruct FOLDER    its load_from_disk opens every FOLDER/NAME, and reconstructs
     FOLDER/x.safetensors
+    sparsify_side.py step FOLDER           of every FOLDER/NAME the loss of a transcoder on x and y of
+    FOLDER/pairs.safetensors, and its gradients, in FOLDER/NAME/step.safetensors
 
-Either way FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its
+Of the first two FOLDER/NAME/reconstruction.safetensors then holds x [B, D], its latents f [B, F] and its
 reconstruction x_hat [B, D].
 """
 
@@ -58,8 +60,21 @@ def reconstruct(folder: Path) -> None:
         )
 
 
+def step(folder: Path) -> None:
+    pairs = load_file(folder / "pairs.safetensors")
+    for path in sorted(folder.glob("*/cfg.json")):
+        coder = SparseCoder.load_from_disk(path.parent)
+        out = coder(x=pairs["x"], y=pairs["y"])
+        out.fvu.backward()
+        gradients = {name: p.grad.contiguous() for name, p in coder.named_parameters()}
+        save_file(gradients | {"loss": out.fvu.detach()}, path.parent / "step.safetensors")
+
+
 if __name__ == "__main__":
     command, folder = sys.argv[1], Path(sys.argv[2])
     if command == "write":
         write(folder)
-    reconstruct(folder)
+    if command == "step":
+        step(folder)
+    else:
+        reconstruct(folder)

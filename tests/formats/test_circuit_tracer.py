@@ -1,7 +1,7 @@
 """Sets of transcoders for circuit-tracer, held to its layout's text: config.yaml, and layer_{i}.safetensors.
 
 W_enc [F, D], W_dec [F, D], b_enc, b_dec, W_skip (x @ W_skip.T) and activation_function.threshold (f = h where
-h > threshold). circuit-tracer itself opens none of them here.
+h > threshold). circuit-tracer itself opens them in peers/test_circuit_tracer.py.
 """
 
 import json
