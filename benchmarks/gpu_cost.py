@@ -46,6 +46,7 @@ from monosemy import ops
 from monosemy.sae import architecture
 from monosemy.training.group import TrainerGroup, group_trainers
 from monosemy.training.trainer import SAETrainer
+from monosemy.transcoder import build
 
 MEASURED = Path(__file__).with_name("gpu_measured.jsonl")
 SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
@@ -297,6 +298,7 @@ class Case:
     dense: bool = False
     auxk: bool = False
     members: int = 1
+    transcode: bool = False  # from D to D, with a skip connection
     B: int = 2048
     k: int = 80
 
@@ -308,7 +310,8 @@ class Case:
             else f"{len(self.architectures)} kinds"
         )
         count = "" if self.members == 1 else f"{self.members} each of "
-        return f"{count}{names} {self.D}x{self.F}{' dense' * self.dense}{' AuxK' * self.auxk}"
+        how = " skip transcoder" * self.transcode + " dense" * self.dense + " AuxK" * self.auxk
+        return f"{count}{names} {self.D}x{self.F}{how}"
 
 
 @dataclass
@@ -355,7 +358,7 @@ def cost(case: Case) -> Cost:
         return 0.0 if case.auxk and length == case.B * (case.D // 2) else min(length, case.B * case.k)
 
     recorder = Recorder(entries)
-    x_BD = torch.empty(case.B, case.D, device="meta")
+    x_BD = torch.empty(case.B, (1 + case.transcode) * case.D, device="meta")
     with as_on_a_gpu(recorder):
         groups = group_trainers(_members(case))
         for group in groups:
@@ -373,7 +376,8 @@ def _members(case: Case) -> Iterator[SAETrainer]:
     for name in case.architectures:
         for i in range(case.members):
             with torch.device("meta"):
-                sae = architecture(name)(case.D, case.F, **settings(name, case.k))
+                how = {"transcode": case.transcode, "skip_connection": case.transcode}
+                sae = build(name, case.D, case.F, **how, **settings(name, case.k))
             dense = case.dense and name in RELU
             yield member(
                 sae, f"{name} {i}", case.B, case.k, workspace=workspace, dense=dense, any_dead=case.auxk
@@ -392,7 +396,8 @@ def floor(case: Case, device: Device) -> float:
     product = 2 * B * D * F / device.product_rate(min(D, F))
     total = 0.0
     for name in case.architectures:
-        of_one = product + 2 * F * D * (22 if architecture(name).betas[0] == 0 else 30) / device.copy
+        skip = case.transcode * (3 * 2 * B * D * D / device.product_rate(D) + 2 * 4 * D * D * 6 / device.copy)
+        of_one = product + skip + 2 * F * D * (22 if architecture(name).betas[0] == 0 else 30) / device.copy
         if case.dense and name in RELU:
             more, passes = {"gated": (6, 22), "jump_relu": (4, 14), "p_anneal": (4, 14)}.get(name, (4, 12))
             of_one += more * product + passes * B * F / device.copy
@@ -460,6 +465,7 @@ def row(counted: Cost, device: Device, measured: Measured | None) -> dict[str, A
         "shape": f"{case.D}x{case.F}",
         "auxk": case.auxk,
         "members": case.members,
+        "transcode": case.transcode,
         "launches": counted.count,
         "bytes": counted.bytes,
         "products": counted.products,
@@ -473,9 +479,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for D, F in args.shapes:
         alone = [(name,) for name in args.architectures]
         for names in alone if args.members == 1 else [tuple(args.architectures)]:
-            yield Case(names, D, F, auxk=args.auxk, members=args.members)
+            shared = {"auxk": args.auxk, "members": args.members, "transcode": args.transcode}
+            yield Case(names, D, F, **shared)
             if set(names) & set(RELU):
-                yield Case(names, D, F, dense=True, auxk=args.auxk, members=args.members)
+                yield Case(names, D, F, dense=True, **shared)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -489,6 +496,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=shape, default=[(512, 16_384)], metavar="D_INxD_SAE")
     parser.add_argument("--members", type=int, default=1, help="SAEs of each architecture, in one sweep")
     parser.add_argument("--auxk", action="store_true", help="with AuxK, while no latent is dead")
+    parser.add_argument("--transcode", action="store_true", help="skip transcoders instead of autoencoders")
     parser.add_argument("--device", choices=DEVICES, default="H100", help="whose rates")
     parser.add_argument("--measured", action="store_true", help="the cases of gpu_measured.jsonl")
     parser.add_argument("--kinds", action="store_true", help="launches and time of each step by kernel")

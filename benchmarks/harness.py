@@ -18,6 +18,7 @@ from monosemy.schedule import Schedule
 from monosemy.training.group import TrainerGroup
 from monosemy.training.sweep import Sweep
 from monosemy.training.trainer import CAPACITY_FACTOR, SAESpec, SAETrainer
+from monosemy.transcoder import Transcoder
 
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
 RELU = ("standard", "standard_new", "p_anneal", "gated", "jump_relu")
@@ -89,8 +90,11 @@ def member(
         STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases
     )
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
+    if isinstance(sae, Transcoder):
+        spec = dataclasses.replace(spec, transcode=True, skip_connection=sae.skip_connection)
+    how: dict[str, Any] = {"device": device, "bf16": True, "workspace": workspace, "d_out": sae.d_out}
     with torch.device(device):
-        made = SAETrainer(name, spec, sae.d_in, schedule, device=device, bf16=True, workspace=workspace)
+        made = SAETrainer(name, spec, sae.d_in, schedule, **how)
     made.spec = dataclasses.replace(spec, init_from=None)  # whose memory it need not keep
     made.sparse, made.any_dead = made.sae.always_sparse or not dense, any_dead
     # in the dense layout, and of the TopK kinds, no list can be full
