@@ -74,6 +74,7 @@ def save_sae(plan: Plan, trainer: SAETrainer, site: Site, folder: Path, status: 
             "steps": steps,
             "tokens": steps * c.sae_batch_size,
             "norm_factor": trainer.norm_factor,
+            **({} if trainer.target_factor is None else {"target_norm_factor": trainer.target_factor}),
             "dataset": c.dataset,
             "versions": versions(),
             **entries,
