@@ -160,7 +160,8 @@ def show() -> None:
     for line in ROWS.read_text().splitlines():
         row = json.loads(line)
         name = row["trainer"]
-        row |= {key.removeprefix("top_k_"): value for key, value in row.items() if key.startswith("top_k_")}
+        exact = {key: value for key, value in row.items() if key.startswith("top_k_") and value is not None}
+        row |= {key.removeprefix("top_k_"): value for key, value in exact.items()}
         if name == "sparsify":
             name += f", {row['optimizer']} at {row['lr']:.2g}"
         columns = f"{row['l0']:.1f} | {row['fvu']:.4f} | {row['loss_recovered_zero']:.4f}"
