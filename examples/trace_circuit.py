@@ -17,10 +17,8 @@ from typing import Any
 
 
 def train(folder: Path, model: str, settings: dict[str, Any]) -> str:
-    """Train the transcoders and write the set. Returns the model's name or folder for circuit-tracer."""
+    """Train the transcoders and write the set. Returns the model's name or folder, as the set says it."""
     import monosemy
-    from monosemy.jobs import transcoder_set
-    from monosemy.lm import embedded
 
     chosen: dict[str, Any] = {"dictionary_widths": (1024,), "target_l0s": (16,), "num_tokens": 100_000}
     run, _ = monosemy.train(
@@ -33,8 +31,9 @@ def train(folder: Path, model: str, settings: dict[str, Any]) -> str:
             **chosen | settings,
         )
     )
-    transcoder_set.convert(run, folder)
-    return str(embedded.model_folder(model)) if model in embedded.EMBEDDED_MODELS else model
+    monosemy.write_transcoder_set(run, folder)
+    lines = (line.split(": ", 1) for line in (folder / "config.yaml").read_text().splitlines())
+    return str(json.loads(dict(lines)["model_name"]))
 
 
 def trace(folder: Path, model: str, text: str) -> list[str]:

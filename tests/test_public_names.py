@@ -73,7 +73,7 @@ def test_mypy_knows_what_a_user_calls(tmp_path):
         "torch._tensor.Tensor",
         "torch.nn.parameter.Parameter",
         "list[monosemy.sae.SAE]",
-        "tuple[int, ...]",
+        "tuple[int | Literal['all'], ...]",
     )
     for said in (*(f'Revealed type is "{name}"' for name in types), 'Module has no attribute "nothing"'):
         assert said in ran.stdout, ran.stdout + ran.stderr

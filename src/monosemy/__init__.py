@@ -22,9 +22,11 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.jobs.pretrained import list_saes as list_saes
     from monosemy.jobs.pretrained import load as load
     from monosemy.jobs.train import train as train
+    from monosemy.jobs.transcoder_set import write_transcoder_set as write_transcoder_set
     from monosemy.lm.info import Site as Site
     from monosemy.lm.model import LanguageModel as LanguageModel
     from monosemy.lm.model import load_tokenizer as load_tokenizer
+    from monosemy.lm.pairs import SitePair as SitePair
     from monosemy.report.of_batches import write_report as write_report
     from monosemy.sae import SAE as SAE
     from monosemy.sae import StepContext as StepContext
@@ -33,6 +35,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.training.loop import Fitted as Fitted
     from monosemy.training.loop import fit as fit
     from monosemy.training.trainer import SAESpec as SAESpec
+    from monosemy.transcoder import Transcoder as Transcoder
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no
 # torch
@@ -47,8 +50,10 @@ _HOME = {
     "SAE": "sae",
     "SAESpec": "training.trainer",
     "Site": "lm.info",
+    "SitePair": "lm.pairs",
     "Source": "data.sources",
     "TrainConfig": "config",
+    "Transcoder": "transcoder",
     "architecture": "sae",
     "evaluate": "evaluation.metrics",
     "evaluate_on_model": "evaluation.on_model",
@@ -62,6 +67,7 @@ _HOME = {
     "to_tokens": "data.contexts",
     "train": "jobs.train",
     "write_report": "report.of_batches",
+    "write_transcoder_set": "jobs.transcoder_set",
 }
 __all__ = sorted(_HOME)
 

@@ -222,7 +222,9 @@ def _convert(arguments: list[str]) -> int:
         from monosemy.jobs import pretrained, transcoder_set
 
         if to == "circuit_tracer":
-            transcoder_set.convert(_run_folder(folder), out, trainer=trainer, unfinished=unfinished)
+            transcoder_set.write_transcoder_set(
+                _run_folder(folder), out, trainer=trainer, unfinished=unfinished
+            )
             print(out)
             return 0
         if trainer is not None:

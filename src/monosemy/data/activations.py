@@ -118,15 +118,16 @@ class ActivationStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on with the next batch: JSON, without activations."""
-        return {
+        state = {
             "block": self._block.number,
             "next": self._next,
             "contexts": self._block.start,
             "counts": dict(self.counts),
             "norm_factor": {str(s): v for s, v in self.norm_factor.items()},
             "norm_limit": {str(s): v for s, v in self.norm_limit.items()},
-            "target_factor": {str(s): v for s, v in self.target_factor.items()},
         }
+        of_pairs = {str(s): v for s, v in self.target_factor.items()}
+        return state | ({"target_factor": of_pairs} if of_pairs else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state: one block is read again.

@@ -33,7 +33,7 @@ class _Opened(Mapping[int, tuple[SAE, dict[str, Any]]]):
         return len(self.folders)
 
 
-def convert(
+def write_transcoder_set(
     run: str | Path, target: str | Path, *, trainer: int | None = None, unfinished: bool = False
 ) -> None:
     """Write a run's transcoders, RUN/*/trainer_N, to a new folder as circuit-tracer opens them.
