@@ -186,9 +186,9 @@ def _evaluation(
     N = L * min(group, contexts)
     spliced = L * min(group, contexts if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
     rows = max(1, min(HEAD_ELEMENTS // (model.vocab_size or HEAD_ELEMENTS), spliced))
-    modes, rows = sum(r.memory.modes * r.per_site for r in grid), sum(len(parts(site)) for site in sites)
+    modes, read = sum(r.memory.modes * r.per_site for r in grid), sum(len(parts(site)) for site in sites)
     # reconstructions, and where they lead to
-    retained = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * rows) * N) * D
+    retained = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * read) * N) * D
     return Phase(
         {
             "libraries": libraries,
