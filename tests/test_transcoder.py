@@ -190,8 +190,11 @@ def test_settings_of_transcoders_alone() -> None:
     with pytest.raises(ValueError, match="auxk"):
         transcoder("standard")(D, F, auxk=1)
     start = monosemy.fit([x for x, _ in pairs(2)], [SAESpec("standard", F)]).saes[0]
-    with pytest.raises(ValueError, match="init_from"):
+    with pytest.raises(ValueError, match="init_from.*transcode False"):
         monosemy.fit(pairs(2), [spec("standard", init_from=start)])
+    skips = monosemy.fit(pairs(2), [spec("standard", skip=True)]).saes[0]
+    with pytest.raises(ValueError, match="init_from.*skip_connection True"):
+        monosemy.fit(pairs(2), [spec("standard", init_from=skips)])
 
 
 def test_fine_tuning_starts_from_the_weights() -> None:
@@ -256,49 +259,6 @@ class PlantedMLP(nn.Module):
         return self.write(self.read(x).relu())
 
 
-def test_a_transcoder_that_is_the_component_loses_nothing() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = hf.LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            initializer_range=0.3,
-        )
-        model = hf.LlamaForCausalLM(config)
-        planted = model.model.layers[1].mlp = PlantedMLP(32, 80)
-        ids_CL = torch.randint(1, 97, (12, 16))
-    pair = pairs_at("mlp", [1])[0]
-    lm = LanguageModel(model, single_sites([pair]))
-    kind, other = (transcoder("standard")(32, 80, skip_connection=True) for _ in range(2))
-    with torch.no_grad():
-        kind.W_enc.copy_(planted.read.weight)
-        kind.b_enc.copy_(planted.read.bias)
-        kind.W_dec.copy_(planted.write.weight.T)
-        kind.b_dec.copy_(planted.write.bias)
-        other.load_state_dict(kind.state_dict())
-        other.W_skip.normal_()
-    for sae in (kind, other):
-        sae.requires_grad_(False)
-    rows = monosemy.evaluate_on_model(
-        lm, {"same": (pair, kind), "other": (pair, other)}, ids_CL, ignore_ids=torch.tensor([0])
-    )
-    assert rows[0]["fvu"] < 1e-9 and rows[0]["loss_recovered_zero"] == pytest.approx(1, abs=1e-5)
-    assert rows[0]["site"] == "mlp_in.1:mlp_out.1" and rows[0]["layer"] == 1
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert rows[1]["fvu"] > 1 and rows[1]["kl"] > 0.01
-    assert all(math.isfinite(row["loss_recovered_mean"]) for row in rows)
-    # an autoencoder of what is written shares its baselines with a transcoder to there
-    plain = Standard(32, 80).requires_grad_(False)
-    of_output = monosemy.evaluate_on_model(
-        lm, {"plain": (pair.target, plain)}, ids_CL, ignore_ids=torch.tensor([0])
-    )[0]
-    assert of_output["ce_mean"] == pytest.approx(rows[0]["ce_mean"], rel=1e-6)
-    assert of_output["ce_zero"] == pytest.approx(rows[0]["ce_zero"], rel=1e-6)
-
-
 def planted_model() -> tuple[LanguageModel, dict[SitePair, Transcoder]]:
     """A model whose MLPs are sparse codes, and the transcoders that are them."""
     with torch.random.fork_rng():
@@ -326,6 +286,29 @@ def planted_model() -> tuple[LanguageModel, dict[SitePair, Transcoder]]:
         kind.load_state_dict(state)
         kind.requires_grad_(False)
     return LanguageModel(model, single_sites(found)), kinds
+
+
+def test_a_transcoder_that_is_the_component_loses_nothing() -> None:
+    lm, kinds = planted_model()
+    ids_CL = torch.randint(1, 97, (12, 16), generator=torch.Generator().manual_seed(0))
+    pair, kind = list(kinds.items())[1]
+    other = transcoder("standard")(32, 80, skip_connection=True).requires_grad_(False)
+    other.load_state_dict(kind.state_dict() | {"W_skip": torch.ones(32, 32)})
+    rows = monosemy.evaluate_on_model(
+        lm, {"same": (pair, kind), "other": (pair, other)}, ids_CL, ignore_ids=torch.tensor([0])
+    )
+    assert rows[0]["fvu"] < 1e-9 and rows[0]["loss_recovered_zero"] == pytest.approx(1, abs=1e-5)
+    assert rows[0]["site"] == "mlp_in.1:mlp_out.1" and rows[0]["layer"] == 1
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[1]["fvu"] > 1 and rows[1]["kl"] > 0.01
+    assert all(math.isfinite(row["loss_recovered_mean"]) for row in rows)
+    # an autoencoder of what is written shares its baselines with a transcoder to there
+    plain = Standard(32, 80).requires_grad_(False)
+    of_output = monosemy.evaluate_on_model(
+        lm, {"plain": (pair.target, plain)}, ids_CL, ignore_ids=torch.tensor([0])
+    )[0]
+    assert of_output["ce_mean"] == pytest.approx(rows[0]["ce_mean"], rel=1e-6)
+    assert of_output["ce_zero"] == pytest.approx(rows[0]["ce_zero"], rel=1e-6)
 
 
 def test_a_set_that_is_the_model_replaces_it() -> None:
@@ -379,8 +362,17 @@ def test_sets_that_cannot_replace_anything() -> None:
     twice = {pair: kinds[pair], SitePair(Site("mlp_in", 1), pair.target): kinds[pair]}
     with pytest.raises(ValueError, match="mlp_out.0"):
         evaluate_replacement(lm, twice, ids_CL, ignore_ids=none)
-    backwards = {SitePair(pair.target, Site("mlp_in", 1)): kinds[pair]}
+    to_an_input = {SitePair(pair.target, Site("mlp_in", 1)): kinds[pair]}
     with pytest.raises(ValueError, match="mlp_in.1"):
+        evaluate_replacement(lm, to_an_input, ids_CL, ignore_ids=none)
+    backwards = {SitePair(Site("mlp_out", 2), Site("mlp_out", 0)): kinds[pair]}
+    with pytest.raises(ValueError, match=r"mlp_out.2:mlp_out.0.*reaches before"):
         evaluate_replacement(lm, backwards, ids_CL, ignore_ids=none)
+    autoencoder = Standard(32, 80).requires_grad_(False)
+    with pytest.raises(ValueError, match="standard.*transcode"):
+        evaluate_replacement(lm, {pair: autoencoder}, ids_CL, ignore_ids=none)
+    for site, sae in ((pair, autoencoder), (pair.target, kinds[pair])):
+        with pytest.raises(ValueError, match="site.*a pair of sites for a transcoder"):
+            monosemy.evaluate_on_model(lm, {"": (site, sae)}, ids_CL, ignore_ids=none)
     with pytest.raises(ValueError, match="ignore_ids"):
         evaluate_replacement(lm, kinds, ids_CL, ignore_ids=ids_CL.unique())

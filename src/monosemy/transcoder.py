@@ -29,7 +29,7 @@ class Transcoder(SAE):
     does not; b_dec as the mean of y, W_skip as zero. Decoder rows of the kinds that keep k latents are free
     and begin as zero, as sparsify's do; those of the others, whose penalties need a norm, point to where the
     first batch's y goes as the latent's pre-activation rises. Random ones leave most latents silent
-    (docs/transcoders.md).
+    (docs/log.md).
 
     Dunefsky et al., Transcoders Find Interpretable LLM Feature Circuits (2024), section 3, arXiv 2406.11944.
     Skip: Paulo et al., Transcoders Beat Sparse Autoencoders for Interpretability (2025), arXiv 2501.18823.

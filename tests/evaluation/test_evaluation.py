@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -19,19 +19,13 @@ from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, L, C, V = 32, 16, 24, 97
 IGNORED = torch.tensor([0, 5])
 NAMES = ("resid_post.0", "mlp_out.1", "resid_post.2")
 SITES = [Site.parse(name) for name in NAMES]
 SITE = SITES[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

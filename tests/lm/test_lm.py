@@ -24,6 +24,8 @@ from monosemy.lm.info import Site, check_sites, describe
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.system.http import ModelUnreachable
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -87,15 +89,6 @@ NAMES = [
     "attn_out.0",
 ]
 IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and wait for each other where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

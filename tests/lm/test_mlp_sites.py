@@ -4,7 +4,6 @@ own modules run by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ from monosemy.formats.parts import hook_name
 from monosemy.lm.info import KINDS, Site
 from monosemy.lm.model import LanguageModel
 from tests.lm.test_lm import CONFIGS, GPT2, GROUPED, IDS, SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ENDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
 FALCON = CONFIGS["falcon"].to_dict()
@@ -63,15 +64,6 @@ SITES = [Site.parse(name) for name in NAMES]
 MID, IN, OUT, PRE, POST = (
     Site(kind, L) for kind in ("resid_mid", "mlp_in", "mlp_out", "resid_pre", "resid_post")
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and wait for each other where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=BUILDS)

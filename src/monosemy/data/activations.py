@@ -86,9 +86,8 @@ class ActivationStream:
         self._slots = self.contexts_per_block * contexts.context_length + self._forward_rows
         self._rings = {site: RingBuffer(self._slots, self._aside) for site in self.sites}
         self._parts = [len(parts(site)) for site in self.sites]
-        self._norms = torch.empty(
-            0
-        )  # [parts of all sites, S]: of the rows of the block being read, in their order
+        # of the rows of the block being read, in their order: [parts of all sites, S]
+        self._norms = torch.empty(0)
         self._scale: dict[AnySite, Tensor] = {}  # the norm factors
         self._begin(_Block(-1, contexts.state_dict(), 0))  # nothing is served yet
 

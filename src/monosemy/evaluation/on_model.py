@@ -28,9 +28,10 @@ from monosemy.evaluation.missing import Missing
 from monosemy.limits import HEAD_ELEMENTS, SELECTION_TOKENS
 from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel
-from monosemy.lm.pairs import AnySite, ends, parts, single_sites
+from monosemy.lm.pairs import AnySite, SitePair, ends, parts, single_sites
 from monosemy.system import rng
 from monosemy.system.progress import Progress
+from monosemy.transcoder import Transcoder
 
 if TYPE_CHECKING:
     from monosemy.sae import SAE
@@ -119,7 +120,10 @@ def _check_inputs(
         raise invalid(
             "splice_contexts", splice_contexts, "0 or more", "leave it out to splice into all contexts"
         )
-    for name, (site, _) in saes.items():
+    for name, (site, sae) in saes.items():
+        if isinstance(sae, Transcoder) != isinstance(site, SitePair):
+            allowed = "a pair of sites for a transcoder, one site for an autoencoder"
+            raise invalid("site", str(site), allowed, f"name what {name} reads and what it reconstructs")
         if not set(parts(site)) <= set(lm.sites):
             raise invalid(
                 "site", str(site), ", ".join(map(str, lm.sites)), f"load the model with the site of {name}"

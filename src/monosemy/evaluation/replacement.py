@@ -21,6 +21,7 @@ from monosemy.lm.pairs import SitePair, parts
 from monosemy.lm.replaced import check_replaceable, run_replaced
 from monosemy.sae import SAE
 from monosemy.system.progress import Progress
+from monosemy.transcoder import Transcoder
 
 RUNS = ("replaced", "with_errors", "zero", "mean")
 
@@ -45,19 +46,22 @@ def evaluate_replacement(
     stays. `ce_with_errors` and `errors_kl` are of the model in which each transcoder's error in the untouched
     model is added back, which must be the untouched one: a self-check. `errors_carry` is the share of
     predictions that need the errors: whose most likely token changes without them.
-    Raises ValueError for autoencoders, for no transcoder, two for one target or a target that is no output,
-    and for contexts without a counted token.
+    Raises ValueError for autoencoders, for no transcoder, two for one target, a target that is no output or
+    comes before its source, and for contexts without a counted token.
     """
     if not transcoders:
         raise invalid("transcoders", "none", "at least one", "name a run of transcoders")
+    for pair, sae in transcoders.items():
+        if not isinstance(sae, Transcoder):
+            allowed = "transcoders, which stand for what is between two sites"
+            raise invalid(f"transcoders: {pair}", sae.name, allowed, "train them with transcode")
     check_replaceable(lm, transcoders)
+    contexts_CL, ignore_ids = contexts_CL.to(lm.device), ignore_ids.to(lm.device)
     limits = {pair: (norm_limits or {}).get(pair) or math.inf for pair in transcoders}
     sums = {run: _Sums() for run in ("clean", *RUNS)}
     means = _means(lm, transcoders, contexts_CL, ignore_ids, limits, batch_size)
-    batches = contexts_CL.split(batch_size)
     with Progress(total=len(contexts_CL), unit="ctx", desc="replacing") as progress:
-        for ids_BL in batches:
-            ids_BL = ids_BL.to(lm.device)
+        for ids_BL in contexts_CL.split(batch_size):
             counted = _counted(ids_BL, ignore_ids)
             hidden = _runs(lm, transcoders, ids_BL, counted, limits, means)
             predicts = counted.clone()
@@ -70,7 +74,7 @@ def evaluate_replacement(
 
 def _counted(ids_BL: Tensor, ignore_ids: Tensor) -> Tensor:
     """Return the mask of tokens that are no special ones and do not open their context, [B, L]."""
-    mask_BL = ~torch.isin(ids_BL, ignore_ids.to(ids_BL.device))
+    mask_BL = ~torch.isin(ids_BL, ignore_ids)
     mask_BL[:, 0] = False
     return mask_BL
 
@@ -91,7 +95,6 @@ def _means(
     total = {pair: torch.zeros((), dtype=torch.float64, device=lm.device) for pair in transcoders}
     tokens = dict.fromkeys(transcoders, 0)
     for ids_BL in contexts_CL.split(batch_size):
-        ids_BL = ids_BL.to(lm.device)
         found = lm.activations(ids_BL)
         for pair in transcoders:
             mask_BL = _within(_counted(ids_BL, ignore_ids), found[pair.source], limits[pair])

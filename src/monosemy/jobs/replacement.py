@@ -16,7 +16,6 @@ from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream, held_out_contexts
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.lm.pairs import SitePair, single_sites
-from monosemy.sae import SAE
 from monosemy.system.files import read_json, write_text
 
 SHOWN = ("ce_clean", "ce_replaced", "ce_mean", "loss_recovered_zero", "kl", "top1_agreement", "errors_carry")
@@ -37,14 +36,18 @@ def replace_run(config: EvalConfig) -> list[Row]:
         raise invalid("replacement", True, allowed, "train a set with --transcode mlp --layers all")
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
     contexts_CL = held_out_contexts(c, stream)
-    sets = [_opened(folder, pairs, i) for i in range(plan.saes_per_site)]
+    sets = range(plan.saes_per_site)
+    for name in (f"{pair.folder}/trainer_{i}" for pair in pairs for i in sets):
+        if not (folder / name / "config.json").is_file():
+            raise invalid("replacement", str(folder / name), "a transcoder for each pair", "train it first")
     lm = LanguageModel.load(plan.model, single_sites(pairs), dtype=c.dtype, device=c.device, whole=True)
     recorded: dict[str, Any] = read_json(folder / "run.json").get("norm_limit", {})
     rows = []
-    for i, saes in enumerate(sets):
+    for i in sets:  # one in memory at a time
+        saes = {pair: formats.load(folder / pair.folder / f"trainer_{i}").to(lm.device) for pair in pairs}
         row = evaluate_replacement(
             lm,
-            {pair: sae.to(lm.device) for pair, sae in saes.items()},
+            saes,
             contexts_CL,
             ignore_ids=stream.special_ids,
             batch_size=c.llm_batch_size,
@@ -57,11 +60,6 @@ def replace_run(config: EvalConfig) -> list[Row]:
     write_text(folder / "replacement.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     _print(rows, len(pairs))
     return rows
-
-
-def _opened(folder: Path, pairs: list[SitePair], i: int) -> dict[SitePair, SAE]:
-    """Open one set. Raises ValueError where a transcoder is not there or not complete."""
-    return {pair: formats.load(folder / pair.folder / f"trainer_{i}") for pair in pairs}
 
 
 def _print(rows: list[Row], pairs: int) -> None:

@@ -185,7 +185,7 @@ class LanguageModel:
         if any(site.layer is None for site in self.taps):
             depth = len(self.layers)
         with torch.no_grad(), ExitStack() as stack:
-            found = self._reading(stack, self.taps, ids_BL.shape)
+            found = self.reading(stack, self.taps, ids_BL.shape)
             for layer in self.layers[depth:]:
                 stack.enter_context(
                     _forward(layer, lambda *args, **kwargs: self._returns(hidden_of(args, kwargs)))
@@ -200,9 +200,9 @@ class LanguageModel:
         taps = {site: self.taps[site] for site in sites}
         inside = {tap.skipped for tap in taps.values() if tap.skipped and not tap.between}
         with ExitStack() as stack:
-            found = self._reading(stack, taps, ids_BL.shape)
+            found = self.reading(stack, taps, ids_BL.shape)
             before = {n: Tap(self.layers[n - 1], n, between=True) for n in inside}
-            inputs = self._reading(stack, before, ids_BL.shape)
+            inputs = self.reading(stack, before, ids_BL.shape)
             hidden_BLD = self.run(ids_BL)
         return CleanRun(ids_BL, hidden_BLD, found, inputs)
 
@@ -337,7 +337,7 @@ class LanguageModel:
     def _probed(self, taps: Mapping[Key, Tap], replacements: Mapping[Tap, Tensor]) -> dict[Key, Tensor]:
         """Return what is at the taps in a run of three tokens, with other activations at some."""
         with torch.no_grad(), ExitStack() as stack:
-            found = self._reading(stack, taps, self._probe_ids.shape)
+            found = self.reading(stack, taps, self._probe_ids.shape)
             for tap, x_BLD in replacements.items():
                 stack.enter_context(replace_activations(tap, x_BLD))
             self.run(self._probe_ids)
@@ -347,7 +347,7 @@ class LanguageModel:
         """Run every layer; return the final hidden state [B, L, D], after the final norm."""
         return self.decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state
 
-    def _reading(self, stack: ExitStack, taps: Mapping[Key, Tap], shape: torch.Size) -> dict[Key, Tensor]:
+    def reading(self, stack: ExitStack, taps: Mapping[Key, Tap], shape: torch.Size) -> dict[Key, Tensor]:
         """Return a dict that hooks fill with the sites' activations, as long as the stack lives."""
         found: dict[Key, Tensor] = {}
 

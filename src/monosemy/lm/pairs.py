@@ -18,7 +18,7 @@ class SitePair:
 
     @classmethod
     def parse(cls, name: str) -> SitePair:
-        """Parse `SOURCE:TARGET`. Raises ValueError for anything else, and where the target comes first."""
+        """Parse `SOURCE:TARGET`. Raises ValueError for anything else, and for one site twice."""
         ends = name.split(":")
         if len(ends) != 2:
             allowed = "SOURCE:TARGET, two sites"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from monosemy.errors import invalid
 from monosemy.lm.model import LanguageModel
-from monosemy.lm.modules import first_tensor, hidden_of, with_hidden
+from monosemy.lm.modules import first_tensor, with_hidden
 from monosemy.lm.pairs import SitePair
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
@@ -37,29 +37,14 @@ def run_replaced(lm: LanguageModel, ids_BL: Tensor, replacements: Mapping[SitePa
     L, D], after the final norm.
 
     A replacement is called with what the source has in this same run, [B, L, D_source], and with what the
-    component makes of it, [B, L, D_target], and returns what takes the latter's place.
+    component makes of it, [B, L, D_target], and returns what takes the latter's place. Raises ValueError
+    where the model reaches a target before its source.
     """
-    read: dict[SitePair, Tensor] = {}
     with ExitStack() as stack:
+        read = lm.reading(stack, {pair: lm.taps[pair.source] for pair in replacements}, ids_BL.shape)
         for pair, replacement in replacements.items():
-            stack.enter_context(_keeping(lm, pair, read, ids_BL))
             stack.enter_context(_replacing(lm, pair, replacement, read, ids_BL))
         return lm.run(ids_BL)
-
-
-def _keeping(lm: LanguageModel, pair: SitePair, read: dict[SitePair, Tensor], ids_BL: Tensor) -> Any:
-    """Keep what a pair's source has."""
-    tap = lm.taps[pair.source]
-    if tap.of_input:
-        return tap.module.register_forward_pre_hook(
-            lambda _, args, kwargs: read.update(
-                {pair: hidden_of(args, kwargs).clone().view(*ids_BL.shape, -1)}
-            ),
-            with_kwargs=True,
-        )
-    return tap.module.register_forward_hook(
-        lambda _, args, output: read.update({pair: first_tensor(output).clone().view(*ids_BL.shape, -1)})
-    )
 
 
 def _replacing(
@@ -68,6 +53,9 @@ def _replacing(
     """Replace what comes out at a pair's target."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if pair not in read:
+            allowed = "a source that the model reaches before the target"
+            raise invalid("site", str(pair), allowed, "leave its transcoder out, or evaluate it one by one")
         y = first_tensor(output)
         replaced = replacement(read[pair], y.view(*ids_BL.shape, -1)).to(y.dtype)
         return with_hidden(output)(replaced.reshape(y.shape))

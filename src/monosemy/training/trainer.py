@@ -79,12 +79,17 @@ class SAESpec:
     def build(self, d_in: int, d_out: int | None = None) -> SAE:
         """Build the SAE with its initial weights.
 
-        Raises ValueError for an unknown architecture or setting, and for another shape in `init_from`.
+        Raises ValueError for an unknown architecture or setting, and for another kind or shape in
+        `init_from`.
         """
         sae = self.empty(d_in, d_out)
         if self.init_from is None:
             sae.reset(torch.Generator().manual_seed(self.seed))
             return sae
+        kinds = [(len(of.widths) == 2, getattr(of, "skip_connection", False)) for of in (self.init_from, sae)]
+        if kinds[0] != kinds[1]:
+            found, wanted = (f"transcode {kind}, skip_connection {skip}" for kind, skip in kinds)
+            raise invalid("init_from", found, wanted, "start from an SAE of the same kind")
         source = copy.deepcopy(self.init_from)
         source.set_pre_bias_(sae.pre_bias)
         given = source.state_dict()
