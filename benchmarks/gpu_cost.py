@@ -43,10 +43,10 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.harness import RELU, TOP_K, member, settings
 from monosemy import ops
+from monosemy.families import Family
 from monosemy.sae import architecture
 from monosemy.training.group import TrainerGroup, group_trainers
 from monosemy.training.trainer import SAETrainer
-from monosemy.transcoder import build
 
 MEASURED = Path(__file__).with_name("gpu_measured.jsonl")
 SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
@@ -376,8 +376,9 @@ def _members(case: Case) -> Iterator[SAETrainer]:
     for name in case.architectures:
         for i in range(case.members):
             with torch.device("meta"):
-                how = {"transcode": case.transcode, "skip_connection": case.transcode}
-                sae = build(name, case.D, case.F, **how, **settings(name, case.k))
+                family = Family(transcode=case.transcode, skip_connection=case.transcode)
+                widths = (case.D,) * (1 + case.transcode)
+                sae = family.make(name, widths, case.F, settings(name, case.k))
             dense = case.dense and name in RELU
             yield member(
                 sae, f"{name} {i}", case.B, case.k, workspace=workspace, dense=dense, any_dead=case.auxk

@@ -92,9 +92,9 @@ def member(
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
     if isinstance(sae, Transcoder):
         spec = dataclasses.replace(spec, transcode=True, skip_connection=sae.skip_connection)
-    how: dict[str, Any] = {"device": device, "bf16": True, "workspace": workspace, "d_out": sae.d_out}
+    how: dict[str, Any] = {"device": device, "bf16": True, "workspace": workspace}
     with torch.device(device):
-        made = SAETrainer(name, spec, sae.d_in, schedule, **how)
+        made = SAETrainer(name, spec, sae.widths, schedule, **how)
     made.spec = dataclasses.replace(spec, init_from=None)  # whose memory it need not keep
     made.sparse, made.any_dead = made.sae.always_sparse or not dense, any_dead
     # in the dense layout, and of the TopK kinds, no list can be full

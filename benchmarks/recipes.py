@@ -161,7 +161,7 @@ def collect(most: int) -> None:
                 for name, site in SITES.items():
                     files[name].write(batch[site].half().numpy().tobytes())
                 if not total:  # what is there can be trained on
-                    facts = {name: activations.norm_factor[site] for name, site in SITES.items()}
+                    facts = {name: activations.norm_factors[site][0] for name, site in SITES.items()}
                     (folder() / f"{split}.json").write_text(json.dumps(facts))
                 total += 1024
                 progress.update(1024)

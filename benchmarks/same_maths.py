@@ -95,7 +95,7 @@ def data(number: int, batch: int, *, held_out: int = 8, whole: bool = False) -> 
         lm, contexts, [SITE], batch=batch, contexts_per_forward=8, contexts_per_block=needed
     )
     batches = [stream.next()[SITE] for _ in range(number)]
-    return Data(batches, stream.norm_factor[SITE], lm, kept_out.next(held_out), contexts.special_ids)
+    return Data(batches, stream.norm_factors[SITE][0], lm, kept_out.next(held_out), contexts.special_ids)
 
 
 def member(
@@ -394,7 +394,7 @@ def evaluated(
                 len(of.batches),
                 seed=seed,
                 bf16=precision == "bf16",
-                norm_factor=of.norm_factor,
+                norm_factors=(of.norm_factor,),
             )
             for step, x_BD in enumerate(of.batches):
                 m.step(x_BD, step)

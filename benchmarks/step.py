@@ -95,9 +95,8 @@ class Ours:
         self.member = LoneTrainer(
             name,
             spec,
-            args.d_in,
+            (args.d_in,) * (2 if args.family == "transcoder" else 1),
             schedule,
-            d_out=args.d_in,
             recipe=recipe,
             bf16=args.precision == "bf16",
             workspace=Workspace(),

@@ -74,7 +74,7 @@ def collect(source: str, tokens: int) -> None:
     rows = np.lib.format.open_memmap(path, "w+", np.float32, (tokens // BATCH * BATCH, 2 * 576))
     for n in range(tokens // BATCH):
         x_BD = of_text.next()[pair]
-        factors = torch.tensor([of_text.norm_factor[pair], of_text.target_factor[pair]])
+        factors = torch.tensor(of_text.norm_factors[pair])
         rows[n * BATCH : (n + 1) * BATCH] = (x_BD * factors.repeat_interleave(576)).numpy()
     rows.flush()
 

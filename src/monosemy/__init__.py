@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.codes import Codes as Codes
     from monosemy.codes import Preactivations as Preactivations
     from monosemy.config import TrainConfig as TrainConfig
+    from monosemy.crosscoder import Crosscoder as Crosscoder
     from monosemy.data.activations import ActivationStream as ActivationStream
     from monosemy.data.contexts import ContextStream as ContextStream
     from monosemy.data.contexts import to_tokens as to_tokens
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.lm.info import Site as Site
     from monosemy.lm.model import LanguageModel as LanguageModel
     from monosemy.lm.model import load_tokenizer as load_tokenizer
+    from monosemy.lm.pairs import SiteGroup as SiteGroup
     from monosemy.lm.pairs import SitePair as SitePair
     from monosemy.report.of_batches import write_report as write_report
     from monosemy.sae import SAE as SAE
@@ -43,6 +45,7 @@ _HOME = {
     "ActivationStream": "data.activations",
     "Codes": "codes",
     "ContextStream": "data.contexts",
+    "Crosscoder": "crosscoder",
     "Fitted": "training.loop",
     "LanguageModel": "lm.model",
     "Preactivations": "codes",
@@ -50,6 +53,7 @@ _HOME = {
     "SAE": "sae",
     "SAESpec": "training.trainer",
     "Site": "lm.info",
+    "SiteGroup": "lm.pairs",
     "SitePair": "lm.pairs",
     "Source": "data.sources",
     "TrainConfig": "config",

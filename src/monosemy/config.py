@@ -85,9 +85,18 @@ class ModelConfig:
     transcode: tuple[str, ...] = ()
     """Train transcoders at the layers instead: mlp, from what the MLP reads (after the norm) to what it
     writes, or two kinds of sites, such as resid_mid:mlp_out, which reads before the norm."""
+    crosscode: tuple[str, ...] = ()
+    """Train crosscoders instead, one for each of these kinds of sites, such as resid_post, over all of the
+    layers together."""
+    diff_model: str | None = None
+    """Compare the model with this one on the same tokens: crosscoders of both, one for each layer, or with
+    crosscode one over all layers. It needs the same tokenizer."""
+    diff_revision: Annotated[str, REVISION] | None = None
+    """Revision of that model on the hub."""
     sites: tuple[str, ...] = ()
     """Further places to read: resid_pre.3, resid_mid.3, mlp_in.3, mlp_out.3, attn_out.3, a module's path, or
-    blocks.3.hook_resid_post; and pairs of them for transcoders, resid_mid.3:mlp_out.3.
+    blocks.3.hook_resid_post; pairs of them for transcoders, resid_mid.3:mlp_out.3; groups of them for
+    crosscoders, resid_post.3+resid_post.5, in which resid_post.3@other is diff_model's.
 
     resid_mid is the residual stream between attention and MLP, mlp_in what the MLP reads.
     """
@@ -178,6 +187,11 @@ class SAEConfig:
     """L1 penalties of gated."""
     skip_connection: bool = False
     """Give transcoders a linear map of what they read beside their latents."""
+    crosscoder_mask: Literal["full", "causal", "dedicated"] = "full"
+    """What a crosscoder's latents read and write: full: every source; causal: sources up to their own are
+    read, from their own on written; dedicated: a share of them belongs to each source alone."""
+    dedicated_share: Annotated[float, FRACTION] = 0.05
+    """Share of the latents that a dedicated mask gives to each source."""
     auxk_alpha: Annotated[float, AT_LEAST_0] = 1 / 32
     """Weight of the TopK kinds' auxiliary loss on dead latents."""
     bandwidth: Annotated[float, ABOVE_0] = 0.001

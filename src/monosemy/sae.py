@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,6 @@ from monosemy.limits import ArchitectureMemory
 from monosemy.ops import Constraint
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -173,6 +170,42 @@ class SAE(nn.Module, ABC):
         """Return what the latents are to reconstruct of y."""
         return y_BD
 
+    # what a crosscoder does otherwise
+
+    @property
+    def family(self) -> dict[str, Any]:
+        """What a configuration says of anything but an autoencoder."""
+        return {}
+
+    @property
+    def target_widths(self) -> tuple[int, ...]:
+        """The widths of what is reconstructed, by site."""
+        return (self.d_out,)
+
+    def penalty_norms(self, codes: Codes) -> Tensor:
+        """Return what a penalty weighs each latent by where the decoder is free, [F]."""
+        return codes.row_norms(self.W_dec)
+
+    def adjust_gradients_(self, grads: dict[str, Tensor]) -> None:
+        """Take out of the gradients what the update may not change."""
+
+    def renormalize_(self, updated: Tensor) -> bool:
+        """Bring the weights back to what they are kept at, where they were updated; return whether any
+        are."""
+        return False
+
+    def decoder_norms(self) -> Tensor:
+        """Return what folding divides each decoder row by, [F]."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
+
+    def comparable_weights(self) -> tuple[Tensor, Tensor]:
+        """Return encoder and decoder rows, [F, D] each, in units that are the same at all sites."""
+        return self.W_enc, self.W_dec
+
+    def decoder_at(self, place: int) -> Tensor:
+        """Return what is written to one of the sites that are reconstructed, [F, D]."""
+        return self.W_dec
+
     # what every architecture has
 
     @classmethod
@@ -260,6 +293,7 @@ class SAE(nn.Module, ABC):
         return {
             **self.metadata,
             **kind,
+            **self.family,
             **self.known_settings,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -329,9 +363,9 @@ class SAE(nn.Module, ABC):
         return latents
 
     @torch.no_grad()
-    def fold_norm_factor_(self, factor: float, target_factor: float | None = None) -> None:
+    def fold_norm_factor_(self, factor: float, *others: float) -> None:
         """Take in the factor that training divided activations by: an SAE of x / factor becomes one of x, f
-        in the units of x. A transcoder's target has a factor of its own."""
+        in the units of x. What reads or reconstructs several sites has a factor of each."""
         for name in self.scaled:
             getattr(self, name).mul_(factor)
 
@@ -339,7 +373,7 @@ class SAE(nn.Module, ABC):
     def fold_decoder_norm_(self) -> None:
         """Move each decoder row's norm into the latent's encoder and biases; the function of x stays as it
         is."""
-        norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
+        norm_F = self.decoder_norms()
         norm_F = torch.where(norm_F > 0, norm_F, 1)
         self.W_dec.div_(norm_F[:, None])
         self.W_enc.mul_(norm_F[:, None])
@@ -450,37 +484,3 @@ def architecture(name: str) -> type[SAE]:
         remedy = "register it with monosemy.register, or correct the name"
         raise invalid("architecture", name, ", ".join(sorted(known)), remedy)
     return known[name]
-
-
-# what tensors were called in files before version 2 of the layout; such folders and checkpoints load for ever
-FORMER_NAMES = {
-    "W_enc_FD": "W_enc",
-    "b_enc_F": "b_enc",
-    "W_dec_FD": "W_dec",
-    "b_dec_D": "b_dec",
-    "threshold_F": "threshold",
-    "b_mag_F": "b_mag",
-    "r_mag_F": "r_mag",
-    "queue_Q2": "queue",
-}
-
-
-def current_names(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Rename tensors that an earlier version wrote; a name may have a prefix, as in `optimizer.m.W_enc_FD`.
-
-    Raises ValueError where one tensor is there under both names.
-    """
-    parted = {name: name.rpartition(".") for name in tensors}
-    renamed = {
-        prefix + dot + FORMER_NAMES.get(last, last): tensors[name]
-        for name, (prefix, dot, last) in parted.items()
-    }
-    if len(renamed) < len(tensors):
-        twice = sorted(name for name in tensors if name not in renamed)
-        raise invalid(
-            "tensors",
-            ", ".join(twice),
-            "each under its present name or its former one",
-            "copy the file again",
-        )
-    return renamed

@@ -110,21 +110,17 @@ class Transcoder(SAE):
         return y_hat if self.W_skip is None else y_hat + x.to(self.dtype) @ self.W_skip.T
 
     @torch.no_grad()
-    def fold_norm_factor_(self, factor: float, target_factor: float | None = None) -> None:
+    def fold_norm_factor_(self, factor: float, *others: float) -> None:
         """Take in the factors that training divided x and y by; f comes in the units of y."""
-        target_factor = factor if target_factor is None else target_factor
+        (target_factor,) = others or (factor,)
         super().fold_norm_factor_(target_factor)
         self.W_enc.mul_(target_factor / factor)
         if self.W_skip is not None:
             self.W_skip.mul_(target_factor / factor)
 
     @property
-    def cfg(self) -> dict[str, Any]:
-        return super().cfg | {
-            "transcode": True,
-            "d_out": self.d_out,
-            "skip_connection": self.skip_connection,
-        }
+    def family(self) -> dict[str, Any]:
+        return {"transcode": True, "d_out": self.d_out, "skip_connection": self.skip_connection}
 
     def extra_repr(self) -> str:
         widths, *settings = super().extra_repr().split(", d_sae", 1)
@@ -139,28 +135,3 @@ def transcoder(name: str) -> type[Transcoder]:
     constraint = "free" if kind.always_sparse else kind.constraint
     its_own = {"__doc__": Transcoder.__doc__, "constraint": constraint}
     return type(f"{kind.__name__}Transcoder", (Transcoder, kind), its_own)
-
-
-def build(
-    name: str,
-    d_in: int,
-    d_sae: int,
-    *,
-    transcode: bool = False,
-    d_out: int | None = None,
-    skip_connection: bool = False,
-    **settings: Any,
-) -> SAE:
-    """Build an SAE of an architecture, or its transcoder, with weights of zero.
-
-    Raises ValueError for an unknown architecture or setting, and for what only a transcoder has without
-    `transcode`.
-    """
-    if transcode:
-        kind = transcoder(name)
-        return kind(d_in, d_sae, d_out=d_out, skip_connection=skip_connection, **settings)
-    if skip_connection:
-        raise invalid("skip_connection", True, "False without transcode", "set transcode, too")
-    if d_out not in (None, d_in):
-        raise invalid("d_out", d_out, f"{d_in}, the SAE's d_in, without transcode", "set transcode, too")
-    return architecture(name)(d_in, d_sae, **settings)

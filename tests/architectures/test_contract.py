@@ -258,7 +258,7 @@ def test_odd_batches_stay_finite(name, x):
 def test_a_finished_sae_takes_raw_activations(name):
     """Training on x / factor - center and folding both in is the same function as doing so by hand."""
     m = trained(name, 100)
-    m.norm_factor = 7.5
+    m.norm_factors = (7.5,)
     sae, unscaled, center_D = m.finished(), copy.deepcopy(m.sae), m.center_D if m.centered else torch.zeros(D)
     assert m.sae.centered == bool(center_D.any())
     x = batch(3)
@@ -363,7 +363,7 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
 def test_it_can_begin_from_another_s_weights(name):
     sae = trained(name).finished()
     spec = SAESpec(name, F, settings=SETTINGS[name], init_from=sae)
-    begun = LoneTrainer("x", spec, D, Schedule.of_run(10, B), norm_factor=2.0)
+    begun = LoneTrainer("x", spec, D, Schedule.of_run(10, B), norm_factors=(2.0,))
     assert torch.allclose(begun.finished()(batch(1)), sae(batch(1)), atol=1e-5)
     begun.step(batch(1) / 2, 0)
     with pytest.raises(ValueError, match="init_from"):

@@ -63,12 +63,12 @@ def test_batches_are_the_block_permuted_and_scaled(lm, make, site):
     served = int(SERVED * len(rows)) // B
     batches = torch.cat([batch[site] for batch in take(stream, served)])
     factor = float(rows.double().pow(2).sum(1).mean().sqrt())
-    assert stream.norm_factor[site] == pytest.approx(factor, rel=1e-6)
+    assert stream.norm_factors[site][0] == pytest.approx(factor, rel=1e-6)
     assert float(batches.pow(2).sum(1).mean()) == pytest.approx(1, rel=0.1)
-    wanted = {tuple(row) for row in (rows / stream.norm_factor[site]).tolist()}
+    wanted = {tuple(row) for row in (rows / stream.norm_factors[site][0]).tolist()}
     got = [tuple(row) for row in batches.tolist()]
     assert set(got) <= wanted and len(set(got)) >= len(got) - (len(rows) - len(wanted))
-    assert not torch.equal(batches, rows[: len(batches)] / stream.norm_factor[site])
+    assert not torch.equal(batches, rows[: len(batches)] / stream.norm_factors[site][0])
     assert stream.counts["tokens"] == 40 * L and stream.counts["tokens left out as special"] == 40 * L - len(
         rows
     )
@@ -294,13 +294,13 @@ def test_a_state_is_enough_to_go_on(make, loud, forwards, position):
     take(again, position % 3)
     forwards.clear()
     again.load_state_dict(state)
-    assert again.state_dict() == state and [again.width(site) for site in SITES] == [24] * len(SITES)
+    assert again.state_dict() == state and [again.widths(site) for site in SITES] == [(24,)] * len(SITES)
     first = [again.next()]
     assert len(forwards) <= 10  # one block, even where the state is of a block's end
     assert equal(first + take(again, 39 - position), wanted[position:])
     assert (
         again.state_dict() == whole.state_dict()
-        and again.norm_factor == whole.norm_factor
+        and again.norm_factors == whole.norm_factors
         and again.text_counts == whole.text_counts
     )
 
@@ -393,10 +393,10 @@ def test_norm_outliers_are_left_out_and_counted(lm, make, monkeypatch):
         and stream.counts[f"{quiet}: norm outliers left out"] == 0
     )
     assert max(float(b[loud].norm(dim=1).max()) for b in batches) < 10
-    assert stream.norm_factor[loud] == pytest.approx(plain.norm_factor[loud], rel=0.05)
+    assert stream.norm_factors[loud][0] == pytest.approx(plain.norm_factors[loud][0], rel=0.05)
     kept = make(norm_multiple=0.0)
     take(kept, 1)
-    assert kept.norm_factor[loud] > 10 * plain.norm_factor[loud]
+    assert kept.norm_factors[loud][0] > 10 * plain.norm_factors[loud][0]
 
 
 def test_special_tokens_can_be_kept(make):
@@ -431,5 +431,5 @@ def test_smollm2_s_sink_stays_out():
     batch = stream.next()[site]
     sink = lm.activations(torch.tensor([[contexts.bos_id, 5, 6]]))[site][0, 0].norm()
     assert 15_000 < float(sink) < 30_000
-    assert 100 < stream.norm_factor[site] < 200
+    assert 100 < stream.norm_factors[site][0] < 200
     assert float(batch.norm(dim=1).max()) < 10

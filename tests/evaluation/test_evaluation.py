@@ -54,7 +54,7 @@ def contexts() -> Tensor:
 class Stub(nn.Module):
     """What the evaluation asks of an SAE, around two functions."""
 
-    name, d_in, d_out, modes = "stub", D, D, ("default",)
+    name, d_in, d_out, target_widths, modes = "stub", D, D, (D,), ("default",)
 
     def __init__(
         self, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], d_sae: int = D
@@ -74,6 +74,7 @@ class BatchTopK(nn.Module):
     """Random directions; k N of them are kept, or those above a threshold."""
 
     name, d_in, d_out, d_sae, modes = "batch_top_k", D, D, 64, ("threshold", "top_k")
+    target_widths = (D,)
 
     def __init__(self, k: int, threshold: float) -> None:
         super().__init__()
@@ -225,8 +226,9 @@ def test_the_interval_is_the_bootstrap_of_the_ratio(lm: LanguageModel, contexts:
     weights = on_model._bootstrap(100, 0)
     assert weights.shape == (1000, 100) and bool((weights.sum(1) == 100).all())
     one = torch.ones(100, dtype=torch.float64)
-    assert on_model._interval(one / 2, one, weights) == (0.5, 0.5)
-    low, high = on_model._interval((torch.arange(100) < 50).double(), one, weights)
+    assert on_model._interval(on_model._draws(one / 2, one, weights)) == (0.5, 0.5)
+    halves = (torch.arange(100) < 50).double()
+    low, high = on_model._interval(on_model._draws(halves, one, weights))
     assert (low, high) == (pytest.approx(0.4, abs=0.03), pytest.approx(0.6, abs=0.03))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import monosemy
 from benchmarks.alone import LoneTrainer
 from monosemy.formats import convert
-from monosemy.sae import FORMER_NAMES, current_names
+from monosemy.former_names import FORMER_NAMES, current_names
 from monosemy.schedule import Schedule
 from monosemy.training.trainer import FORMER_COUNTERS, SAESpec
 

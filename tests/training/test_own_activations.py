@@ -144,7 +144,7 @@ def test_variance_survives_a_large_mean():
     spread = metrics._Spread()
     for part in x_ND.split(1000):
         spread.add(part)
-    assert spread.variance == pytest.approx(float((x_ND - x_ND.mean(0)).square().sum()), rel=1e-9)
+    assert spread.variances([3]) == [pytest.approx(float((x_ND - x_ND.mean(0)).square().sum()), rel=1e-9)]
 
 
 # --- the report

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.errors import invalid
-from monosemy.lm.model import LanguageModel
-from monosemy.lm.pairs import AnySite, ends, parts
+from monosemy.lm.pairs import AnySite, by_site, of_parts, parts, reads
+from monosemy.lm.two_models import Models
 from monosemy.system.rng import generator
 
 SERVED = 0.98  # of the rows that the rules on tokens leave; the rest covers what sites drop by themselves
@@ -56,7 +56,7 @@ class ActivationStream:
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: Models,
         contexts: ContextStream,
         sites: Sequence[AnySite],
         *,
@@ -71,10 +71,9 @@ class ActivationStream:
         self.contexts_per_forward = contexts_per_forward
         self.contexts_per_block = -(-contexts_per_block // contexts_per_forward) * contexts_per_forward
         self.keep_special, self.norm_multiple = keep_special, norm_multiple
-        self.norm_factor: dict[AnySite, float] = {}
-        self.norm_limit: dict[AnySite, float] = {}
-        self.target_factor: dict[AnySite, float] = {}
-        """Of what pairs of sites have transcoders reconstruct."""
+        self.norm_factors: dict[AnySite, tuple[float, ...]] = {}
+        """Of each part of a row; the limits are of the parts that are read."""
+        self.norm_limits: dict[AnySite, tuple[float, ...]] = {}
         self.counts: Counter[str] = Counter()
         # called with the number of contexts of each forward
         self.on_contexts: Callable[[int], None] = lambda n: None
@@ -108,12 +107,12 @@ class ActivationStream:
         # a factor of one dimension makes half precision float32 in the division itself
         return {site: ring.read(taken) / self._scale[site] for site, ring in self._rings.items()}
 
-    def width(self, site: AnySite) -> int:
-        """Return the width of what an SAE at a site reads.
+    def widths(self, site: AnySite) -> tuple[int, ...]:
+        """Return the widths of the parts of a site's rows.
 
         None need have been read: a state at a block's end is restored without a forward.
         """
-        return self.lm.d_in(ends(site)[0])
+        return tuple(self.lm.d_in(part) for part in parts(site))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on with the next batch: JSON, without activations."""
@@ -122,11 +121,10 @@ class ActivationStream:
             "next": self._next,
             "contexts": self._block.start,
             "counts": dict(self.counts),
-            "norm_factor": {str(s): v for s, v in self.norm_factor.items()},
-            "norm_limit": {str(s): v for s, v in self.norm_limit.items()},
+            "norm_factor": by_site(self.norm_factors),
+            "norm_limit": by_site(self.norm_limits),
         }
-        of_pairs = {str(s): v for s, v in self.target_factor.items()}
-        return state | ({"target_factor": of_pairs} if of_pairs else {})
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state: one block is read again.
@@ -134,10 +132,9 @@ class ActivationStream:
         What had been read of the next follows with the batches after the first.
         """
         self.contexts.load_state_dict(state["contexts"])
-        # versions without transcoders wrote no target factors
-        self.norm_factor, self.norm_limit, self.target_factor = (
-            {s: state[key][str(s)] for s in self.sites if str(s) in state.get(key, {})}
-            for key in ("norm_factor", "norm_limit", "target_factor")
+        self.norm_factors, self.norm_limits = (
+            {s: of_parts(state[key][str(s)]) for s in self.sites if str(s) in state[key]}
+            for key in ("norm_factor", "norm_limit")
         )
         self._begin(_Block(-1, state["contexts"], 0))
         if state["block"] >= 0:
@@ -185,46 +182,46 @@ class ActivationStream:
             self._scale[site] = self._aside.send(self._divisor(site))
 
     def _divisor(self, site: AnySite) -> Tensor:
-        """Return what a site's rows are divided by, [1]; of a pair each column's own."""
-        factor = self.norm_factor[site]
-        if site not in self.target_factor:
-            return torch.tensor([factor], dtype=torch.float32)
-        factors, widths = (factor, self.target_factor[site]), [self.lm.d_in(part) for part in parts(site)]
-        return torch.tensor(factors, dtype=torch.float32).repeat_interleave(torch.tensor(widths))
+        """Return what a site's rows are divided by, [1]; of several parts each column's own."""
+        factors = torch.tensor(self.norm_factors[site], dtype=torch.float32)
+        return factors if len(factors) == 1 else factors.repeat_interleave(torch.tensor(self.widths(site)))
 
     def _ordered(self, site: AnySite, norm_PR: Tensor) -> tuple[Tensor, int]:
         """Return the numbers of the rows that a site serves, in their order, and how many of them differ.
 
-        Of a pair a row is left out by the norm of what is read.
+        A row is left out by the norms of what is read.
         """
-        finite_R, norm_R = norm_PR.isfinite().all(0), norm_PR[0]
-        if site not in self.norm_factor:
+        finite_R, read_PR = norm_PR.isfinite().all(0), norm_PR[: len(reads(site))]
+        if site not in self.norm_factors:
             if not finite_R.any():
                 allowed = f"a precision in which activations of {site} are finite"
                 raise invalid("dtype", str(self.lm.dtype), allowed, "try float32")
-            limit = (
+            self.norm_limits[site] = tuple(
                 self.norm_multiple * float(norm_R[finite_R].median()) if self.norm_multiple else float("inf")
+                for norm_R in read_PR
             )
-            self.norm_limit[site] = limit
-            kept_R = finite_R & (norm_R <= limit)
-            self.norm_factor[site], *of_target = [
+            kept_R = finite_R & self._within(site, read_PR)
+            self.norm_factors[site] = tuple(
                 float(norm_R[kept_R].double().pow(2).mean().sqrt()) or 1.0 for norm_R in norm_PR
-            ]
-            if of_target:
-                self.target_factor[site] = of_target[0]
-        rows_N = (finite_R & (norm_R <= self.norm_limit[site])).nonzero().squeeze(1)
+            )
+        rows_N = (finite_R & self._within(site, read_PR)).nonzero().squeeze(1)
         if not len(rows_N):
-            rows_N = torch.arange(len(norm_R))  # the block is served as it is, for its steps to be skipped
+            # the block is served as it is, for its steps to be skipped
+            rows_N = torch.arange(len(finite_R))
         draw = generator(self.seed, "permutation", str(site), self._block.number)
         order = rows_N[torch.randperm(len(rows_N), generator=draw)]
         wanted = self._batches * self.batch
-        self.counts[f"{site}: rows"] += len(norm_R)
-        self.counts[f"{site}: norm outliers left out"] += len(norm_R) - len(rows_N)
+        self.counts[f"{site}: rows"] += len(finite_R)
+        self.counts[f"{site}: norm outliers left out"] += len(finite_R) - len(rows_N)
         self.counts[f"{site}: rows repeated"] += max(wanted - len(order), 0)
         self.counts[f"{site}: surplus rows"] += max(len(order) - wanted, 0)
         if len(order) < wanted:
             order = order.repeat(-(-wanted // max(len(order), 1)))
         return order[:wanted], len(rows_N)
+
+    def _within(self, site: AnySite, read_PR: Tensor) -> Tensor:
+        """Return the mask of rows whose norms are within the site's limits, [R]."""
+        return (read_PR <= torch.tensor(self.norm_limits[site], dtype=torch.float64)[:, None]).all(0)
 
     # reading
 

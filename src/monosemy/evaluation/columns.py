@@ -156,6 +156,20 @@ COLUMNS = (
         3,
     ),
     Column(
+        "first_only",
+        "First source only",
+        "Of a crosscoder's two sources, layers or models: latents that fired and whose decoder is the first "
+        "one's, with under a tenth of its norms at the second.",
+    ),
+    Column("shared", "Shared", "Latents that fired and are written about equally to both, 40 to 60 %."),
+    Column("second_only", "Second source only", "As the first, of the second source."),
+    Column(
+        "exclusive_but_in_both",
+        "Not exclusive",
+        "Latents of one source alone by their norms that latent scaling finds in the other one, too: nu of "
+        "the error over 0.2, or of the reconstruction over 0.5 (arXiv 2504.02922).",
+    ),
+    Column(
         "probing_auc_top_1",
         "Probe, 1 latent",
         "Mean AUC of probes that tell classes of texts apart by one latent.",

@@ -30,7 +30,8 @@ def encoder_decoder(sae: Any) -> Tensor:
     width."""
     if sae.d_in != sae.d_out:
         return torch.full((sae.d_sae,), torch.nan, device=sae.W_dec.device)
-    return (unit_rows(sae.W_enc) * unit_rows(sae.W_dec)).sum(1)
+    W_enc, W_dec = sae.comparable_weights()
+    return (unit_rows(W_enc) * unit_rows(W_dec)).sum(1)
 
 
 @torch.inference_mode()
@@ -95,7 +96,7 @@ class Geometry:
 
 def geometry(sae: Any) -> Geometry:
     """Compare all pairs of decoder rows; F^2 D products, so it is done once for the row and the pages."""
-    return Geometry(*nearest(sae.W_dec), encoder_decoder(sae))
+    return Geometry(*nearest(sae.comparable_weights()[1]), encoder_decoder(sae))
 
 
 def norm_map(lm: LanguageModel) -> Tensor:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,8 @@ class LatentStats:
         self.histogram = ActivationHistogram(d_sae, self.device)
         self.top = TopContexts(d_sae, self.device)
         self.sampled = OctaveReservoir(d_sae, self.salt, self.device)
+        self.beside: dict[str, np.ndarray] = {}
+        """Columns [F] that an evaluation adds to what is gathered."""
 
     def add(self, f_NF: Tensor, at_N: Tensor) -> None:
         """Add the codes of tokens of whole contexts. `at_N` are their places, context * L + position,

@@ -164,25 +164,23 @@ def statistics(
     column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
     column("page_candidates", g.sampled.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
     if len(latents_P):
-        near_PM, cosine_PM = neighbors(sae.W_dec, latents_P)
+        near_PM, cosine_PM = neighbors(sae.comparable_weights()[1], latents_P)
         column("page_near", near_PM, np.uint32)
         column("page_near_cosine", cosine_PM, np.float32)
-    return columns
+    return columns | g.beside
 
 
 def effects(
-    sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, masked_V: Tensor
+    sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, masked_V: Tensor, place: int = 0
 ) -> dict[str, np.ndarray]:
-    """Return the columns of what some latents promote and suppress, [P, ..]; none for a site that does not
-    write into the residual stream."""
-    if (
-        not len(latents_P)
-        or site.kind == "module"
-        or sae.d_out != lm.model.get_output_embeddings().weight.shape[1]
-    ):
+    """Return the columns of what some latents promote and suppress, [P, ..], by what they write to a site,
+    the SAE's at `place`; none for a site that does not write into the residual stream."""
+    W_dec_FD = sae.decoder_at(place)
+    width = lm.model.get_output_embeddings().weight.shape[1]
+    if not len(latents_P) or site.kind == "module" or W_dec_FD.shape[1] != width:
         return {}
     rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(lm.device)
-    found = logit_effects(sae.W_dec[rows_P], lm, masked_V.to(lm.device))
+    found = logit_effects(W_dec_FD[rows_P], lm, masked_V.to(lm.device))
     names = ("page_promotes", "page_promotes_z", "page_suppresses", "page_suppresses_z")
     dtypes = (np.int32, np.float32) * 2
     return {name: x.cpu().numpy().astype(dtype) for name, x, dtype in zip(names, found, dtypes, strict=True)}

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from monosemy.crosscoder import Crosscoder
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, ratio
+from monosemy.evaluation.diffing import LatentScaling, comparable
 from monosemy.evaluation.geometry import geometry
 from monosemy.evaluation.latent_stats import LatentStats
 from monosemy.evaluation.latents import ALWAYS, DENSE
@@ -80,7 +82,10 @@ def evaluate(
     rows = []
     for name in (name for name in named if not missing.lacks(ROWS, name)):
         sae = named[name]
-        columns = {mode: reconstruction_columns(of, spread.variance) for mode, of in sums[name].items()}
+        columns = {
+            mode: reconstruction_columns(of, spread.variances(sae.target_widths))
+            for mode, of in sums[name].items()
+        }
         info: Row = {
             "site": site,
             "layer": None,
@@ -89,6 +94,7 @@ def evaluate(
             "sparsity_setting": sae.sparsity_setting,
         }
         row = make_row(name, sae, info | {"sparsity": getattr(sae.settings, sae.sparsity_setting)}, columns)
+        row |= diffing_columns(sae, sums[name])
         with missing.part("decoder geometry", name):
             row |= geometry(sae).columns()
         rows.append(row)
@@ -182,7 +188,7 @@ class _Spread:
 
     def __init__(self) -> None:
         self.rows, self.about_D = 0, torch.zeros(())
-        self.sum_D = self.squares = torch.zeros((), dtype=torch.float64)
+        self.sum_D = self.square_D = torch.zeros((), dtype=torch.float64)
 
     def add(self, x_ND: Tensor) -> None:
         if not self.rows:
@@ -190,44 +196,31 @@ class _Spread:
         moved_ND = x_ND.double() - self.about_D
         self.rows += len(x_ND)
         self.sum_D = moved_ND.sum(0) + self.sum_D.to(x_ND.device)
-        self.squares = moved_ND.square().sum() + self.squares.to(x_ND.device)
+        self.square_D = moved_ND.square().sum(0) + self.square_D.to(x_ND.device)
 
-    @property
-    def variance(self) -> float:
-        """The summed squared distance from the mean."""
-        return max(float(self.squares - self.sum_D.square().sum() / self.rows), 0.0)
+    def variances(self, widths: Sequence[int]) -> list[float]:
+        """Return the summed squared distance from the mean, of each part of the rows."""
+        of_parts = (self.square_D - self.sum_D.square() / self.rows).split(list(widths))
+        return [max(float(of_part.sum()), 0.0) for of_part in of_parts]
 
 
 # --- sums ---------------------------------------------------------------------------------------------------
 
 
-class ReconstructionSums:
-    """Sums over tokens of one SAE in one mode, from which `reconstruction_columns` makes columns."""
+class PartSums:
+    """Sums over tokens of one part of what an SAE reconstructs: all of it, but for a crosscoder's sources."""
 
-    def __init__(self, sae: SAE, device: torch.device, seen: LatentStats | None = None) -> None:
-        self.tokens, self.seen = 0, seen
-        self.fired_F = torch.zeros(sae.d_sae, dtype=torch.long, device=device)
-        self.residual_D = torch.zeros(sae.d_out, dtype=torch.float64, device=device)
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.residual_D = torch.zeros(width, dtype=torch.float64, device=device)
         self.of: dict[str, Tensor] = {}
 
-    def add(self, x_ND: Tensor, y_ND: Tensor, sae: SAE, mode: str, at_N: Tensor) -> Tensor:
-        """Encode counted tokens, whose places are `at_N`, and decode them to y, which is x for an
-        autoencoder; returns the reconstruction [N, D]."""
-        f_NF = sae.encode(x_ND, mode=mode)
-        if self.seen is not None:
-            self.seen.add(f_NF, at_N)
-        hat_ND = sae.reconstruct(f_NF, x_ND)
+    def add(self, y_ND: Tensor, hat_ND: Tensor) -> None:
         residual_ND = y_ND - hat_ND
-        fired_NF = f_NF != 0
         y_norm_N, hat_norm_N, error_N = (v.norm(dim=1).double() for v in (y_ND, hat_ND, residual_ND))
         dot_N = (y_ND * hat_ND).sum(1).double()
         tiny = torch.finfo(torch.float32).tiny  # a zero vector has cosine and ratio 0
-        self.tokens += len(x_ND)
-        self.fired_F += fired_NF.sum(0)
         self.residual_D += residual_ND.double().sum(0)
         new = {
-            "l0": fired_NF.sum(),
-            "l1": f_NF.abs().sum(1).double().sum(),
             "error": error_N.sum(),
             "squared_error": error_N.square().sum(),
             "cosine": (dot_N / (y_norm_N * hat_norm_N).clamp(min=tiny)).sum(),
@@ -236,6 +229,51 @@ class ReconstructionSums:
             "dot": dot_N.sum(),
         }
         self.of = {key: value + self.of.get(key, 0) for key, value in new.items()}
+
+    def columns(self, n: int, variance: float) -> Row:
+        """Return the columns of n tokens."""
+        of = {key: float(value) for key, value in self.of.items()}
+        # dictionary_learning's variance is about the residual's own mean, so that a constant error is free;
+        # FVU's is not.
+        residual_variance = of["squared_error"] - float(self.residual_D.square().sum()) / n
+        return {
+            "l2_loss": of["error"] / n,
+            "frac_variance_explained": 1 - ratio(residual_variance, variance),
+            "cossim": of["cosine"] / n,
+            "l2_ratio": of["ratio"] / n,
+            "relative_reconstruction_bias": ratio(of["hat_squared"], of["dot"]),
+            "mse": of["squared_error"] / n,
+            "fvu": ratio(of["squared_error"], variance),
+        }
+
+
+class ReconstructionSums:
+    """Sums over tokens of one SAE in one mode, from which `reconstruction_columns` makes columns."""
+
+    def __init__(self, sae: SAE, device: torch.device, seen: LatentStats | None = None) -> None:
+        self.tokens, self.seen = 0, seen
+        self.fired_F = torch.zeros(sae.d_sae, dtype=torch.long, device=device)
+        self.active = self.total = torch.zeros((), device=device)
+        self.parts = [PartSums(width, device) for width in sae.target_widths]
+        self.scaling = LatentScaling(sae, device) if isinstance(sae, Crosscoder) and comparable(sae) else None
+
+    def add(self, x_ND: Tensor, y_ND: Tensor, sae: SAE, mode: str, at_N: Tensor) -> Tensor:
+        """Encode counted tokens, whose places are `at_N`, and decode them to y, which is x for an
+        autoencoder; returns the reconstruction [N, D]."""
+        f_NF = sae.encode(x_ND, mode=mode)
+        if self.seen is not None:
+            self.seen.add(f_NF, at_N)
+        hat_ND = sae.reconstruct(f_NF, x_ND)
+        fired_NF = f_NF != 0
+        self.tokens += len(x_ND)
+        self.fired_F += fired_NF.sum(0)
+        self.active = self.active + fired_NF.sum()
+        self.total = self.total + f_NF.abs().sum(1).double().sum()
+        of_parts = (z_ND.split(sae.target_widths, 1) for z_ND in (y_ND, hat_ND))
+        for part, y, hat in zip(self.parts, *of_parts, strict=True):
+            part.add(y, hat)
+        if self.scaling is not None:
+            self.scaling.add(f_NF, y_ND, hat_ND)
         return hat_ND
 
 
@@ -261,34 +299,62 @@ def make_row(name: str, sae: SAE, info: Row, columns: Mapping[str, Row]) -> Row:
     return row
 
 
+def finite_row(row: Row) -> Row:
+    """Return a row as JSON can hold it: None for what is not finite."""
+    return {key: _finite(value) for key, value in row.items()}
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def reconstruction_columns(sums: ReconstructionSums, variance: float) -> Row:
-    """Return the columns that need no language model, of one SAE in one mode.
+def diffing_columns(sae: SAE, sums: Mapping[str, ReconstructionSums]) -> Row:
+    """Return the columns that compare two models, of a crosscoder of both; none for anything else. Those of
+    latents go to what is gathered of them."""
+    of = sums[sae.modes[0]]
+    if of.scaling is None or not isinstance(sae, Crosscoder):
+        return {}
+    if of.seen is not None:
+        of.seen.beside |= of.scaling.columns(sae)
+    return of.scaling.row(sae)
+
+
+def mean_of(rows: Sequence[Row]) -> Row:
+    """Return the mean of each number over the parts of what an SAE reconstructs, None where one lacks it."""
+    return {
+        key: None if any(row[key] is None for row in rows) else sum(row[key] for row in rows) / len(rows)
+        for key in rows[0]
+    }
+
+
+def part_columns(sums: ReconstructionSums, variances: Sequence[float]) -> list[Row]:
+    """Return the columns of each part of what an SAE reconstructs."""
+    pairs = zip(sums.parts, variances, strict=True)
+    return [part.columns(sums.tokens, variance) for part, variance in pairs]
+
+
+def reconstruction_columns(sums: ReconstructionSums, variances: Sequence[float]) -> Row:
+    """Return the columns that need no language model, of one SAE in one mode, given the variance of each part
+    of what it reconstructs: those of several parts are their mean.
 
     First dictionary_learning's, under its names, then ours.
     """
-    n, of = sums.tokens, {key: float(value) for key, value in sums.of.items()}
-    # dictionary_learning's variance is about the residual's own mean, so that a constant error is free; FVU's
-    # is not.
-    residual_variance = of["squared_error"] - float(sums.residual_D.square().sum()) / n
+    n, of = sums.tokens, mean_of(part_columns(sums, variances))
     frequency_F = sums.fired_F.double() / n
     fires_F = frequency_F > 0
     edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float64, device=frequency_F.device)
     bins = torch.bucketize(frequency_F[fires_F].log10(), edges, right=True)
     return {
-        "l2_loss": of["error"] / n,
-        "l1_loss": of["l1"] / n,
-        "l0": of["l0"] / n,
-        "frac_variance_explained": 1 - ratio(residual_variance, variance),
-        "cossim": of["cosine"] / n,
-        "l2_ratio": of["ratio"] / n,
-        "relative_reconstruction_bias": ratio(of["hat_squared"], of["dot"]),
+        "l2_loss": of["l2_loss"],
+        "l1_loss": float(sums.total) / n,
+        "l0": float(sums.active) / n,
+        "frac_variance_explained": of["frac_variance_explained"],
+        "cossim": of["cossim"],
+        "l2_ratio": of["l2_ratio"],
+        "relative_reconstruction_bias": of["relative_reconstruction_bias"],
         "frac_alive": float(fires_F.double().mean()),
-        "mse": of["squared_error"] / n,
-        "fvu": ratio(of["squared_error"], variance),
+        "mse": of["mse"],
+        "fvu": of["fvu"],
         "never_fired": int((~fires_F).sum()),
         "dense": int((frequency_F > DENSE).sum()),
         "always_on": int((frequency_F > ALWAYS).sum()),

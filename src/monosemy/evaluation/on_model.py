@@ -20,15 +20,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from monosemy.crosscoder import Crosscoder
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, ratio
 from monosemy.evaluation.latent_stats import LatentStats
-from monosemy.evaluation.metrics import ROWS, ReconstructionSums, make_row, new_sums, reconstruction_columns
+from monosemy.evaluation.metrics import (
+    ROWS,
+    ReconstructionSums,
+    diffing_columns,
+    finite_row,
+    make_row,
+    mean_of,
+    new_sums,
+    part_columns,
+    reconstruction_columns,
+)
 from monosemy.evaluation.missing import Missing
 from monosemy.limits import HEAD_ELEMENTS, SELECTION_TOKENS
 from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel
-from monosemy.lm.pairs import AnySite, SitePair, ends, parts, single_sites
+from monosemy.lm.pairs import AnySite, SiteGroup, SitePair, of_parts, parts, reads, single_sites, writes
+from monosemy.lm.two_models import Models
 from monosemy.system import rng
 from monosemy.system.progress import Progress
 from monosemy.transcoder import Transcoder
@@ -37,6 +49,7 @@ if TYPE_CHECKING:
     from monosemy.sae import SAE
 
 Key = tuple[str, str]  # an SAE and its mode, or one of the baselines
+Limits = float | Sequence[float] | None
 
 LOSSES = "losses"  # the part of an evaluation that a site's SAEs may lack
 CLEAN, ZERO, MEAN = ("", "clean"), ("", "zero"), ("", "mean")  # the baselines
@@ -45,14 +58,14 @@ DRAWS = 1000  # of the bootstrap
 
 @torch.inference_mode()
 def evaluate_on_model(
-    lm: LanguageModel,
+    lm: Models,
     saes: Mapping[str, tuple[AnySite, SAE]],
     contexts_CL: Tensor,
     *,
     ignore_ids: Tensor,
     batch_size: int = 8,
     splice_contexts: int | None = None,
-    norm_limits: Mapping[AnySite, float | None] | None = None,
+    norm_limits: Mapping[AnySite, Limits] | None = None,
     info: Mapping[str, Mapping[str, Any]] | None = None,
     gather: Mapping[str, LatentStats] | None = None,
     seed: int = 0,
@@ -65,11 +78,12 @@ def evaluate_on_model(
     The model runs `batch_size` contexts at a time; what lies before a site runs once for all its SAEs.
     Splicing costs each SAE (and each of its modes) a run of everything after the site: `splice_contexts`
     limits it to the first contexts, 0 leaves it out; the row counts the tokens of both. An SAE with a second
-    mode has that mode's columns under its name: `top_k_fvu` beside `fvu`. `norm_limits` are norms of
-    activations, `info` adds columns to a row; `gather` sees the codes of every SAE that it names, in the
-    SAE's first mode. With `sae_bench` zero ablation replaces every token, counted or not, and KL is also
-    taken at a context's end: SAEBench's rules. With `missing` an SAE that fails has no row, and the SAEs of a
-    site that cannot be spliced have rows without losses; it lists them.
+    mode has that mode's columns under its name: `top_k_fvu` beside `fvu`. A crosscoder's columns are means
+    over its sources, each of which is spliced by itself; `by_site` has those of each. `norm_limits` are norms
+    of activations, one of each place that is read; `info` adds columns to a row; `gather` sees the codes of
+    every SAE that it names, in the SAE's first mode. With `sae_bench` zero ablation replaces every token,
+    counted or not, and KL is also taken at a context's end: SAEBench's rules. With `missing` an SAE that
+    fails has no row, and the SAEs of a site that cannot be spliced have rows without losses; it lists them.
     Raises ValueError for a site that the model was not loaded with, and without `missing` for contexts
     without a counted token, and a model that lacks its head or cannot be resumed where something is to be
     spliced.
@@ -81,7 +95,7 @@ def evaluate_on_model(
     for name, (site, sae) in saes.items():
         of_site.setdefault(site, {})[name] = sae
     sites = {
-        site: _SiteEvaluation(site, named, ignore_ids, (norm_limits or {}).get(site) or math.inf)
+        site: _SiteEvaluation(site, named, ignore_ids, (norm_limits or {}).get(site))
         for site, named in of_site.items()
     }
     for one in sites.values():
@@ -106,7 +120,7 @@ def evaluate_on_model(
 
 
 def _check_inputs(
-    lm: LanguageModel,
+    lm: Models,
     saes: Mapping[str, tuple[AnySite, SAE]],
     contexts_CL: Tensor,
     splice_contexts: int | None,
@@ -121,8 +135,11 @@ def _check_inputs(
             "splice_contexts", splice_contexts, "0 or more", "leave it out to splice into all contexts"
         )
     for name, (site, sae) in saes.items():
-        if isinstance(sae, Transcoder) != isinstance(site, SitePair):
-            allowed = "a pair of sites for a transcoder, one site for an autoencoder"
+        fits = isinstance(sae, Transcoder) == isinstance(site, SitePair)
+        if not fits or isinstance(sae, Crosscoder) != isinstance(site, SiteGroup):
+            allowed = (
+                "a pair of sites for a transcoder, a group for a crosscoder, one site for an autoencoder"
+            )
             raise invalid("site", str(site), allowed, f"name what {name} reads and what it reconstructs")
         if not set(parts(site)) <= set(lm.sites):
             raise invalid(
@@ -133,38 +150,44 @@ def _check_inputs(
 
 class _SiteEvaluation:
     """Accumulators of one site: mean, variance, its SAEs' sums, and losses of all runs, those of the
-    baselines included."""
+    baselines included. Of a group of sites each is replaced by itself."""
 
-    def __init__(self, site: AnySite, saes: Mapping[str, SAE], ignore_ids: Tensor, norm_limit: float) -> None:
-        self.read, self.replaced = ends(site)
-        self.site, self.saes, self.ignore_ids, self.norm_limit = site, saes, ignore_ids, norm_limit
+    def __init__(self, site: AnySite, saes: Mapping[str, SAE], ignore_ids: Tensor, limits: Limits) -> None:
+        self.read, self.replaced = reads(site), writes(site)
+        self.site, self.saes, self.ignore_ids = site, saes, ignore_ids
+        self.norm_limits = of_parts(limits) if limits else (math.inf,) * len(self.read)
         self.spliced = 0  # contexts
         self.tokens, self.sum_D = 0, torch.zeros(())
-        self.mean_D = self.variance = torch.zeros(())
+        self.mean_D = torch.zeros(())
+        self.variances: list[Tensor] = []
         self.sums: dict[str, dict[str, ReconstructionSums]] = {}
-        self.losses: dict[Key, _Losses] = {}
+        self.losses: dict[Site, dict[Key, _Losses]] = {}
 
-    def check_splicing(self, lm: LanguageModel, ids_1L: Tensor, contexts: int, missing: Missing) -> None:
+    def check_splicing(self, lm: Models, ids_1L: Tensor, contexts: int, missing: Missing) -> None:
         """Set how many contexts are spliced into: none where the model cannot be run from the site."""
         self.spliced = contexts
         if contexts:
             with missing.part(LOSSES, str(self.site)):
-                _check_splicing(lm, ids_1L, self.replaced, contexts)
+                for site in self.replaced:
+                    _check_splicing(lm.of(site), ids_1L, site, contexts)
             self._stop_splicing_if(missing)
 
     def _stop_splicing_if(self, missing: Missing) -> None:
         if missing.lacks(LOSSES, str(self.site)):
             self.spliced = 0
 
-    def counted(self, ids_BL: Tensor, x_BLD: Tensor) -> Tensor:
-        """Return the mask of the tokens that are counted."""
-        mask_BL = ~torch.isin(ids_BL, self.ignore_ids) & (x_BLD.float().norm(dim=-1) <= self.norm_limit)
+    def counted(self, ids_BL: Tensor, read: Sequence[Tensor]) -> Tensor:
+        """Return the mask of the tokens that are counted, given what is read, [B, L, D] each."""
+        mask_BL = ~torch.isin(ids_BL, self.ignore_ids)
+        for x_BLD, limit in zip(read, self.norm_limits, strict=True):
+            mask_BL &= x_BLD.float().norm(dim=-1) <= limit
         mask_BL[:, 0] = False
         return mask_BL
 
     def add_to_mean(self, ids_BL: Tensor, found: Mapping[Site, Tensor]) -> None:
         """Add a batch's counted tokens to the mean."""
-        y_ND = found[self.replaced][self.counted(ids_BL, found[self.read])]
+        mask_BL = self.counted(ids_BL, [found[site] for site in self.read])
+        y_ND = _beside([found[site][mask_BL] for site in self.replaced])
         self.tokens += len(y_ND)
         self.sum_D = self.sum_D.to(y_ND.device) + y_ND.double().sum(0)
 
@@ -179,18 +202,25 @@ class _SiteEvaluation:
     def start(self, C: int, device: torch.device, gather: Mapping[str, LatentStats]) -> None:
         """Make the accumulators of the second pass, in which the mean is known."""
         self.mean_D = (self.sum_D / self.tokens).float()
-        self.variance = torch.zeros((), dtype=torch.float64, device=self.mean_D.device)
+        self.variances = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.replaced]
         self.sums = {name: new_sums(sae, device, gather.get(name)) for name, sae in self.saes.items()}
+        self.losses = self._no_losses(C, device)
+
+    def _no_losses(self, C: int, device: torch.device) -> dict[Site, dict[Key, _Losses]]:
         keys = [CLEAN, ZERO, MEAN, *((name, mode) for name, sae in self.saes.items() for mode in sae.modes)]
-        self.losses = {key: _Losses(C, device) for key in keys}
+        return {site: {key: _Losses(C, device) for key in keys} for site in self.replaced}
 
     def add(self, runs: _Runs, ids_GL: Tensor, first: int, sae_bench: bool, missing: Missing) -> None:
         """Encode a group's tokens with every SAE, splice the reconstructions in and add up what follows."""
-        x_GLD, y_GLD = runs.activations(self.read), runs.activations(self.replaced)
-        mask_GL = self.counted(ids_GL, x_GLD)
-        x_ND, y_ND = x_GLD[mask_GL].float(), y_GLD[mask_GL].float()
+        found = {site: runs.activations(site) for site in dict.fromkeys((*self.read, *self.replaced))}
+        mask_GL = self.counted(ids_GL, [found[site] for site in self.read])
+        x_ND, y_ND = (
+            _beside([found[site][mask_GL].float() for site in sites]) for sites in (self.read, self.replaced)
+        )
         at_N = first * ids_GL.shape[1] + mask_GL.flatten().nonzero()[:, 0]
-        self.variance += (y_ND - self.mean_D).square().sum(1).double().sum()
+        widths = [found[site].shape[-1] for site in self.replaced]
+        for variance, moved_ND in zip(self.variances, (y_ND - self.mean_D).split(widths, 1), strict=True):
+            variance += moved_ND.square().sum(1).double().sum()
         replacements: dict[Key, Tensor] = {ZERO: y_ND * 0, MEAN: self.mean_D.expand_as(y_ND)}
         for name, sae in self.saes.items():
             if missing.lacks(ROWS, name):
@@ -202,24 +232,46 @@ class _SiteEvaluation:
                 }
         if first >= self.spliced:
             return
+        of_sites = {key: hat_ND.split(widths, 1) for key, hat_ND in replacements.items()}
         with missing.part(LOSSES, str(self.site)):
-            spliced = _spliced(runs, self.replaced, replacements, y_GLD, mask_GL, ids_GL, first, sae_bench)
-            for key, where_P, ce_P, kl_P in spliced:
-                self.losses[key].add(where_P, ce_P, kl_P)
+            for i, site in enumerate(self.replaced):
+                of_site = {key: hats[i] for key, hats in of_sites.items()}
+                spliced = _spliced(runs, site, of_site, found[site], mask_GL, ids_GL, first, sae_bench)
+                for key, where_P, ce_P, kl_P in spliced:
+                    self.losses[site][key].add(where_P, ce_P, kl_P)
         self._stop_splicing_if(missing)
 
     def row(self, name: str, contexts_CL: Tensor, info: Row, weights_WC: Tensor) -> Row:
         """Make an SAE's row."""
         C, L = contexts_CL.shape
-        losses = self.losses if self.spliced else {key: _Losses(C, contexts_CL.device) for key in self.losses}
+        if not self.spliced:
+            self.losses = {
+                site: {key: _Losses(C, contexts_CL.device) for key in of} for site, of in self.losses.items()
+            }
+        variances = [float(variance) for variance in self.variances]
         columns = {
-            mode: reconstruction_columns(sums, float(self.variance))
-            | _loss_columns(losses[name, mode], losses, weights_WC)
+            mode: reconstruction_columns(sums, variances)
+            | _loss_columns((name, mode), list(self.losses.values()), weights_WC)
             for mode, sums in self.sums[name].items()
         }
         base: Row = {"site": str(self.site), "layer": self.site.layer, "n_inputs": C, "context_length": L}
-        base |= {"tokens": self.tokens, "spliced_tokens": losses[CLEAN].tokens} | info
-        return make_row(name, self.saes[name], base, columns)
+        tokens = next(iter(self.losses.values()))[CLEAN].tokens
+        base |= {"tokens": self.tokens, "spliced_tokens": tokens} | info
+        row = make_row(name, self.saes[name], base, columns) | diffing_columns(
+            self.saes[name], self.sums[name]
+        )
+        return (
+            row if len(self.replaced) == 1 else row | {"by_site": self._by_site(name, variances, weights_WC)}
+        )
+
+    def _by_site(self, name: str, variances: Sequence[float], weights_WC: Tensor) -> dict[str, Row]:
+        """Return an SAE's columns at each of several sites, in its first mode."""
+        mode = self.saes[name].modes[0]
+        of_parts = part_columns(self.sums[name][mode], variances)
+        return {
+            str(site): finite_row(of_part | _loss_columns((name, mode), [losses], weights_WC))
+            for (site, losses), of_part in zip(self.losses.items(), of_parts, strict=True)
+        }
 
 
 # --- running the model --------------------------------------------------------------------------------------
@@ -238,26 +290,39 @@ class _Runs:
     """The model's runs over one group of contexts, some contexts at a time."""
 
     def __init__(
-        self, lm: LanguageModel, ids_GL: Tensor, sites: Sequence[AnySite], batch_size: int, *, splicing: bool
+        self, lm: Models, ids_GL: Tensor, sites: Sequence[AnySite], batch_size: int, *, splicing: bool
     ) -> None:
         self.lm, self.batch_size = lm, batch_size
+        self.cleans: dict[LanguageModel, list[CleanRun]] = {}
         batches = ids_GL.split(batch_size)
-        self.cleans: list[CleanRun] = (
-            [lm.clean(ids_BL, single_sites(sites)) for ids_BL in batches] if splicing else []
-        )
-        self.found = [clean.activations for clean in self.cleans] or [
-            lm.activations(ids_BL) for ids_BL in batches
-        ]
+        of_model: dict[LanguageModel, list[Site]] = {}
+        for site in single_sites(sites):
+            of_model.setdefault(lm.of(site), []).append(site)
+        if splicing:
+            for model, of in of_model.items():
+                self.cleans[model] = [model.clean(ids_BL, of) for ids_BL in batches]
+        self.found = {
+            model: [clean.activations for clean in self.cleans[model]]
+            if splicing
+            else [model.activations(ids_BL) for ids_BL in batches]
+            for model in of_model
+        }
 
     def activations(self, site: Site) -> Tensor:
-        return torch.cat([found[site] for found in self.found])
+        return torch.cat([found[site] for found in self.found[self.lm.of(site)]])
 
-    def hidden(self) -> Tensor:
-        return torch.cat([clean.hidden_BLD for clean in self.cleans])
+    def hidden(self, site: Site) -> Tensor:
+        """Return the final hidden state of the untouched model that a site is of."""
+        return torch.cat([clean.hidden_BLD for clean in self.cleans[self.lm.of(site)]])
 
     def run_from(self, site: Site, replacement_GLD: Tensor) -> Tensor:
-        parts = zip(self.cleans, replacement_GLD.split(self.batch_size), strict=True)
-        return torch.cat([self.lm.run_from(clean, site, part_BLD) for clean, part_BLD in parts])
+        model = self.lm.of(site)
+        parts = zip(self.cleans[model], replacement_GLD.split(self.batch_size), strict=True)
+        return torch.cat([model.run_from(clean, site, part_BLD) for clean, part_BLD in parts])
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def _check_splicing(lm: LanguageModel, ids_1L: Tensor, site: Site, contexts: int) -> None:
@@ -297,7 +362,8 @@ def _spliced(
         hidden[key] = runs.run_from(site, replacement_GLD)[compared_GL]
     rows_P, at_P = compared_GL.nonzero(as_tuple=True)
     where_P = torch.where(at_P < ids_GL.shape[1] - 1, first + rows_P, -1)
-    yield from _losses(runs.lm, runs.hidden()[compared_GL], hidden, where_P, ids_GL.roll(-1, 1)[compared_GL])
+    clean_PD, next_P = runs.hidden(site)[compared_GL], ids_GL.roll(-1, 1)[compared_GL]
+    yield from _losses(runs.lm.of(site), clean_PD, hidden, where_P, next_P)
 
 
 def _losses(
@@ -344,17 +410,30 @@ class _Losses:
         return float(self.ce_C.sum()) / self.tokens if self.tokens else math.nan
 
 
-def _loss_columns(spliced: _Losses, losses: Mapping[Key, _Losses], weights_WC: Tensor) -> Row:
-    """Return the columns of the language model's losses, of one SAE in one mode.
+def _loss_columns(key: Key, sites: Sequence[Mapping[Key, _Losses]], weights_WC: Tensor) -> Row:
+    """Return the columns of the language model's losses, of one SAE in one mode: means over the sites that
+    are replaced one by one.
 
     First dictionary_learning's, under its names, then ours.
     """
-    clean, zero, mean = (losses[key] for key in (CLEAN, ZERO, MEAN))
+    columns = mean_of([_losses_at(key, losses) for losses in sites])
+    for against, base in (("zero", ZERO), ("mean", MEAN)):
+        draws = [
+            _draws(of[base].ce_C - of[key].ce_C, of[base].ce_C - of[CLEAN].ce_C, weights_WC) for of in sites
+        ]
+        low, high = _interval(torch.stack(draws).mean(0))
+        columns |= {f"loss_recovered_{against}_low": low, f"loss_recovered_{against}_high": high}
+    return columns
+
+
+def _losses_at(key: Key, losses: Mapping[Key, _Losses]) -> Row:
+    """Return the columns of one site."""
+    spliced, clean, zero, mean = (losses[of] for of in (key, CLEAN, ZERO, MEAN))
     recovered = {
         against: ratio(base.ce - spliced.ce, base.ce - clean.ce)
         for against, base in (("zero", zero), ("mean", mean))
     }
-    columns = {
+    return {
         "loss_original": clean.ce,
         "loss_reconstructed": spliced.ce,
         "loss_zero": zero.ce,
@@ -370,10 +449,6 @@ def _loss_columns(spliced: _Losses, losses: Mapping[Key, _Losses], weights_WC: T
         "loss_recovered_zero": recovered["zero"],
         "loss_recovered_mean": recovered["mean"],
     }
-    for against, base in (("zero", zero), ("mean", mean)):
-        low, high = _interval(base.ce_C - spliced.ce_C, base.ce_C - clean.ce_C, weights_WC)
-        columns |= {f"loss_recovered_{against}_low": low, f"loss_recovered_{against}_high": high}
-    return columns
 
 
 def _bootstrap(C: int, seed: int) -> Tensor:
@@ -384,12 +459,14 @@ def _bootstrap(C: int, seed: int) -> Tensor:
     )
 
 
-def _interval(above_C: Tensor, below_C: Tensor, weights_WC: Tensor) -> tuple[float, float]:
-    """Return the central 95 % of a ratio of sums over contexts, by the percentile bootstrap (Efron and
-    Tibshirani 1993, chapter 13)."""
+def _draws(above_C: Tensor, below_C: Tensor, weights_WC: Tensor) -> Tensor:
+    """Return a ratio of sums over contexts in each draw of the bootstrap, [W]."""
     C = weights_WC.shape[1]
-    if not C:
-        return math.nan, math.nan
-    ratio_W = (weights_WC @ above_C[:C].cpu()) / (weights_WC @ below_C[:C].cpu())
+    return (weights_WC @ above_C[:C].cpu()) / (weights_WC @ below_C[:C].cpu())
+
+
+def _interval(ratio_W: Tensor) -> tuple[float, float]:
+    """Return the central 95 % of a ratio, by the percentile bootstrap (Efron and Tibshirani 1993, chapter
+    13); NaN without contexts."""
     low, high = ratio_W.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from monosemy.crosscoder import Crosscoder
 from monosemy.errors import invalid
 from monosemy.formats import (
     dictionary_learning,
@@ -32,9 +33,9 @@ from monosemy.formats import (
 )
 from monosemy.formats.layouts import KEPT
 from monosemy.formats.parts import Parts, check_finite, flag, text, whole
-from monosemy.sae import SAE, current_names
+from monosemy.former_names import current_names
+from monosemy.sae import SAE
 from monosemy.system.files import atomic_path, check_new, new_folder, write_json
-from monosemy.transcoder import Transcoder
 
 _WRITTEN: dict[str, Any] = {
     "dictionary_learning": dictionary_learning,
@@ -62,6 +63,10 @@ _ABOUT_THE_SAE = (
     "transcode",
     "d_out",
     "skip_connection",
+    "crosscode",
+    "widths",
+    "mask",
+    "dedicated_share",
     "files",
     "from",
     "tensors",
@@ -101,9 +106,7 @@ def read(
     """Load an SAE, and return what its folder says of the SAE: its site, model, status, ... where known."""
     parts = _parts(Path(path), format, unfinished, source)
     sae = parts.build()
-    if sae.constraint == "free" and not torch.allclose(
-        torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(()), atol=1e-5
-    ):
+    if sae.constraint == "free" and not torch.allclose(sae.decoder_norms(), torch.ones(()), atol=1e-5):
         sae.fold_decoder_norm_()
     sae.metadata = parts.config
     return sae, parts.config
@@ -149,6 +152,9 @@ def convert(
     check_new(target)
     parts = _parts(path, format, unfinished, source)
     sae = parts.build()
+    if to != "native" and isinstance(sae, Crosscoder):
+        allowed = "native for crosscoders"
+        raise invalid("to", to, allowed, f"{to} has no layout for them")
     check_finite(sae, str(path))
     with new_folder(target) as part:
         if to == "native":
@@ -234,9 +240,12 @@ def _described(metadata: dict[str, Any], tensors: dict[str, Tensor], where: str)
                 where, f"no {key}", "the configuration that was saved with these weights", "copy both again"
             )
     pre_bias = flag(metadata, "pre_bias", where) if metadata.get("pre_bias") is not None else None
-    kind: dict[str, Any] = {name: flag(metadata, name, where) for name in ("transcode", "skip_connection")}
-    if kind["transcode"] or metadata.get("d_out") is not None:
-        kind["d_out"] = whole(metadata, "d_out", where)
+    flags = ("transcode", "skip_connection", "crosscode")
+    family: dict[str, Any] = {name: flag(metadata, name, where) for name in flags}
+    family |= {name: metadata[name] for name in ("mask", "dedicated_share") if name in metadata}
+    widths: dict[str, Any] = {"widths": metadata.get("widths")} if family["crosscode"] else {}
+    if family["transcode"] or metadata.get("d_out") is not None:
+        widths["d_out"] = whole(metadata, "d_out", where)
     config = {key: value for key, value in metadata.items() if key not in _ABOUT_THE_SAE}
     if not _is_origin(config.get("origin", {})):
         raise invalid(
@@ -245,8 +254,18 @@ def _described(metadata: dict[str, Any], tensors: dict[str, Tensor], where: str)
             "a format and its configuration",
             "copy the folder again",
         )
-    shape = (metadata["architecture"], metadata["d_in"], metadata["d_sae"], metadata["settings"])
-    return Parts(*shape, tensors, where, pre_bias, config, **kind)
+    return Parts(
+        metadata["architecture"],
+        metadata["d_in"],
+        metadata["d_sae"],
+        metadata["settings"],
+        tensors,
+        where,
+        pre_bias,
+        config,
+        **family,
+        **widths,
+    )
 
 
 def _is_origin(origin: Any) -> bool:
@@ -308,8 +327,7 @@ def _about(sae: SAE) -> dict[str, Any]:
         "d_sae": sae.d_sae,
         "settings": settings,
     }
-    if isinstance(sae, Transcoder):
-        metadata |= {"transcode": True, "d_out": sae.d_out, "skip_connection": sae.skip_connection}
+    metadata |= sae.family
     return metadata if sae.pre_bias == type(sae).pre_bias else metadata | {"pre_bias": sae.pre_bias}
 
 

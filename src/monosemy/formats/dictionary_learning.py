@@ -104,8 +104,9 @@ LAYOUTS = {
 
 
 def has(sae: SAE) -> bool:
-    """Tell whether dictionary_learning has a class for an SAE; it has none for transcoders."""
-    return sae.name in LAYOUTS and not isinstance(sae, Transcoder)
+    """Tell whether dictionary_learning has a class for an SAE; it has none for transcoders and
+    crosscoders."""
+    return sae.name in LAYOUTS and not sae.family
 
 
 def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import invalid
+from monosemy.families import Family
 from monosemy.lm.info import HOOKS, Site
-from monosemy.sae import SAE, architecture
-from monosemy.transcoder import Transcoder, build, transcoder
+from monosemy.sae import SAE
+from monosemy.transcoder import Transcoder
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 1 << 20  # numbers that an SAE may have beyond those in its file
@@ -68,6 +69,10 @@ class Parts:
     transcode: bool = False  # whether it is a transcoder, which alone has the next two
     d_out: int | None = None
     skip_connection: bool = False
+    crosscode: bool = False  # whether it is a crosscoder, which alone has the next three
+    widths: Any = None  # of its sources
+    mask: str = "full"
+    dedicated_share: float = 0.05
 
     def build(self) -> SAE:
         """Return the SAE, in evaluation mode on the CPU.
@@ -75,7 +80,7 @@ class Parts:
         Raises ValueError where the parts do not fit each other, before they are copied.
         """
         self._check()
-        settings = _settings(_kind(self.architecture, self.transcode), self.settings, self.where)
+        settings = _settings(self._kind(), self.settings, self.where)
         try:
             with torch.device("meta"):  # shapes alone, which take no memory
                 wanted = dict(self._empty(settings).state_dict())
@@ -99,17 +104,48 @@ class Parts:
         """Check what the configuration says, before anything is built of it. Raises ValueError."""
         for name in ("d_in", "d_sae", *(() if self.d_out is None else ("d_out",))):
             whole(vars(self), name, self.where)
-        for name in ("transcode", "skip_connection"):
+        for name in ("transcode", "skip_connection", "crosscode"):
             flag(vars(self), name, self.where)
+        if self.crosscode:
+            self._check_crosscoder()
         if self.transcode and self.pre_bias:
             remedy = "subtract W_enc b_dec from b_enc, if it was trained so"
             raise invalid(f"{self.where}: pre_bias", True, "false: a transcoder's encoder sees x", remedy)
 
+    def _check_crosscoder(self) -> None:
+        """Check what a configuration says of a crosscoder. Raises ValueError."""
+        widths = self.widths
+        listed = list(widths) if isinstance(widths, list | tuple) else []
+        numbers = all(type(width) is int and width > 0 for width in listed)
+        if not numbers or not 2 <= len(listed) <= 10_000 or sum(listed) != self.d_in:
+            allowed = f"the widths of two sources or more, which sum to d_in, {self.d_in}"
+            raise invalid(f"{self.where}: widths", str(widths)[:80], allowed, "copy the folder again")
+        share = self.dedicated_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            allowed = "a number above 0 and below 1"
+            raise invalid(f"{self.where}: dedicated_share", str(share)[:80], allowed, "copy the folder again")
+
+    @property
+    def _family(self) -> Family:
+        names = ("transcode", "skip_connection", "crosscode", "mask", "dedicated_share")
+        return Family(**{name: getattr(self, name) for name in names})
+
+    def _kind(self) -> type[SAE]:
+        """Return the class. Raises ValueError for a name that is none."""
+        name = self.architecture
+        return self._family.kind(name if isinstance(name, str) and len(name) < 100 else _short(name))
+
     def _empty(self, settings: dict[str, Any]) -> SAE:
-        kind: dict[str, Any] = {
-            name: getattr(self, name) for name in ("transcode", "d_out", "skip_connection")
-        }
-        return build(self.architecture, self.d_in, self.d_sae, **kind, **settings)
+        if self.crosscode:
+            widths = tuple(self.widths)
+        elif self.transcode:
+            widths = (self.d_in, self.d_in if self.d_out is None else self.d_out)
+        else:
+            widths = (self.d_in,)
+            if self.d_out not in (None, self.d_in):
+                allowed = f"{self.d_in}, the SAE's d_in, without transcode"
+                raise invalid("d_out", self.d_out, allowed, "set transcode, too")
+        return self._family.make(self.architecture, widths, self.d_sae, settings)
 
     def _compare(self, wanted: Mapping[str, Tensor]) -> None:
         """Compare the tensors with those that an SAE of these sizes has. Raises ValueError."""
@@ -287,11 +323,6 @@ def module_site(folder: PurePath, transcode: bool = False) -> str | None:
     if match := re.fullmatch(r"(?:layers|h|blocks)\.(\d{1,4})\.(mlp|attn|self_attn|attention)", folder.name):
         return f"{'mlp' if match[2] == 'mlp' else 'attn'}_out.{match[1]}"
     return None
-
-
-def _kind(name: Any, transcode: bool) -> type[SAE]:
-    name = name if isinstance(name, str) and len(name) < 100 else _short(name)
-    return transcoder(name) if transcode else architecture(name)
 
 
 def _settings(kind: type[SAE], given: Any, where: str) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from monosemy.jobs.pretrained import Resolved, resolve
 from monosemy.jobs.replacement import replace_run
 from monosemy.jobs.results import context_stream, held_out_contexts
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import AnySite, ends, parse_site, single_sites
+from monosemy.lm.pairs import AnySite, of_parts, parse_site, parts, reads, single_sites
+from monosemy.lm.two_models import Models, load_models
 from monosemy.report import page
 from monosemy.sae import SAE
 from monosemy.system.files import read_json, write_json, write_text
@@ -106,9 +107,13 @@ def probe_run(folder: str | Path, datasets: Sequence[str] = (), *, device: str =
     sites = {row["sae"]: parse_site(row["site"]) for row in rows}
     plan = Plan.from_run(dataclasses.replace(TrainConfig.read(folder / "run.json"), save_dir=str(folder)))
     c = plan.config
+    for site in sites.values():
+        if len(reads(site)) > 1:
+            allowed = "SAEs and transcoders, which read one site"
+            raise invalid("sparse_probing", str(site), allowed, "leave it out for crosscoders")
     lm = LanguageModel.load(plan.model, single_sites(sites.values()), dtype=c.dtype, device=device)
     saes = {
-        name: (ends(site)[0], formats.load(folder / name, unfinished=True).to(lm.device))
+        name: (reads(site)[0], formats.load(folder / name, unfinished=True).to(lm.device))
         for name, site in sites.items()
     }
     resolved = probe(lm, saes, load_tokenizer(plan.model), chosen, batch_size=c.llm_batch_size)
@@ -147,13 +152,10 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     contexts_CL = held_out_contexts(c, stream)
     for sentence in stream.damage():
         log.warning("%s", sentence)
-    lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device, whole=True)
+    how = {"dtype": c.dtype, "device": c.device, "whole": True}
+    lm = load_models(plan.model, single_sites(plan.sites), plan.other, **how)
     for name, (sae, _) in read.items():
-        for field, site in zip(("d_in", "d_out"), ends(sites[name]), strict=True):
-            if getattr(sae, field) != lm.d_in(site):
-                allowed = f"{lm.d_in(site)}, the width of {site} of {c.model_name}"
-                remedy = "name the model and the site that it was trained on"
-                raise invalid(f"{name}: {field}", getattr(sae, field), allowed, remedy)
+        _check_widths(name, sae, sites[name], lm, c.model_name)
     rows = results.measure(
         c,
         lm,
@@ -174,6 +176,20 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     return rows
 
 
+def _check_widths(name: str, sae: SAE, site: AnySite, lm: Models, model_name: str) -> None:
+    """Raises ValueError for an SAE of other widths than its sites have, or of another number of sites."""
+    places, remedy = parts(site), "name the model and the site that it was trained on"
+    fields = ("d_in", "d_out") if len(places) == 2 and "transcode" in sae.family else ("d_in",)
+    if len(places) != len(sae.widths):
+        allowed = f"an SAE of {len(places)} places, as {site} has"
+        raise invalid(f"{name}: widths", sae.widths, allowed, remedy)
+    for i, (place, width) in enumerate(zip(places, sae.widths, strict=True)):
+        if width != lm.d_in(place):
+            allowed = f"{lm.d_in(place)}, the width of {place} of {model_name}"
+            field = fields[i] if i < len(fields) else f"width {i}"
+            raise invalid(f"{name}: {field}", width, allowed, remedy)
+
+
 def _plan(
     config: EvalConfig,
     read: Mapping[str, tuple[SAE, dict[str, Any]]],
@@ -187,6 +203,9 @@ def _plan(
         base,
         model_name=_model(read, config.model_name),
         layers=(),
+        transcode=(),
+        crosscode=(),
+        diff_model=_other_model(read),
         sites=tuple(dict.fromkeys(map(str, sites.values()))),
         dtype=base.dtype if runs else "auto",
         dataset=base.dataset if config.dataset is None else config.dataset,
@@ -266,6 +285,15 @@ def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None
     return models.pop()
 
 
+def _other_model(read: Mapping[str, tuple[SAE, dict[str, Any]]]) -> str | None:
+    """Return the model that crosscoders compare theirs with, where any does. Raises ValueError for two."""
+    named = {str(metadata["other_model"]) for _, metadata in read.values() if metadata.get("other_model")}
+    if len(named) > 1:
+        allowed = "crosscoders of one other model"
+        raise invalid("paths", ", ".join(sorted(named)), allowed, "evaluate them apart")
+    return next(iter(named), None)
+
+
 def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
     """Return the commit of the model that the SAEs were trained on, where their folders say it; where they
     say several, the first, with a warning."""
@@ -288,21 +316,24 @@ def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> 
 
 def _norm_limits(
     runs: list[Path],
-    lm: LanguageModel,
+    lm: Models,
     sites: Collection[AnySite],
     contexts_CL: Tensor,
     multiple: float,
-) -> dict[AnySite, float | None]:
+) -> dict[AnySite, tuple[float, ...]]:
     """Return the runs' limits; for other sites the same multiple of the median norm in some contexts, their
     BOS tokens left out."""
-    limits: dict[AnySite, float | None] = {}
+    limits: dict[AnySite, tuple[float, ...]] = {}
     if multiple:
         resolved = lm.activations(contexts_CL.to(lm.device))
         limits = {
-            site: multiple * float(resolved[ends(site)[0]][:, 1:].float().norm(dim=-1).median())
+            site: tuple(
+                multiple * float(resolved[place][:, 1:].float().norm(dim=-1).median())
+                for place in reads(site)
+            )
             for site in sites
         }
     for run in reversed(runs):
         recorded = read_json(run / "run.json").get("norm_limit", {})
-        limits |= {site: recorded[str(site)] for site in sites if str(site) in recorded}
+        limits |= {site: of_parts(recorded[str(site)]) for site in sites if str(site) in recorded}
     return limits

@@ -14,7 +14,7 @@ from monosemy import formats
 from monosemy.formats import dictionary_learning
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
-from monosemy.lm.info import Site
+from monosemy.lm.pairs import AnySite
 from monosemy.sae import SAE
 from monosemy.system.files import atomic_path
 from monosemy.training.trainer import SAETrainer
@@ -34,7 +34,7 @@ def snapshot(path: Path, sae: SAE) -> Callable[[], None]:
     return write
 
 
-def save_sae(plan: Plan, trainer: SAETrainer, site: Site, folder: Path, status: str, steps: int) -> None:
+def save_sae(plan: Plan, trainer: SAETrainer, site: AnySite, folder: Path, status: str, steps: int) -> None:
     """Write an SAE's folder after `steps` steps, with dictionary_learning's `trainer` and `buffer` entries in
     its config."""
     c, sae = plan.config, trainer.finished()
@@ -73,10 +73,18 @@ def save_sae(plan: Plan, trainer: SAETrainer, site: Site, folder: Path, status: 
             "recipe": c.recipe,
             "steps": steps,
             "tokens": steps * c.sae_batch_size,
-            "norm_factor": trainer.norm_factor,
-            **({} if trainer.target_factor is None else {"target_norm_factor": trainer.target_factor}),
+            **_factors(trainer),
+            **({} if c.diff_model is None else {"other_model": c.diff_model}),
             "dataset": c.dataset,
             "versions": versions(),
             **entries,
         },
     )
+
+
+def _factors(trainer: SAETrainer) -> dict[str, Any]:
+    """Return the norm factors by the names that a config.json has for them."""
+    first, *others = trainer.norm_factors
+    if trainer.spec.crosscode:
+        return {"norm_factors": list(trainer.norm_factors)}
+    return {"norm_factor": first} | ({"target_norm_factor": others[0]} if others else {})

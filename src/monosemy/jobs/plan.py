@@ -22,9 +22,10 @@ from monosemy.data.sources import check_sources, default_dataset
 from monosemy.errors import invalid
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
+from monosemy.jobs.sites import check_model_sites, describe_other, sites_of
 from monosemy.limits import EVERY
-from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
-from monosemy.lm.pairs import AnySite, SitePair, pairs_at, parse_site, single_sites
+from monosemy.lm.info import ModelInfo, describe
+from monosemy.lm.pairs import AnySite
 from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
 from monosemy.schedule import Schedule
 from monosemy.system.files import LOCK, path_of, read_json
@@ -71,6 +72,8 @@ class Plan:
     folder: Path
     note: str = ""
     """Why the folder is not the one that was asked for."""
+    other: ModelInfo | None = None
+    """The model that the first is compared with."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Plan:
@@ -84,12 +87,12 @@ class Plan:
         _check_sweeps(config, classes)
         folder, note = _folder(config)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
-        sites = _sites(config, model)
+        sites = sites_of(config, model)
         if not sites:
             allowed = f"one or more of 0 to {model.num_layers - 1}"
             raise invalid("layers", config.layers, allowed, "name a layer, such as --layers 3")
-        check_sites(model, single_sites(sites))
-        check_weights(model)
+        other = describe_other(config, recorded_other(folder, config))
+        check_model_sites(sites, model, other)
         recorded = _recorded(folder) or {}
         # blanks that a run which goes on fills as it began, whatever this version would
         began: dict[str, Any] = {
@@ -102,6 +105,7 @@ class Plan:
             sites,
             folder,
             note,
+            other,
         )
         if plan.steps < 1:
             c = plan.config
@@ -119,9 +123,9 @@ class Plan:
         trained on."""
         folder = Path(config.save_dir)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
-        check_weights(model)
-        sites = _sites(config, model)
-        return cls(_resolve(config, model, sites), model, sites, folder)
+        sites, other = sites_of(config, model), describe_other(config, recorded_other(folder, config))
+        check_model_sites(sites, model, other)
+        return cls(_resolve(config, model, sites), model, sites, folder, other=other)
 
     @classmethod
     def for_eval(cls, config: TrainConfig, commit: str | None = None) -> Plan:
@@ -130,10 +134,9 @@ class Plan:
         Raises as `from_config` does.
         """
         model = describe(config.model_name, commit or config.revision)
-        sites = _sites(config, model)
-        check_sites(model, single_sites(sites))
-        check_weights(model)
-        plan = cls(_resolve(config, model, sites), model, sites, Path(config.save_dir))
+        sites, other = sites_of(config, model), describe_other(config)
+        check_model_sites(sites, model, other)
+        plan = cls(_resolve(config, model, sites), model, sites, Path(config.save_dir), other=other)
         check_sources(plan.config)
         return plan
 
@@ -257,21 +260,16 @@ def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
     return commit if isinstance(commit, str) else None
 
 
-def _sites(c: TrainConfig, model: ModelInfo) -> tuple[AnySite, ...]:
-    """Return where SAEs are trained. Raises ValueError for names that are none, and for settings of
-    transcoders where there are no pairs."""
-    whole = range(model.num_layers)
-    layers = dict.fromkeys(n for layer in c.layers for n in (whole if layer == "all" else (layer,)))
-    of_layers: list[AnySite] = [pair for kinds in c.transcode for pair in pairs_at(kinds, layers)]
-    if not c.transcode:
-        of_layers = [Site("resid_post", layer) for layer in layers]
-    elif not layers:
-        raise invalid("layers", c.layers, "one or more with transcode", "name layers, or all of them: all")
-    sites = tuple(dict.fromkeys([*of_layers, *map(parse_site, c.sites)]))
-    if c.skip_connection and not any(isinstance(site, SitePair) for site in sites):
-        allowed = "False for autoencoders, which would copy their input"
-        raise invalid("skip_connection", True, allowed, "name transcode, too")
-    return sites
+def recorded_other(folder: Path, config: TrainConfig) -> str | None:
+    """Return the commit of the other model that a run in this folder was begun with, as `recorded_commit`
+    does."""
+    recorded = _recorded(folder)
+    if recorded is None or recorded.get("diff_model") != config.diff_model:
+        return None
+    model = read_json(folder / "run.json").get("model")
+    other = model.get("other") if isinstance(model, dict) else None
+    commit = other.get("revision") if isinstance(other, dict) else None
+    return commit if isinstance(commit, str) else None
 
 
 def _architectures(c: TrainConfig) -> dict[str, type[SAE]]:

@@ -31,12 +31,13 @@ from monosemy.evaluation.columns import Row
 from monosemy.evaluation.latent_stats import LatentStats
 from monosemy.evaluation.metrics import ROWS, dictionary_learning_results
 from monosemy.evaluation.missing import ERRORS, Missing
-from monosemy.evaluation.on_model import evaluate_on_model
+from monosemy.evaluation.on_model import Limits, evaluate_on_model
 from monosemy.formats.untrusted import sha256
 from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
-from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import AnySite, ends, single_sites
+from monosemy.lm.model import load_tokenizer
+from monosemy.lm.pairs import AnySite, single_sites, writes
+from monosemy.lm.two_models import Models, load_models
 from monosemy.report import page, plots
 from monosemy.sae import SAE
 from monosemy.system import arrays
@@ -138,12 +139,12 @@ def held_out_contexts(c: ResolvedConfig, held_out: ContextStream) -> Tensor:
 
 def measure(
     c: ResolvedConfig,
-    lm: LanguageModel,
+    lm: Models,
     saes: Mapping[str, tuple[AnySite, SAE]],
     contexts_CL: Tensor,
     special_ids: Tensor,
     *,
-    norm_limits: Mapping[AnySite, float | None],
+    norm_limits: Mapping[AnySite, Limits],
     info: Mapping[str, Mapping[str, Any]],
     gather: Mapping[str, LatentStats] | None = None,
     missing: Missing | None = None,
@@ -224,7 +225,8 @@ def _measured(
 ) -> dict[str, Row]:
     """New rows, on the same contexts through the whole model; writes the SAEs' latents.npz."""
     c, plan = run.config, run.plan
-    lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device, whole=True)
+    how = {"dtype": c.dtype, "device": c.device, "whole": True}
+    lm = load_models(plan.model, single_sites(plan.sites), plan.other, **how)
     saes, info = _opened(run, todo, lm, missing)
     if not saes:
         return {}
@@ -275,7 +277,7 @@ def _add_latents(
     sae: SAE,
     site: AnySite,
     gathered: LatentStats | None,
-    lm: LanguageModel,
+    lm: Models,
     contexts_CL: Tensor,
     special_ids: Tensor,
     tokenizer: Any,
@@ -292,14 +294,17 @@ def _add_latents(
     with missing.part(LATENTS, name):
         columns = latents.statistics(gathered, sae, like, c.report_latents, contexts_CL)
         with missing.part(EFFECTS, name):
-            masked_V = latents.untold(lm, tokenizer, special_ids.tolist())
-            columns |= latents.effects(sae, lm, ends(site)[1], columns["page_latent"], masked_V)
+            # of several sites the last of the first model
+            place, written = [(i, at) for i, at in enumerate(writes(site)) if not at.other][-1]
+            masked_V = latents.untold(lm.of(written), tokenizer, special_ids.tolist())
+            pages = columns["page_latent"]
+            columns |= latents.effects(sae, lm.of(written), written, pages, masked_V, place)
         path = run.folder / name / "latents.npz"
         latents.write(path, gathered, columns, seconds=time.monotonic() - began, text=c.report_text)
 
 
 def _opened(
-    run: Run, names: Mapping[str, AnySite], lm: LanguageModel, missing: Missing
+    run: Run, names: Mapping[str, AnySite], lm: Models, missing: Missing
 ) -> tuple[dict[str, tuple[AnySite, SAE]], dict[str, Row]]:
     """Return the SAEs that can be read, on the model's device, and what their rows say beside
     measurements."""

@@ -29,8 +29,9 @@ from monosemy.jobs.folder import Run, peak_memory
 from monosemy.jobs.memory import tensor_bytes
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
-from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import SitePair, ends, single_sites
+from monosemy.lm.model import load_tokenizer
+from monosemy.lm.pairs import by_site, family_of, single_sites
+from monosemy.lm.two_models import Models, check_tokenizers, load_models
 from monosemy.ops import Workspace
 from monosemy.recipe import RECIPES
 from monosemy.sae import SAE
@@ -108,8 +109,11 @@ def train_saes(
     """
     c, plan = run.config, run.plan
     # on a CPU every core is busy anyway
-    text = context_stream(plan, load_tokenizer(plan.model), "train", prefetch=plan.gpu)
-    lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device)
+    tokenizer = load_tokenizer(plan.model)
+    if plan.other is not None:
+        check_tokenizers(tokenizer, load_tokenizer(plan.other), plan.other.name)
+    text = context_stream(plan, tokenizer, "train", prefetch=plan.gpu)
+    lm = load_models(plan.model, single_sites(plan.sites), plan.other, dtype=c.dtype, device=c.device)
     with TrainingProgress(plan) as progress:
         started, checkpoint = time.monotonic(), store.newest()
         stream = _activations(plan, lm, text)
@@ -255,7 +259,7 @@ def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[
     return run.finish(results.status_with(ended, missing)), rows
 
 
-def _activations(plan: Plan, lm: LanguageModel, text: ContextStream) -> ActivationStream:
+def _activations(plan: Plan, lm: Models, text: ContextStream) -> ActivationStream:
     c = plan.config
     return ActivationStream(
         lm,
@@ -290,29 +294,23 @@ def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> di
             SAETrainer(
                 f"{site.folder}/trainer_{i}",
                 spec,
-                stream.width(site),
+                stream.widths(site),
                 plan.schedule,
                 device=stream.lm.device,
                 recipe=RECIPES[c.recipe],
                 bf16=c.precision == "bf16",
-                norm_factor=stream.norm_factor[site],
-                d_out=stream.lm.d_in(ends(site)[1]),
-                target_factor=stream.target_factor.get(site),
+                norm_factors=stream.norm_factors[site],
                 on_nonfinite=c.on_nonfinite,
                 workspace=workspace,
             )
-            for i, spec in enumerate(grid(c, init_from, transcode=isinstance(site, SitePair)))
+            for i, spec in enumerate(grid(c, init_from, **family_of(site)))
         ]
         for site in plan.sites
     }
 
 
-def _norms(stream: ActivationStream) -> dict[str, dict[str, float]]:
-    return {
-        name: {str(site): v for site, v in getattr(stream, name).items()}
-        for name in ("norm_factor", "norm_limit", "target_factor")
-        if getattr(stream, name) or name != "target_factor"
-    }
+def _norms(stream: ActivationStream) -> dict[str, dict[str, float | list[float]]]:
+    return {"norm_factor": by_site(stream.norm_factors), "norm_limit": by_site(stream.norm_limits)}
 
 
 class TrainingProgress(Progress):
@@ -339,8 +337,8 @@ def _is_complete(folder: Path) -> bool:
     return path.is_file() and read_json(path).get("status") == "complete"
 
 
-def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
-    return {
+def _model_facts(plan: Plan, lm: Models) -> dict[str, Any]:
+    facts = {
         "name": plan.model.name,
         "revision": plan.model.revision,
         "type": plan.model.model_type,
@@ -348,6 +346,8 @@ def _model_facts(plan: Plan, lm: LanguageModel) -> dict[str, Any]:
         "device": str(lm.device),
         "sites": [str(s) for s in plan.sites],
     }
+    other = plan.other
+    return facts if other is None else facts | {"other": {"name": other.name, "revision": other.revision}}
 
 
 def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:

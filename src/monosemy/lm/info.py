@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ KINDS = ("resid_post", "resid_pre", "resid_mid", "mlp_in", "mlp_out", "attn_out"
 # TransformerLens' names, after `blocks.L.`. Its hook_mlp_in is the residual stream in one of its classes and
 # mlp.hook_in in the other, and ln2.hook_normalized is before the norm's weight or after it: neither is read.
 HOOKS = {kind: f"hook_{kind}" for kind in KINDS} | {"mlp_in": "mlp.hook_in"}
+OTHER = "@other"  # after the name of a site of the model that the first is compared with
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Site:
     kind: str  # one of KINDS, or "module"
     layer: int | None  # None for a module outside the layers
     path: str = ""  # of a module
+    other: bool = False  # whether it is of the model that the first is compared with, `resid_post.3@other`
 
     @classmethod
     def parse(cls, name: str) -> Site:
@@ -52,6 +54,8 @@ class Site:
         Raises ValueError for what can be none of them. Whether layer and module exist is for `check_sites`
         and the model to say.
         """
+        if name.endswith(OTHER):
+            return replace(cls.parse(name.removesuffix(OTHER)), other=True)
         if match := re.fullmatch(rf"({'|'.join(KINDS)})\.(-?\d+)", name):
             return cls(match[1], int(match[2]))
         for kind, hook in HOOKS.items():
@@ -67,14 +71,20 @@ class Site:
         return cls("module", layer, name)
 
     def __str__(self) -> str:
-        return self.path if self.kind == "module" else f"{self.kind}.{self.layer}"
+        return (self.path if self.kind == "module" else f"{self.kind}.{self.layer}") + self.model_suffix
+
+    @property
+    def model_suffix(self) -> str:
+        """What follows a site's name where it is of the other model."""
+        return OTHER if self.other else ""
 
     @property
     def folder(self) -> str:
         """Return its folder's name in a run: `resid_post_layer_3`, `module_model_layers_3_mlp`."""
+        place = f"{self.kind}_layer_{self.layer}"
         if self.kind == "module":
-            return f"module_{self.path.replace('.', '_')}"
-        return f"{self.kind}_layer_{self.layer}"
+            place = f"module_{self.path.replace('.', '_')}"
+        return place + ("_other" if self.other else "")
 
     @property
     def depth(self) -> int | None:

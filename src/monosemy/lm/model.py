@@ -170,6 +170,10 @@ class LanguageModel:
     def sites(self) -> tuple[Site, ...]:
         return tuple(self.taps)
 
+    def of(self, site: Site) -> LanguageModel:
+        """Return the model that a site is of: this one, where there is no other."""
+        return self
+
     def d_in(self, site: Site) -> int:
         """Return the width of the activations at a site."""
         return self._d_in[site]

@@ -1,8 +1,10 @@
-"""Pairs of sites, between which transcoders stand. Nothing here imports torch."""
+"""Sites that belong together: pairs, between which transcoders stand, and groups, which crosscoders read and
+reconstruct. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from monosemy.errors import invalid
@@ -45,11 +47,73 @@ class SitePair:
     @property
     def depth(self) -> int | None:
         """Count the layers that a model needs for both; None: all of them."""
-        depths = [self.source.depth, self.target.depth]
-        return None if None in depths else max(depth for depth in depths if depth is not None)
+        return _deepest((self.source, self.target))
 
 
-AnySite = Site | SitePair
+@dataclass(frozen=True)
+class SiteGroup:
+    """Name the sources of a crosscoder, on the same tokens: `resid_post.3+resid_post.5`, or
+    `resid_post.3-5` for a row of layers."""
+
+    members: tuple[Site, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> SiteGroup:
+        """Parse sites joined by +, or a row of layers. Raises ValueError for anything else, and for one site
+        twice."""
+        members = tuple(site for part in name.split("+") for site in _row(part))
+        if len(members) < 2 or len(set(members)) < len(members):
+            allowed = "two different sites or more, joined by +"
+            raise invalid("site", name, allowed, "write for example resid_post.3+resid_post.5")
+        return cls(members)
+
+    def __str__(self) -> str:
+        first, layers = self.members[0], [site.layer for site in self.members]
+        begin = first.layer or 0
+        row = [dataclasses.replace(first, layer=layer) for layer in range(begin, begin + len(layers))]
+        if first.kind != "module" and len(row) > 2 and row == list(self.members):
+            return f"{first.kind}.{layers[0]}-{layers[-1]}{first.model_suffix}"
+        return "+".join(map(str, self.members))
+
+    @property
+    def folder(self) -> str:
+        """Return its folder's name in a run: `crosscoder_resid_post_layers_3_5`."""
+        places = dict.fromkeys(site.folder.rpartition("_layer_")[0] for site in self.members)
+        if all(site.kind != "module" and not site.other for site in self.members) and len(places) == 1:
+            layers = [str(site.layer) for site in self.members]
+            shown = layers if len(layers) < 4 or "-" not in str(self) else [layers[0], "to", layers[-1]]
+            return f"crosscoder_{next(iter(places))}_layers_{'_'.join(shown)}"
+        return f"crosscoder_{'_and_'.join(site.folder for site in self.members)}"
+
+    @property
+    def layer(self) -> int | None:
+        """The first layer that is read."""
+        return self.members[0].layer
+
+    @property
+    def depth(self) -> int | None:
+        """Count the layers that a model needs for all; None: all of them."""
+        return _deepest(self.members)
+
+
+def _row(name: str) -> list[Site]:
+    """Parse a site, or the sites of a kind in a row of layers, `resid_post.3-5`."""
+    kind, _, layers = name.partition(".")
+    first, dash, rest = layers.partition("-")
+    last, at, model = rest.partition("@")
+    if not (kind in KINDS and dash and first.isdecimal() and last.isdecimal()):
+        return [Site.parse(name)]
+    if not int(first) < int(last) < 10_000:
+        raise invalid("site", name, "a first layer and a later one", "write for example resid_post.3-5")
+    return [Site.parse(f"{kind}.{layer}{at}{model}") for layer in range(int(first), int(last) + 1)]
+
+
+def _deepest(sites: Iterable[Site]) -> int | None:
+    depths = [site.depth for site in sites]
+    return None if None in depths else max(depth for depth in depths if depth is not None)
+
+
+AnySite = Site | SitePair | SiteGroup
 
 SHORT = {"mlp": "mlp_in:mlp_out"}  # what a name stands for in `pairs_at`
 
@@ -65,21 +129,70 @@ def pairs_at(kinds: str, layers: Iterable[int]) -> list[SitePair]:
     return [SitePair(Site(source, layer), Site(target, layer)) for layer in layers]
 
 
+def groups_at(kinds: Sequence[str], layers: Sequence[int], *, two_models: bool) -> list[SiteGroup]:
+    """Return the sources of crosscoders: of each kind of site those at all layers together, of both models
+    where there are two; or where no kind is named, of two models those of resid_post at each layer.
+
+    Raises ValueError for an unknown kind, and for fewer than two sources.
+    """
+    if not kinds:
+        here = [Site("resid_post", layer) for layer in layers] if two_models else []
+        return [SiteGroup((site, dataclasses.replace(site, other=True))) for site in here]
+    groups = []
+    for kind in kinds:
+        if kind not in KINDS:
+            raise invalid("crosscode", kind, ", ".join(KINDS), "write for example resid_post")
+        members = [Site(kind, layer) for layer in layers]
+        if two_models:
+            members += [dataclasses.replace(site, other=True) for site in members]
+        if len(members) < 2:
+            allowed = "two layers or more for a crosscoder of one model"
+            raise invalid(
+                "layers", tuple(layers), allowed, "name more layers, or another model: --diff_model"
+            )
+        groups.append(SiteGroup(tuple(members)))
+    return groups
+
+
 def parse_site(name: str) -> AnySite:
-    """Parse a site or a pair of them. Raises ValueError for anything else."""
-    return SitePair.parse(name) if ":" in name else Site.parse(name)
+    """Parse a site, a pair or a group of them. Raises ValueError for anything else."""
+    if ":" in name:
+        return SitePair.parse(name)
+    return SiteGroup.parse(name) if "+" in name or len(_row(name)) > 1 else Site.parse(name)
 
 
-def ends(site: AnySite) -> tuple[Site, Site]:
-    """Return where an SAE at a site reads, and what it reconstructs; one site for an autoencoder."""
-    return (site.source, site.target) if isinstance(site, SitePair) else (site, site)
+def reads(site: AnySite) -> tuple[Site, ...]:
+    """Return where an SAE at a site reads."""
+    return (site.source,) if isinstance(site, SitePair) else parts(site)
+
+
+def writes(site: AnySite) -> tuple[Site, ...]:
+    """Return what an SAE at a site reconstructs: what it reads, but for a transcoder."""
+    return (site.target,) if isinstance(site, SitePair) else parts(site)
 
 
 def parts(site: AnySite) -> tuple[Site, ...]:
     """Return what a row of a site's activations consists of, side by side."""
+    if isinstance(site, SiteGroup):
+        return site.members
     return (site.source, site.target) if isinstance(site, SitePair) else (site,)
+
+
+def family_of(site: AnySite) -> dict[str, bool]:
+    """Return what is trained at a site, as a `Family` says it."""
+    return {"transcode": isinstance(site, SitePair), "crosscode": isinstance(site, SiteGroup)}
 
 
 def single_sites(sites: Iterable[AnySite]) -> list[Site]:
     """Return every site that is read or reconstructed, once, in order."""
     return list(dict.fromkeys(part for site in sites for part in parts(site)))
+
+
+def by_site(values: Mapping[AnySite, tuple[float, ...]]) -> dict[str, float | list[float]]:
+    """Return numbers of sites as JSON says them: one alone where a site has one."""
+    return {str(site): of[0] if len(of) == 1 else list(of) for site, of in values.items()}
+
+
+def of_parts(value: float | Sequence[float]) -> tuple[float, ...]:
+    """Read back what `by_site` made of a site's numbers."""
+    return tuple(value) if isinstance(value, Sequence) else (value,)

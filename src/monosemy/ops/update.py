@@ -82,5 +82,10 @@ class Optimizer:
         """Load what `state_dict` of an equal optimizer gave, and the parameters as they are now."""
         for name, tensor in self.state_dict(s).items():
             tensor.copy_(state[name])
+        self.refresh_copies(s)
+
+    @torch.no_grad()
+    def refresh_copies(self, s: int) -> None:
+        """Bring one SAE's copies in bfloat16 up to date, where anything but a step changed its parameters."""
         for name, bf16_copy in self.bf16_copies.items():
             bf16_copy[s].copy_(self.params[name][s])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from monosemy import ops
+from monosemy.former_names import current_names
 from monosemy.limits import GRADIENTS_AT_ONCE, branches
-from monosemy.sae import current_names
 from monosemy.training.graphs import CUDAGraphCache, side_by_side
 from monosemy.training.trainer import READBACK_EVERY, SAETrainer, StepResult
 
@@ -100,8 +100,13 @@ class TrainerGroup:
         results = self._forward(members, batches, step)
         # a loss that is not a number makes the optimizer skip the update
         losses = [trainer.loss_or_nan(result) for trainer, result in zip(trainers, results, strict=True)]
+        for trainer, result in zip(trainers, results, strict=True):
+            trainer.sae.adjust_gradients_(result.grads)
         grads = {name: [result.grads[name] for result in results] for name in self.params}
         updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
+        for trainer, updated in zip(trainers, updated_S, strict=True):
+            if trainer.sae.renormalize_(updated):
+                self.optimizer.refresh_copies(self.index[trainer.name])
         of_batches = {id(x_BD): x_BD for x_BD in (batches[trainer.name] for trainer in trainers)}
         finite = {i: torch.linalg.vector_norm(x_BD, torch.inf) < torch.inf for i, x_BD in of_batches.items()}
         side_by_side(

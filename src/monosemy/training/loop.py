@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import EndOfData, TryAgain, invalid
+from monosemy.families import Family
 from monosemy.limits import EVERY
+from monosemy.lm.pairs import of_parts
 from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE
@@ -119,21 +121,30 @@ class Fitted:
 
     saes: list[SAE]
     metrics: list[Record]
-    norm_factor: float
-    target_norm_factor: float | None
-    """Of what transcoders reconstruct; None for autoencoders."""
+    norm_factors: tuple[float, ...]
+    """Of each part of a batch: of a transcoder's x and y, of a crosscoder's sources."""
     status: str
     """"complete", "stopped_early" where the batches ran out, "failed" where an SAE's loss did not stay
     finite."""
     failed: dict[int, str]
     """By place in the list, why an SAE was stopped."""
 
+    @property
+    def norm_factor(self) -> float:
+        """Of what is read; of several sources the first's."""
+        return self.norm_factors[0]
 
-Pair = tuple[Tensor, Tensor]
+    @property
+    def target_norm_factor(self) -> float | None:
+        """Of what transcoders reconstruct; None where batches had one part."""
+        return self.norm_factors[1] if len(self.norm_factors) > 1 else None
+
+
+Parts = tuple[Tensor, ...]
 
 
 def fit(
-    batches: Iterable[Tensor | Pair],
+    batches: Iterable[Tensor | Parts],
     saes: Sequence[SAESpec],
     *,
     steps: int | None = None,
@@ -149,17 +160,18 @@ def fit(
 ) -> Fitted:
     """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model;
     or transcoders (`SAESpec(..., transcode=True)`) on pairs of what a component reads, [B, d_in], and what it
-    writes, [B, d_out].
+    writes, [B, d_out]; or crosscoders (`SAESpec(..., crosscode=True)`) on tuples of what all sources have on
+    the same tokens.
 
     `steps` defaults to the number of batches, where they have one; `schedule` takes the keywords of
     `Schedule.of_run`. With `normalize` the first batches (up to 100, which are then trained on) measure
-    sqrt(E ||x||^2), by which activations are divided and which is folded into the SAEs' weights at the end;
-    of pairs each by its own.
+    sqrt(E ||x||^2), of each part of a tuple, by which activations are divided and which is folded into the
+    SAEs' weights at the end.
     `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps (by default 1,000 on a CPU)
     or ten minutes, from which the same call goes on: batches must then be the same ones again, and those
     already trained on are skipped. SIGTERM and Ctrl-C save one first.
     Raises ValueError for an unknown number of steps; batches that are empty, no matrices or, where measured,
-    not finite; pairs for autoencoders, or none for transcoders; and for checkpoints of another call.
+    not finite; batches of another number of parts than is trained on; and for checkpoints of another call.
     """
     device = checked_device(device)
     steps = _check_arguments(batches, saes, steps, log_steps, checkpoint_every)
@@ -167,8 +179,8 @@ def fit(
     store = Checkpoints(Path(checkpoints), every) if checkpoints else None
     checkpoint = store.newest() if store else None
     source = _Batches(batches, checkpoint, min(100, steps) if normalize else 1, normalize)
-    _check_kinds(saes, paired=source.paired)
-    B, d_in, *_ = source.widths
+    _check_kinds(saes, len(source.widths) - 1)
+    B, *widths = source.widths
     plan = Schedule.of_run(steps, B, recipe=recipe, **schedule)
     specs = [dataclasses.replace(spec, init_from=None) for spec in saes]
     payload = json.dumps([specs, steps, schedule, recipe], default=_told)
@@ -178,8 +190,8 @@ def fit(
     metrics: list[Record] = checkpoint.state["metrics"] if checkpoint else []
     workspace, interrupts = Workspace(), Interrupts()
     shared: dict[str, Any] = {"device": device, "recipe": recipe, "bf16": bf16, "workspace": workspace}
-    shared |= {"on_nonfinite": on_nonfinite, **source.sizes()}
-    trainers = [SAETrainer(f"{i}", spec, d_in, plan, **shared) for i, spec in enumerate(saes)]
+    shared |= {"on_nonfinite": on_nonfinite, "norm_factors": source.norm_factors}
+    trainers = [SAETrainer(f"{i}", spec, widths, plan, **shared) for i, spec in enumerate(saes)]
     sweep = Sweep({"": trainers})
 
     def extra_state() -> dict[str, Any]:
@@ -191,14 +203,15 @@ def fit(
         ended = loop.run(lambda: {"": source.next(device)}, steps, **options)
     status = "failed" if sweep.failed else "stopped_early" if ended else "complete"
     failed = {int(name): why for name, why in sweep.failed.items()}
-    return Fitted([t.finished() for t in trainers], metrics, *source.factors(), status, failed)
+    return Fitted([t.finished() for t in trainers], metrics, source.norm_factors, status, failed)
 
 
 def _told(of_call: Any) -> dict[str, Any]:
     """Return what a checkpoint says of an argument; what autoencoders do not have is not said of them."""
     told = dict(vars(of_call))
-    if isinstance(of_call, SAESpec) and not of_call.transcode:
-        del told["transcode"], told["skip_connection"]
+    if isinstance(of_call, SAESpec):
+        defaults = vars(Family())
+        told = {name: value for name, value in told.items() if value != defaults.get(name, ...)}
     return told
 
 
@@ -220,23 +233,22 @@ def _owned(store: Checkpoints | None, interrupts: Interrupts) -> Iterator[None]:
 
 class _Batches:
     """The batches of `fit`: checked, scaled by their norm factors, and without those that a checkpoint has
-    been trained on. Of a pair both lie side by side."""
+    been trained on. Several parts lie side by side."""
 
     def __init__(
         self,
-        batches: Iterable[Tensor | Pair],
+        batches: Iterable[Tensor | Parts],
         checkpoint: Checkpoint | None,
         measured: int,
         normalize: bool,
     ) -> None:
         source = iter(batches)
-        self.widths: tuple[int, ...]  # B, d_in and, of pairs, d_out
+        self.widths: tuple[int, ...]  # B, and the width of each part
         self.norm_factors: tuple[float, ...]
         self._stream: Iterator[list[Tensor]]
         if checkpoint:
             self.widths = tuple(checkpoint.state["shape"])
-            of_target = checkpoint.state.get("target_norm_factor")
-            self.norm_factors = (checkpoint.state["norm_factor"], *([of_target] if of_target else []))
+            self.norm_factors = of_parts(checkpoint.state["norm_factor"])
             self._stream = map(self._checked, itertools.islice(source, checkpoint.step, None))
             return
         parts = next(source, None)
@@ -254,26 +266,10 @@ class _Batches:
         self.widths = (len(first[0][0]), *self.widths[1:])
         self._stream = itertools.chain(first, map(self._checked, source))
 
-    @property
-    def paired(self) -> bool:
-        """Whether batches are pairs."""
-        return len(self.widths) == 3
-
-    def factors(self) -> tuple[float, float | None]:
-        """Return the norm factor, and that of what pairs have transcoders reconstruct."""
-        return self.norm_factors[0], self.norm_factors[1] if self.paired else None
-
-    def sizes(self) -> dict[str, Any]:
-        """Return what a trainer needs to know."""
-        factor, of_target = self.factors()
-        pair = {"d_out": self.widths[2], "target_factor": of_target} if self.paired else {}
-        return {"norm_factor": factor, **pair}
-
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs to know."""
-        factor, of_target = self.factors()
-        pair = {"target_norm_factor": of_target} if self.paired else {}
-        return {"norm_factor": factor, "shape": self.widths, **pair}
+        factors = self.norm_factors
+        return {"norm_factor": factors[0] if len(factors) == 1 else factors, "shape": self.widths}
 
     def next(self, device: torch.device) -> Tensor:
         """Return the next batch, scaled, on a device. Raises EndOfData."""
@@ -285,7 +281,7 @@ class _Batches:
         ]
         return scaled[0] if len(scaled) == 1 else torch.cat(scaled, 1)
 
-    def _checked(self, batch: Tensor | Pair) -> list[Tensor]:
+    def _checked(self, batch: Tensor | Parts) -> list[Tensor]:
         """Return a batch's matrices. Raises ValueError for what is not of the first batch's kind and
         widths."""
         parts = _matrices(batch)
@@ -297,19 +293,24 @@ class _Batches:
         return parts
 
 
-def _check_kinds(saes: Sequence[SAESpec], *, paired: bool) -> None:
-    """Raises ValueError for autoencoders on pairs, and for transcoders on anything else."""
+def _check_kinds(saes: Sequence[SAESpec], parts: int) -> None:
+    """Raises ValueError where batches of so many parts are not what is trained takes."""
+    found = "tensors" if parts == 1 else "pairs" if parts == 2 else f"tuples of {parts}"
     for spec in saes:
-        if spec.transcode and not paired:
+        if spec.transcode and parts != 2:
             remedy = "pass tuples (x, y)"
-            raise invalid("batches", "tensors", "pairs (x [B, d_in], y [B, d_out]) for transcoders", remedy)
-        if paired and not spec.transcode:
+            raise invalid("batches", found, "pairs (x [B, d_in], y [B, d_out]) for transcoders", remedy)
+        if spec.crosscode and parts < 2:
+            remedy = "pass a tuple of the activations of all sources"
+            raise invalid("batches", found, "tuples of two or more [B, D] for crosscoders", remedy)
+        if parts > 1 and not (spec.transcode or spec.crosscode):
             allowed = "tensors [B, D] for an autoencoder"
-            raise invalid("batches", "pairs", allowed, "set transcode=True in its SAESpec, or pass x alone")
+            remedy = "set transcode=True or crosscode=True in its SAESpec, or pass x alone"
+            raise invalid("batches", found, allowed, remedy)
 
 
 def _check_arguments(
-    batches: Iterable[Tensor | Pair],
+    batches: Iterable[Tensor | Parts],
     saes: Sequence[SAESpec],
     steps: int | None,
     log_steps: int,
@@ -338,15 +339,15 @@ def _norm_factor(batches: Sequence[Tensor]) -> float:
     )
 
 
-def _matrices(batch: Tensor | Pair) -> list[Tensor]:
-    """Return the matrix of a batch, or both of a pair. Raises ValueError for anything else."""
+def _matrices(batch: Tensor | Parts) -> list[Tensor]:
+    """Return the matrix of a batch, or those of a tuple. Raises ValueError for anything else."""
     parts = list(batch) if isinstance(batch, tuple | list) else [batch]
     for x in parts:
         if not isinstance(x, Tensor) or x.ndim != 2 or not len(x):
             shape = tuple(getattr(x, "shape", ())) or type(x).__name__
             raise invalid("batches", shape, "tensors [B, D]", "flatten leading dimensions first")
-    if len(parts) > 2 or len({len(x) for x in parts}) != 1:
+    if len({len(x) for x in parts}) != 1:
         rows = " and ".join(str(len(x)) for x in parts)
-        allowed = "pairs of what is read and what is written, a row of each for a token"
-        raise invalid("batches", f"{rows} rows", allowed, "pass (x, y)")
+        allowed = "matrices of equally many rows, a row of each for a token"
+        raise invalid("batches", f"{rows or 'no'} rows", allowed, "pass (x, y), or all sources")
     return parts

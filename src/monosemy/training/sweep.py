@@ -20,11 +20,15 @@ from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
 Record = dict[str, Any]
 
 
-def grid(config: TrainConfig, init_from: SAE | None = None, *, transcode: bool = False) -> list[SAESpec]:
+def grid(config: TrainConfig, init_from: SAE | None = None, **family: bool) -> list[SAESpec]:
     """Every architecture at every sparsity, width, learning rate and seed of a configuration, in
     dictionary_learning's order."""
     specs = []
-    beside = {"transcode": transcode, "skip_connection": transcode and config.skip_connection}
+    beside: dict[str, Any] = dict(family)
+    if family.get("transcode"):
+        beside["skip_connection"] = config.skip_connection
+    if family.get("crosscode"):
+        beside |= {"mask": config.crosscoder_mask, "dedicated_share": config.dedicated_share}
     for seed, width, lr in itertools.product(
         config.random_seeds, config.dictionary_widths, config.learning_rates or (None,)
     ):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from monosemy import ops
 from monosemy.codes import Codes, Execution
 from monosemy.errors import invalid
+from monosemy.families import Family
 from monosemy.initialization import geometric_median
 from monosemy.limits import ESTIMATE_BELOW
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
 from monosemy.sae import SAE, StepContext
 from monosemy.schedule import Schedule
-from monosemy.transcoder import build
 
 READBACK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
 SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.005}  # share of latents per token; above it dense products are faster
@@ -35,7 +35,7 @@ OnNonfinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
-class SAESpec:
+class SAESpec(Family):
     """One SAE to train: architecture and settings, width, peak learning rate (None: the recipe's), seed of
     its weights."""
 
@@ -46,13 +46,10 @@ class SAESpec:
     settings: dict[str, Any] = field(default_factory=dict)
     init_from: SAE | None = None
     """Start from a copy of these weights instead of random ones."""
-    transcode: bool = False
-    """Train a `Transcoder`: batches are pairs of what a component reads and what it writes."""
-    skip_connection: bool = False
-    """Give the transcoder a linear map of what it reads."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a width, learning rate or seed that no SAE can be trained with."""
+        """Raises ValueError for a width, learning rate or seed that no SAE can be trained with, and for
+        families that do not go together."""
         if not isinstance(self.d_sae, int) or isinstance(self.d_sae, bool) or self.d_sae < 1:
             raise invalid("d_sae", self.d_sae, "a whole number, 1 or more", "give the number of latents")
         if self.lr is not None and not 0 <= self.lr < math.inf:
@@ -61,35 +58,36 @@ class SAESpec:
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise invalid("seed", self.seed, "a whole number", "correct it")
-        if self.skip_connection and not self.transcode:
-            raise invalid("skip_connection", True, "False without transcode", "set transcode, too")
+        self.check()
 
-    def empty(self, d_in: int, d_out: int | None = None) -> SAE:
-        """Build the SAE with weights of zero. Raises ValueError for an unknown architecture or setting."""
-        return build(
-            self.architecture,
-            d_in,
-            self.d_sae,
-            transcode=self.transcode,
-            d_out=d_out,
-            skip_connection=self.skip_connection,
-            **self.settings,
-        )
+    def empty(self, widths: int | Sequence[int]) -> SAE:
+        """Build the SAE with weights of zero, for sites of these widths.
 
-    def build(self, d_in: int, d_out: int | None = None) -> SAE:
+        Raises ValueError for an unknown architecture or setting, and for another number of sites.
+        """
+        widths = (widths,) if isinstance(widths, int) else widths
+        return self.make(self.architecture, widths, self.d_sae, self.settings)
+
+    def build(self, widths: int | Sequence[int]) -> SAE:
         """Build the SAE with its initial weights.
 
         Raises ValueError for an unknown architecture or setting, and for another kind or shape in
         `init_from`.
         """
-        sae = self.empty(d_in, d_out)
+        sae = self.empty(widths)
         if self.init_from is None:
             sae.reset(torch.Generator().manual_seed(self.seed))
             return sae
-        kinds = [(len(of.widths) == 2, getattr(of, "skip_connection", False)) for of in (self.init_from, sae)]
-        if kinds[0] != kinds[1]:
-            found, wanted = (f"transcode {kind}, skip_connection {skip}" for kind, skip in kinds)
-            raise invalid("init_from", found, wanted, "start from an SAE of the same kind")
+        found, wanted = (
+            {name: value for name, value in of.family.items() if name not in ("d_out", "widths")}
+            for of in (self.init_from, sae)
+        )
+        if found != wanted:
+            was, allowed = (
+                ", ".join(f"{name} {value}" for name, value in of.items()) or "an autoencoder"
+                for of in (found, wanted)
+            )
+            raise invalid("init_from", was, allowed, "start from an SAE of the same kind")
         source = copy.deepcopy(self.init_from)
         source.set_pre_bias_(sae.pre_bias)
         given = source.state_dict()
@@ -185,34 +183,32 @@ class SAETrainer:
         self,
         name: str,
         spec: SAESpec,
-        d_in: int,
+        widths: int | Sequence[int],
         schedule: Schedule,
         *,
         device: torch.device | str = "cpu",
         recipe: Recipe = MONOSEMY,
         bf16: bool = False,
-        norm_factor: float = 1.0,
-        d_out: int | None = None,
-        target_factor: float | None = None,
+        norm_factors: Sequence[float] = (),
         on_nonfinite: OnNonfinite = "stop",
         workspace: ops.Workspace | None = None,
     ) -> None:
         """Build the SAE of a spec.
 
-        `norm_factor` is what batches are divided by; weights of `init_from` are scaled to it. A transcoder's
-        targets have a width and a factor of their own.
+        `widths` are those of the sites whose activations lie side by side in a batch, `norm_factors` what
+        each is divided by; weights of `init_from` are scaled to them.
         """
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
         self.on_nonfinite, self.workspace = on_nonfinite, workspace
-        self.sae = spec.build(d_in, d_out).to(device)
-        self.norm_factor, self.target_factor = norm_factor, target_factor
+        self.sae = spec.build(widths).to(device)
+        self.norm_factors = tuple(norm_factors) or (1.0,) * len(self.sae.widths)
         self.fresh = spec.init_from is None
         self.centered = self.fresh and recipe.centered and self.sae.centered
-        self.center_D = torch.zeros(d_in if self.centered else 0, device=device)
+        self.center_D = torch.zeros(self.sae.d_in if self.centered else 0, device=device)
         rate = learning_rate(recipe, self.sae.short_run_lr, spec.d_sae, schedule.steps, schedule.batch)
         self.lr = rate if spec.lr is None else spec.lr
         if not self.fresh:
-            self.sae.fold_norm_factor_(1 / norm_factor, target_factor and 1 / target_factor)
+            self.sae.fold_norm_factor_(*(1 / factor for factor in self.norm_factors))
         self.since_fired_F = torch.zeros(spec.d_sae, dtype=torch.long, device=device)  # tokens
         self.clock = torch.zeros((), dtype=torch.long, device=device)  # steps taken, skipped ones included
         self.nonfinite = torch.tensor([0, -1, 1, 0], device=device)  # NonfiniteState
@@ -350,13 +346,13 @@ class SAETrainer:
 
     def finished(self) -> SAE:
         """Copy the SAE for use: on raw activations, with unit decoder rows."""
-        sae = self.spec.empty(self.sae.d_in, self.sae.d_out)
+        sae = self.spec.empty(self.sae.widths)
         sae.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.sae.state_dict().items()})
         if sae.constraint == "free":
             sae.fold_decoder_norm_()
         if self.centered:
             sae.fold_center_(self.center_D.cpu())
-        sae.fold_norm_factor_(self.norm_factor, self.target_factor)
+        sae.fold_norm_factor_(*self.norm_factors)
         return sae.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -300,6 +300,52 @@ function firing(container, saes) {
   );
 }
 
+/** How many latents that fired have which share of their decoder's norms at the second source, from the first one's own to the second's. */
+function sharedNorms(container, columns) {
+  const bins = 40,
+    counts = { held: new Array(bins).fill(0), doubtful: new Array(bins).fill(0) };
+  columns.relative_norm.forEach((share, l) => {
+    if (!columns.count[l]) return;
+    const bin = Math.min(Math.floor(share * bins), bins - 1),
+      alone = share < 0.1 || share > 0.9,
+      doubtful = alone && (columns.nu_error[l] > 0.2 || columns.nu_reconstruction[l] > 0.5);
+    counts[doubtful ? "doubtful" : "held"][bin]++;
+  });
+  const values = Object.entries(counts).flatMap(([kind, of]) =>
+    of.map((n, i) => ({ from: i / bins, to: (i + 1) / bins, n, kind })),
+  );
+  return draw(
+    container,
+    {
+      data: { values },
+      width: container.clientWidth - 70,
+      height: 180,
+      mark: { type: "bar", aria: false },
+      encoding: {
+        x: {
+          field: "from",
+          type: "quantitative",
+          scale: { domain: [0, 1] },
+          axis: {
+            title: "share of the decoder's norms at the second source",
+            values: [0, 0.25, 0.5, 0.75, 1],
+            grid: false,
+          },
+        },
+        x2: { field: "to" },
+        y: { field: "n", type: "quantitative", axis: { title: "latents", tickCount: 4 } },
+        fillOpacity: {
+          field: "kind",
+          type: "nominal",
+          scale: { domain: ["held", "doubtful"], range: [0.9, 0.35] },
+        },
+        color: { value: css("--link") },
+      },
+    },
+    "How many latents belong to the first source, to both, and to the second",
+  );
+}
+
 /** One bar for each SAE: never, usual, dense, always on. */
 function bars(container, saes) {
   const shown = saes.filter((s) => Number.isFinite(s.row.never_fired) && s.width);

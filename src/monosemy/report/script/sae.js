@@ -25,6 +25,14 @@ function tiles(pairs) {
   );
 }
 
+const signed = (x) => (Number.isFinite(x) ? x.toFixed(2) : "-");
+const diffNote = () =>
+  make(
+    "p",
+    { class: "note" },
+    "The share of a latent's decoder norms at the second of the two sources (models, or layers): at the left latents of the first alone, in the middle shared ones, at the right those of the second. Pale: latents that are exclusive by their norms and found in the other model all the same, by latent scaling (nu of the error over 0.2, or of the reconstruction over 0.5). The list sorts by it: “second source”; search takes second:<0.1.",
+  );
+
 async function saePage(view, sae) {
   const same = DATA.saes,
     i = sae.number;
@@ -61,6 +69,13 @@ async function saePage(view, sae) {
       ),
     );
   else await latentList(latents, sae, await open(sae), await text(sae));
+  if (sae.gathered && (await open(sae)).relative_norm) {
+    const diffBox = make("div", { class: "chart" });
+    latents.after(
+      make("section", {}, make("h2", {}, "Which source a latent belongs to"), diffBox, diffNote()),
+    );
+    panel(diffBox, async () => sharedNorms(diffBox, await open(sae)));
+  }
   panel(firingBox, () => firing(firingBox, [sae]));
   panel(curveBox, () => curves(curveBox, [sae]));
 }
@@ -75,6 +90,7 @@ function query(words, columns, table, tokens) {
       cos: (l) => columns.enc_dec[l] / 100,
       near: (l) => columns.near_cosine[l] / 100,
       contexts: (l) => columns.contexts[l],
+      ...(columns.relative_norm ? { second: (l) => columns.relative_norm[l] } : {}),
     };
   const named = (part) => new Set([...table.place.keys()].filter((id) => table.string(id).includes(part)));
   for (const [, field, quoted, bare] of words.matchAll(/(?:(\w+):)?(?:"([^"]*)"|(\S+))/g)) {
@@ -131,6 +147,14 @@ async function latentList(box, sae, columns, table) {
     columns.page_promotes ? ["promotes", "", null] : null,
     ["enc-dec", "number", (l) => columns.enc_dec[l]],
     ["nearest", "number", (l) => columns.near_cosine[l]],
+    ...(columns.relative_norm
+      ? [
+          ["second source", "number", (l) => columns.relative_norm[l]],
+          ["decoders' cosine", "number", (l) => columns.decoder_cosine[l]],
+          ["nu error", "number", (l) => columns.nu_error[l]],
+          ["nu reconstruction", "number", (l) => columns.nu_reconstruction[l]],
+        ]
+      : []),
     ["page", "", null],
   ].filter(Boolean);
   const head = make("thead"),
@@ -209,6 +233,14 @@ async function latentList(box, sae, columns, table) {
             "enc-dec": (columns.enc_dec[l] / 100).toFixed(2),
             nearest: `${columns.near[l]} (${(columns.near_cosine[l] / 100).toFixed(2)})`,
             page: reason(l),
+            ...(columns.relative_norm
+              ? {
+                  "second source": columns.relative_norm[l].toFixed(2),
+                  "decoders' cosine": columns.decoder_cosine[l].toFixed(2),
+                  "nu error": signed(columns.nu_error[l]),
+                  "nu reconstruction": signed(columns.nu_reconstruction[l]),
+                }
+              : {}),
           };
         return make(
           "tr",

@@ -1,0 +1,60 @@
+"""What an architecture can be trained as: an autoencoder, a transcoder, or a crosscoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from monosemy.crosscoder import Crosscoder, crosscoder
+from monosemy.errors import invalid
+from monosemy.sae import SAE, architecture
+from monosemy.transcoder import Transcoder, transcoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Say what is trained. An autoencoder where nothing is said."""
+
+    transcode: bool = False
+    """A `Transcoder`: batches are pairs of what a component reads and what it writes."""
+    skip_connection: bool = False
+    """Give the transcoder a linear map of what it reads."""
+    crosscode: bool = False
+    """A `Crosscoder`: batches are tuples of the activations of all sources."""
+    mask: str = "full"
+    """Which sources a crosscoder's latents read and write: full, causal or dedicated."""
+    dedicated_share: float = 0.05
+    """Share of the latents that a dedicated mask gives to each source alone."""
+
+    def check(self) -> None:
+        """Raises ValueError for what does not go together."""
+        if self.skip_connection and not self.transcode:
+            raise invalid("skip_connection", True, "False without transcode", "set transcode, too")
+        if self.transcode and self.crosscode:
+            raise invalid("crosscode", True, "False with transcode", "choose one of them")
+        if self.mask != "full" and not self.crosscode:
+            raise invalid("mask", self.mask, '"full" without crosscode', "set crosscode, too")
+
+    def kind(self, name: str) -> type[SAE]:
+        """Return the class of an architecture. Raises ValueError for an unknown one."""
+        if self.transcode:
+            return transcoder(name)
+        return crosscoder(name) if self.crosscode else architecture(name)
+
+    def make(self, name: str, widths: Sequence[int], d_sae: int, settings: dict[str, Any]) -> SAE:
+        """Build an architecture with weights of zero, for sites of these widths.
+
+        Raises ValueError for an unknown architecture or setting, and for another number of sites.
+        """
+        self.check()
+        kind = self.kind(name)
+        if issubclass(kind, Crosscoder):
+            return kind(widths, d_sae, mask=self.mask, dedicated_share=self.dedicated_share, **settings)
+        if len(widths) != (2 if self.transcode else 1):
+            allowed = "two, of what it reads and what it writes" if self.transcode else "one"
+            raise invalid("widths", tuple(widths), allowed, "set transcode or crosscode, or give one site")
+        if issubclass(kind, Transcoder):
+            d_in, d_out = widths
+            return kind(d_in, d_sae, d_out=d_out, skip_connection=self.skip_connection, **settings)
+        return kind(widths[0], d_sae, **settings)

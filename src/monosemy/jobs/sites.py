@@ -1,0 +1,73 @@
+"""Where a run's SAEs are trained: single sites, pairs and groups of them, and the models that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monosemy.config import TrainConfig
+from monosemy.errors import invalid
+from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.lm.pairs import (
+    AnySite,
+    SiteGroup,
+    SitePair,
+    groups_at,
+    pairs_at,
+    parse_site,
+    single_sites,
+)
+
+
+def sites_of(c: TrainConfig, model: ModelInfo) -> tuple[AnySite, ...]:
+    """Return where SAEs are trained. Raises ValueError for names that are none, and for settings of
+    transcoders where there are no pairs."""
+    whole = range(model.num_layers)
+    layers = dict.fromkeys(n for layer in c.layers for n in (whole if layer == "all" else (layer,)))
+    of_layers: list[AnySite] = [pair for kinds in c.transcode for pair in pairs_at(kinds, layers)]
+    of_layers += groups_at(c.crosscode, list(layers), two_models=c.diff_model is not None)
+    if not (c.transcode or c.crosscode or c.diff_model):
+        of_layers = [Site("resid_post", layer) for layer in layers]
+    elif c.transcode and not layers:
+        raise invalid("layers", c.layers, "one or more with transcode", "name layers, or all of them: all")
+    sites = tuple(dict.fromkeys([*of_layers, *map(parse_site, c.sites)]))
+    if c.skip_connection and not any(isinstance(site, SitePair) for site in sites):
+        allowed = "False for autoencoders, which would copy their input"
+        raise invalid("skip_connection", True, allowed, "name transcode, too")
+    if c.crosscoder_mask != "full" and not any(isinstance(site, SiteGroup) for site in sites):
+        allowed = "full without crosscoders"
+        raise invalid("crosscoder_mask", c.crosscoder_mask, allowed, "name crosscode or diff_model, too")
+    return sites
+
+
+def describe_other(c: TrainConfig, commit: str | None = None) -> ModelInfo | None:
+    """Describe the model that the first is compared with, at a commit of it. Raises ValueError as `describe`
+    does, and for a revision of none."""
+    if c.diff_model is not None:
+        return describe(c.diff_model, commit or c.diff_revision)
+    if c.diff_revision is not None:
+        allowed = "left out without diff_model"
+        raise invalid("diff_revision", c.diff_revision, allowed, "name diff_model, too")
+    return None
+
+
+def check_model_sites(sites: Sequence[AnySite], model: ModelInfo, other: ModelInfo | None) -> None:
+    """Check that each site's model has it, and that both models' weights are whole. Raises ValueError."""
+    single = single_sites(sites)
+    of_other = [site for site in single if site.other]
+    check_sites(model, [site for site in single if not site.other])
+    check_weights(model)
+    if other is None:
+        if of_other:
+            allowed = "sites of model_name without diff_model"
+            raise invalid("sites", str(of_other[0]), allowed, "name the other model: --diff_model NAME")
+        return
+    if not of_other:
+        allowed = "left out where no site is the other model's"
+        raise invalid("diff_model", other.name, allowed, "name layers to compare, such as --layers 8")
+    check_sites(other, of_other)
+    check_weights(other)
+    if other.vocab_size is not None and other.vocab_size < (model.vocab_size or 0):
+        allowed = f"a model of {model.vocab_size} tokens or more, those of {model.name}"
+        raise invalid(
+            "diff_model", f"{other.name} ({other.vocab_size} tokens)", allowed, "choose another one"
+        )
