@@ -42,6 +42,7 @@ from monosemy.sae import SAE
 from monosemy.system import arrays
 from monosemy.system.files import read_json, read_lines, write_json, write_text
 from monosemy.system.progress import Progress
+from monosemy.transcoder import Transcoder
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +294,10 @@ def _add_latents(
         columns = latents.statistics(gathered, sae, like, c.report_latents, contexts_CL)
         with missing.part(EFFECTS, name):
             masked_V = latents.untold(lm, tokenizer, special_ids.tolist())
-            columns |= latents.effects(sae, lm, ends(site)[1], columns["page_latent"], masked_V)
+            read, written = ends(site)
+            columns |= latents.effects(sae, lm, written, columns["page_latent"], masked_V)
+            if isinstance(sae, Transcoder):
+                columns |= latents.inputs(sae, lm, read, columns["page_latent"], masked_V)
         path = run.folder / name / "latents.npz"
         latents.write(path, gathered, columns, seconds=time.monotonic() - began, text=c.report_text)
 
