@@ -1,5 +1,5 @@
-"""What circuit-tracer's page shows of a run's transcoders: every file against what the page reads, and against
-what the transcoders really do on the held-out text. circuit-tracer itself serves them in peers/."""
+"""What circuit-tracer's page shows of a run's transcoders: every file against what the page reads, and
+against what the transcoders really do on the held-out text. circuit-tracer itself serves them in peers/."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ def test_every_latent_has_a_file_that_the_page_can_read(run, made):
 
 
 def test_they_say_what_the_transcoder_does_on_the_text(run, made, tiny_model):
-    """By the model's activations and the transcoder's own encoder: nothing of what was gathered but places."""
+    """By the model's activations and the transcoder's own encoder: of what was gathered only places."""
     layer = 1
     columns, facts = columns_of(run, layer)
     sae = monosemy.load(run / f"mlp_in_layer_{layer}_to_mlp_out_layer_{layer}" / "trainer_0")
