@@ -39,7 +39,10 @@ const page = {
 };
 page.window = page;
 vm.createContext(page);
-for (const name of ["util", ...["-list", "-logits", ""].map((part) => `feature_examples/init-feature-examples${part}`)])
+for (const name of [
+  "util",
+  ...["-list", "-logits", ""].map((part) => `feature_examples/init-feature-examples${part}`),
+])
   vm.runInContext(fs.readFileSync(path.join(assets, `${name}.js`), "utf8"), page);
 
 (async () => {
