@@ -3,20 +3,26 @@ and us.
 
     circuit_tracer_side.py trace FOLDER    opens every set FOLDER/sets/NAME, and with each of its backends
     makes an attribution graph of FOLDER/ids.safetensors in FOLDER/model
-    circuit_tracer_side.py command FOLDER NAME TEXT    runs its own command line on the set, and writes
-    FOLDER/page, what its page shows
+    circuit_tracer_side.py command SET PAGE NAME TEXT    runs its own command line on the set, and writes
+    PAGE/NAME.json, what its page shows
+    circuit_tracer_side.py serve PAGE    starts its own server and says where, and where the page's files are,
+    until its input ends
+    circuit_tracer_side.py features SET    opens all feature files that have all of its model's fields
 
 FOLDER/x.safetensors holds activations [L, B, D] by the name of their hook. FOLDER/made/NAME.safetensors then
 holds the latents f [L, B, F] and outputs y [L, B, D] of those that the set says it reads; and of each backend
 BACKEND.f [L, P, F], the latents at the prompt's P places, read in the model, and the graph.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 from circuit_tracer import Graph, ReplacementModel, attribute
 from circuit_tracer.__main__ import main as command_line
+from circuit_tracer.frontend.feature_models import Model as Feature
+from circuit_tracer.frontend.local_server import DEFAULT_FRONTEND_DIR, serve
 from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
 from circuit_tracer.transcoder import TranscoderSet
 from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
@@ -80,12 +86,25 @@ def trace(folder: Path) -> None:
         save_file(contiguous, folder / "made" / f"{path.name}.safetensors")
 
 
-def command(folder: Path, name: str, text: str) -> None:
-    sys.argv = ["circuit-tracer", "attribute", "--transcoder_set", str((folder / "sets" / name).resolve())]
-    sys.argv += ["--backend", "nnsight", "--prompt", text, "--slug", name]
-    sys.argv += ["--graph_file_dir", str(folder / "page")]
+def command(folder: Path, page: str, name: str, text: str) -> None:
+    sys.argv = ["circuit-tracer", "attribute", "--transcoder_set", str(folder.resolve())]
+    sys.argv += ["--backend", "nnsight", "--prompt", text, "--slug", name, "--graph_file_dir", page]
     command_line()
 
 
+def serving(folder: Path) -> None:
+    server = serve(str(folder), port=0)
+    print(server.httpd.server_address[1], DEFAULT_FRONTEND_DIR, flush=True)
+    sys.stdin.read()
+    server.stop()
+
+
+def features(folder: Path) -> None:
+    files = [json.loads(path.read_text("utf-8")) for path in (folder / "features").glob("*.json")]
+    opened = [Feature(**file) for file in files if Feature.model_fields.keys() <= file.keys()]
+    print(len(files), len(opened))
+
+
 if __name__ == "__main__":
-    {"trace": trace, "command": command}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+    modes = {"trace": trace, "command": command, "serve": serving, "features": features}
+    modes[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

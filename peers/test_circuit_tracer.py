@@ -9,18 +9,23 @@ list; there this one is built from its configuration and weights.
 import json
 import os
 import re
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import monosemy
+from monosemy.cli import main
 from monosemy.formats import circuit_tracer
 from monosemy.lm.info import HOOKS
 from monosemy.lm.pairs import SitePair, pairs_at
-from tests.conftest import WORDS
+from tests.conftest import WORDS, write_text
 
 HERE = Path(__file__).parent
 SIDE = HERE / "circuit_tracer_side.py"
@@ -98,10 +103,12 @@ def activations(lm: monosemy.LanguageModel, pair: SitePair, ids_BL: torch.Tensor
     return [found[site][:, 1:].flatten(0, 1).float() for site in (pair.source, pair.target)]
 
 
+PYTHON = HERE.parent / ".venv-peers" / "circuit_tracer" / "bin" / "python"
+
+
 def run_there(script: Path, *arguments: object) -> str:
     """Run a script in circuit-tracer's environment. Returns what it prints."""
-    python = HERE.parent / ".venv-peers" / "circuit_tracer" / "bin" / "python"
-    line = [str(part) for part in (python, script, *arguments)]
+    line = [str(part) for part in (PYTHON, script, *arguments)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=offline)
     assert done.returncode == 0, done.stderr
@@ -211,7 +218,7 @@ def test_its_backends_agree(name: str, world: World) -> None:
 def test_its_command_line_takes_the_folder(world: World) -> None:
     """And the model that config.yaml names, where that is a folder."""
     name, text = "mlp_in-batch_top_k", "the one that was not"
-    run_there(SIDE, "command", world.folder, name, text)
+    run_there(SIDE, "command", world.folder / "sets" / name, world.folder / "page", name, text)
     page = json.loads((world.folder / "page" / f"{name}.json").read_text())
     assert page["metadata"]["prompt_tokens"] == ["<bos>", *text.split()]
     assert page["metadata"]["scan"] == name
@@ -235,3 +242,93 @@ def test_a_difference_would_show(world: World) -> None:
     moved = torch.nn.functional.linear(x[0], sae.W_enc, sae.b_enc + 1e-3)
     f = moved * (moved > sae.state_dict()["threshold"])
     assert apart(world.made(name)["f"][0], f.detach()) > 1e-5
+
+
+# --- its page of a latent -----------------------------------------------------------------------------------
+
+TEXT = "the one that was not"
+PAGES = 40  # of F latents
+
+
+@pytest.fixture(scope="module")
+def sets(world: World) -> Path:
+    """A run's set with feature files, in both layouts, and beside the files a graph of a text."""
+    folder = world.folder / "with features"
+    text = write_text(world.folder / "text.jsonl")
+    flags = "--transcode mlp --layers all --architectures batch_top_k --target_l0s 6 --num_tokens 4000"
+    flags += f" --dictionary_widths {F} --context_length 24 --sae_batch_size 64 --eval_num_inputs 20"
+    where = ["--save_dir", str(folder / "run"), "--model_name", str(world.folder / "model")]
+    more = ["--dataset", str(text), "--report_latents", str(PAGES), "--held_out_fraction", "0.1"]
+    assert main(["train", *where, *more, *flags.split()]) == 0
+    for layout in ("files", "packed"):
+        line = ["convert", str(folder / "run"), str(folder / layout), "--to", "circuit_tracer"]
+        assert main([*line, "--features", layout]) == 0
+    run_there(SIDE, "command", folder / "files", folder / "files", "traced", TEXT)
+    return folder
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, str]]:
+    """Run its own server on a folder. Yields its address, and the folder of the page's files."""
+    line = [str(PYTHON), str(SIDE), "serve", str(folder)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None
+        port, assets = server.stdout.readline().split(maxsplit=1)
+        yield f"http://127.0.0.1:{port}/", assets.strip()
+        server.stdin.close()
+
+
+def traced(folder: Path) -> tuple[str, list[dict]]:
+    """What a graph says of its set, and its nodes that are latents."""
+    graph = json.loads((folder / "traced.json").read_text())
+    kind = "cross layer transcoder"
+    return graph["metadata"]["scan"], [node for node in graph["nodes"] if node["feature_type"] == kind]
+
+
+def test_its_server_has_the_file_of_every_latent_of_a_graph(sets: Path) -> None:
+    scan, nodes = traced(sets / "files")
+    assert len(nodes) > LAYERS and len({node["layer"] for node in nodes}) == LAYERS
+    paged = 0
+    with served(sets / "files") as (url, _):
+        for node in nodes:
+            with urlopen(f"{url}{scan.removeprefix('./')}/{node['feature']}.json") as answer:
+                feature = json.load(answer)
+            layer, latent, _ = map(int, node["node_id"].split("_"))
+            assert feature["index"] == latent and f"mlp_in_layer_{layer}_" in feature["transcoder_id"]
+            paged += "histogram" in feature
+            examples = [e for quantile in feature["examples_quantiles"] for e in quantile["examples"]]
+            words = {token.strip() for example in examples for token in example["tokens"]}
+            assert words <= {"<bos>", "<eos>", *WORDS} and bool(words) == ("histogram" in feature)
+    print(f"{len(nodes)} latents in the graph, {paged} of them with examples")
+    assert paged > len(nodes) / 4
+
+
+def test_its_model_of_a_feature_takes_them(sets: Path) -> None:
+    files, opened = map(int, run_there(SIDE, "features", sets / "files").split())
+    with_pages = [len(load_columns(path)) for path in (sets / "run").glob("*/trainer_0/latents.npz")]
+    assert files == LAYERS * F and opened == sum(with_pages) > 0
+
+
+def load_columns(path: Path) -> list[int]:
+    from monosemy.system import arrays
+
+    return arrays.load(path)[0]["page_latent"].tolist()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here, to run the page's script")
+@pytest.mark.parametrize("layout", ["files", "packed"])
+def test_its_page_s_own_script_loads_them(layout: str, sets: Path) -> None:
+    """From its server, and as from a repository of the hub, whose name circuit-tracer gives such a set."""
+    scan, nodes = traced(sets / "files")
+    scan = scan if layout == "files" else "owner/name"
+    numbers = sorted({node["feature"] for node in nodes})
+    with served(sets / "files") as (url, assets):
+        script = HERE / "circuit_tracer_page.js"
+        line = ["node", str(script), assets, url, scan, str(sets / "packed"), *map(str, numbers)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [feature["featureIndex"] for feature in found] == numbers
+    for number, feature in zip(numbers, found, strict=True):
+        written = json.loads((sets / "files" / "features" / f"{number}.json").read_text("utf-8"))
+        assert {key: feature[key] for key in written} == written and feature["scan"] == scan

@@ -202,6 +202,7 @@ def _convert(arguments: list[str]) -> int:
         format: str | None = None,
         unfinished: bool = False,
         trainer: int | None = None,
+        features: str | None = None,
     ) -> int:
         """Write an SAE in another tool's layout, or a tool's SAE in ours. What the layout has no place for
         goes to monosemy.json beside it.
@@ -217,18 +218,23 @@ def _convert(arguments: list[str]) -> int:
                 by their files.
             unfinished: Also an SAE whose training did not complete.
             trainer: For circuit_tracer, which of a run's transcoders at each layer: N of trainer_N.
+            features: For circuit_tracer, what its page shows of latents: files, one for each, which its own
+            server finds (the default); packed, for the hub; or none.
         """
         from monosemy import formats
         from monosemy.jobs import pretrained, transcoder_set
 
         if to == "circuit_tracer":
+            run, layout = _run_folder(folder), features or "files"
             transcoder_set.write_transcoder_set(
-                _run_folder(folder), out, trainer=trainer, unfinished=unfinished
+                run, out, trainer=trainer, unfinished=unfinished, features=layout
             )
             print(out)
             return 0
-        if trainer is not None:
-            raise invalid("trainer", trainer, "left out but for --to circuit_tracer", "name the SAE's folder")
+        for name, value in (("trainer", trainer), ("features", features)):
+            if value is not None:
+                allowed = "left out but for --to circuit_tracer"
+                raise invalid(name, value, allowed, "name the SAE's folder")
         found = pretrained.resolve(folder, format=format)
         formats.convert(found.path, out, to, format=found.format, unfinished=unfinished, source=found.source)
         print(out)

@@ -1,4 +1,4 @@
-"""Geometry of decoder rows, and their effects on logits.
+"""Geometry of decoder rows, their effects on logits, and the embeddings that excite encoder rows.
 
 F latents, D width, P some latents, V vocabulary.
 """
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from monosemy.lm.info import Site
+from monosemy.lm.modules import same_memory, sublayer_of
 
 if TYPE_CHECKING:
     from monosemy.lm.model import LanguageModel
@@ -117,9 +120,35 @@ def norm_map(lm: LanguageModel) -> Tensor:
     equal = (call.module for call in calls[after:-1] if torch.equal(call.tensor.flatten(), final.flatten()))
     if (norm := next(equal, None)) is None:
         return unit_DD
-    far_DD = (1e3 * unit_DD).to(final.dtype)
+    return _linear_part(norm, unit_DD, final.dtype)
+
+
+def _linear_part(norm: Any, unit_DD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a norm's odd part on each unit vector."""
+    far_DD = (1e3 * unit_DD).to(dtype)
     with torch.no_grad():
         return (norm(far_DD).float() - norm(-far_DD).float()) / 2
+
+
+def input_map(lm: LanguageModel, site: Site) -> Tensor | None:
+    """Return the linear part [D, D] of what lies between the embedding and a site on the direct path.
+
+    The identity in the residual stream; gain and centering of the norm before the MLP for what that reads,
+    up to the number by which it divides. None for what only sublayers write, and for a module of any kind.
+    """
+    if site.kind not in ("resid_pre", "resid_mid", "resid_post", "mlp_in"):
+        return None
+    unit_DD = torch.eye(lm.d_in(site), device=lm.device)
+    if site.kind != "mlp_in":
+        return unit_DD
+    assert site.layer is not None
+    layer = lm.layers[site.layer]
+    mlp = sublayer_of(layer, site)
+    inner = set(mlp.modules()) - {mlp}
+    calls = lm.probe(part for part in layer.modules() if part not in inner)
+    read = next(i for i, call in enumerate(calls) if call.module is mlp)
+    norm = next((call.module for call in calls[:read] if same_memory(call.output, calls[read].hidden)), None)
+    return unit_DD if norm is None else _linear_part(norm, unit_DD, calls[read].hidden.dtype)
 
 
 @torch.inference_mode()
@@ -130,14 +159,39 @@ def logit_effects(
     standard deviations over the vocabulary.
 
     (tokens promoted, how much, tokens suppressed, how much), [P, count] each. `masked_V` are tokens that are
-    not told, such as special ones. The norm divides by a number that depends on the token, which no ranking
-    sees and the standard deviation cancels.
+    not told, such as special ones. What all logits share is subtracted, since softmax does not see it. The
+    norm divides by a number that depends on the token, which no ranking sees and the standard deviation
+    cancels.
     """
     W_VD = lm.model.get_output_embeddings().weight.float()
+    return _strongest_tokens(W_dec_PD.float() @ norm_map(lm), W_VD, masked_V, count)
+
+
+@torch.inference_mode()
+def embedding_effects(
+    W_enc_PD: Tensor, lm: LanguageModel, map_DD: Tensor, masked_V: Tensor, count: int = 10
+) -> tuple[Tensor, Tensor]:
+    """Return which tokens' embeddings excite encoder rows most, and how much, in standard deviations over the
+    vocabulary: [P, count] each.
+
+    `map_DD` is `input_map`'s. The direct path alone: each row of the input embedding as it is, without what
+    attention and MLPs before the site make of the token. What all embeddings share is subtracted, since b_enc
+    sets it off. By what the norm divides depends on the rest of the stream and is left out, so that long
+    embeddings count as more.
+    """
+    W_VD = lm.model.get_input_embeddings().weight.float()
+    return _strongest_tokens(W_enc_PD.float() @ map_DD.T, W_VD, masked_V, count)[:2]
+
+
+def _strongest_tokens(
+    rows_PD: Tensor, W_VD: Tensor, masked_V: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the tokens whose rows of a vocabulary have the largest and the smallest products with some rows,
+    and these in standard deviations from the mean."""
     found: list[tuple[Tensor, ...]] = []
-    for rows_PD in _pieces(W_dec_PD.float() @ norm_map(lm), len(W_VD)):
-        effect_PV = rows_PD @ W_VD.T
-        effect_PV -= effect_PV.mean(1, keepdim=True)  # softmax does not see what all logits share
+    for piece_PD in _pieces(rows_PD, len(W_VD)):
+        effect_PV = piece_PD @ W_VD.T
+        effect_PV -= effect_PV.mean(1, keepdim=True)
         spread_P1 = torch.linalg.vector_norm(effect_PV, dim=1, keepdim=True) / len(W_VD) ** 0.5
         effect_PV /= spread_P1.clamp(min=torch.finfo(torch.float32).tiny)
         up = effect_PV.masked_fill_(masked_V, -torch.inf).topk(min(count, len(W_VD)))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monosemy.evaluation.geometry import Geometry, logit_effects, neighbors
+from monosemy.evaluation.geometry import Geometry, embedding_effects, input_map, logit_effects, neighbors
 from monosemy.evaluation.latent_stats import (
     OCTAVES,
     SAMPLED,
@@ -186,6 +186,26 @@ def effects(
     return {name: x.cpu().numpy().astype(dtype) for name, x, dtype in zip(names, found, dtypes, strict=True)}
 
 
+def inputs(
+    sae: Any, lm: LanguageModel, site: Site, latents_P: np.ndarray, masked_V: Tensor
+) -> dict[str, np.ndarray]:
+    """Return the columns of the tokens whose embeddings excite some latents most, [P, ..]; none for a site
+    that an embedding does not reach directly. `site` is where they read."""
+    map_DD = input_map(lm, site)
+    V, D = lm.model.get_input_embeddings().weight.shape
+    if not len(latents_P) or map_DD is None or len(map_DD) != D or sae.d_in != D:
+        return {}
+    rows_P = torch.from_numpy(latents_P.astype(np.int64)).to(lm.device)
+    # an embedding may have more rows than the head
+    unnamed_V = torch.ones(V, dtype=torch.bool)
+    unnamed_V[: len(masked_V)] = masked_V[:V]
+    ids, z = embedding_effects(sae.W_enc[rows_P], lm, map_DD, unnamed_V.to(lm.device))
+    return {
+        "page_reads": ids.cpu().numpy().astype(np.int32),
+        "page_reads_z": z.cpu().numpy().astype(np.float32),
+    }
+
+
 def strongest_rows(g: LatentStats, latents_P: np.ndarray) -> dict[str, np.ndarray]:
     """Return the columns of the rows [P, R] on which some latents are strongest, and how strong: of
     activations that are no text's."""
@@ -235,8 +255,8 @@ def write_text(
     *,
     text: bool = True,
 ) -> None:
-    """Write the held-out text once, with the bytes of its tokens and of those that the SAEs' latents promote
-    and suppress.
+    """Write the held-out text once, with the bytes of its tokens and of those that the SAEs' latents promote,
+    suppress and read.
 
     Without `text` only the latter. Raises what reading a damaged latents.npz raises.
     """
@@ -244,7 +264,9 @@ def write_text(
     for file in latents_files:
         columns, _ = arrays.load(file)
         ids += [
-            column.ravel() for name, column in columns.items() if name in ("page_promotes", "page_suppresses")
+            column.ravel()
+            for name, column in columns.items()
+            if name in ("page_promotes", "page_suppresses", "page_reads")
         ]
     used = np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64)
     spelled = token_bytes(tokenizer, used.tolist())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def write_set(
     not the layer's MLP, for autoencoders, for what is neither ReLU nor JumpReLU once trained, and for a
     folder that is not empty.
     """
+    with writing_set(saes, folder, model_name, scan):
+        pass
+
+
+@contextmanager
+def writing_set(
+    saes: Mapping[int, tuple[SAE, Mapping[str, Any]]],
+    folder: str | Path,
+    model_name: str,
+    scan: str | None = None,
+) -> Iterator[Path]:
+    """Write a set as `write_set` does, and yield the folder that becomes it, for what is to lie beside it."""
     if text(model_name) is None:
         raise invalid("model_name", model_name, "the model's name", "name it as TransformerLens does")
     _check_layers(saes)
@@ -65,6 +78,7 @@ def write_set(
         }
         lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()]
         (part / "config.yaml").write_text("".join(lines), encoding="utf-8")
+        yield part
 
 
 def _check_layers(saes: Mapping[int, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from monosemy.config import TrainConfig
 from monosemy.jobs.memory import GridRow
 from monosemy.lm.info import ModelInfo
-from monosemy.lm.pairs import AnySite
+from monosemy.lm.pairs import AnySite, SitePair
 
 # Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and
 # 80 are 0.06 apart; with 200, +-0.003.
@@ -82,11 +82,13 @@ def evaluation(
 
 
 def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: Sequence[GridRow]) -> float:
-    """Count what does not depend on text: all pairs of decoder rows, and the effects on logits of latents
-    with a page."""
+    """Count what does not depend on text: all pairs of decoder rows, and of latents with a page the effects
+    on logits and, of a transcoder's, what embeddings do to them."""
     embedded = min(c.report_latents, max(c.dictionary_widths)) * model.embedding_parameters
-    of_grid = sum(r.per_site * FLOAT32 * 2 * (r.width * r.width * model.d_model + embedded) for r in grid)
-    return len(sites) * of_grid
+    ends = len(sites) + sum(isinstance(site, SitePair) for site in sites)
+    pairs = sum(r.per_site * FLOAT32 * 2 * r.width * r.width * model.d_model for r in grid)
+    products = sum(r.per_site * FLOAT32 * 2 * embedded for r in grid)
+    return len(sites) * pairs + ends * products
 
 
 def _depth(site: AnySite, model: ModelInfo) -> int:

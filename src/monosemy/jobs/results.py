@@ -36,13 +36,14 @@ from monosemy.formats.untrusted import sha256
 from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
 from monosemy.lm.model import load_tokenizer
-from monosemy.lm.pairs import AnySite, single_sites, writes
+from monosemy.lm.pairs import AnySite, reads, single_sites, writes
 from monosemy.lm.two_models import Models, load_models
 from monosemy.report import page, plots
 from monosemy.sae import SAE
 from monosemy.system import arrays
 from monosemy.system.files import read_json, read_lines, write_json, write_text
 from monosemy.system.progress import Progress
+from monosemy.transcoder import Transcoder
 
 log = logging.getLogger(__name__)
 
@@ -299,6 +300,8 @@ def _add_latents(
             masked_V = latents.untold(lm.of(written), tokenizer, special_ids.tolist())
             pages = columns["page_latent"]
             columns |= latents.effects(sae, lm.of(written), written, pages, masked_V, place)
+            if isinstance(sae, Transcoder):
+                columns |= latents.inputs(sae, lm.of(written), reads(site)[0], pages, masked_V)
         path = run.folder / name / "latents.npz"
         latents.write(path, gathered, columns, seconds=time.monotonic() - began, text=c.report_text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -12,9 +13,12 @@ from monosemy import formats
 from monosemy.errors import invalid
 from monosemy.formats import circuit_tracer, untrusted
 from monosemy.formats.parts import halves, text
+from monosemy.jobs import feature_files
 from monosemy.jobs.model_card import HUB_NAMES
 from monosemy.sae import SAE
 from monosemy.system.files import check_new
+
+log = logging.getLogger(__name__)
 
 
 class _Opened(Mapping[int, tuple[SAE, dict[str, Any]]]):
@@ -34,14 +38,25 @@ class _Opened(Mapping[int, tuple[SAE, dict[str, Any]]]):
 
 
 def write_transcoder_set(
-    run: str | Path, target: str | Path, *, trainer: int | None = None, unfinished: bool = False
+    run: str | Path,
+    target: str | Path,
+    *,
+    trainer: int | None = None,
+    unfinished: bool = False,
+    features: str = "files",
 ) -> None:
     """Write a run's transcoders, RUN/*/trainer_N, to a new folder as circuit-tracer opens them.
 
-    `trainer` is N; it may be left out where a run has one transcoder for each layer.
-    Raises ValueError for a run that has none or several, for two of one layer, and as
-    `circuit_tracer.write_set` and `formats.read` do.
+    `trainer` is N; it may be left out where a run has one transcoder for each layer. `features` is how what
+    the evaluation kept of latents is written for circuit-tracer's page: "files", one for each latent, which
+    its server finds in the set's folder; "packed", which the page fetches from the hub; or "none". Where
+    nothing was kept, none is written, and the log says so.
+    Raises ValueError for a run that has none or several, for two of one layer, for any other `features`, for
+    a damaged file of the evaluation, and as `circuit_tracer.write_set` and `formats.read` do.
     """
+    if features not in feature_files.LAYOUTS:
+        allowed = ", ".join(feature_files.LAYOUTS)
+        raise invalid("features", features, allowed, "files are for circuit-tracer's own server")
     run, target = Path(run), Path(target)
     check_new(target)
     found = _found(run)
@@ -59,7 +74,16 @@ def write_transcoder_set(
         raise invalid("model", ", ".join(sorted(models))[:200], "one model", "copy the run's folder again")
     (model,) = models
     folders = _by_layer(members)
-    circuit_tracer.write_set(_Opened(folders, unfinished), target, HUB_NAMES.get(model, model))
+    lacking = feature_files.lacking(run, folders)
+    if lacking and features != "none":
+        why = "nothing was kept of its latents (report_latents), or the run was not evaluated"
+        log.info("no feature files for circuit-tracer's page: there is no %s; %s", lacking, why)
+        features = "none"
+    scan = feature_files.SCAN if features == "files" else None
+    opened, model = _Opened(folders, unfinished), HUB_NAMES.get(model, model)
+    with circuit_tracer.writing_set(opened, target, model, scan) as part:
+        if features != "none":
+            feature_files.write(part, run, folders, features)
 
 
 def _found(run: Path) -> dict[int, dict[Path, dict[str, Any]]]:

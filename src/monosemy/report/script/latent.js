@@ -1,4 +1,4 @@
-// The page of one latent: its numbers, the tokens it promotes, and the contexts in which it fires.
+// The page of one latent: its numbers, the tokens it reads and promotes, and the contexts in which it fires.
 
 async function latentPage(view, sae, latent) {
   if (!sae.gathered) return saePage(view, sae);
@@ -72,7 +72,7 @@ async function latentPage(view, sae, latent) {
         ".",
       ),
     );
-  const tokensOf = (name) => {
+  const tokensOf = (name, about = "") => {
     if (!columns[`page_${name}`]) return null;
     const width = columns.shape[`page_${name}`][1],
       ids = columns[`page_${name}`].subarray(width * p, width * p + width),
@@ -94,6 +94,7 @@ async function latentPage(view, sae, latent) {
           ),
         ),
       ),
+      about ? make("p", { class: "note" }, about) : "",
     );
   };
   const width = columns.shape.page_near[1];
@@ -112,6 +113,7 @@ async function latentPage(view, sae, latent) {
           `${sae.unit[0].toUpperCase() + sae.unit.slice(1)} by activation, quarter octaves`,
         ),
       ),
+      tokensOf("reads", "Tokens whose embeddings excite it most, before any layer"),
       tokensOf("promotes"),
       tokensOf("suppresses"),
       make(

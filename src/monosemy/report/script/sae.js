@@ -104,13 +104,18 @@ function query(words, columns, table, tokens) {
     else {
       const ids = named(value);
       const at = (l) => Boolean(columns.peak_token) && ids.has(columns.peak_token[l]);
-      const up = (l) =>
-        columns.page_promotes &&
+      const among = (column) => (l) =>
+        column &&
         columns.page.has(l) &&
-        Array.from(
-          columns.page_promotes.subarray(10 * columns.page.get(l), 10 * columns.page.get(l) + 10),
-        ).some((id) => ids.has(id));
-      tests.push(field === "token" ? at : field === "promotes" ? up : (l) => at(l) || up(l));
+        Array.from(column.subarray(10 * columns.page.get(l), 10 * columns.page.get(l) + 10)).some((id) =>
+          ids.has(id),
+        );
+      const of = new Map([
+        ["token", at],
+        ["promotes", among(columns.page_promotes)],
+        ["reads", among(columns.page_reads)],
+      ]);
+      tests.push(of.get(field) ?? ((l) => [...of.values()].some((test) => test(l))));
     }
   }
   return (l) => tests.every((test) => test(l));
@@ -265,7 +270,7 @@ async function latentList(box, sae, columns, table) {
       turn(ROWS, "→", last >= list.length),
     );
   };
-  note.textContent = `All ${whole(F)} latents are listed; ${whole(pages)} have a page, a third of them drawn at random among those that fire in at least 4 ${sae.unit === "tokens" ? "contexts" : sae.unit} (About says how the others were chosen). Measured on ${whole(tokens)} held-out ${sae.unit}. Search also takes ${sae.unit === "tokens" ? 'token:"…" promotes:"…" and ' : ""}freq: max: mean: cos: near: contexts: with < or >.`;
+  note.textContent = `All ${whole(F)} latents are listed; ${whole(pages)} have a page, a third of them drawn at random among those that fire in at least 4 ${sae.unit === "tokens" ? "contexts" : sae.unit} (About says how the others were chosen). Measured on ${whole(tokens)} held-out ${sae.unit}. Search also takes ${sae.unit === "tokens" ? `token:"…" promotes:"…" ${columns.page_reads ? 'reads:"…" ' : ""}and ` : ""}freq: max: mean: cos: near: contexts: with < or >.`;
   box.replaceChildren(
     make("h2", {}, "Latents ", make("span", { class: "muted" }, whole(F))),
     tabRow,
