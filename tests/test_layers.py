@@ -27,6 +27,8 @@ FLOORS = {
     "initialization": 4.5,
     "transcoder": 4.7,
     "crosscoder": 4.7,
+    "layered_codes": 3.5,
+    "cross_layer": 4.7,
     "families": 4.8,
     "architectures": 5,
     "formats": 5,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.codes import Codes as Codes
     from monosemy.codes import Preactivations as Preactivations
     from monosemy.config import TrainConfig as TrainConfig
+    from monosemy.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
     from monosemy.crosscoder import Crosscoder as Crosscoder
     from monosemy.data.activations import ActivationStream as ActivationStream
     from monosemy.data.contexts import ContextStream as ContextStream
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.lm.info import Site as Site
     from monosemy.lm.model import LanguageModel as LanguageModel
     from monosemy.lm.model import load_tokenizer as load_tokenizer
+    from monosemy.lm.pairs import CrossLayer as CrossLayer
     from monosemy.lm.pairs import SiteGroup as SiteGroup
     from monosemy.lm.pairs import SitePair as SitePair
     from monosemy.report.of_batches import write_report as write_report
@@ -45,6 +47,8 @@ _HOME = {
     "ActivationStream": "data.activations",
     "Codes": "codes",
     "ContextStream": "data.contexts",
+    "CrossLayer": "lm.pairs",
+    "CrossLayerTranscoder": "cross_layer",
     "Crosscoder": "crosscoder",
     "Fitted": "training.loop",
     "LanguageModel": "lm.model",

@@ -85,6 +85,9 @@ class ModelConfig:
     transcode: tuple[str, ...] = ()
     """Train transcoders at the layers instead: mlp, from what the MLP reads (after the norm) to what it
     writes, or two kinds of sites, such as resid_mid:mlp_out, which reads before the norm."""
+    cross_layer: bool = False
+    """Train one cross-layer transcoder over all of the layers instead of a transcoder for each: its latents
+    read at one layer and write to that and all later ones. Widths and sparsities are of each layer."""
     crosscode: tuple[str, ...] = ()
     """Train crosscoders instead, one for each of these kinds of sites, such as resid_post, over all of the
     layers together."""

@@ -1,4 +1,5 @@
-"""What an architecture can be trained as: an autoencoder, a transcoder, or a crosscoder."""
+"""What an architecture can be trained as: an autoencoder, a transcoder of one layer or across layers, or a
+crosscoder."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from monosemy.cross_layer import CrossLayerTranscoder, cross_layer_transcoder
 from monosemy.crosscoder import Crosscoder, crosscoder
 from monosemy.errors import invalid
 from monosemy.sae import SAE, architecture
@@ -20,6 +22,9 @@ class Family:
     """A `Transcoder`: batches are pairs of what a component reads and what it writes."""
     skip_connection: bool = False
     """Give the transcoder a linear map of what it reads."""
+    cross_layer: bool = False
+    """A `CrossLayerTranscoder`, with transcode: batches are tuples of what all layers read, then of what all
+    write; a width and k are of each layer."""
     crosscode: bool = False
     """A `Crosscoder`: batches are tuples of the activations of all sources."""
     mask: str = "full"
@@ -31,6 +36,11 @@ class Family:
         """Raises ValueError for what does not go together."""
         if self.skip_connection and not self.transcode:
             raise invalid("skip_connection", True, "False without transcode", "set transcode, too")
+        if self.cross_layer and not self.transcode:
+            raise invalid("cross_layer", True, "False without transcode", "set transcode, too")
+        if self.cross_layer and self.skip_connection:
+            remedy = "leave one of them out: a cross-layer transcoder has no linear map"
+            raise invalid("skip_connection", True, "False with cross_layer", remedy)
         if self.transcode and self.crosscode:
             raise invalid("crosscode", True, "False with transcode", "choose one of them")
         if self.mask != "full" and not self.crosscode:
@@ -38,6 +48,8 @@ class Family:
 
     def kind(self, name: str) -> type[SAE]:
         """Return the class of an architecture. Raises ValueError for an unknown one."""
+        if self.cross_layer:
+            return cross_layer_transcoder(name)
         if self.transcode:
             return transcoder(name)
         return crosscoder(name) if self.crosscode else architecture(name)
@@ -51,6 +63,8 @@ class Family:
         kind = self.kind(name)
         if issubclass(kind, Crosscoder):
             return kind(widths, d_sae, mask=self.mask, dedicated_share=self.dedicated_share, **settings)
+        if issubclass(kind, CrossLayerTranscoder):
+            return kind(widths, d_sae, **settings)
         if len(widths) != (2 if self.transcode else 1):
             allowed = "two, of what it reads and what it writes" if self.transcode else "one"
             raise invalid("widths", tuple(widths), allowed, "set transcode or crosscode, or give one site")

@@ -72,6 +72,7 @@ class SAE(nn.Module, ABC):
     # trained on x minus the first batch's geometric median, where the recipe says so
     centered: ClassVar[bool] = False
     always_sparse: ClassVar[bool] = False
+    grouped: ClassVar[bool] = False  # whether it reconstructs by groups of latents
     scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # tensors in the units of the activations
     modes: tuple[str, ...] = ("default",)  # of `encode`, the default first
 
@@ -100,10 +101,14 @@ class SAE(nn.Module, ABC):
         # of an SAE that another tool trained; they hold their defaults
         self.unknown_settings: frozenset[str] = frozenset()
         self.metadata: dict[str, Any] = {}
-        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.make_weights()
+
+    def make_weights(self) -> None:
+        """Make the weights that every architecture has, of zero."""
+        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_in))
 
     # what an architecture defines
 
@@ -239,16 +244,7 @@ class SAE(nn.Module, ABC):
         self._check(
             x, "x", self.d_in, "activations [.., d_in] of the model and site that the SAE was trained on"
         )
-        mode = mode or self.modes[0]
-        if mode not in self.modes:
-            raise invalid("mode", mode, f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
-        if mode == "top_k" and latents is not None:
-            raise invalid(
-                "mode",
-                mode,
-                '"threshold" where latents are given',
-                "the k largest need every latent: take columns of the result",
-            )
+        mode = self._mode(mode, latents)
         rows = slice(None) if latents is None else self._known(latents)
         x = x.to(self.dtype)
         centered = x - self.b_dec if self.pre_bias else x
@@ -312,6 +308,16 @@ class SAE(nn.Module, ABC):
             for name, value in self.known_settings.items()
         )
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+    def _mode(self, mode: str | None, latents: Tensor | None) -> str:
+        """Return the mode to encode in. Raises ValueError as `encode` says."""
+        mode = mode or self.modes[0]
+        if mode not in self.modes:
+            raise invalid("mode", mode, f"{' or '.join(self.modes)} for {self.name}", "leave the mode out")
+        if mode == "top_k" and latents is not None:
+            remedy = "the k largest need every latent: take columns of the result"
+            raise invalid("mode", mode, '"threshold" where latents are given', remedy)
+        return mode
 
     def _check(self, x: Any, name: str, width: int, what: str) -> None:
         """Raises ValueError for what `encode` or `decode` cannot take."""

@@ -41,4 +41,4 @@ class BatchTopK(TopKFamily):
         return codes.smallest().amin()
 
     def encode_top_k(self, pre_BF: Tensor) -> Tensor:
-        return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(self.d_sae).relu()
+        return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(pre_BF.shape[1]).relu()

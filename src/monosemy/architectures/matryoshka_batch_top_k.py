@@ -32,6 +32,7 @@ class MatryoshkaBatchTopK(TopKFamily):
     name = "matryoshka_batch_top_k"
     look = Look("#694cd1", "#a995d3", "star", place=7)
     memory = replace(TOP_K_MEMORY, outputs=11)
+    grouped = True
 
     begins_G: Tensor  # the first latent of each group
 
@@ -89,4 +90,4 @@ class MatryoshkaBatchTopK(TopKFamily):
         return codes.smallest().amin()
 
     def encode_top_k(self, pre_BF: Tensor) -> Tensor:
-        return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(self.d_sae).relu()
+        return ops.batch_top_k(pre_BF, self.settings.k * len(pre_BF)).dense(pre_BF.shape[1]).relu()

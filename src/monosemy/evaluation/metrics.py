@@ -49,12 +49,11 @@ def evaluate(
     of a simulator.
 
     The columns are those of `evaluate_on_model`, but for the losses, and those of the decoder's geometry;
-    `tokens` counts rows, as `unit` says. Transcoders take pairs of what a component reads and what it writes.
-    `batches` may be an iterator: it is read once, moved to the SAEs'
-    device and regrouped to 2,048 rows, so that the size of batches cannot show, not even in the exact
-    selection of batch_top_k. A list of SAEs is named sae_0, sae_1, ..; `site` names where the activations are
-    from. `gather` sees the codes of every SAE that it names. With `missing` an SAE that fails has no row; it
-    lists them.
+    `tokens` counts rows, as `unit` says. What reads or writes several sites takes tuples, as `fit` does.
+    `batches` may be an iterator: it is read once, moved to the SAEs' device and regrouped to 2,048 rows, so
+    that the size of batches cannot show, not even in the exact selection of batch_top_k. A list of SAEs is
+    named sae_0, sae_1, ..; `site` names where the activations are from. `gather` sees the codes of every SAE
+    that it names. With `missing` an SAE that fails has no row; it lists them.
     Raises ValueError for batches that are empty, not [B, d_in] or not finite, and for no SAE.
     """
     named = named_saes(saes)
@@ -73,12 +72,8 @@ def evaluate(
                 for mode, of in sums[name].items():
                     of.add(x_ND, y_ND, sae, mode, at_N)
     if not spread.rows:
-        raise invalid(
-            "batches",
-            "empty",
-            "at least one batch [B, D]",
-            "pass activations; an iterator that was read before has none left",
-        )
+        remedy = "pass activations; an iterator that was read before has none left"
+        raise invalid("batches", "empty", "at least one batch [B, D]", remedy)
     rows = []
     for name in (name for name in named if not missing.lacks(ROWS, name)):
         sae = named[name]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from monosemy.cross_layer import CrossLayerTranscoder
 from monosemy.crosscoder import Crosscoder
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, ratio
@@ -39,7 +40,17 @@ from monosemy.evaluation.missing import Missing
 from monosemy.limits import HEAD_ELEMENTS, SELECTION_TOKENS
 from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel
-from monosemy.lm.pairs import AnySite, SiteGroup, SitePair, of_parts, parts, reads, single_sites, writes
+from monosemy.lm.pairs import (
+    AnySite,
+    CrossLayer,
+    SiteGroup,
+    SitePair,
+    of_parts,
+    parts,
+    reads,
+    single_sites,
+    writes,
+)
 from monosemy.lm.two_models import Models
 from monosemy.system import rng
 from monosemy.system.progress import Progress
@@ -135,8 +146,8 @@ def _check_inputs(
             "splice_contexts", splice_contexts, "0 or more", "leave it out to splice into all contexts"
         )
     for name, (site, sae) in saes.items():
-        fits = isinstance(sae, Transcoder) == isinstance(site, SitePair)
-        if not fits or isinstance(sae, Crosscoder) != isinstance(site, SiteGroup):
+        kinds = ((Transcoder, SitePair), (Crosscoder, SiteGroup), (CrossLayerTranscoder, CrossLayer))
+        if any(isinstance(sae, of_sae) != isinstance(site, of_site) for of_sae, of_site in kinds):
             allowed = (
                 "a pair of sites for a transcoder, a group for a crosscoder, one site for an autoencoder"
             )

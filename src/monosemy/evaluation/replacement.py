@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from monosemy.cross_layer import CrossLayerParts
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, ratio
 from monosemy.limits import HEAD_ELEMENTS
@@ -29,7 +30,7 @@ RUNS = ("replaced", "with_errors", "zero", "mean")
 @torch.inference_mode()
 def evaluate_replacement(
     lm: LanguageModel,
-    transcoders: Mapping[SitePair, SAE],
+    transcoders: Mapping[SitePair, SAE | CrossLayerParts],
     contexts_CL: Tensor,
     *,
     ignore_ids: Tensor,
@@ -38,7 +39,8 @@ def evaluate_replacement(
 ) -> Row:
     """Return a row of the model in which all transcoders stand for their components at once.
 
-    Each reads what the replaced model before it makes. Replaced is where a token is counted: not the first of
+    Each reads what the replaced model before it makes; the parts of a cross-layer transcoder
+    (`CrossLayerParts.of`) come in the order of layers. Replaced is where a token is counted: not the first of
     its context, not one of `ignore_ids`, and in the untouched model not over the norm limit of what the
     component reads; elsewhere the component itself runs. Columns: the cross-entropies of the untouched
     model and with every component replaced (`ce_replaced`), set to zero or to its mean at counted tokens; the
@@ -52,7 +54,7 @@ def evaluate_replacement(
     if not transcoders:
         raise invalid("transcoders", "none", "at least one", "name a run of transcoders")
     for pair, sae in transcoders.items():
-        if not isinstance(sae, Transcoder):
+        if not isinstance(sae, Transcoder | CrossLayerParts):
             allowed = "transcoders, which stand for what is between two sites"
             raise invalid(f"transcoders: {pair}", sae.name, allowed, "train them with transcode")
     check_replaceable(lm, transcoders)
@@ -85,7 +87,7 @@ def _within(mask_BL: Tensor, x_BLD: Tensor, limit: float) -> Tensor:
 
 def _means(
     lm: LanguageModel,
-    transcoders: Mapping[SitePair, SAE],
+    transcoders: Mapping[SitePair, SAE | CrossLayerParts],
     contexts_CL: Tensor,
     ignore_ids: Tensor,
     limits: Mapping[SitePair, float],
@@ -109,7 +111,7 @@ def _means(
 
 def _runs(
     lm: LanguageModel,
-    transcoders: Mapping[SitePair, SAE],
+    transcoders: Mapping[SitePair, SAE | CrossLayerParts],
     ids_BL: Tensor,
     counted_BL: Tensor,
     limits: Mapping[SitePair, float],

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monosemy.crosscoder import Crosscoder
 from monosemy.errors import invalid
 from monosemy.formats import (
     dictionary_learning,
@@ -63,6 +62,7 @@ _ABOUT_THE_SAE = (
     "transcode",
     "d_out",
     "skip_connection",
+    "cross_layer",
     "crosscode",
     "widths",
     "mask",
@@ -106,8 +106,10 @@ def read(
     """Load an SAE, and return what its folder says of the SAE: its site, model, status, ... where known."""
     parts = _parts(Path(path), format, unfinished, source)
     sae = parts.build()
-    if sae.constraint == "free" and not torch.allclose(sae.decoder_norms(), torch.ones(()), atol=1e-5):
-        sae.fold_decoder_norm_()
+    if sae.constraint == "free":
+        norm_F = sae.decoder_norms()
+        if not ((norm_F == 0) | torch.isclose(norm_F, torch.ones(()), atol=1e-5)).all():
+            sae.fold_decoder_norm_()
     sae.metadata = parts.config
     return sae, parts.config
 
@@ -152,8 +154,8 @@ def convert(
     check_new(target)
     parts = _parts(path, format, unfinished, source)
     sae = parts.build()
-    if to != "native" and isinstance(sae, Crosscoder):
-        allowed = "native for crosscoders"
+    if to != "native" and "widths" in sae.family:
+        allowed = "native for crosscoders and cross-layer transcoders"
         raise invalid("to", to, allowed, f"{to} has no layout for them")
     check_finite(sae, str(path))
     with new_folder(target) as part:
@@ -240,11 +242,12 @@ def _described(metadata: dict[str, Any], tensors: dict[str, Tensor], where: str)
                 where, f"no {key}", "the configuration that was saved with these weights", "copy both again"
             )
     pre_bias = flag(metadata, "pre_bias", where) if metadata.get("pre_bias") is not None else None
-    flags = ("transcode", "skip_connection", "crosscode")
+    flags = ("transcode", "skip_connection", "cross_layer", "crosscode")
     family: dict[str, Any] = {name: flag(metadata, name, where) for name in flags}
     family |= {name: metadata[name] for name in ("mask", "dedicated_share") if name in metadata}
-    widths: dict[str, Any] = {"widths": metadata.get("widths")} if family["crosscode"] else {}
-    if family["transcode"] or metadata.get("d_out") is not None:
+    several = family["crosscode"] or family["cross_layer"]
+    widths: dict[str, Any] = {"widths": metadata.get("widths")} if several else {}
+    if (family["transcode"] and not several) or metadata.get("d_out") is not None:
         widths["d_out"] = whole(metadata, "d_out", where)
     config = {key: value for key, value in metadata.items() if key not in _ABOUT_THE_SAE}
     if not _is_origin(config.get("origin", {})):

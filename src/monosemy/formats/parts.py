@@ -69,8 +69,9 @@ class Parts:
     transcode: bool = False  # whether it is a transcoder, which alone has the next two
     d_out: int | None = None
     skip_connection: bool = False
-    crosscode: bool = False  # whether it is a crosscoder, which alone has the next three
-    widths: Any = None  # of its sources
+    cross_layer: bool = False  # whether it is a cross-layer transcoder
+    widths: Any = None  # of what it reads and, if anything else, what it writes; of these two alone
+    crosscode: bool = False  # whether it is a crosscoder, which alone has the next two
     mask: str = "full"
     dedicated_share: float = 0.05
 
@@ -95,7 +96,7 @@ class Parts:
             state[name].copy_(tensor)
         if self.pre_bias is not None:
             sae.pre_bias = self.pre_bias
-        if sae.name == "top_k" and float(state["threshold"]) < 0:
+        if sae.name == "top_k" and float(state["threshold"].min()) < 0:
             # a running threshold it has none, and everything positive is not what it was trained for
             sae.modes = ("top_k",)
         return sae.requires_grad_(False).eval()
@@ -104,21 +105,24 @@ class Parts:
         """Check what the configuration says, before anything is built of it. Raises ValueError."""
         for name in ("d_in", "d_sae", *(() if self.d_out is None else ("d_out",))):
             whole(vars(self), name, self.where)
-        for name in ("transcode", "skip_connection", "crosscode"):
+        for name in ("transcode", "skip_connection", "cross_layer", "crosscode"):
             flag(vars(self), name, self.where)
-        if self.crosscode:
-            self._check_crosscoder()
+        if self.crosscode or self.cross_layer:
+            self._check_widths()
         if self.transcode and self.pre_bias:
             remedy = "subtract W_enc b_dec from b_enc, if it was trained so"
             raise invalid(f"{self.where}: pre_bias", True, "false: a transcoder's encoder sees x", remedy)
 
-    def _check_crosscoder(self) -> None:
-        """Check what a configuration says of a crosscoder. Raises ValueError."""
+    def _check_widths(self) -> None:
+        """Check what a configuration says of what reads several sites. Raises ValueError."""
         widths = self.widths
         listed = list(widths) if isinstance(widths, list | tuple) else []
         numbers = all(type(width) is int and width > 0 for width in listed)
-        if not numbers or not 2 <= len(listed) <= 10_000 or sum(listed) != self.d_in:
-            allowed = f"the widths of two sources or more, which sum to d_in, {self.d_in}"
+        read = listed[: len(listed) // 2] if self.cross_layer else listed
+        if not numbers or not 2 <= len(listed) <= 10_000 or sum(read) != self.d_in:
+            allowed = (
+                f"the widths of two sites or more, of which those that are read sum to {self.d_in}, d_in"
+            )
             raise invalid(f"{self.where}: widths", str(widths)[:80], allowed, "copy the folder again")
         share = self.dedicated_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
@@ -127,7 +131,7 @@ class Parts:
 
     @property
     def _family(self) -> Family:
-        names = ("transcode", "skip_connection", "crosscode", "mask", "dedicated_share")
+        names = ("transcode", "skip_connection", "cross_layer", "crosscode", "mask", "dedicated_share")
         return Family(**{name: getattr(self, name) for name in names})
 
     def _kind(self) -> type[SAE]:
@@ -136,8 +140,15 @@ class Parts:
         return self._family.kind(name if isinstance(name, str) and len(name) < 100 else _short(name))
 
     def _empty(self, settings: dict[str, Any]) -> SAE:
-        if self.crosscode:
+        d_sae = self.d_sae
+        if self.crosscode or self.cross_layer:
             widths = tuple(self.widths)
+            if self.cross_layer:  # whose latents are counted over all layers
+                layers = len(widths) // 2
+                if layers < 2 or d_sae % layers:
+                    allowed = f"a multiple of {layers}, its layers"
+                    raise invalid(f"{self.where}: d_sae", d_sae, allowed, "copy the folder again")
+                d_sae //= layers
         elif self.transcode:
             widths = (self.d_in, self.d_in if self.d_out is None else self.d_out)
         else:
@@ -145,7 +156,7 @@ class Parts:
             if self.d_out not in (None, self.d_in):
                 allowed = f"{self.d_in}, the SAE's d_in, without transcode"
                 raise invalid("d_out", self.d_out, allowed, "set transcode, too")
-        return self._family.make(self.architecture, widths, self.d_sae, settings)
+        return self._family.make(self.architecture, widths, d_sae, settings)
 
     def _compare(self, wanted: Mapping[str, Tensor]) -> None:
         """Compare the tensors with those that an SAE of these sizes has. Raises ValueError."""

@@ -9,13 +9,14 @@ from typing import Any
 
 from monosemy import formats
 from monosemy.config import EvalConfig, TrainConfig
+from monosemy.cross_layer import CrossLayerParts, CrossLayerTranscoder
 from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row
 from monosemy.evaluation.replacement import evaluate_replacement
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream, held_out_contexts
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import SitePair, single_sites
+from monosemy.lm.pairs import CrossLayer, SitePair, single_sites
 from monosemy.system.files import read_json, write_text
 
 SHOWN = ("ce_clean", "ce_replaced", "ce_mean", "loss_recovered_zero", "kl", "top1_agreement", "errors_carry")
@@ -31,34 +32,43 @@ def replace_run(config: EvalConfig) -> list[Row]:
     trained = TrainConfig.read(folder / "run.json")
     plan = Plan.from_run(dataclasses.replace(trained, save_dir=str(folder), **config.changes()))
     c, pairs = plan.config, [site for site in plan.sites if isinstance(site, SitePair)]
-    if not pairs:
+    across = [site for site in plan.sites if isinstance(site, CrossLayer)]
+    if not pairs and not across:
         allowed = "left out for a run without transcoders"
         raise invalid("replacement", True, allowed, "train a set with --transcode mlp --layers all")
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
     contexts_CL = held_out_contexts(c, stream)
     sets = range(plan.saes_per_site)
-    for name in (f"{pair.folder}/trainer_{i}" for pair in pairs for i in sets):
+    for name in (f"{site.folder}/trainer_{i}" for site in (*pairs, *across) for i in sets):
         if not (folder / name / "config.json").is_file():
             raise invalid("replacement", str(folder / name), "a transcoder for each pair", "train it first")
-    lm = LanguageModel.load(plan.model, single_sites(pairs), dtype=c.dtype, device=c.device, whole=True)
+    lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device, whole=True)
     recorded: dict[str, Any] = read_json(folder / "run.json").get("norm_limit", {})
+    limits = {pair: recorded.get(str(pair)) for pair in pairs}
+    for site in across:
+        limits |= dict(zip(site.pairs, recorded.get(str(site)) or [None] * len(site.pairs), strict=True))
     rows = []
     for i in sets:  # one in memory at a time
-        saes = {pair: formats.load(folder / pair.folder / f"trainer_{i}").to(lm.device) for pair in pairs}
+        saes: dict[SitePair, Any] = {}
+        for site in (*pairs, *across):
+            sae = formats.load(folder / site.folder / f"trainer_{i}").to(lm.device)
+            if isinstance(site, CrossLayer):
+                assert isinstance(sae, CrossLayerTranscoder), site
+                saes |= CrossLayerParts.of(sae, site.pairs)
+            else:
+                saes[site] = sae
         row = evaluate_replacement(
             lm,
             saes,
             contexts_CL,
             ignore_ids=stream.special_ids,
             batch_size=c.llm_batch_size,
-            norm_limits={pair: recorded.get(str(pair)) for pair in pairs},
+            norm_limits=limits,
         )
-        first = next(iter(saes.values()))
-        sparsity = {first.sparsity_setting: getattr(first.settings, first.sparsity_setting)}
-        kind = {"set": f"trainer_{i}", "architecture": first.name, "d_sae": first.d_sae} | sparsity
-        rows.append(kind | row)
+        sparsity = {sae.sparsity_setting: getattr(sae.settings, sae.sparsity_setting)}
+        rows.append({"set": f"trainer_{i}", "architecture": sae.name, "d_sae": sae.d_sae} | sparsity | row)
     write_text(folder / "replacement.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    _print(rows, len(pairs))
+    _print(rows, len(limits))
     return rows
 
 

@@ -11,6 +11,7 @@ from monosemy.lm.pairs import (
     AnySite,
     SiteGroup,
     SitePair,
+    across_layers,
     groups_at,
     pairs_at,
     parse_site,
@@ -23,7 +24,12 @@ def sites_of(c: TrainConfig, model: ModelInfo) -> tuple[AnySite, ...]:
     transcoders where there are no pairs."""
     whole = range(model.num_layers)
     layers = dict.fromkeys(n for layer in c.layers for n in (whole if layer == "all" else (layer,)))
-    of_layers: list[AnySite] = [pair for kinds in c.transcode for pair in pairs_at(kinds, layers)]
+    of_kinds = [pairs_at(kinds, layers) for kinds in c.transcode]
+    of_layers: list[AnySite] = [pair for pairs in of_kinds for pair in pairs]
+    if c.cross_layer:
+        if not c.transcode:
+            raise invalid("cross_layer", True, "False without transcode", "name transcode, too: mlp")
+        of_layers = [across_layers(pairs) for pairs in of_kinds]
     of_layers += groups_at(c.crosscode, list(layers), two_models=c.diff_model is not None)
     if not (c.transcode or c.crosscode or c.diff_model):
         of_layers = [Site("resid_post", layer) for layer in layers]

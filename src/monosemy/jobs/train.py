@@ -358,7 +358,7 @@ def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
         bytes_ = tensor_bytes(group, apart=[trainer.workspace for trainer in group.trainers]) // len(
             group.trainers
         )
-        measured[first.sae.name, first.sae.d_sae] = bytes_
+        measured[first.sae.name, first.spec.d_sae] = bytes_
     return {
         f"{name}, {width}": {"predicted": n, "measured": measured[name, width]}
         for (name, width), n in plan.memory.saes.items()

@@ -96,6 +96,50 @@ class SiteGroup:
         return _deepest(self.members)
 
 
+@dataclass(frozen=True)
+class CrossLayer:
+    """Name what a cross-layer transcoder reads and what it writes, layer by layer:
+    `mlp_in.0-5:mlp_out.0-5`."""
+
+    sources: SiteGroup
+    targets: SiteGroup
+
+    @classmethod
+    def parse(cls, name: str) -> CrossLayer:
+        """Parse two groups of sites joined by a colon. Raises ValueError for anything else."""
+        sources, _, targets = name.partition(":")
+        made = cls(SiteGroup.parse(sources), SiteGroup.parse(targets))
+        if len(made.sources.members) != len(made.targets.members):
+            allowed = "as many sites to write as to read"
+            raise invalid("site", name, allowed, "write for example mlp_in.0-5:mlp_out.0-5")
+        return made
+
+    def __str__(self) -> str:
+        return f"{self.sources}:{self.targets}"
+
+    @property
+    def pairs(self) -> list[SitePair]:
+        """What is read and written at each layer."""
+        both = zip(self.sources.members, self.targets.members, strict=True)
+        return [SitePair(source, target) for source, target in both]
+
+    @property
+    def folder(self) -> str:
+        """Return its folder's name in a run: `cross_layer_mlp_in_layers_0_to_5_to_mlp_out_layers_0_to_5`."""
+        names = (of.folder.removeprefix("crosscoder_") for of in (self.sources, self.targets))
+        return f"cross_layer_{'_to_'.join(names)}"
+
+    @property
+    def layer(self) -> int | None:
+        """The first layer that is read."""
+        return self.sources.layer
+
+    @property
+    def depth(self) -> int | None:
+        """Count the layers that a model needs for all; None: all of them."""
+        return _deepest((*self.sources.members, *self.targets.members))
+
+
 def _row(name: str) -> list[Site]:
     """Parse a site, or the sites of a kind in a row of layers, `resid_post.3-5`."""
     kind, _, layers = name.partition(".")
@@ -113,7 +157,7 @@ def _deepest(sites: Iterable[Site]) -> int | None:
     return None if None in depths else max(depth for depth in depths if depth is not None)
 
 
-AnySite = Site | SitePair | SiteGroup
+AnySite = Site | SitePair | SiteGroup | CrossLayer
 
 SHORT = {"mlp": "mlp_in:mlp_out"}  # what a name stands for in `pairs_at`
 
@@ -127,6 +171,19 @@ def pairs_at(kinds: str, layers: Iterable[int]) -> list[SitePair]:
         remedy = "write for example resid_mid:mlp_out; pairs across layers go to --sites"
         raise invalid("transcode", kinds, allowed, remedy)
     return [SitePair(Site(source, layer), Site(target, layer)) for layer in layers]
+
+
+def across_layers(pairs: Sequence[SitePair]) -> CrossLayer:
+    """Return where one cross-layer transcoder stands, given the pairs of each layer.
+
+    Raises ValueError for fewer than two.
+    """
+    if len(pairs) < 2:
+        allowed = "two layers or more with cross_layer"
+        raise invalid("layers", len(pairs), allowed, "name more layers, or train a transcoder")
+    ordered = sorted(pairs, key=lambda pair: pair.layer or 0)
+    sources, targets = (tuple(getattr(pair, end) for pair in ordered) for end in ("source", "target"))
+    return CrossLayer(SiteGroup(sources), SiteGroup(targets))
 
 
 def groups_at(kinds: Sequence[str], layers: Sequence[int], *, two_models: bool) -> list[SiteGroup]:
@@ -156,23 +213,31 @@ def groups_at(kinds: Sequence[str], layers: Sequence[int], *, two_models: bool) 
 
 def parse_site(name: str) -> AnySite:
     """Parse a site, a pair or a group of them. Raises ValueError for anything else."""
-    if ":" in name:
-        return SitePair.parse(name)
-    return SiteGroup.parse(name) if "+" in name or len(_row(name)) > 1 else Site.parse(name)
+    source, colon, _ = name.partition(":")
+    several = "+" in source or len(_row(source)) > 1
+    if colon:
+        return CrossLayer.parse(name) if several else SitePair.parse(name)
+    return SiteGroup.parse(name) if several else Site.parse(name)
 
 
 def reads(site: AnySite) -> tuple[Site, ...]:
     """Return where an SAE at a site reads."""
+    if isinstance(site, CrossLayer):
+        return site.sources.members
     return (site.source,) if isinstance(site, SitePair) else parts(site)
 
 
 def writes(site: AnySite) -> tuple[Site, ...]:
     """Return what an SAE at a site reconstructs: what it reads, but for a transcoder."""
+    if isinstance(site, CrossLayer):
+        return site.targets.members
     return (site.target,) if isinstance(site, SitePair) else parts(site)
 
 
 def parts(site: AnySite) -> tuple[Site, ...]:
     """Return what a row of a site's activations consists of, side by side."""
+    if isinstance(site, CrossLayer):
+        return (*site.sources.members, *site.targets.members)
     if isinstance(site, SiteGroup):
         return site.members
     return (site.source, site.target) if isinstance(site, SitePair) else (site,)
@@ -180,7 +245,11 @@ def parts(site: AnySite) -> tuple[Site, ...]:
 
 def family_of(site: AnySite) -> dict[str, bool]:
     """Return what is trained at a site, as a `Family` says it."""
-    return {"transcode": isinstance(site, SitePair), "crosscode": isinstance(site, SiteGroup)}
+    return {
+        "transcode": isinstance(site, SitePair | CrossLayer),
+        "cross_layer": isinstance(site, CrossLayer),
+        "crosscode": isinstance(site, SiteGroup),
+    }
 
 
 def single_sites(sites: Iterable[AnySite]) -> list[Site]:

@@ -23,6 +23,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self.array: dict[tuple[Any, ...], Tensor] = {}
+        self.parts: dict[str, Workspace] = {}
+
+    def part(self, name: str) -> Workspace:
+        """Return a workspace for what is used beside this one's arrays and not after them, the same one
+        whenever the name is the same."""
+        return self.parts.setdefault(name, Workspace())
 
     def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return an array with any content, the same one whenever the name and the needs are the same."""

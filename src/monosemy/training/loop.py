@@ -161,15 +161,15 @@ def fit(
     """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model;
     or transcoders (`SAESpec(..., transcode=True)`) on pairs of what a component reads, [B, d_in], and what it
     writes, [B, d_out]; or crosscoders (`SAESpec(..., crosscode=True)`) on tuples of what all sources have on
-    the same tokens.
+    the same tokens; or cross-layer transcoders on what all layers read, then what all write.
 
     `steps` defaults to the number of batches, where they have one; `schedule` takes the keywords of
     `Schedule.of_run`. With `normalize` the first batches (up to 100, which are then trained on) measure
     sqrt(E ||x||^2), of each part of a tuple, by which activations are divided and which is folded into the
     SAEs' weights at the end.
     `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps (by default 1,000 on a CPU)
-    or ten minutes, from which the same call goes on: batches must then be the same ones again, and those
-    already trained on are skipped. SIGTERM and Ctrl-C save one first.
+    or ten minutes, from which the same call goes on, with the same batches; those already trained on are
+    skipped. SIGTERM and Ctrl-C save one first.
     Raises ValueError for an unknown number of steps; batches that are empty, no matrices or, where measured,
     not finite; batches of another number of parts than is trained on; and for checkpoints of another call.
     """
@@ -297,7 +297,11 @@ def _check_kinds(saes: Sequence[SAESpec], parts: int) -> None:
     """Raises ValueError where batches of so many parts are not what is trained takes."""
     found = "tensors" if parts == 1 else "pairs" if parts == 2 else f"tuples of {parts}"
     for spec in saes:
-        if spec.transcode and parts != 2:
+        if spec.cross_layer and (parts < 4 or parts % 2):
+            remedy = "pass tuples (x_0, x_1, .., y_0, y_1, ..)"
+            allowed = "tuples of what all layers read, then of what all write, for cross-layer transcoders"
+            raise invalid("batches", found, allowed, remedy)
+        if spec.transcode and not spec.cross_layer and parts != 2:
             remedy = "pass tuples (x, y)"
             raise invalid("batches", found, "pairs (x [B, d_in], y [B, d_out]) for transcoders", remedy)
         if spec.crosscode and parts < 2:

@@ -209,7 +209,7 @@ class SAETrainer:
         self.lr = rate if spec.lr is None else spec.lr
         if not self.fresh:
             self.sae.fold_norm_factor_(*(1 / factor for factor in self.norm_factors))
-        self.since_fired_F = torch.zeros(spec.d_sae, dtype=torch.long, device=device)  # tokens
+        self.since_fired_F = torch.zeros(self.sae.d_sae, dtype=torch.long, device=device)  # tokens
         self.clock = torch.zeros((), dtype=torch.long, device=device)  # steps taken, skipped ones included
         self.nonfinite = torch.tensor([0, -1, 1, 0], device=device)  # NonfiniteState
         self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
