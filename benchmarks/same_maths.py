@@ -63,6 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"l1_penalty": 0.1},
     "p_anneal": {"initial_sparsity_penalty": 0.03},
     "jump_relu": {"target_l0": 32, "bandwidth": 0.01},
+    "jump_relu_tanh": {"tanh_penalty": 0.002},
     "top_k": {"k": 32},
     "batch_top_k": {"k": 32},
     "matryoshka_batch_top_k": {"k": 32},
