@@ -27,7 +27,7 @@ from monosemy.training.trainer import READBACK_EVERY, SPARSE_BELOW, SAESpec, SAE
 from tests import synthetic
 
 FAST = "cpu" if cpu.available() else "aten"
-RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu")
+RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu", "jump_relu_tanh")
 every = pytest.mark.parametrize("name", sorted(SETTINGS))
 relu = pytest.mark.parametrize("name", RELU)
 
