@@ -176,7 +176,7 @@ class SAEConfig:
     """Initial penalties of p_anneal."""
     gated_penalties: tuple[Annotated[float, ABOVE_0], ...] = (0.012, 0.018, 0.024, 0.04, 0.06, 0.08)
     """L1 penalties of gated."""
-    tanh_penalties: tuple[Annotated[float, ABOVE_0], ...] = (0.0002, 0.0004, 0.0007, 0.0014)
+    tanh_penalties: tuple[Annotated[float, ABOVE_0], ...] = (0.0002, 0.0004, 0.0006, 0.0012)
     """Penalties of jump_relu_tanh, in full at the end of the run."""
     skip_connection: bool = False
     """Give transcoders a linear map of what they read beside their latents."""

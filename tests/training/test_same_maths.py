@@ -313,7 +313,7 @@ def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Itera
     usual = m.sae.b_enc.detach().clone()
     for step in range(10**6):
         if step in (falls, rises):
-            m.sae.b_enc.data.copy_(usual - (0.3 if step == falls else 0.0))
+            m.sae.b_enc.data.copy_(usual - (0.6 if step == falls else 0.0))
         m.step(of[step % len(of)], step)
         yield step, m
 

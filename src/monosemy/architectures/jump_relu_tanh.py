@@ -77,7 +77,7 @@ class JumpReLUTanh(SAE):
 
     @dataclass(frozen=True)
     class Settings:
-        tanh_penalty: float = 0.0007
+        tanh_penalty: float = 0.0006
         tanh_scale: float = 4.0
         kernel_width: float = 2.0
         preactivation_penalty: float = 3e-6

@@ -145,6 +145,9 @@ def row_norms(W_FD: Tensor, gradient: WeightGradient | None = None) -> Tensor:
     return _RowNorms.apply(W_FD, gradient)
 
 
+ALIGNED = 64  # bytes, as fresh arrays are
+
+
 class _SumOfPreactivations(Function):
     @staticmethod
     def forward(
@@ -160,7 +163,9 @@ class _SumOfPreactivations(Function):
         ctx.gradient = gradient if ctx.needs_input_grad[0] else None
         if ctx.gradient is not None:
             ctx.gradient.uses += 1
-        return torch.addmv(b_F, W_FD, sum_D, beta=ctx.tokens)
+        # where an array begins shows in the last bit of a CPU's product with a vector
+        moved = W_FD.device.type == "cpu" and W_FD.data_ptr() % ALIGNED
+        return torch.addmv(b_F, W_FD.clone() if moved else W_FD, sum_D, beta=ctx.tokens)
 
     @staticmethod
     def backward(ctx: Any, g_F: Tensor) -> tuple[Tensor | None, ...]:
