@@ -21,7 +21,7 @@ from monosemy.training.trainer import CAPACITY_FACTOR, SAESpec, SAETrainer
 from monosemy.transcoder import Transcoder
 
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
-RELU = ("standard", "standard_new", "p_anneal", "gated", "jump_relu")
+RELU = ("standard", "standard_new", "p_anneal", "gated", "jump_relu", "jump_relu_tanh")
 STEPS = 10_000  # no phase of the run ends or begins while it is timed
 DEAD_TOKENS = 10_000_000  # dictionary_learning's and sparsify's limit
 WARM = 6  # steps: each phase of a run is run once as it is, and captured the second time
@@ -68,7 +68,7 @@ def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
     # no token has more of them
     candidates = (x_BD @ sae.W_enc.T + sae.b_enc).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()
     sae.b_enc.sub_(
-        candidates.topk(k * len(x_BD)).values[-1] - (sae.threshold if sae.name == "jump_relu" else 0)
+        candidates.topk(k * len(x_BD)).values[-1] - (sae.threshold if sae.name.startswith("jump_relu") else 0)
     )
 
 

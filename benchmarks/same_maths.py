@@ -63,6 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"l1_penalty": 0.1},
     "p_anneal": {"initial_sparsity_penalty": 0.03},
     "jump_relu": {"target_l0": 32, "bandwidth": 0.01},
+    "jump_relu_tanh": {"tanh_penalty": 0.002},
     "top_k": {"k": 32},
     "batch_top_k": {"k": 32},
     "matryoshka_batch_top_k": {"k": 32},
@@ -181,7 +182,9 @@ def exact(member: LoneTrainer, x_BD: Tensor, step: int, pre_BF: Tensor | None = 
     encoder's product `pre_BF`."""
     sae = copy.deepcopy(member.sae).double()
     x_BD, y_BD = sae.operands(x_BD.double())
-    ctx = StepContext(step, member.schedule, member.recipe, sparsity_scale=member.schedule.sparsity(step))
+    ctx = StepContext(
+        step, member.schedule, member.recipe, sparsity_scale=member.sae.sparsity_scale(step, member.schedule)
+    )
     pre = sae.preactivations(x_BD, Execution(sparse=member.sparse))
     if pre_BF is not None:
         pre.product = pre_BF.double()
@@ -240,14 +243,17 @@ def flips(member: LoneTrainer, ours: Seen, theirs: Seen) -> tuple[int, int]:
         .index_copy_(0, other, pre_BF.flatten()[other])
         .view_as(pre_BF)
     )
+    widths = {
+        "jump_relu": lambda sae: sae.settings.bandwidth,
+        "jump_relu_tanh": lambda sae: sae.settings.kernel_width * sae.unit,
+    }
     boundary = {
         "top_k": kept_BF.amin(1, keepdim=True),
         "batch_top_k": kept_BF.amin(),
         "matryoshka_batch_top_k": kept_BF.amin(),
-        "jump_relu": member.sae.threshold - member.sae.settings.bandwidth / 2
-        if name == "jump_relu"
-        else None,
     }.get(name, torch.zeros(()))
+    if name in widths:
+        boundary = member.sae.threshold - widths[name](member.sae) / 2
     boundary_N = boundary.expand_as(pre_BF).flatten()[flat]
     return len(flat), int(((pre_BF.flatten()[flat] - boundary_N).abs() <= 1e-5 * boundary_N.abs()).sum())
 

@@ -112,7 +112,7 @@ def test_the_loss_is_the_equation(name: str) -> None:
         plain = [torch.where(p >= p.topk(6, 1).values[:, -1:], p, 0).relu() for p in pre]
     elif name == "batch_top_k":
         plain = [torch.where(p >= p.flatten().topk(6 * B).values[-1], p, 0).relu() for p in pre]
-    elif name == "jump_relu":
+    elif name.startswith("jump_relu"):
         plain = [torch.where(p > t, p, 0) for p, t in zip(pre, sae.threshold.chunk(L), strict=True)]
     elif name == "gated":
         scale, b_mag = sae.r_mag.exp().chunk(L), sae.b_mag.chunk(L)

@@ -157,6 +157,8 @@ def test_a_width_is_a_whole_number(d_sae):
         ("jump_relu", {"bandwidth": 0.0}),
         ("jump_relu", {"target_l0": 0.0}),
         ("jump_relu", {"l0_loss": "absolute"}),
+        ("jump_relu_tanh", {"kernel_width": 0.0}),
+        ("jump_relu_tanh", {"ramp": 1.5}),
         ("batch_top_k", {"auxk_alpha": float("nan")}),
     ],
 )

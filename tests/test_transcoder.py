@@ -40,6 +40,7 @@ SETTINGS = {
     "p_anneal": {"initial_sparsity_penalty": 0.02},
     "gated": {"l1_penalty": 0.05},
     "jump_relu": {"target_l0": 8, "bandwidth": 0.01},
+    "jump_relu_tanh": {"tanh_penalty": 0.02},
     "top_k": {"k": 6},
     "batch_top_k": {"k": 6},
     "matryoshka_batch_top_k": {"k": 6},

@@ -285,6 +285,11 @@ class Preactivations:
             known = self.gradients[_begin(W_FD)] = ops.WeightGradient(lent_FD)
         return known
 
+    def by_latent(self) -> Tensor:
+        """Sum each latent's pre-activations over the batch, [F], without a pass over [B, F]."""
+        gradient = self.gradient(self.weights[0])
+        return ops.sum_of_preactivations(*self.weights, self.centered_BD, gradient)
+
     def buffer(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialized [B, F] workspace.
 

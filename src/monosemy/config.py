@@ -188,6 +188,8 @@ class SAEConfig:
     """Initial penalties of p_anneal."""
     gated_penalties: tuple[Annotated[float, ABOVE_0], ...] = (0.012, 0.018, 0.024, 0.04, 0.06, 0.08)
     """L1 penalties of gated."""
+    tanh_penalties: tuple[Annotated[float, ABOVE_0], ...] = (0.0002, 0.0004, 0.0006, 0.0012)
+    """Penalties of jump_relu_tanh, in full at the end of the run."""
     skip_connection: bool = False
     """Give transcoders a linear map of what they read beside their latents."""
     crosscoder_mask: Literal["full", "causal", "dedicated"] = "full"
@@ -229,7 +231,8 @@ class OptimizationConfig:
     warmup_steps: Annotated[int, AT_LEAST_0] | None = None
     """Steps over which the learning rate rises (1000, less in short runs)."""
     sparsity_warmup_steps: Annotated[int, AT_LEAST_0] | None = None
-    """Steps over which sparsity penalties rise (5000, less in short runs)."""
+    """Steps over which sparsity penalties rise (5000, less in short runs); jump_relu_tanh's rises over the
+    whole run."""
     decay_start_fraction: Annotated[float, FRACTION] = 0.8
     """Share of the run after which the learning rate falls to 0."""
     dead_feature_threshold: Annotated[int, AT_LEAST_0] | None = None

@@ -206,6 +206,8 @@ class CrossLayerTranscoder(SAE):
             W_FD.div_(of_layer[:, None])
         self.W_enc.mul_(norm_F[:, None])
         self.b_enc.mul_(norm_F)
+        if "threshold" in dict(self.named_parameters()):
+            self.threshold.mul_(norm_F)
 
     @torch.no_grad()
     def fold_norm_factor_(self, factor: float, *others: float) -> None:

@@ -136,6 +136,9 @@ class LayeredPreactivations(Preactivations):
     def gradients(self) -> dict[Any, ops.WeightGradient]:  # type: ignore[override]
         return {(layer, *key): g for layer, pre in enumerate(self.layers) for key, g in pre.gradients.items()}
 
+    def by_latent(self) -> Tensor:
+        return torch.cat([pre.by_latent() for pre in self.layers])
+
     def top_k(self, k: int) -> LayeredCodes:  # type: ignore[override]
         """Select the k largest of each token at each layer."""
         return LayeredCodes(self, [pre.top_k(k) for pre in self.layers])

@@ -36,7 +36,7 @@ class StepContext:
     """Mask of the latents that have not fired for `schedule.dead_tokens` tokens, this batch included; None:
     no latent is dead."""
     sparsity_scale: Tensor | float = 1.0
-    """Factor on a sparsity penalty: `schedule.sparsity(step)`."""
+    """Factor on a sparsity penalty: `sae.sparsity_scale(step, schedule)`."""
 
 
 class Look(NamedTuple):
@@ -146,6 +146,11 @@ class SAE(nn.Module, ABC):
     def active(self, codes: Codes) -> Codes:
         """Map a training batch's codes to f: what counts as firing and as L0."""
         return codes
+
+    def sparsity_scale(self, step: int, schedule: Schedule) -> float:
+        """Return the factor on the sparsity penalty at a step, which `StepContext` holds; on a GPU nothing
+        else of a step's number reaches the loss."""
+        return schedule.sparsity(step)
 
     def phase(self, ctx: StepContext) -> Any:
         """Return a hashable key of all in the step's number that changes which kernels a step launches."""

@@ -27,6 +27,7 @@ SETTINGS = {
     "gated": {"l1_penalty": 0.02},
     "p_anneal": {"initial_sparsity_penalty": 0.02},
     "jump_relu": {"target_l0": 8, "bandwidth": 0.01},
+    "jump_relu_tanh": {"tanh_penalty": 0.02},
     "top_k": {"k": 8},
     "batch_top_k": {"k": 8},
     "matryoshka_batch_top_k": {"k": 8},
@@ -85,6 +86,9 @@ def test_the_gradient_is_the_loss_s_slope(name):
     at = StepContext(35, m.schedule, dead_F=dead)
     # its gradient is an estimate, not the slope
     moved = {n: p for n, p in sae.named_parameters() if n != "threshold"}
+    # this one's estimate goes through pre-activations; its formula below has all gradients
+    if name == "jump_relu_tanh":
+        moved = {n: p for n, p in moved.items() if n not in ("W_enc", "b_enc")}
     # the gate's own term holds the decoder fixed, so the slope along it is not the gradient
     if name == "gated":
         moved = {n: p for n, p in moved.items() if n not in ("W_dec", "b_dec")}
@@ -188,6 +192,49 @@ def test_at_equal_l0s_gemma_scope_2_s_target_is_2_l0_times_as_strong_as_ours():
         x = batch(3)[:1].repeat(B, 1)
         found[l0_loss] = float(parts(one, x, StepContext(35, Schedule.of_run(60, B)))["sparsity"])
     assert found["gemma_scope_2"] == pytest.approx(2 * 5.0 * found["relative"], rel=1e-5)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_the_tanh_penalty_is_its_formula(sparse):
+    """Anthropic's objective, and its gradients by the rectangle kernel, written out in dense float64; the
+    settings are in units in which x has a mean square norm of d_in."""
+    weights = {"tanh_penalty": 0.3, "preactivation_penalty": 2.0}
+    sae = architecture("jump_relu_tanh")(D, F, **weights, tanh_scale=3.0, kernel_width=0.5).double()
+    sae.load_state_dict(trained("jump_relu_tanh", 40).sae.state_dict())
+    draw = generator(0, "thresholds")
+    sae.threshold.data.uniform_(0.01, 0.05, generator=draw)
+    sae.W_dec.data.mul_(torch.empty(F, 1, dtype=torch.double).uniform_(0.5, 2, generator=draw))
+    x = batch(99).double()
+    ours = parts(sae, x, StepContext(35, Schedule.of_run(60, B), sparsity_scale=0.7), sparse=sparse)
+
+    pre, width = x @ sae.W_enc.T + sae.b_enc, 0.5 / D**0.5
+    on, near = pre > sae.threshold, (pre - sae.threshold).abs() < width / 2
+    assert on.any(0).sum() > F / 2 and (near & on).any() and (near & ~on).any() and (~near & ~on).any()
+    # what the kernel says of the jump: nothing but a gradient
+    distance = pre - sae.threshold
+    f = torch.where(on, pre, 0) + near * (sae.threshold / width).detach() * (distance - distance.detach())
+    norms = sae.W_dec.norm(dim=1)
+    mse = (x - f @ sae.W_dec - sae.b_dec).square().sum(1).mean()
+    tanh = torch.tanh(3.0 * D**0.5 * norms * f).sum(1).mean()
+    below = (norms * (sae.threshold - pre).relu()).sum(1).mean()
+    wanted = mse + 0.3 * 0.7 * tanh + 2.0 / D**0.5 * below
+    assert float(ours["loss"]) == pytest.approx(float(wanted), rel=1e-12)
+    assert float(ours["tanh"]) == pytest.approx(float(tanh), rel=1e-12)
+    named = dict(sae.named_parameters())
+    found, true = (torch.autograd.grad(loss, list(named.values())) for loss in (ours["loss"], wanted))
+    for n, a, b in zip(named, found, true, strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max(), n
+
+
+def test_the_tanh_penalty_rises_over_the_whole_run_or_the_share_of_it_that_is_asked_for():
+    """Whatever the other kinds' warm-up is; the group reads it at each step."""
+    plan = Schedule.of_run(100, B, sparsity_warmup_steps=5)
+    for share, wanted in ((1.0, (0.0, 0.5, 0.9)), (0.5, (0.0, 1.0, 1.0)), (0.0, (1.0, 1.0, 1.0))):
+        settings = {"tanh_penalty": 0.02, "ramp": share}
+        m = LoneTrainer("x", SAESpec("jump_relu_tanh", F, settings=settings), D, plan)
+        for step, scale in zip((0, 50, 90), wanted, strict=True):
+            m.step(batch(step), step)
+            assert m.group.scales_2S[1].tolist() == pytest.approx([scale])
 
 
 @every

@@ -30,6 +30,7 @@ SETTINGS = {
     "gated": {"l1_penalty": 0.02},
     "p_anneal": {"initial_sparsity_penalty": 0.02, "sparsity_queue_length": 3},
     "jump_relu": {"target_l0": 8},
+    "jump_relu_tanh": {"tanh_penalty": 0.02},
     "top_k": {"k": 5},
     "batch_top_k": {"k": 5},
     "matryoshka_batch_top_k": {"k": 5, "group_fractions": (0.25, 0.75)},
@@ -91,7 +92,7 @@ def randomized(sae, draw: torch.Generator):
 
 
 def our_saes(folder: Path) -> None:
-    """Our eight with random weights, as a run leaves them, and their transcoders."""
+    """Our nine with random weights, as a run leaves them, and their transcoders."""
     draw = torch.Generator().manual_seed(0)
     for name, settings in SETTINGS.items():
         formats.save(randomized(architecture(name)(D, F, **settings), draw), folder / name, CONFIG)

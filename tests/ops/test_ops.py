@@ -202,6 +202,32 @@ def test_the_two_layouts_agree(form, dtype, B, D, F):
 
 
 @every_form
+@pytest.mark.parametrize(("B", "D", "F"), SHAPES)
+@pytest.mark.parametrize("first", [True, False], ids=["codes first", "codes last"])
+@pytest.mark.parametrize("centered", [True, False], ids=["x - b_dec", "x"])
+def test_pre_activations_are_summed_over_a_batch_by_one_product(form, dtype, B, D, F, first, centered):
+    """Value and gradients are those of the sum of [B, F], whether the codes' gradient comes before
+    theirs or after."""
+    x, g = draw(B, D), draw(F, seed=5)
+
+    def parts_of(W_enc, b_enc, b_dec, by_hand):
+        if by_hand:
+            pre_BF = (x - b_dec if centered else x) @ W_enc.T + b_enc
+            sums, total = pre_BF.sum(0), pre_BF.relu().square().sum()
+        else:
+            pre = Preactivations(x.to(W_enc.dtype), W_enc, b_enc, b_dec if centered else None)
+            before = pre.above(0) if first else None
+            sums = pre.by_latent()
+            total = (before or pre.above(0)).total(lambda v: v.square())
+        named = {"W_enc": W_enc, "b_enc": b_enc} | ({"b_dec": b_dec} if centered else {})
+        loss = (sums * g.to(sums.dtype)).square().sum() + total
+        return {"sums": sums, "loss": loss} | gradients(loss, named)
+
+    ours = parts_of(*weights(D, F, dtype)[:3], by_hand=False)
+    close(ours, parts_of(*weights(D, F)[:3], by_hand=True), TOLERANCE[form])
+
+
+@every_form
 def test_power_at_the_support_s_edge_has_finite_gradients(form, dtype):
     """d f^p / df is infinite at 0 for p < 1: what is off the support must be selected away, not multiplied by
     0."""

@@ -27,7 +27,7 @@ from monosemy.training.trainer import READBACK_EVERY, SPARSE_BELOW, SAESpec, SAE
 from tests import synthetic
 
 FAST = "cpu" if cpu.available() else "aten"
-RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu")
+RELU = ("standard", "standard_new", "gated", "p_anneal", "jump_relu", "jump_relu_tanh")
 every = pytest.mark.parametrize("name", sorted(SETTINGS))
 relu = pytest.mark.parametrize("name", RELU)
 
@@ -313,7 +313,7 @@ def falling(name: str, falls: int, rises: int = 10**6, lr: float = 0.0) -> Itera
     usual = m.sae.b_enc.detach().clone()
     for step in range(10**6):
         if step in (falls, rises):
-            m.sae.b_enc.data.copy_(usual - (0.3 if step == falls else 0.0))
+            m.sae.b_enc.data.copy_(usual - (0.6 if step == falls else 0.0))
         m.step(of[step % len(of)], step)
         yield step, m
 

@@ -23,7 +23,7 @@ class BatchTopK(TopKFamily):
     """
 
     name = "batch_top_k"
-    look = Look("#054972", "#356de7", "x", place=6)
+    look = Look("#054972", "#356de7", "x", place=7)
 
     def reset(self, generator: torch.Generator) -> None:
         self.init_directions(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)

@@ -30,7 +30,7 @@ class MatryoshkaBatchTopK(TopKFamily):
     """
 
     name = "matryoshka_batch_top_k"
-    look = Look("#694cd1", "#a995d3", "star", place=7)
+    look = Look("#694cd1", "#a995d3", "star", place=8)
     memory = replace(TOP_K_MEMORY, outputs=11)
     grouped = True
 

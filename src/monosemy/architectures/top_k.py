@@ -22,7 +22,7 @@ class TopK(TopKFamily):
     """
 
     name = "top_k"
-    look = Look("#4c8562", "#2cc073", "plus", place=5)
+    look = Look("#4c8562", "#2cc073", "plus", place=6)
 
     def reset(self, generator: torch.Generator) -> None:
         self.init_directions(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)

@@ -8,6 +8,7 @@ and Matryoshka keep W_enc [D, F] and W_dec [F, D]. D d_in, F d_sae.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -101,18 +102,19 @@ LAYOUTS = {
         {n: n for n in ("target_l0", "sparsity_penalty", "bandwidth")},
     ),
 }
+# with the architectures of which it has the trained function, but no trainer
+_WRITTEN = LAYOUTS | {"jump_relu_tanh": dataclasses.replace(LAYOUTS["jump_relu"], settings={})}
 
 
 def has(sae: SAE) -> bool:
-    """Tell whether dictionary_learning has a class for an SAE; it has none for transcoders and
-    crosscoders."""
-    return sae.name in LAYOUTS and not sae.family
+    """Tell whether dictionary_learning has a class for an SAE; it has one for autoencoders alone."""
+    return sae.name in _WRITTEN and not sae.family
 
 
 def state_dict(sae: SAE, dtype: str | None = None) -> dict[str, Tensor]:
     """Return the SAE's tensors under the names and in the shapes of dictionary_learning's class; in a narrow
     type where nothing is lost."""
-    layout = LAYOUTS[sae.name]
+    layout = _WRITTEN[sae.name]
     state = written(sae, layout.tensors if _as_layout(sae) else _UNCENTERED, dtype)
     if "k" in layout.settings:
         state["k"] = torch.tensor(sae.settings.k, dtype=torch.int)
@@ -170,9 +172,9 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     """
     if not has(sae):
         kind = f"transcoder of {sae.name}" if isinstance(sae, Transcoder) else sae.name
-        allowed = f"for dictionary_learning: autoencoders of {', '.join(LAYOUTS)}"
+        allowed = f"for dictionary_learning: autoencoders of {', '.join(_WRITTEN)}"
         raise invalid("architecture", kind, allowed, "it has no class that computes it")
-    layout = LAYOUTS[sae.name]
+    layout = _WRITTEN[sae.name]
     if layout.tensors is not _RELU and not _as_layout(sae):
         sae = copy.deepcopy(sae)
         sae.set_pre_bias_(type(sae).pre_bias)
@@ -196,7 +198,7 @@ def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
 
 def entry(sae: SAE) -> dict[str, Any]:
     """Return what the "trainer" entry of config.json says of the SAE itself."""
-    layout = LAYOUTS[sae.name]
+    layout = _WRITTEN[sae.name]
     settings = {theirs: getattr(sae.settings, ours) for ours, theirs in layout.settings.items()}
     return {
         "trainer_class": layout.trainer_class,
@@ -235,7 +237,7 @@ def trainer_config(
         "warmup_steps": schedule["warmup_steps"],
         "decay_start": schedule["decay_start"],
     }
-    if "k" in LAYOUTS[sae.name].settings:
+    if "k" in _WRITTEN[sae.name].settings:
         config |= {
             "threshold_beta": schedule["threshold_beta"],
             "threshold_start_step": schedule["threshold_start_step"],

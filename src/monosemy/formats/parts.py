@@ -25,7 +25,8 @@ from monosemy.transcoder import Transcoder
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 1 << 20  # numbers that an SAE may have beyond those in its file
 RELU = ("standard", "standard_new", "p_anneal")  # a ReLU, once they are trained
-JUMP_RELU = ("jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")  # above thresholds
+# above thresholds
+JUMP_RELU = ("jump_relu", "jump_relu_tanh", "top_k", "batch_top_k", "matryoshka_batch_top_k")
 
 
 class Stored(NamedTuple):

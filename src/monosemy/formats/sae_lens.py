@@ -70,7 +70,7 @@ TO_THEIRS = {
     "p_anneal": "standard",
     "gated": "gated",
     "top_k": "topk",
-} | dict.fromkeys(("jump_relu", "batch_top_k", "matryoshka_batch_top_k"), "jumprelu")
+} | dict.fromkeys(("jump_relu", "jump_relu_tanh", "batch_top_k", "matryoshka_batch_top_k"), "jumprelu")
 
 
 def read(folder: Path, source: str) -> Parts:
@@ -126,7 +126,7 @@ def read(folder: Path, source: str) -> Parts:
 def write(sae: SAE, config: dict[str, Any], folder: Path) -> None:
     """Write an SAE or transcoder as SAELens would. Raises ValueError for one that it does not compute."""
     theirs = _theirs(sae)
-    spread = "threshold" in NAMES[theirs] and sae.name != "jump_relu"
+    spread = "threshold" in NAMES[theirs] and not sae.state_dict()["threshold"].dim()
     names = {ours: name for ours, name in NAMES[theirs].items() if not (spread and ours == "threshold")}
     tensors = written(sae, names, None if spread else config.get("dtype"))
     if spread:

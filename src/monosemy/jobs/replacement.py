@@ -33,24 +33,25 @@ def replace_run(config: EvalConfig) -> list[Row]:
     plan = Plan.from_run(dataclasses.replace(trained, save_dir=str(folder), **config.changes()))
     c, pairs = plan.config, [site for site in plan.sites if isinstance(site, SitePair)]
     across = [site for site in plan.sites if isinstance(site, CrossLayer)]
-    if not pairs and not across:
+    replaced: list[SitePair | CrossLayer] = [*pairs, *across]
+    if not replaced:
         allowed = "left out for a run without transcoders"
         raise invalid("replacement", True, allowed, "train a set with --transcode mlp --layers all")
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
     contexts_CL = held_out_contexts(c, stream)
     sets = range(plan.saes_per_site)
-    for name in (f"{site.folder}/trainer_{i}" for site in (*pairs, *across) for i in sets):
+    for name in (f"{site.folder}/trainer_{i}" for site in replaced for i in sets):
         if not (folder / name / "config.json").is_file():
             raise invalid("replacement", str(folder / name), "a transcoder for each pair", "train it first")
     lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device, whole=True)
     recorded: dict[str, Any] = read_json(folder / "run.json").get("norm_limit", {})
     limits = {pair: recorded.get(str(pair)) for pair in pairs}
-    for site in across:
-        limits |= dict(zip(site.pairs, recorded.get(str(site)) or [None] * len(site.pairs), strict=True))
+    for clt in across:
+        limits |= dict(zip(clt.pairs, recorded.get(str(clt)) or [None] * len(clt.pairs), strict=True))
     rows = []
     for i in sets:  # one in memory at a time
         saes: dict[SitePair, Any] = {}
-        for site in (*pairs, *across):
+        for site in replaced:
             sae = formats.load(folder / site.folder / f"trainer_{i}").to(lm.device)
             if isinstance(site, CrossLayer):
                 assert isinstance(sae, CrossLayerTranscoder), site

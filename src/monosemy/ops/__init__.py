@@ -23,6 +23,7 @@ from monosemy.ops.sparse import (
     smallest,
     sort_by_latent,
     sum_by_latent,
+    sum_of_preactivations,
 )
 from monosemy.ops.update import Optimizer
 
@@ -58,6 +59,7 @@ __all__ = [
     "sort_by_latent",
     "squared_error",
     "sum_by_latent",
+    "sum_of_preactivations",
     "top_k",
     "total_dense",
     "use_backend",

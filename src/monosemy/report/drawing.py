@@ -24,6 +24,7 @@ MATPLOTLIB_MARKERS = {
     "x": "X",
     "star": "*",
     "pentagon": "p",
+    "hexagon": "H",
 }
 INK, FAINT = "#24292f", "#d8dee4"
 # A fixed salt and no date: the same rows give the same file. DejaVu Sans comes with matplotlib and has

@@ -81,7 +81,8 @@ class TrainerGroup:
         for trainer in self.trainers:
             trainer.prepare(batches[trainer.name], step)
         lr = [trainer.lr * trainer.schedule.lr(step) for trainer in self.trainers]
-        scales = torch.tensor([lr, [trainer.schedule.sparsity(step) for trainer in self.trainers]])
+        sparsity = [trainer.sae.sparsity_scale(step, trainer.schedule) for trainer in self.trainers]
+        scales = torch.tensor([lr, sparsity])
         self.scales_2S.copy_(scales.pin_memory() if self.device.type == "cuda" else scales, non_blocking=True)
         if self.graphs is None:
             self._run(batches, step)

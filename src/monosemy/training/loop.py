@@ -170,8 +170,8 @@ def fit(
     `checkpoints` names a folder for checkpoints, every `checkpoint_every` steps (by default 1,000 on a CPU)
     or ten minutes, from which the same call goes on, with the same batches; those already trained on are
     skipped. SIGTERM and Ctrl-C save one first.
-    Raises ValueError for an unknown number of steps; batches that are empty, no matrices or, where measured,
-    not finite; batches of another number of parts than is trained on; and for checkpoints of another call.
+    Raises ValueError for an unknown number of steps; batches that are empty, no matrices, of a wrong number
+    of parts or, where measured, not finite; and for checkpoints of another call.
     """
     device = checked_device(device)
     steps = _check_arguments(batches, saes, steps, log_steps, checkpoint_every)
