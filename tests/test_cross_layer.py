@@ -128,8 +128,11 @@ def test_the_loss_is_the_equation(name: str) -> None:
     ]
     theirs = sum((y - hat).square().sum(1).mean() for y, hat in zip(y_BD.chunk(L, 1), hats, strict=True))
     assert torch.allclose(torch.cat(hats, 1), hat_BD) and float(mse.detach()) == pytest.approx(float(theirs))
-    for a, b in zip(ours, torch.autograd.grad(theirs, [sae.W_enc, sae.W_dec, sae.b_enc]), strict=True):
-        assert over_largest(a, b) < 1e-9
+    true = torch.autograd.grad(theirs, [sae.W_enc, sae.W_dec, sae.b_enc])
+    # the tanh kind estimates what the jump does to pre-activations
+    estimated = [0, 2] if name == "jump_relu_tanh" else []
+    for i in {0, 1, 2} - set(estimated):
+        assert over_largest(ours[i], true[i]) < 1e-9
     of_modes = torch.cat(plain, 1).detach()
     if "top_k" in sae.modes:
         assert torch.allclose(sae.encode(x_BD, mode="top_k"), of_modes)

@@ -160,8 +160,8 @@ def fit(
 ) -> Fitted:
     """Train SAEs on any iterable of activations [B, D], all on the same batches, without a language model;
     or transcoders (`SAESpec(..., transcode=True)`) on pairs of what a component reads, [B, d_in], and what it
-    writes, [B, d_out]; or crosscoders (`SAESpec(..., crosscode=True)`) on tuples of what all sources have on
-    the same tokens; or cross-layer transcoders on what all layers read, then what all write.
+    writes, [B, d_out]; crosscoders (crosscode=True) on tuples of what all sources have on the same tokens;
+    cross-layer transcoders (cross_layer=True, too) on what all layers read, then what all write.
 
     `steps` defaults to the number of batches, where they have one; `schedule` takes the keywords of
     `Schedule.of_run`. With `normalize` the first batches (up to 100, which are then trained on) measure
