@@ -145,6 +145,11 @@ class SAE(nn.Module, ABC):
         """Map a training batch's codes to f: what counts as firing and as L0."""
         return codes
 
+    def reconstruction(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the error of reconstruction in what `loss` returned, without penalties and auxiliary
+        losses."""
+        return parts["mse"]
+
     def phase(self, ctx: StepContext) -> Any:
         """Return a hashable key of all in the step's number that changes which kernels a step launches."""
 

@@ -132,15 +132,15 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     Raises ValueError for a folder whose model or site nobody says, for another model than the others', and
     for what `formats.load` refuses.
     """
-    resolved = {name: sae for path in config.paths for name, sae in _resolved(path, config.format).items()}
+    resolved = resolved_saes(config.paths, config.format)
     if not resolved:
         remedy = "name one"
         raise invalid(
             "paths", config.paths, "the folder or hub name of an SAE, the folder of a run, or several", remedy
         )
     read = {name: formats.read(sae.path, sae.format, source=sae.source) for name, sae in resolved.items()}
-    sites = {name: _site(name, metadata, config.layer, config.site) for name, (_, metadata) in read.items()}
-    runs = [run for sae in resolved.values() if not sae.origin and (run := _run(sae.path)) is not None]
+    sites = {name: site_of(name, metadata, config.layer, config.site) for name, (_, metadata) in read.items()}
+    runs = [run for sae in resolved.values() if not sae.origin and (run := run_of(sae.path)) is not None]
     plan = _plan(config, read, sites, runs)
     c = plan.config
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
@@ -148,19 +148,14 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     for sentence in stream.damage():
         log.warning("%s", sentence)
     lm = LanguageModel.load(plan.model, single_sites(plan.sites), dtype=c.dtype, device=c.device, whole=True)
-    for name, (sae, _) in read.items():
-        for field, site in zip(("d_in", "d_out"), ends(sites[name]), strict=True):
-            if getattr(sae, field) != lm.d_in(site):
-                allowed = f"{lm.d_in(site)}, the width of {site} of {c.model_name}"
-                remedy = "name the model and the site that it was trained on"
-                raise invalid(f"{name}: {field}", getattr(sae, field), allowed, remedy)
+    check_widths(lm, c.model_name, {name: (sites[name], sae) for name, (sae, _) in read.items()})
     rows = results.measure(
         c,
         lm,
         {name: (sites[name], sae.to(lm.device)) for name, (sae, _) in read.items()},
         contexts_CL,
         stream.special_ids,
-        norm_limits=_norm_limits(
+        norm_limits=norm_limits_at(
             runs, lm, plan.sites, contexts_CL[: c.llm_batch_size], c.max_activation_norm_multiple
         ),
         info={
@@ -174,6 +169,16 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     return rows
 
 
+def check_widths(lm: LanguageModel, model_name: str, saes: Mapping[str, tuple[AnySite, SAE]]) -> None:
+    """Raises ValueError for an SAE of other widths than its site's."""
+    for name, (at, sae) in saes.items():
+        for field, site in zip(("d_in", "d_out"), ends(at), strict=True):
+            if getattr(sae, field) != lm.d_in(site):
+                allowed = f"{lm.d_in(site)}, the width of {site} of {model_name}"
+                remedy = "name the model and the site that it was trained on"
+                raise invalid(f"{name}: {field}", getattr(sae, field), allowed, remedy)
+
+
 def _plan(
     config: EvalConfig,
     read: Mapping[str, tuple[SAE, dict[str, Any]]],
@@ -185,15 +190,21 @@ def _plan(
     base = TrainConfig.read(runs[0] / "run.json") if runs else TrainConfig(save_dir=".")
     asked = dataclasses.replace(
         base,
-        model_name=_model(read, config.model_name),
+        model_name=model_of(read, config.model_name),
         layers=(),
+        transcode=(),
         sites=tuple(dict.fromkeys(map(str, sites.values()))),
         dtype=base.dtype if runs else "auto",
         dataset=base.dataset if config.dataset is None else config.dataset,
         context_length=config.context_length or base.context_length,
         **config.changes(),
     )
-    return Plan.for_eval(asked, _commit(read, asked.model_name))
+    return Plan.for_eval(asked, commit_of(read, asked.model_name))
+
+
+def resolved_saes(paths: Sequence[str], format: str | None) -> dict[str, Resolved]:
+    """Return the SAEs of all paths, by what a row calls them."""
+    return {name: sae for path in paths for name, sae in _resolved(path, format).items()}
 
 
 def _resolved(path: str | Path, format: str | None) -> dict[str, Resolved]:
@@ -214,7 +225,7 @@ def _saes(path: Path) -> list[Path]:
     )
 
 
-def _run(folder: Path) -> Path | None:
+def run_of(folder: Path) -> Path | None:
     """Return the run that an SAE's folder lies in."""
     run = folder.absolute().parent.parent
     return run if (run / "run.json").is_file() else None
@@ -228,7 +239,7 @@ def _format(folder: Path, asked: str | None) -> str | None:
         return asked
 
 
-def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | None) -> AnySite:
+def site_of(name: str, metadata: dict[str, Any], layer: int | None, site: str | None) -> AnySite:
     requested = site if site is not None else f"resid_post.{layer}" if layer is not None else None
     own = metadata.get("site")
     try:
@@ -249,7 +260,7 @@ def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | No
     return asked
 
 
-def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None) -> str:
+def model_of(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None) -> str:
     """Return the one model of all folders.
 
     What is told goes before what they say, which may be another name of it.
@@ -266,7 +277,7 @@ def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None
     return models.pop()
 
 
-def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
+def commit_of(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
     """Return the commit of the model that the SAEs were trained on, where their folders say it; where they
     say several, the first, with a warning."""
     said = {
@@ -286,7 +297,7 @@ def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> 
     return next(iter(commits.values()), None)
 
 
-def _norm_limits(
+def norm_limits_at(
     runs: list[Path],
     lm: LanguageModel,
     sites: Collection[AnySite],
