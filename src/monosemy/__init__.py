@@ -10,7 +10,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editors
     from monosemy.codes import Codes as Codes
     from monosemy.codes import Preactivations as Preactivations
-    from monosemy.config import FinetuneConfig as FinetuneConfig
     from monosemy.config import TrainConfig as TrainConfig
     from monosemy.data.activations import ActivationStream as ActivationStream
     from monosemy.data.contexts import ContextStream as ContextStream
@@ -21,6 +20,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.formats import save as save
     from monosemy.initialization import reset_relu as reset_relu
     from monosemy.jobs.finetune import finetune as finetune
+    from monosemy.jobs.finetune_config import FinetuneConfig as FinetuneConfig
     from monosemy.jobs.pretrained import list_saes as list_saes
     from monosemy.jobs.pretrained import load as load
     from monosemy.jobs.train import train as train
@@ -45,7 +45,7 @@ _HOME = {
     "ActivationStream": "data.activations",
     "Codes": "codes",
     "ContextStream": "data.contexts",
-    "FinetuneConfig": "config",
+    "FinetuneConfig": "jobs.finetune_config",
     "Fitted": "training.loop",
     "LanguageModel": "lm.model",
     "Preactivations": "codes",

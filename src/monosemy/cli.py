@@ -22,16 +22,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from monosemy.config import (
-    EVAL_GROUPS,
-    FINETUNE_GROUPS,
-    GROUPS,
-    EvalConfig,
-    FinetuneConfig,
-    TrainConfig,
-    architecture_names,
-)
+from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, TrainConfig, architecture_names
 from monosemy.errors import TryAgain, invalid
+from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
 from monosemy.system.redact import Redacted
 
 EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}

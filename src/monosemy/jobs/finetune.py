@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from monosemy import formats
-from monosemy.config import FinetuneConfig, TrainConfig
+from monosemy.config import TrainConfig
 from monosemy.data.contexts import ContextStream, StreamEnded
-from monosemy.errors import EndOfData, invalid
+from monosemy.errors import EndOfData, TryAgain, invalid
 from monosemy.jobs import evaluate
+from monosemy.jobs.finetune_config import FinetuneConfig
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
@@ -59,7 +60,8 @@ def finetune(config: FinetuneConfig) -> tuple[Path, str]:
 
     Model, site and text are what the SAEs' folders say, or the run that one of them belongs to; the
     configuration says the rest. Each SAE is saved with what its own folder said of it, and under "finetuned"
-    how it was finetuned. Raises ValueError, before weights of the model are loaded, for no SAE, SAEs of
+    how it was finetuned. A source that breaks off ends it as text that runs out does: what was trained is
+    saved, "stopped_early". Raises ValueError, before weights of the model are loaded, for no SAE, SAEs of
     several models, one without a site, a folder that is not empty and fewer tokens than a step takes; and
     for SAEs that the model's site does not fit.
     """
@@ -89,7 +91,7 @@ def finetune(config: FinetuneConfig) -> tuple[Path, str]:
                 on_record=job.records.append,
                 before_step=lambda step: bar.update(step * batches.tokens - bar.done),
             )
-        except EndOfData as end:
+        except (EndOfData, TryAgain) as end:  # without a checkpoint to go on from: what is there is saved
             ended = f"after {job.sweep.done} of {steps} steps: {end}"
     for sentence in text.damage():
         log.warning("%s", sentence)
@@ -329,7 +331,7 @@ class _Job:
         self.sweep = FinetuningSweep({name: [trainer] for name, trainer in self.trainers.items()})
 
     def save(self, folder: Path, ended: str) -> str:
-        """Write the results to a new folder; return the status. `ended` says why the text ended early."""
+        """Write the results to a new folder; return the status. `ended` says why no more text came."""
         status = "failed" if self.sweep.failed else "stopped_early" if ended else "complete"
         for what in (ended, *(f"{name}: {why}" for name, why in self.sweep.failed.items())):
             if what:
