@@ -29,6 +29,7 @@ from monosemy.jobs.finetune_config import FinetuneConfig
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
+from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel, load_tokenizer
 from monosemy.lm.pairs import AnySite, SitePair, ends, parts, single_sites
 from monosemy.ops import Workspace
@@ -232,6 +233,9 @@ class _Batches:
         limits = evaluate.norm_limits_at(
             runs, lm, self.plan.sites, batches[0], c.max_activation_norm_multiple
         )
+        if self.whole:
+            for site in self.plan.sites:
+                _check_resumable(lm, batches[0][:1], ends(site)[1])
         self.limits = {site: limits.get(site) or math.inf for site in self.plan.sites}
         sums: dict[str, Tensor] = {}
         for ids_BL in batches:
@@ -292,6 +296,15 @@ class _Batches:
 
     def _mask(self, ids_BL: Tensor, found: Mapping[Any, Tensor], site: AnySite) -> Tensor:
         return counted_tokens(ids_BL, found[ends(site)[0]], self.ignore_ids, self.limits[site])
+
+
+def _check_resumable(lm: LanguageModel, ids_1L: Tensor, site: Site) -> None:
+    """Raises ValueError where what comes after a site cannot be run alone."""
+    clean = lm.clean(ids_1L, [site])
+    again_1LD = lm.run_from(clean, site, clean.activations[site])
+    if (again_1LD - clean.hidden_BLD).abs().max() > 1e-3 * clean.hidden_BLD.abs().max():
+        allowed = "one from which this model can be resumed: its layers share more than the hidden state"
+        raise invalid("site", str(site), allowed, "finetune by squared error alone, with --kl_weight 0")
 
 
 # --- training and saving ------------------------------------------------------------------------------------
