@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.evaluation.on_model import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
     from monosemy.initialization import reset_relu as reset_relu
+    from monosemy.jobs.finetune import finetune as finetune
+    from monosemy.jobs.finetune_config import FinetuneConfig as FinetuneConfig
     from monosemy.jobs.pretrained import list_saes as list_saes
     from monosemy.jobs.pretrained import load as load
     from monosemy.jobs.train import train as train
@@ -50,6 +52,7 @@ _HOME = {
     "CrossLayer": "lm.pairs",
     "CrossLayerTranscoder": "cross_layer",
     "Crosscoder": "crosscoder",
+    "FinetuneConfig": "jobs.finetune_config",
     "Fitted": "training.loop",
     "LanguageModel": "lm.model",
     "Preactivations": "codes",
@@ -65,6 +68,7 @@ _HOME = {
     "architecture": "sae",
     "evaluate": "evaluation.metrics",
     "evaluate_on_model": "evaluation.on_model",
+    "finetune": "jobs.finetune",
     "fit": "training.loop",
     "list_saes": "jobs.pretrained",
     "load": "jobs.pretrained",

@@ -24,6 +24,7 @@ import tyro
 
 from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, TrainConfig, architecture_names
 from monosemy.errors import TryAgain, invalid
+from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
 from monosemy.system.redact import Redacted
 
 EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
@@ -32,6 +33,7 @@ USAGE = """usage: monosemy COMMAND ...
   train    train, evaluate and plot SAEs (monosemy train --help lists every setting)
   eval     RUN: evaluate a run's SAEs again, on more text if asked
            FOLDER ...: evaluate SAEs of any tool, and runs' SAEs, on the same tokens, in one table
+  finetune SAE ...: finetune SAEs on other text or another model, or by what they do to its predictions
   convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
            RUN OUT --to circuit_tracer: write a run's transcoders as a set for circuit-tracer
   report   RUN ...: write report.html of one run, or several side by side, and draw the plots again
@@ -41,11 +43,12 @@ USAGE = """usage: monosemy COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `monosemy train|eval|convert|report|list|push ...`. Returns the exit code."""
+    """Run `monosemy train|eval|finetune|convert|report|list|push ...`. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "finetune": _finetune,
         "convert": _convert,
         "report": _report,
         "list": _list,
@@ -192,6 +195,17 @@ def _eval(arguments: list[str]) -> int:
     from monosemy.jobs.evaluate import evaluate_saes
 
     return int(bool(evaluate_saes(config)[1]))
+
+
+def _finetune(arguments: list[str]) -> int:
+    description = inspect.cleandoc(FinetuneConfig.__doc__ or "")
+    positional = (tyro.conf.PositionalRequiredArgs,)  # the paths
+    config = FinetuneConfig(
+        **_parse("monosemy finetune", description, FINETUNE_GROUPS, arguments, markers=positional)
+    )
+    from monosemy.jobs.finetune import finetune
+
+    return EXIT[finetune(config)[1]]
 
 
 def _convert(arguments: list[str]) -> int:

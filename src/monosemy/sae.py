@@ -148,9 +148,12 @@ class SAE(nn.Module, ABC):
         return codes
 
     def sparsity_scale(self, step: int, schedule: Schedule) -> float:
-        """Return the factor on the sparsity penalty at a step, which `StepContext` holds; on a GPU nothing
-        else of a step's number reaches the loss."""
+        """Return a step's factor on the sparsity penalty: all of its number that the loss sees on a GPU."""
         return schedule.sparsity(step)
+
+    def reconstruction(self, parts: dict[str, Tensor]) -> Tensor:
+        """Return the error of reconstruction in what `loss` returned, without penalties."""
+        return parts["mse"]
 
     def phase(self, ctx: StepContext) -> Any:
         """Return a hashable key of all in the step's number that changes which kernels a step launches."""
@@ -200,8 +203,7 @@ class SAE(nn.Module, ABC):
         """Take out of the gradients what the update may not change."""
 
     def renormalize_(self, updated: Tensor) -> bool:
-        """Bring the weights back to what they are kept at, where they were updated; return whether any
-        are."""
+        """Bring weights back to the norm that they are kept at, where updated; return whether any are."""
         return False
 
     def decoder_norms(self) -> Tensor:

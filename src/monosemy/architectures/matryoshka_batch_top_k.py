@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
@@ -85,6 +86,9 @@ class MatryoshkaBatchTopK(TopKFamily):
             "mse": mse_G[-1],
             "auxk": auxk,
         }
+
+    def reconstruction(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["loss"] - self.settings.auxk_alpha * parts["auxk"]
 
     def smallest_kept(self, codes: Codes) -> Tensor:
         return codes.smallest().amin()

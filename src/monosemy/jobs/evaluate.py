@@ -137,15 +137,15 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     Raises ValueError for a folder whose model or site nobody says, for another model than the others', and
     for what `formats.load` refuses.
     """
-    resolved = {name: sae for path in config.paths for name, sae in _resolved(path, config.format).items()}
+    resolved = resolved_saes(config.paths, config.format)
     if not resolved:
         remedy = "name one"
         raise invalid(
             "paths", config.paths, "the folder or hub name of an SAE, the folder of a run, or several", remedy
         )
     read = {name: formats.read(sae.path, sae.format, source=sae.source) for name, sae in resolved.items()}
-    sites = {name: _site(name, metadata, config.layer, config.site) for name, (_, metadata) in read.items()}
-    runs = [run for sae in resolved.values() if not sae.origin and (run := _run(sae.path)) is not None]
+    sites = {name: site_of(name, metadata, config.layer, config.site) for name, (_, metadata) in read.items()}
+    runs = [run for sae in resolved.values() if not sae.origin and (run := run_of(sae.path)) is not None]
     plan = _plan(config, read, sites, runs)
     c = plan.config
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
@@ -154,15 +154,14 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
         log.warning("%s", sentence)
     how = {"dtype": c.dtype, "device": c.device, "whole": True}
     lm = load_models(plan.model, single_sites(plan.sites), plan.other, **how)
-    for name, (sae, _) in read.items():
-        _check_widths(name, sae, sites[name], lm, c.model_name)
+    check_widths(lm, c.model_name, {name: (sites[name], sae) for name, (sae, _) in read.items()})
     rows = results.measure(
         c,
         lm,
         {name: (sites[name], sae.to(lm.device)) for name, (sae, _) in read.items()},
         contexts_CL,
         stream.special_ids,
-        norm_limits=_norm_limits(
+        norm_limits=norm_limits_at(
             runs, lm, plan.sites, contexts_CL[: c.llm_batch_size], c.max_activation_norm_multiple
         ),
         info={
@@ -176,18 +175,20 @@ def evaluate_folders(config: EvalConfig) -> list[Row]:
     return rows
 
 
-def _check_widths(name: str, sae: SAE, site: AnySite, lm: Models, model_name: str) -> None:
+def check_widths(lm: Models, model_name: str, saes: Mapping[str, tuple[AnySite, SAE]]) -> None:
     """Raises ValueError for an SAE of other widths than its sites have, or of another number of sites."""
-    places, remedy = parts(site), "name the model and the site that it was trained on"
-    fields = ("d_in", "d_out") if len(places) == 2 and "transcode" in sae.family else ("d_in",)
-    if len(places) != len(sae.widths):
-        allowed = f"an SAE of {len(places)} places, as {site} has"
-        raise invalid(f"{name}: widths", sae.widths, allowed, remedy)
-    for i, (place, width) in enumerate(zip(places, sae.widths, strict=True)):
-        if width != lm.d_in(place):
-            allowed = f"{lm.d_in(place)}, the width of {place} of {model_name}"
-            field = fields[i] if i < len(fields) else f"width {i}"
-            raise invalid(f"{name}: {field}", width, allowed, remedy)
+    remedy = "name the model and the site that it was trained on"
+    for name, (site, sae) in saes.items():
+        places = parts(site)
+        fields = ("d_in", "d_out") if len(places) == 2 and "transcode" in sae.family else ("d_in",)
+        if len(places) != len(sae.widths):
+            allowed = f"an SAE of {len(places)} places, as {site} has"
+            raise invalid(f"{name}: widths", sae.widths, allowed, remedy)
+        for i, (place, width) in enumerate(zip(places, sae.widths, strict=True)):
+            if width != lm.d_in(place):
+                allowed = f"{lm.d_in(place)}, the width of {place} of {model_name}"
+                field = fields[i] if i < len(fields) else f"width {i}"
+                raise invalid(f"{name}: {field}", width, allowed, remedy)
 
 
 def _plan(
@@ -201,10 +202,12 @@ def _plan(
     base = TrainConfig.read(runs[0] / "run.json") if runs else TrainConfig(save_dir=".")
     asked = dataclasses.replace(
         base,
-        model_name=_model(read, config.model_name),
+        model_name=model_of(read, config.model_name),
         layers=(),
         transcode=(),
+        cross_layer=False,
         crosscode=(),
+        crosscoder_mask="full",
         diff_model=_other_model(read),
         sites=tuple(dict.fromkeys(map(str, sites.values()))),
         dtype=base.dtype if runs else "auto",
@@ -212,7 +215,12 @@ def _plan(
         context_length=config.context_length or base.context_length,
         **config.changes(),
     )
-    return Plan.for_eval(asked, _commit(read, asked.model_name))
+    return Plan.for_eval(asked, commit_of(read, asked.model_name))
+
+
+def resolved_saes(paths: Sequence[str], format: str | None) -> dict[str, Resolved]:
+    """Return the SAEs of all paths, by what a row calls them."""
+    return {name: sae for path in paths for name, sae in _resolved(path, format).items()}
 
 
 def _resolved(path: str | Path, format: str | None) -> dict[str, Resolved]:
@@ -233,7 +241,7 @@ def _saes(path: Path) -> list[Path]:
     )
 
 
-def _run(folder: Path) -> Path | None:
+def run_of(folder: Path) -> Path | None:
     """Return the run that an SAE's folder lies in."""
     run = folder.absolute().parent.parent
     return run if (run / "run.json").is_file() else None
@@ -247,7 +255,7 @@ def _format(folder: Path, asked: str | None) -> str | None:
         return asked
 
 
-def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | None) -> AnySite:
+def site_of(name: str, metadata: dict[str, Any], layer: int | None, site: str | None) -> AnySite:
     requested = site if site is not None else f"resid_post.{layer}" if layer is not None else None
     own = metadata.get("site")
     try:
@@ -268,7 +276,7 @@ def _site(name: str, metadata: dict[str, Any], layer: int | None, site: str | No
     return asked
 
 
-def _model(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None) -> str:
+def model_of(read: Mapping[str, tuple[SAE, dict[str, Any]]], requested: str | None) -> str:
     """Return the one model of all folders.
 
     What is told goes before what they say, which may be another name of it.
@@ -294,7 +302,7 @@ def _other_model(read: Mapping[str, tuple[SAE, dict[str, Any]]]) -> str | None:
     return next(iter(named), None)
 
 
-def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
+def commit_of(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> str | None:
     """Return the commit of the model that the SAEs were trained on, where their folders say it; where they
     say several, the first, with a warning."""
     said = {
@@ -314,7 +322,7 @@ def _commit(read: Mapping[str, tuple[SAE, dict[str, Any]]], model_name: str) -> 
     return next(iter(commits.values()), None)
 
 
-def _norm_limits(
+def norm_limits_at(
     runs: list[Path],
     lm: Models,
     sites: Collection[AnySite],

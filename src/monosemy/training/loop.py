@@ -193,17 +193,14 @@ def fit(
     shared |= {"on_nonfinite": on_nonfinite, "norm_factors": source.norm_factors}
     trainers = [SAETrainer(f"{i}", spec, widths, plan, **shared) for i, spec in enumerate(saes)]
     sweep = Sweep({"": trainers})
-
-    def extra_state() -> dict[str, Any]:
-        return {"told": payload, "metrics": metrics, **source.state()}
-
-    loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=extra_state)
+    state = {"told": payload, "metrics": metrics, **source.state()}  # metrics grow
+    loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=lambda: state)
     options: dict[str, Any] = {"resume_from": checkpoint, "log_steps": log_steps, "on_record": metrics.append}
     with _on(device), _owned(store, interrupts):
         ended = loop.run(lambda: {"": source.next(device)}, steps, **options)
-    status = "failed" if sweep.failed else "stopped_early" if ended else "complete"
-    failed = {int(name): why for name, why in sweep.failed.items()}
-    return Fitted([t.finished() for t in trainers], metrics, source.norm_factors, status, failed)
+    saved, failed = [t.finished() for t in trainers], {int(i): why for i, why in sweep.failed.items()}
+    status = "failed" if failed else "stopped_early" if ended else "complete"
+    return Fitted(saved, metrics, source.norm_factors, status, failed)
 
 
 def _told(of_call: Any) -> dict[str, Any]:

@@ -290,13 +290,19 @@ class SAETrainer:
             )
         any_dead = self.any_dead if x_BD.is_cuda else bool(dead)
         ctx = dataclasses.replace(ctx, dead_F=dead_F if any_dead else None)
-        parts = self.sae.loss(self.sae.target(x_BD, y_BD), codes, f, ctx)
+        parts = self.objective(x_BD, y_BD, codes, f, ctx)
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
         assert not any(gradient.uses for gradient in codes.pre.gradients.values()), "codes without a gradient"
         metrics = {name: part.detach() for name, part in parts.items()}
         metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead}
         return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F)
+
+    def objective(
+        self, x_BD: Tensor, y_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext
+    ) -> dict[str, Tensor]:
+        """Compute what a step minimizes, under "loss", and its parts."""
+        return self.sae.loss(self.sae.target(x_BD, y_BD), codes, f, ctx)
 
     def _operands(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the SAE reads of a batch and what it is to reconstruct, [B, D] each."""
