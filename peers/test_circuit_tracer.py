@@ -46,6 +46,13 @@ SPECS = {
     for skip in (False, True)
 }
 NAMES = [f"{source}-{spec}" for source in ENDS for spec in SPECS]
+CLTS = {
+    f"{source}-clt_{kind}": monosemy.SAESpec(
+        spec.architecture, F, spec.lr, 0, spec.settings, transcode=True, cross_layer=True
+    )
+    for source in ENDS
+    for kind, spec in KINDS.items()
+}
 
 
 def tiny_llama(folder: Path) -> Path:
@@ -89,6 +96,17 @@ def fitted(lm: monosemy.LanguageModel, pair: SitePair) -> list[monosemy.SAE]:
     done = monosemy.fit(batches, list(SPECS.values()))
     assert done.status == "complete"
     return done.saes
+
+
+def fitted_across(lm: monosemy.LanguageModel, pairs: list[SitePair], names: list[str]) -> list[monosemy.SAE]:
+    """Fit the cross-layer transcoders of some names, which read at one kind of place."""
+    draw = torch.Generator().manual_seed(1)
+    found = lm.activations(contexts(STEPS * B // (CONTEXT - 1), draw))
+    places = [pair.source for pair in pairs] + [pair.target for pair in pairs]
+    parts = [found[place][:, 1:].flatten(0, 1).float() for place in places]
+    order_N = torch.randperm(len(parts[0]), generator=draw)
+    batches = [tuple(part[rows] for part in parts) for rows in order_N.split(B)]
+    return monosemy.fit(batches, [CLTS[name] for name in names]).saes
 
 
 def contexts(count: int, draw: torch.Generator) -> torch.Tensor:
@@ -137,6 +155,12 @@ class World:
                 }
                 circuit_tracer.write_set(saes, folder / "sets" / f"{source}-{name}", model)
                 self.saes[f"{source}-{name}"] = [sae for sae, _ in saes.values()]
+        for source, of in pairs.items():
+            names = [name for name in CLTS if name.startswith(source)]
+            for name, sae in zip(names, fitted_across(lm, of, names), strict=True):
+                ends = [f"{kind}.0-{LAYERS - 1}" for kind in (source, "mlp_out")]
+                circuit_tracer.write_clt(sae, {"site": ":".join(ends)}, folder / "sets" / name, model)
+                self.saes[name] = sae
         save_file({HOOKS[source]: x for source, x in self.x.items()}, folder / "x.safetensors")
         save_file({"ids": self.ids_P}, folder / "ids.safetensors")
         run_there(SIDE, "trace", folder)
@@ -147,7 +171,11 @@ class World:
     def latents_of_prompt(self, name: str) -> torch.Tensor:
         """Ours [L, P, F]; circuit-tracer leaves out the first token, as training did."""
         x_LPD = self.prompt[name.split("-")[0]]
-        f_LPF = torch.stack([sae.encode(x_PD) for sae, x_PD in zip(self.saes[name], x_LPD, strict=True)])
+        if name in CLTS:
+            clt = self.saes[name]
+            f_LPF = torch.stack(clt.split(clt.encode(x_LPD.transpose(0, 1).flatten(1))))
+        else:
+            f_LPF = torch.stack([sae.encode(x) for sae, x in zip(self.saes[name], x_LPD, strict=True)])
         f_LPF[:, 0] = 0
         return f_LPF.detach()
 
@@ -176,8 +204,22 @@ def test_a_set_computes_what_ours_do(name: str, world: World) -> None:
     assert torch.equal(made["f"] > 0, f_LBF > 0) and 1 < l0 < F / 2
 
 
+@pytest.mark.parametrize("name", CLTS)
+def test_a_cross_layer_transcoder_computes_what_ours_does(name: str, world: World) -> None:
+    clt, x_LBD, made = world.saes[name], world.x[name.split("-")[0]], world.made(name)
+    x_BD = x_LBD.transpose(0, 1).flatten(1)
+    with torch.no_grad():
+        f_LBF = torch.stack(clt.split(clt.encode(x_BD)))
+        y_LBD = torch.stack(clt(x_BD).split(D, 1))
+    latents, outputs = apart(made["f"], f_LBF), apart(made["y"], y_LBD)
+    l0 = float((f_LBF > 0).sum(-1).float().mean())
+    print(f"{name:28} L0 of a layer {l0:4.1f}  latents {latents:.1e}, outputs {outputs:.1e}")
+    assert max(latents, outputs) <= 1e-5
+    assert torch.equal(made["f"] > 0, f_LBF > 0) and 1 < l0 < F / 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *CLTS])
 def test_it_reads_the_model_where_ours_did(name: str, backend: str, world: World) -> None:
     """Not one of the two kinds of places for the other, whose activations are none too near."""
     ours_LPF = world.latents_of_prompt(name)
@@ -187,7 +229,7 @@ def test_it_reads_the_model_where_ours_did(name: str, backend: str, world: World
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *CLTS])
 def test_it_makes_a_graph(name: str, backend: str, world: World) -> None:
     """Of the latents that fire in ours, with their values, and with edges from all kinds of nodes."""
     graph = {key.removeprefix(f"{backend}."): tensor for key, tensor in world.made(name).items()}
@@ -206,7 +248,7 @@ def test_it_makes_a_graph(name: str, backend: str, world: World) -> None:
     assert latents > P and all(all(of[:3]) and not of[3] for of in counts.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *CLTS])
 def test_its_backends_agree(name: str, world: World) -> None:
     made = world.made(name)
     edges = [made[f"{backend}.adjacency_matrix"] for backend in BACKENDS]

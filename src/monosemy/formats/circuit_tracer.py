@@ -17,8 +17,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from monosemy.cross_layer import CrossLayerTranscoder
 from monosemy.errors import invalid
-from monosemy.formats.parts import Names, check_finite, halves, text, thresholds, written
+from monosemy.formats.parts import JUMP_RELU, RELU, Names, check_finite, halves, text, thresholds, written
 from monosemy.lm.info import HOOKS
 from monosemy.sae import SAE
 from monosemy.system.files import new_folder
@@ -76,9 +77,68 @@ def writing_set(
             "feature_output_hook": HOOKS[TARGET],
             "scan": text(scan or Path(folder).absolute().name) or model_name,
         }
-        lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()]
-        (part / "config.yaml").write_text("".join(lines), encoding="utf-8")
+        _write_entries(part, entries)
         yield part
+
+
+def write_clt(
+    sae: CrossLayerTranscoder, config: Mapping[str, Any], folder: str | Path, model_name: str
+) -> None:
+    """Write a cross-layer transcoder to a new folder: `W_enc_{i}.safetensors` and `W_dec_{i}.safetensors` of
+    each layer i from 0, the latter [F, L - i, D].
+
+    Raises ValueError for a site that is not the MLPs of layers 0, 1, .., for what is neither ReLU nor
+    JumpReLU once trained, and for a folder that is not empty.
+    """
+    if text(model_name) is None:
+        raise invalid("model_name", model_name, "the model's name", "name it as TransformerLens does")
+    sources, targets = (of or "" for of in halves(config.get("site")))
+    row = rf"\.0-{sae.layers - 1}" if sae.layers > 2 else r"\.0\+{0}\.1"
+    found = [kind for kind in SOURCES if re.fullmatch(kind + row.format(kind), sources)]
+    if not found or not re.fullmatch(TARGET + row.format(TARGET), targets):
+        allowed = f"{SOURCES[0]} or {SOURCES[1]} to {TARGET} of layers 0 to {sae.layers - 1}"
+        remedy = "circuit-tracer replaces the MLP of each layer, from the first on"
+        raise invalid("site", config.get("site"), allowed, remedy)
+    check_finite(sae, "the cross-layer transcoder")
+    thresholds_LF = _clt_thresholds(sae)
+    b_enc_LF, b_dec_LD = sae.b_enc.view(sae.layers, -1), sae.b_dec.view(sae.layers, -1)
+    with new_folder(Path(folder)) as part:
+        for i, W_dec in enumerate(sae.decoders):
+            tensors = {"W_enc": sae.encoders[i], "b_enc": b_enc_LF[i], "b_dec": b_dec_LD[i]}
+            if thresholds_LF is not None:
+                tensors["threshold"] = thresholds_LF[i]
+            named = {f"{name}_{i}": tensor.detach().clone() for name, tensor in tensors.items()}
+            save_file(named, part / f"W_enc_{i}.safetensors")
+            decoder = W_dec.detach().view(sae.of_layer, sae.layers - i, sae.width).clone()
+            save_file({f"W_dec_{i}": decoder}, part / f"W_dec_{i}.safetensors")
+        entries = {
+            "model_name": model_name,
+            "model_kind": "cross_layer_transcoder",
+            "feature_input_hook": HOOKS[found[0]],
+            "feature_output_hook": HOOKS[TARGET],
+            "scan": text(Path(folder).absolute().name) or model_name,
+        }
+        _write_entries(part, entries)
+
+
+def _clt_thresholds(sae: CrossLayerTranscoder) -> Tensor | None:
+    """Return each latent's threshold, [L, F]; None of a ReLU. Raises ValueError for other kinds."""
+    if sae.name in RELU:
+        return None
+    if sae.name not in JUMP_RELU:
+        allowed = f"for circuit-tracer: {', '.join(RELU + JUMP_RELU)}"
+        raise invalid("architecture", sae.name, allowed, "it has none that computes it")
+    threshold = sae.state_dict()["threshold"]
+    if sae.always_sparse and (threshold < 0).any():
+        allowed = "a running threshold of each layer, 0 or more"
+        raise invalid("threshold", threshold.tolist(), allowed, "training sets it; no step did here")
+    per_layer = threshold.clamp(min=0).view(sae.layers, -1)
+    return per_layer.expand(-1, sae.of_layer)
+
+
+def _write_entries(folder: Path, entries: Mapping[str, str]) -> None:
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()]
+    (folder / "config.yaml").write_text("".join(lines), encoding="utf-8")
 
 
 def _check_layers(saes: Mapping[int, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from monosemy import formats
+from monosemy.cross_layer import CrossLayerTranscoder
 from monosemy.errors import invalid
 from monosemy.formats import circuit_tracer, untrusted
 from monosemy.formats.parts import halves, text
@@ -45,7 +46,8 @@ def write_transcoder_set(
     unfinished: bool = False,
     features: str = "files",
 ) -> None:
-    """Write a run's transcoders, RUN/*/trainer_N, to a new folder as circuit-tracer opens them.
+    """Write a run's transcoders, RUN/*/trainer_N, or its cross-layer transcoder to a new folder as
+    circuit-tracer opens them.
 
     `trainer` is N; it may be left out where a run has one transcoder for each layer. `features` is how what
     the evaluation kept of latents is written for circuit-tracer's page: "files", one for each latent, which
@@ -73,6 +75,9 @@ def write_transcoder_set(
     if len(models) > 1 or None in (config.get("model") for config in members.values()):
         raise invalid("model", ", ".join(sorted(models))[:200], "one model", "copy the run's folder again")
     (model,) = models
+    if any(config.get("cross_layer") for config in members.values()):
+        _write_clt(members, target, HUB_NAMES.get(model, model), unfinished)
+        return
     folders = _by_layer(members)
     lacking = feature_files.lacking(run, folders)
     if lacking and features != "none":
@@ -84,6 +89,21 @@ def write_transcoder_set(
     with circuit_tracer.writing_set(opened, target, model, scan) as part:
         if features != "none":
             feature_files.write(part, run, folders, features)
+
+
+def _write_clt(
+    members: Mapping[Path, Mapping[str, Any]], target: Path, model_name: str, unfinished: bool
+) -> None:
+    """Write the one cross-layer transcoder of a trainer; its latents have no feature files yet."""
+    if len(members) > 1:
+        there = ", ".join(folder.parent.name for folder in members)
+        allowed = "one cross-layer transcoder"
+        raise invalid("run", there[:200], allowed, "convert a run that trained nothing else")
+    (folder,) = members
+    sae, config = formats.read(folder, "native", unfinished=unfinished)
+    assert isinstance(sae, CrossLayerTranscoder), folder
+    circuit_tracer.write_clt(sae, config, target, model_name)
+    log.info("no feature files for circuit-tracer's page: those of cross-layer transcoders are not written")
 
 
 def _found(run: Path) -> dict[int, dict[Path, dict[str, Any]]]:
