@@ -197,19 +197,22 @@ def check(said):
     [
         "--dictionary_widths 16384 --architectures top_k",
         "--dictionary_widths 16384 --architectures standard",
+        "--dictionary_widths 8192 --architectures batch_top_k --crosscode resid_post --layers 0 1",
+        "--dictionary_widths 4096 --architectures batch_top_k --transcode mlp --cross_layer --layers all",
         pytest.param(
             "--dictionary_widths 4096 8192 --sae_batch_size 512 --architectures top_k batch_top_k standard "
             "gated --target_l0s 16 32",
             marks=pytest.mark.certify,
         ),
     ],
-    ids=["top_k", "standard, dense", "a sweep"],
+    ids=["top_k", "standard, dense", "a crosscoder", "across layers", "a sweep"],
 )
 def test_a_run_s_peak(saes, wide_model, text_file, tmp_path):
     check(
         run(
             tmp_path / "run",
-            f"--model_name {wide_model} --dataset {text_file} --layers 0 {SHORT} {DENSE} {saes}",
+            f"--model_name {wide_model} --dataset {text_file} {SHORT} {DENSE} {saes}"
+            + ("" if "--layers" in saes else " --layers 0"),
         )
     )
 

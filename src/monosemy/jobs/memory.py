@@ -29,7 +29,7 @@ from monosemy.limits import (
     branches,
 )
 from monosemy.lm.info import ModelInfo
-from monosemy.lm.pairs import AnySite, parts
+from monosemy.lm.pairs import AnySite, CrossLayer, SiteGroup, parts
 from monosemy.system.machine import cpu_estimates_in_bf16
 
 MIB = 2**20
@@ -52,6 +52,38 @@ class GridRow:
     per_site: int
     """SAEs of each site: sparsities, learning rates and seeds."""
     memory: ArchitectureMemory
+
+
+@dataclass(frozen=True)
+class Spans:
+    """How many sites an SAE spans: the sources of a crosscoder, or the layers of a cross-layer transcoder, of
+    each of which it has F latents."""
+
+    sources: int = 1
+    layers: int = 1
+
+    @classmethod
+    def of(cls, sites: Sequence[AnySite]) -> Spans:
+        """Return what the widest of some sites spans."""
+        groups = [len(site.members) for site in sites if isinstance(site, SiteGroup)]
+        across = [len(site.pairs) for site in sites if isinstance(site, CrossLayer)]
+        return cls(max(groups, default=1), max(across, default=1))
+
+    def latents(self, F: int) -> int:
+        return self.layers * F
+
+    def width(self, D: int) -> int:
+        """Return the width of what is read, or of what is written, at all sites together."""
+        return self.sources * self.layers * D
+
+    def encoder(self, D: int, F: int) -> int:
+        return self.sources * self.layers * F * D
+
+    def decoder(self, D: int, F: int) -> int:
+        return self.sources * F * D * self.layers * (self.layers + 1) // 2
+
+
+ONE = Spans()
 
 
 @dataclass(frozen=True)
@@ -121,10 +153,11 @@ def estimate(
     number = {row: len(sites) * row.per_site for row in grid}
     copies = bf16 * (2 if gpu else 1)
     skip = D if c.skip_connection else 0
-    saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip) for row in grid}
+    spans = Spans.of(sites)
+    saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip, spans=spans) for row in grid}
     rows = sum(len(parts(site)) for site in sites)  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
-    weights = {row: 4 * _parameters(row.memory, D, row.width) for row in grid}
+    weights = {row: 4 * _parameters(row.memory, D, row.width, spans) for row in grid}
 
     layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
     cut = of_lm * model.parameters(layers)
@@ -143,17 +176,29 @@ def estimate(
             "SAEs": all_saes,
             "arrays": 0
             if gpu
-            else max(workspace_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16) for r in grid),
+            else max(
+                workspace_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, spans=spans)
+                for r in grid
+            ),
             "checkpoint": all_saes if several else 0,
         },
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + rows) * D),
             "step": max(
-                step_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, on_gpu=n if gpu else 0)
+                step_bytes(
+                    r.memory,
+                    B,
+                    D,
+                    r.width,
+                    k=max(c.target_l0s),
+                    bf16=bf16,
+                    on_gpu=n if gpu else 0,
+                    spans=spans,
+                )
                 for r, n in number.items()
             ),
             "last checkpoint": 0 if gpu or several else all_saes,
-            "saving": 0 if gpu else max(2 * weights[r] + 4 * r.width * D for r in grid),
+            "saving": 0 if gpu else max(2 * weights[r] + 4 * spans.decoder(D, r.width) for r in grid),
         },
         loading=libraries + cut + int(mapped * cut),
     )
@@ -186,37 +231,43 @@ def _evaluation(
     N = L * min(group, contexts)
     spliced = L * min(group, contexts if c.eval_spliced_inputs is None else c.eval_spliced_inputs)
     rows = max(1, min(HEAD_ELEMENTS // (model.vocab_size or HEAD_ELEMENTS), spliced))
+    spans = Spans.of(sites)
     modes, read = sum(r.memory.modes * r.per_site for r in grid), sum(len(parts(site)) for site in sites)
     # reconstructions, and where they lead to
-    retained = 4 * modes * N * D + of_lm * ((modes + 2) * spliced + (3 + 2 * read) * N) * D
+    retained = 4 * modes * N * spans.width(D) + of_lm * ((modes + 2) * spliced + (3 + 2 * read) * N) * D
     return Phase(
         {
             "libraries": libraries,
             "model": whole,
             "SAEs": sum(weights[row] * n for row, n in number.items()),
-            "latents": sum(GATHERED * row.width * n for row, n in number.items()) if c.report_latents else 0,
+            "latents": sum(GATHERED * spans.latents(row.width) * n for row, n in number.items())
+            if c.report_latents
+            else 0,
         },
         {
             "opening": 0 if gpu else max(weights.values()),
             "splicing": retained + of_lm * min(M * L, N) * (_widths(model) + 2 * D),
             "encoding": retained
-            + 4 * modes * N * D
-            + max(int(4 * N * r.width * (2.25 + r.memory.products)) for r in grid),
+            + 4 * modes * N * spans.width(D)
+            + max(int(4 * N * spans.latents(r.width) * (2.25 + r.memory.products)) for r in grid),
             "head": retained + rows * (model.vocab_size or 0) * (20 if of_lm == 4 else 22),
         },
         loading=libraries + whole + int(mapped * whole),
     )
 
 
-def sae_bytes(memory: ArchitectureMemory, D: int, F: int, *, copies: int = 0, skip: int = 0) -> int:
+def sae_bytes(
+    memory: ArchitectureMemory, D: int, F: int, *, copies: int = 0, skip: int = 0, spans: Spans = ONE
+) -> int:
     """Count one SAE in training: parameters and moments in float32, copies of matrices in bfloat16,
     dead-latent counters; `skip` is what a skip connection reads."""
-    parameters = 4 * (_parameters(memory, D, F) + skip * D) * (1 + memory.moments)
-    return parameters + 4 * memory.centers * D + 2 * F * D * copies + 8 * F + COUNTERS
+    parameters = 4 * (_parameters(memory, D, F, spans) + skip * D) * (1 + memory.moments)
+    copied = 2 * (spans.encoder(D, F) * (copies > 0) + spans.decoder(D, F) * (copies > 1))
+    return parameters + 4 * memory.centers * spans.width(D) + copied + 8 * spans.latents(F) + COUNTERS
 
 
 def workspace_bytes(
-    memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int = 0, bf16: bool = False
+    memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int = 0, bf16: bool = False, spans: Spans = ONE
 ) -> int:
     """Count the arrays that SAEs on a CPU use one after the other.
 
@@ -230,38 +281,53 @@ def workspace_bytes(
     if bf16 and dense and integers:
         of_products += 4  # the encoder's, estimated
     estimated = integers and (dense or bf16 or k < ESTIMATE_BELOW * F)
+    encoder, integers_of_x = spans.encoder(D, F), B * spans.width(D)
     return (
-        B * F * (of_products + 4 * memory.dense_arrays + dense) + 2 * (B + F) * D * estimated + 2 * 4 * F * D
+        B * spans.latents(F) * (of_products + 4 * memory.dense_arrays + dense)
+        + 2 * (integers_of_x + encoder) * estimated
+        + 4 * (encoder + spans.decoder(D, F))
     )
 
 
 def step_bytes(
-    memory: ArchitectureMemory, B: int, D: int, F: int, *, k: int, bf16: bool = False, on_gpu: int = 0
+    memory: ArchitectureMemory,
+    B: int,
+    D: int,
+    F: int,
+    *,
+    k: int,
+    bf16: bool = False,
+    on_gpu: int = 0,
+    spans: Spans = ONE,
 ) -> int:
     """Count a step's gradients and transients: on a CPU of one SAE; on a GPU of the group that `on_gpu` SAEs
     are in."""
-    array, matrix, of_pre = 4 * B * F, 4 * F * D, (2 if bf16 else 4) * B * F
-    gradients = 4 * _parameters(memory, D, F) - (0 if on_gpu else 2 * matrix)
+    F_all, matrix = spans.latents(F), 4 * spans.decoder(D, F)
+    array, of_pre = 4 * B * F_all, (2 if bf16 else 4) * B * F_all
+    # those of layers are joined in arrays that are not lent
+    lent = 0 if on_gpu or spans.layers > 1 else 4 * spans.encoder(D, F) + matrix
+    gradients, k = 4 * _parameters(memory, D, F, spans) - lent, k * spans.layers
     dense = memory.dense_arrays > 0
     # on a GPU, until the group's update
-    retained = 2 * of_pre + B * F if dense else of_pre + 16 * B * k
+    retained = 2 * of_pre + B * F_all if dense else of_pre + 16 * B * k
     if not dense:
         # AuxK's entries, too, and on a GPU its gradient of W_dec
-        work = matrix * bool(on_gpu) + 16 * B * (k + D // 2) + of_pre * bool(on_gpu)
+        work = matrix * bool(on_gpu) + 16 * B * (k + spans.width(D) // 2) + of_pre * bool(on_gpu)
     elif on_gpu:
         work = int(memory.gpu_arrays * of_pre)
     else:
-        work = int(4 * memory.cached_arrays * min(IN_CACHE, B * F))
+        work = int(4 * memory.cached_arrays * min(IN_CACHE, B * F_all))
         work += bf16 * (int(memory.bf16_copies * array) + matrix // 2)
-    work += 4 * memory.outputs * B * D
+    work += 4 * memory.outputs * B * spans.width(D)
     together = min(on_gpu, max(GRADIENTS_AT_ONCE // gradients, 1)) if on_gpu else 1
-    at_once = min(together, branches(B, F))
+    at_once = min(together, branches(B, F_all))
     libraries = 2 * CUBLAS * at_once if at_once > 1 else 0
     return together * gradients + (together - at_once) * retained + at_once * work + libraries
 
 
-def _parameters(memory: ArchitectureMemory, D: int, F: int) -> int:
-    return 2 * F * D + memory.vectors * F + D
+def _parameters(memory: ArchitectureMemory, D: int, F: int, spans: Spans = ONE) -> int:
+    matrices = spans.encoder(D, F) + spans.decoder(D, F)
+    return matrices + memory.vectors * spans.latents(F) + spans.width(D)
 
 
 def _widths(model: ModelInfo) -> int:
