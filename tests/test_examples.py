@@ -150,6 +150,17 @@ def test_trace_circuit(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.splitlines()[-1] == f"python {asked}'The capital of France is'"
 
 
+def test_model_diff(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = write_text(tmp_path / "text.jsonl", documents=100)
+    settings = {"dictionary_widths": [48], "target_l0s": [4], "sae_batch_size": 64, "context_length": 16}
+    settings |= {"held_out_fraction": 0.2, "eval_num_inputs": 4, "report_latents": 20}
+    arguments = ("--model", tiny_model, "--layer", 1, "--steps", 2, "--dataset", text, "--tokens", 3200)
+    command("model_diff", tmp_path / "diff", *arguments, "--settings", json.dumps(settings))
+    *_, first, both, other, _, last = capsys.readouterr().out.splitlines()
+    counts = [int(line.rpartition(": ")[2]) for line in (first, both, other)]
+    assert sum(counts) <= 48 and counts[1] > 0 and last.startswith(f"open {tmp_path / 'diff'}")
+
+
 def test_every_example_is_tested() -> None:
     tested = Path(__file__).read_text()
     assert all(f"def test_{path.stem}(" in tested for path in EXAMPLES.glob("*.py"))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from monosemy.config import TrainConfig
 from monosemy.jobs.memory import GridRow
 from monosemy.lm.info import ModelInfo
-from monosemy.lm.pairs import AnySite, SitePair
+from monosemy.lm.pairs import AnySite, CrossLayer, SitePair, writes
 
 # Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and
 # 80 are 0.06 apart; with 200, +-0.003.
@@ -49,7 +49,7 @@ def training(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: S
     read = _width(c.dtype) * 2 * model.layer_parameters * max(_depth(site, model) for site in sites)
     products = {row: DENSE_STEP if row.memory.dense_arrays else SPARSE_STEP for row in grid}
     steps = sum(r.per_site * _width(c.precision) * n * model.d_model * r.width for r, n in products.items())
-    return c.num_tokens * (read + len(sites) * steps)
+    return c.num_tokens * (read + sum(map(_size, sites)) * steps)
 
 
 def evaluation(
@@ -66,16 +66,17 @@ def evaluation(
     head.
     """
     modes = [(row.width, row.per_site * row.memory.modes) for row in grid]
-    codes = len(sites) * sum(FLOAT32 * 4 * model.d_model * F * n for F, n in modes)
+    codes = sum(map(_size, sites)) * sum(FLOAT32 * 4 * model.d_model * F * n for F, n in modes)
     deepest = max(_depth(site, model) for site in sites)
     if not spliced:
         # once for the mean, once for the codes
         return _width(c.dtype) * 2 * model.layer_parameters * 2 * deepest + codes
     runs = 2 + sum(n for _, n in modes)
-    layers = (
-        deepest + model.num_layers + sum(runs * (model.num_layers - _depth(site, model)) for site in sites)
-    )
-    heads = len(sites) * (1 + runs)
+    # each of several sites is replaced by itself
+    replaced = [at for site in sites for at in writes(site)]
+    layers = deepest + model.num_layers
+    layers += sum(runs * (model.num_layers - _depth(at, model)) for at in replaced)
+    heads = len(replaced) * (1 + runs)
     return (
         _width(c.dtype) * 2 * (model.layer_parameters * layers + model.embedding_parameters * heads) + codes
     )
@@ -88,7 +89,16 @@ def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: Sequ
     ends = len(sites) + sum(isinstance(site, SitePair) for site in sites)
     pairs = sum(r.per_site * FLOAT32 * 2 * r.width * r.width * model.d_model for r in grid)
     products = sum(r.per_site * FLOAT32 * 2 * embedded for r in grid)
-    return len(sites) * pairs + ends * products
+    # of a cross-layer transcoder rows of all layers, as long as all of them
+    return sum(len(writes(site)) ** (3 if isinstance(site, CrossLayer) else 1) for site in sites) * pairs + (
+        ends * products
+    )
+
+
+def _size(site: AnySite) -> float:
+    """Return how many times the weights of an SAE at one site what is trained at a site has."""
+    sites = len(writes(site))
+    return (sites + sites * (sites + 1) / 2) / 2 if isinstance(site, CrossLayer) else sites
 
 
 def _depth(site: AnySite, model: ModelInfo) -> int:
