@@ -299,6 +299,7 @@ class Case:
     auxk: bool = False
     members: int = 1
     transcode: bool = False  # from D to D, with a skip connection
+    layers: int = 1  # of a cross-layer transcoder, F latents of each
     B: int = 2048
     k: int = 80
 
@@ -311,7 +312,8 @@ class Case:
         )
         count = "" if self.members == 1 else f"{self.members} each of "
         how = " skip transcoder" * self.transcode + " dense" * self.dense + " AuxK" * self.auxk
-        return f"{count}{names} {self.D}x{self.F}{how}"
+        across = f" across {self.layers} layers" if self.layers > 1 else ""
+        return f"{count}{names} {self.D}x{self.F}{how}{across}"
 
 
 @dataclass
@@ -358,7 +360,8 @@ def cost(case: Case) -> Cost:
         return 0.0 if case.auxk and length == case.B * (case.D // 2) else min(length, case.B * case.k)
 
     recorder = Recorder(entries)
-    x_BD = torch.empty(case.B, (1 + case.transcode) * case.D, device="meta")
+    sites = 2 * case.layers if case.layers > 1 else 1 + case.transcode
+    x_BD = torch.empty(case.B, sites * case.D, device="meta")
     with as_on_a_gpu(recorder):
         groups = group_trainers(_members(case))
         for group in groups:
@@ -378,6 +381,9 @@ def _members(case: Case) -> Iterator[SAETrainer]:
             with torch.device("meta"):
                 family = Family(transcode=case.transcode, skip_connection=case.transcode)
                 widths = (case.D,) * (1 + case.transcode)
+                if case.layers > 1:
+                    family = Family(transcode=True, cross_layer=True)
+                    widths = (case.D,) * (2 * case.layers)
                 sae = family.make(name, widths, case.F, settings(name, case.k))
             dense = case.dense and name in RELU
             yield member(
@@ -393,18 +399,24 @@ def _step(groups: Sequence[TrainerGroup], x_BD: Tensor, step: int) -> None:
 
 def floor(case: Case, device: Device) -> float:
     """Return the least seconds of a step of the same maths."""
-    B, D, F, k = case.B, case.D, case.F, case.k
-    product = 2 * B * D * F / device.product_rate(min(D, F))
+    B, D, F, k, L = case.B, case.D, case.F, case.k, case.layers
+    decoders = L * (L + 1) // 2
+    product = L * 2 * B * D * F / device.product_rate(min(D, F))
     total = 0.0
     for name in case.architectures:
         skip = case.transcode * (3 * 2 * B * D * D / device.product_rate(D) + 2 * 4 * D * D * 6 / device.copy)
-        of_one = product + skip + 2 * F * D * (22 if architecture(name).betas[0] == 0 else 30) / device.copy
+        of_one = (
+            product
+            + skip
+            + (L + decoders) * F * D * (22 if architecture(name).betas[0] == 0 else 30) / device.copy
+        )
         if case.dense and name in RELU:
             more, passes = {"gated": (6, 22), "jump_relu": (4, 14), "p_anneal": (4, 14)}.get(name, (4, 12))
-            of_one += more * product + passes * B * F / device.copy
+            of_one += more * product * (L + decoders) / (2 * L) + passes * L * B * F / device.copy
         else:
             rows = B * k * D * 2
-            of_one += 2 * B * F / device.copy + (4 if name == "gated" else 3) * rows / device.gather
+            gathered = L + (3 if name == "gated" else 2) * decoders
+            of_one += L * 2 * B * F / device.copy + gathered * rows / device.gather
         total += case.members * of_one
     return total
 
@@ -467,6 +479,7 @@ def row(counted: Cost, device: Device, measured: Measured | None) -> dict[str, A
         "auxk": case.auxk,
         "members": case.members,
         "transcode": case.transcode,
+        "layers": case.layers,
         "launches": counted.count,
         "bytes": counted.bytes,
         "products": counted.products,
@@ -480,7 +493,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for D, F in args.shapes:
         alone = [(name,) for name in args.architectures]
         for names in alone if args.members == 1 else [tuple(args.architectures)]:
-            shared = {"auxk": args.auxk, "members": args.members, "transcode": args.transcode}
+            shared = {"auxk": args.auxk, "members": args.members}
+            shared |= {"transcode": args.transcode, "layers": args.layers}
             yield Case(names, D, F, **shared)
             if set(names) & set(RELU):
                 yield Case(names, D, F, dense=True, **shared)
@@ -498,6 +512,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=1, help="SAEs of each architecture, in one sweep")
     parser.add_argument("--auxk", action="store_true", help="with AuxK, while no latent is dead")
     parser.add_argument("--transcode", action="store_true", help="skip transcoders instead of autoencoders")
+    parser.add_argument("--layers", type=int, default=1, help="of cross-layer transcoders, where above 1")
     parser.add_argument("--device", choices=DEVICES, default="H100", help="whose rates")
     parser.add_argument("--measured", action="store_true", help="the cases of gpu_measured.jsonl")
     parser.add_argument("--kinds", action="store_true", help="launches and time of each step by kernel")

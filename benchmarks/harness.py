@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from monosemy import ops
+from monosemy.cross_layer import CrossLayerTranscoder
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
 from monosemy.training.group import TrainerGroup
@@ -90,6 +91,8 @@ def member(
         STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases
     )
     spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
+    if isinstance(sae, CrossLayerTranscoder):
+        spec = dataclasses.replace(spec, d_sae=sae.of_layer, transcode=True, cross_layer=True)
     if isinstance(sae, Transcoder):
         spec = dataclasses.replace(spec, transcode=True, skip_connection=sae.skip_connection)
     how: dict[str, Any] = {"device": device, "bf16": True, "workspace": workspace}

@@ -40,9 +40,7 @@ class TrainerGroup:
                 p[name].data = self.params[name][s]
         S = len(self.trainers)
         self.device = next(iter(self.params.values())).device
-        # how long a layer's part of a list is, the host must know
-        in_graphs = self.device.type == "cuda" and not self.trainers[0].spec.cross_layer
-        self.graphs = CUDAGraphCache() if in_graphs else None
+        self.graphs = CUDAGraphCache() if self.device.type == "cuda" else None
         self.launches = [slice(0, S)] if self.graphs else [slice(s, s + 1) for s in range(S)]
         self.scales_2S = torch.zeros(2, S, device=self.device)  # learning rate, factor on sparsity penalties
         self.last: dict[str, dict[str, Tensor]] = {}
