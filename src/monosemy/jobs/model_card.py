@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from monosemy.evaluation.columns import columns_of
+from monosemy.lm.pairs import family_of, parse_site
 from monosemy.system.files import read_json, read_lines
 from monosemy.system.redact import without_secrets
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 # models that come from a package, under their names on the hub
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 TAGS = ["sparse-autoencoder", "sae", "mechanistic-interpretability", "monosemy"]
+KINDS = {
+    "autoencoder": "sparse autoencoder",
+    "transcode": "transcoder",
+    "cross_layer": "cross-layer transcoder",
+    "crosscode": "crosscoder",
+}
 PLOTS = {
     "loss_recovered": "Loss recovered against L0",
     "fvu": "Fraction of variance unexplained against L0",
@@ -55,6 +62,8 @@ def model_card(run_folder: str | Path, repo_id: str = "USER/NAME") -> str:
         rows=rows,
         columns=columns_of("card"),
         sites=_each(rows, "site"),
+        kinds=_kinds(rows),
+        kind=kind_of(str(first.get("site", ""))),
         architectures=_each(rows, "architecture"),
         tokens=tokens if isinstance(tokens, int) else None,
         dataset=config.get("dataset"),
@@ -82,7 +91,13 @@ def sae_card(sae: SAE, repo_id: str, sae_id: str = "") -> str:
     known = {"model", "site"} <= sae.metadata.keys()
     where = f"`{sae.metadata['model']}` at `{sae.metadata['site']}`" if known else "activations"
     data = ModelCardData(library_name="monosemy", tags=TAGS)
-    return _card("sae_card", data, sae=sae, repo_id=repo_id, sae_id=sae_id, where=where)
+    family = sae.family
+    kind = KINDS[
+        "cross_layer"
+        if family.get("cross_layer")
+        else next((name for name in ("transcode", "crosscode") if name in family), "autoencoder")
+    ]
+    return _card("sae_card", data, kind=kind, sae=sae, repo_id=repo_id, sae_id=sae_id, where=where)
 
 
 def _card(template: str, data: ModelCardData, **values: Any) -> str:
@@ -116,6 +131,22 @@ def _on_hub(name: str | None) -> list[str] | None:
     """Return a name as the front matter lists it; None for a folder, which is not on the hub."""
     there = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return [name] if name and there else None
+
+
+def kind_of(site: str) -> str:
+    """Return what stands at a site: a transcoder at a pair, a crosscoder at a group, else an autoencoder."""
+    try:
+        family = family_of(parse_site(site))
+    except ValueError:  # a place of another tool's
+        return KINDS["autoencoder"]
+    found = [name for name in ("cross_layer", "transcode", "crosscode") if family[name]]
+    return KINDS[found[0] if found else "autoencoder"]
+
+
+def _kinds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return in the plural what a run trained."""
+    found = dict.fromkeys(kind_of(str(row.get("site", ""))) for row in rows) or [KINDS["autoencoder"]]
+    return " and ".join(f"{kind}s" for kind in found)
 
 
 def _each(rows: Sequence[Mapping[str, Any]], key: str) -> str:
