@@ -311,16 +311,22 @@ function sharedNorms(container, columns) {
       doubtful = alone && (columns.nu_error[l] > 0.2 || columns.nu_reconstruction[l] > 0.5);
     counts[doubtful ? "doubtful" : "held"][bin]++;
   });
-  const values = Object.entries(counts).flatMap(([kind, of]) =>
-    of.map((n, i) => ({ from: i / bins, to: (i + 1) / bins, n, kind })),
-  );
+  const values = counts.held.flatMap((held, i) => {
+    const bin = { from: i / bins, to: (i + 1) / bins },
+      top = held + counts.doubtful[i];
+    return [
+      { ...bin, low: 0, high: held, kind: "held" },
+      { ...bin, low: held, high: top, kind: "doubtful" },
+    ].filter((bar) => bar.high > bar.low);
+  });
+  if (!values.length) return container.replaceChildren(make("p", { class: "note" }, "No latent fired."));
   return draw(
     container,
     {
       data: { values },
       width: container.clientWidth - 70,
       height: 180,
-      mark: { type: "bar", aria: false },
+      mark: { type: "rect", aria: false },
       encoding: {
         x: {
           field: "from",
@@ -329,11 +335,13 @@ function sharedNorms(container, columns) {
           axis: {
             title: "share of the decoder's norms at the second source",
             values: [0, 0.25, 0.5, 0.75, 1],
+            format: ".2f",
             grid: false,
           },
         },
         x2: { field: "to" },
-        y: { field: "n", type: "quantitative", axis: { title: "latents", tickCount: 4 } },
+        y: { field: "low", type: "quantitative", axis: { title: "latents", tickCount: 4 } },
+        y2: { field: "high" },
         fillOpacity: {
           field: "kind",
           type: "nominal",

@@ -30,7 +30,7 @@ const diffNote = () =>
   make(
     "p",
     { class: "note" },
-    "The share of a latent's decoder norms at the second of the two sources (models, or layers): at the left latents of the first alone, in the middle shared ones, at the right those of the second. Pale: latents that are exclusive by their norms and found in the other model all the same, by latent scaling (nu of the error over 0.2, or of the reconstruction over 0.5). The list sorts by it: “second source”; search takes second:<0.1.",
+    "The share of a latent's decoder norms at the second of the two sources (models, or layers): at the left latents of the first alone, in the middle shared ones, at the right those of the second. Pale: latents that are exclusive by their norms and found in the other source all the same, by latent scaling (nu of the error over 0.2, or of the reconstruction over 0.5). The list sorts by it: “second source”; search takes second:<0.1.",
   );
 
 async function saePage(view, sae) {
