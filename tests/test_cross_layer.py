@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -22,10 +24,13 @@ from monosemy import ops
 from monosemy.cli import main
 from monosemy.codes import Execution
 from monosemy.cross_layer import CrossLayerTranscoder, cross_layer_transcoder
+from monosemy.evaluation.missing import Missing
 from monosemy.lm.pairs import CrossLayer, parse_site
 from monosemy.ops import cpu
+from monosemy.report.page import NO_COSINE, _Latents
 from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
+from monosemy.system import arrays
 from monosemy.training.trainer import SAESpec
 from tests.test_transcoder import SETTINGS
 
@@ -181,7 +186,15 @@ def test_names() -> None:
     assert isinstance(site, CrossLayer) and len(site.pairs) == 6 and site.layer == 0 and site.depth == 6
     assert str(site) == "mlp_in.0-5:mlp_out.0-5" and parse_site(str(site)) == site
     assert site.folder == "cross_layer_mlp_in_layers_0_to_5_to_mlp_out_layers_0_to_5"
-    for wrong in ("mlp_in.0-5:mlp_out.0-4", "mlp_in.0-5:mlp_out.0", "mlp_in.5-0:mlp_out.0-5"):
+    assert parse_site("resid_mid.0-2:mlp_out.2-4").depth == 5
+    for wrong in (
+        "mlp_in.0-5:mlp_out.0-4",
+        "mlp_in.0-5:mlp_out.0",
+        "mlp_in.5-0:mlp_out.0-5",
+        "mlp_in.1+mlp_in.0:mlp_out.1+mlp_out.0",
+        "mlp_in.1-2:mlp_out.0-1",
+        "mlp_in.0-2:mlp_in.0-2",
+    ):
         with pytest.raises(ValueError, match="site"):
             parse_site(wrong)
 
@@ -232,6 +245,27 @@ def test_a_run(finished: Path) -> None:
         assert row["fvu"] < 1 and row["kl"] >= 0
 
 
+def test_no_cosine_is_told_where_encoder_and_decoder_differ_in_width(finished: Path) -> None:
+    columns, facts = arrays.load(next(finished.glob("cross_layer_*")) / "trainer_0" / "latents.npz")
+    latents = _Latents({"sae": "x"}, Path("nowhere"), Missing(finished))
+    latents.columns, latents.facts = columns, facts
+    assert np.isnan(columns["enc_dec"]).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = latents.block(1, np.arange(columns["page_at"].max() + 1))
+    assert (packed["enc_dec"] == NO_COSINE).all() and (packed["near_cosine"] >= -100).all()
+
+
+def test_replacement_of_one_place_twice_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((finished / "run.json").read_text())
+    facts["config"]["sites"] = ["mlp_in.0:mlp_out.0"]
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert main(["eval", str(tmp_path), "--replacement"]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
 def test_replacement_is_the_model_with_every_mlp_replaced(finished: Path, tiny_model: Path) -> None:
     assert main(["eval", str(finished), "--replacement", "--eval_num_inputs", "6"]) == 0
     rows = [json.loads(line) for line in (finished / "replacement.jsonl").read_text().splitlines()]
@@ -278,8 +312,12 @@ def test_replaced_layers_read_what_replaced_ones_wrote(finished: Path, tiny_mode
     [
         ("--cross_layer --layers 1", "cross_layer"),
         ("--cross_layer --transcode mlp --layers 1", "layers"),
-        ("--cross_layer --transcode mlp --layers 0 1 --skip_connection", "skip_connection"),
-        ("--cross_layer --transcode mlp --layers 0 1 --architectures matryoshka_batch_top_k", "architecture"),
+        ("--cross_layer --transcode mlp --layers 0 1 --skip_connection", "with cross_layer"),
+        (
+            "--cross_layer --transcode mlp --layers 0 1 --architectures matryoshka_batch_top_k --dry_run",
+            "architectures",
+        ),
+        ("--sites mlp_in.2+mlp_in.0:mlp_out.0+mlp_out.2", "ascending"),
     ],
 )
 def test_what_a_run_refuses(

@@ -261,7 +261,14 @@ def test_names_of_groups() -> None:
     assert row.folder == "crosscoder_resid_post_layers_3_4_5" and row.depth == 6 and row.layer == 3
     assert parse_site("resid_post.0-9").folder == "crosscoder_resid_post_layers_0_to_9"
     assert both.folder == "crosscoder_resid_post_layer_3_and_resid_post_layer_3_other"
-    assert groups_at(["resid_post"], [3, 4, 5], two_models=False) == [row]
+    assert groups_at(["resid_post"], [5, 3, 4], two_models=False) == [row]
+    (all_of_both,) = groups_at(["resid_post"], range(64), two_models=True)
+    assert str(all_of_both) == "resid_post.0-63+resid_post.0-63@other"
+    assert parse_site(str(all_of_both)) == all_of_both
+    assert all_of_both.folder == "crosscoder_resid_post_layers_0_to_63_and_resid_post_layers_0_to_63_other"
+    scattered = [parse_site("+".join(f"m.{n}.a" for n in range(at, 90, 2))) for at in (0, 1)]
+    assert scattered[0].folder != scattered[1].folder
+    assert all(len(site.folder) < 120 and parse_site(str(site)) == site for site in scattered)
     assert groups_at([], [3], two_models=True) == [both]
     assert len(groups_at(["mlp_out"], [1, 2], two_models=True)[0].members) == 4
     for wrong in ("resid_post.5-3", "resid_post.3+resid_post.3", "resid_post.0-99999999", "+", "mlp_out.1+"):
@@ -372,6 +379,15 @@ def test_layers_of_one_model(tiny_model: Path, text_file: Path, tmp_path: Path) 
     assert main(["convert", str(site / "trainer_0"), str(tmp_path / "native"), "--to", "native"]) == 0
 
 
+def test_a_transcoder_from_one_model_to_the_other_is_whole(
+    tiny_model: Path, tuned_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    how = ["--model_name", str(tiny_model), "--diff_model", str(tuned_model), "--dataset", str(text_file)]
+    pair = ["--sites", "resid_post.0:resid_post.1@other", "--save_dir", str(tmp_path / "run")]
+    assert main(["train", *how, *pair, *FLAGS]) == 0
+    assert not (tmp_path / "run" / "errors.log").exists()
+
+
 def test_tokenizers_that_disagree_are_refused(tiny_model: Path, tuned_model: Path) -> None:
     ours, theirs = (load_tokenizer(str(path)) for path in (tiny_model, tuned_model))
     check_tokenizers(ours, theirs, "tuned")
@@ -390,6 +406,15 @@ def test_tokenizers_that_disagree_are_refused(tiny_model: Path, tuned_model: Pat
         ("--diff_model MODEL --sites resid_post.1", "diff_model"),
         ("--layers 1 --diff_model nowhere/", "model"),
         ("--crosscode resid_post --transcode mlp --layers 9", "layers"),
+        (
+            "--crosscode resid_post --layers all --dry_run --crosscoder_mask dedicated --dedicated_share 0.4",
+            "dedicated_share",
+        ),
+        (
+            "--crosscode resid_post --layers all --dry_run --crosscoder_mask causal --dictionary_widths 2 "
+            "--target_l0s 1",
+            "dictionary_widths",
+        ),
     ],
 )
 def test_what_a_run_refuses(
@@ -397,5 +422,5 @@ def test_what_a_run_refuses(
 ) -> None:
     given = flags.replace("MODEL", str(tiny_model)).split()
     how = ["--model_name", str(tiny_model), "--dataset", str(text_file), "--save_dir", str(tmp_path / "run")]
-    assert main(["train", *how, *given, *FLAGS]) == 2
+    assert main(["train", *how, *FLAGS, *given]) == 2
     assert field in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -22,7 +22,7 @@ from monosemy.data.sources import check_sources, default_dataset
 from monosemy.errors import invalid
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
-from monosemy.jobs.sites import check_model_sites, describe_other, sites_of
+from monosemy.jobs.sites import check_families, check_model_sites, describe_other, sites_of
 from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, describe
 from monosemy.lm.pairs import AnySite
@@ -91,6 +91,7 @@ class Plan:
         if not sites:
             allowed = f"one or more of 0 to {model.num_layers - 1}"
             raise invalid("layers", config.layers, allowed, "name a layer, such as --layers 3")
+        check_families(config, sites, [name for name, kind in classes.items() if kind.grouped])
         other = describe_other(config, recorded_other(folder, config))
         check_model_sites(sites, model, other)
         recorded = _recorded(folder) or {}

@@ -16,7 +16,7 @@ from monosemy.evaluation.replacement import evaluate_replacement
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream, held_out_contexts
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import CrossLayer, SitePair, single_sites
+from monosemy.lm.pairs import CrossLayer, SitePair, single_sites, writes
 from monosemy.system.files import read_json, write_text
 
 SHOWN = ("ce_clean", "ce_replaced", "ce_mean", "loss_recovered_zero", "kl", "top1_agreement", "errors_carry")
@@ -26,7 +26,8 @@ def replace_run(config: EvalConfig) -> list[Row]:
     """Evaluate each set of transcoders of a run as a whole, print a table and write RUN/replacement.jsonl.
 
     A set is what a run trained alike at all of its pairs of sites: trainer_0 of each, trainer_1, ... Raises
-    ValueError for a run without transcoders, and for one of which an SAE is missing or not complete.
+    ValueError for a run without transcoders or with several that write to one place, and for one of which an
+    SAE is missing or not complete.
     """
     folder = Path(config.paths[0])
     trained = TrainConfig.read(folder / "run.json")
@@ -37,6 +38,10 @@ def replace_run(config: EvalConfig) -> list[Row]:
     if not replaced:
         allowed = "left out for a run without transcoders"
         raise invalid("replacement", True, allowed, "train a set with --transcode mlp --layers all")
+    targets = [target for site in replaced for target in writes(site)]
+    if len(set(targets)) < len(targets) or any(target.other for target in targets):
+        allowed = "left out for a run whose transcoders write to one place twice, or to another model"
+        raise invalid("replacement", True, allowed, "train one set of transcoders in a run of its own")
     stream = context_stream(plan, load_tokenizer(plan.model), "held_out")
     contexts_CL = held_out_contexts(c, stream)
     sets = range(plan.saes_per_site)

@@ -295,13 +295,14 @@ def _add_latents(
     with missing.part(LATENTS, name):
         columns = latents.statistics(gathered, sae, like, c.report_latents, contexts_CL)
         with missing.part(EFFECTS, name):
-            # of several sites the last of the first model
-            place, written = [(i, at) for i, at in enumerate(writes(site)) if not at.other][-1]
+            # of several sites the last of the first model, where any is its
+            place, written = max(enumerate(writes(site)), key=lambda found: (not found[1].other, found[0]))
             masked_V = latents.untold(lm.of(written), tokenizer, special_ids.tolist())
             pages = columns["page_latent"]
             columns |= latents.effects(sae, lm.of(written), written, pages, masked_V, place)
             if isinstance(sae, Transcoder):
-                columns |= latents.inputs(sae, lm.of(written), reads(site)[0], pages, masked_V)
+                read = reads(site)[0]
+                columns |= latents.inputs(sae, lm.of(read), read, pages, masked_V)
         path = run.folder / name / "latents.npz"
         latents.write(path, gathered, columns, seconds=time.monotonic() - began, text=c.report_text)
 

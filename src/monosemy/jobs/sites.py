@@ -9,12 +9,14 @@ from monosemy.errors import invalid
 from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
 from monosemy.lm.pairs import (
     AnySite,
+    CrossLayer,
     SiteGroup,
     SitePair,
     across_layers,
     groups_at,
     pairs_at,
     parse_site,
+    parts,
     single_sites,
 )
 
@@ -36,6 +38,9 @@ def sites_of(c: TrainConfig, model: ModelInfo) -> tuple[AnySite, ...]:
     elif c.transcode and not layers:
         raise invalid("layers", c.layers, "one or more with transcode", "name layers, or all of them: all")
     sites = tuple(dict.fromkeys([*of_layers, *map(parse_site, c.sites)]))
+    if c.skip_connection and any(isinstance(site, CrossLayer) for site in sites):
+        remedy = "leave one of them out: a cross-layer transcoder has no linear map"
+        raise invalid("skip_connection", True, "False with cross_layer", remedy)
     if c.skip_connection and not any(isinstance(site, SitePair) for site in sites):
         allowed = "False for autoencoders, which would copy their input"
         raise invalid("skip_connection", True, allowed, "name transcode, too")
@@ -77,3 +82,20 @@ def check_model_sites(sites: Sequence[AnySite], model: ModelInfo, other: ModelIn
         raise invalid(
             "diff_model", f"{other.name} ({other.vocab_size} tokens)", allowed, "choose another one"
         )
+
+
+def check_families(c: TrainConfig, sites: Sequence[AnySite], grouped: Sequence[str]) -> None:
+    """Check that crosscoders' masks leave every source latents, and that no cross-layer transcoder has an
+    architecture of `grouped` latents. Raises ValueError."""
+    if grouped and any(isinstance(site, CrossLayer) for site in sites):
+        allowed = "architectures that reconstruct once for cross_layer"
+        raise invalid("architectures", grouped[0], allowed, "choose batch_top_k or jump_relu")
+    most = max((len(parts(site)) for site in sites if isinstance(site, SiteGroup)), default=0)
+    narrowest = min(c.dictionary_widths)
+    if c.crosscoder_mask == "causal" and narrowest < most:
+        allowed = f"{most} or more with a causal mask, one latent of each source"
+        raise invalid("dictionary_widths", narrowest, allowed, "widen it")
+    own = int(c.dedicated_share * narrowest)
+    if c.crosscoder_mask == "dedicated" and most and not 1 <= own <= (narrowest - 1) // most:
+        allowed = f"a share that leaves each of {most} sources one of {narrowest} latents, and one for all"
+        raise invalid("dedicated_share", c.dedicated_share, allowed, "correct it, or widen the crosscoders")

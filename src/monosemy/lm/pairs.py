@@ -4,11 +4,15 @@ reconstruct. Nothing here imports torch."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from monosemy.errors import invalid
 from monosemy.lm.info import KINDS, Site
+
+LONGEST = 96  # characters of a group's name in a folder's, which has two of a cross-layer transcoder
 
 
 @dataclass(frozen=True)
@@ -68,22 +72,18 @@ class SiteGroup:
         return cls(members)
 
     def __str__(self) -> str:
-        first, layers = self.members[0], [site.layer for site in self.members]
-        begin = first.layer or 0
-        row = [dataclasses.replace(first, layer=layer) for layer in range(begin, begin + len(layers))]
-        if first.kind != "module" and len(row) > 2 and row == list(self.members):
-            return f"{first.kind}.{layers[0]}-{layers[-1]}{first.model_suffix}"
-        return "+".join(map(str, self.members))
+        rows = _consecutive(self.members)
+        return "+".join(_row_name(row) if len(row) > 2 else "+".join(map(str, row)) for row in rows)
 
     @property
     def folder(self) -> str:
-        """Return its folder's name in a run: `crosscoder_resid_post_layers_3_5`."""
-        places = dict.fromkeys(site.folder.rpartition("_layer_")[0] for site in self.members)
-        if all(site.kind != "module" and not site.other for site in self.members) and len(places) == 1:
-            layers = [str(site.layer) for site in self.members]
-            shown = layers if len(layers) < 4 or "-" not in str(self) else [layers[0], "to", layers[-1]]
-            return f"crosscoder_{next(iter(places))}_layers_{'_'.join(shown)}"
-        return f"crosscoder_{'_and_'.join(site.folder for site in self.members)}"
+        """Return its folder's name in a run: `crosscoder_resid_post_layers_3_5`. One that file systems might
+        not take is cut, with a hash of the whole behind it."""
+        of_places = [list(of) for _, of in groupby(self.members, key=_place)]
+        name = "_and_".join(of[0].folder if len(of) == 1 else _layers_folder(of) for of in of_places)
+        if len(name) > LONGEST:
+            name = f"{name[:LONGEST]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return f"crosscoder_{name}"
 
     @property
     def layer(self) -> int | None:
@@ -106,11 +106,19 @@ class CrossLayer:
 
     @classmethod
     def parse(cls, name: str) -> CrossLayer:
-        """Parse two groups of sites joined by a colon. Raises ValueError for anything else."""
+        """Parse two groups of sites joined by a colon. Raises ValueError for anything else, and where latents
+        would read at one layer and write to an earlier one, or what they read."""
         sources, _, targets = name.partition(":")
         made = cls(SiteGroup.parse(sources), SiteGroup.parse(targets))
         if len(made.sources.members) != len(made.targets.members):
             allowed = "as many sites to write as to read"
+            raise invalid("site", name, allowed, "write for example mlp_in.0-5:mlp_out.0-5")
+        read, written = ([site.layer for site in of.members] for of in (made.sources, made.targets))
+        backward = any(a is not None and b is not None and a > b for a, b in zip(read, written, strict=True))
+        known = [[layer for layer in layers if layer is not None] for layers in (read, written)]
+        ascending = all(layers == sorted(layers) for layers in known)
+        if backward or not ascending or any(pair.source == pair.target for pair in made.pairs):
+            allowed = "layers in ascending order, each with what it reads and something else that it writes"
             raise invalid("site", name, allowed, "write for example mlp_in.0-5:mlp_out.0-5")
         return made
 
@@ -138,6 +146,36 @@ class CrossLayer:
     def depth(self) -> int | None:
         """Count the layers that a model needs for all; None: all of them."""
         return _deepest((*self.sources.members, *self.targets.members))
+
+
+def _place(site: Site) -> tuple[str, str, bool]:
+    """Return what sites of a row of layers have in common; of a module, which is in none, its path."""
+    return site.kind, site.path, site.other
+
+
+def _consecutive(sites: Iterable[Site]) -> list[list[Site]]:
+    """Part sites where a layer does not follow the one before it at the same place."""
+    rows: list[list[Site]] = []
+    for site in sites:
+        before = rows[-1][-1] if rows else site
+        following = None if before.layer is None else dataclasses.replace(before, layer=before.layer + 1)
+        if site.kind != "module" and site == following:
+            rows[-1].append(site)
+        else:
+            rows.append([site])
+    return rows
+
+
+def _row_name(row: Sequence[Site]) -> str:
+    return f"{row[0].kind}.{row[0].layer}-{row[-1].layer}{row[0].model_suffix}"
+
+
+def _layers_folder(sites: Sequence[Site]) -> str:
+    """Return what a folder is called after several layers at one place: `resid_post_layers_0_to_5_9`."""
+    ends = [[str(site.layer) for site in row] for row in _consecutive(sites)]
+    shown = [layers if len(layers) < 4 else [layers[0], "to", layers[-1]] for layers in ends]
+    place = f"{sites[0].kind}_layers_{'_'.join(part for layers in shown for part in layers)}"
+    return place + ("_other" if sites[0].other else "")
 
 
 def _row(name: str) -> list[Site]:
@@ -199,7 +237,7 @@ def groups_at(kinds: Sequence[str], layers: Sequence[int], *, two_models: bool) 
     for kind in kinds:
         if kind not in KINDS:
             raise invalid("crosscode", kind, ", ".join(KINDS), "write for example resid_post")
-        members = [Site(kind, layer) for layer in layers]
+        members = [Site(kind, layer) for layer in sorted(layers)]
         if two_models:
             members += [dataclasses.replace(site, other=True) for site in members]
         if len(members) < 2:

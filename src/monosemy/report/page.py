@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 LIMIT = 14_500_000  # bytes of a report; latents lose their pages until it fits
 COLUMNS = columns_of("page")
 POINTS = 200  # of a training curve
+NO_COSINE = -128  # in hundredths, of an encoder and a decoder of other widths
 # of the page, joined into one in this order
 SCRIPTS = ("elements", "data", "drawing", "charts", "overview", "sae", "latent", "routes")
 
@@ -122,7 +123,7 @@ class _Latents:
             if name.startswith("page_"):
                 column = column[:pages]
             if name in ("enc_dec", "near_cosine", "page_near_cosine"):
-                column = np.round(100 * column).astype(np.int8)
+                column = np.where(np.isnan(column), NO_COSINE, np.round(100 * column)).astype(np.int8)
             elif column.dtype == np.float32:
                 column = _shortened(column)
             elif name == "page_shade":

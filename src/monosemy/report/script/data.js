@@ -51,6 +51,8 @@ function digits(x) {
 }
 const whole = (n) => n.toLocaleString("en");
 const power = (exponent) => (exponent < 0 ? digits(2 ** exponent) : whole(2 ** exponent));
+/** A cosine in hundredths; -128 where there is none. */
+const cosine = (hundredths) => (hundredths < -100 ? "-" : (hundredths / 100).toFixed(2));
 const percent = (share) => `${digits(100 * share)} %`;
 const CONTROLS = {
   0xa0: "⍽",

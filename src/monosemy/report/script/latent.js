@@ -47,7 +47,7 @@ async function latentPage(view, sae, latent) {
       ["mean where active", digits(columns.mean[latent])],
       [
         "encoder-decoder cosine",
-        (columns.enc_dec[latent] / 100).toFixed(2),
+        cosine(columns.enc_dec[latent]),
         "Does it read the direction that it writes?",
       ],
       ["cosine of the nearest decoder", (columns.near_cosine[latent] / 100).toFixed(2)],

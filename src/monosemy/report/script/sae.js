@@ -87,7 +87,7 @@ function query(words, columns, table, tokens) {
       freq: (l) => columns.count[l] / tokens,
       max: (l) => columns.max[l],
       mean: (l) => columns.mean[l],
-      cos: (l) => columns.enc_dec[l] / 100,
+      cos: (l) => (columns.enc_dec[l] < -100 ? NaN : columns.enc_dec[l] / 100),
       near: (l) => columns.near_cosine[l] / 100,
       contexts: (l) => columns.contexts[l],
       ...(columns.relative_norm ? { second: (l) => columns.relative_norm[l] } : {}),
@@ -235,7 +235,7 @@ async function latentList(box, sae, columns, table) {
             "peak token":
               columns.count[l] && columns.peak_token?.[l] >= 0 ? table.shown(columns.peak_token[l]) : "",
             promotes: p != null && columns.page_promotes ? table.shown(columns.page_promotes[10 * p]) : "",
-            "enc-dec": (columns.enc_dec[l] / 100).toFixed(2),
+            "enc-dec": cosine(columns.enc_dec[l]),
             nearest: `${columns.near[l]} (${(columns.near_cosine[l] / 100).toFixed(2)})`,
             page: reason(l),
             ...(columns.relative_norm
