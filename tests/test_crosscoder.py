@@ -399,6 +399,9 @@ def test_tokenizers_that_disagree_are_refused(tiny_model: Path, tuned_model: Pat
     ("flags", "field"),
     [
         ("--crosscode resid_post --layers 1", "layers"),
+        ("--layers 1 --diff_model MODEL --crosscoder_mask causal", "crosscoder_mask"),
+        ("--layers 1 --diff_model MODEL --transcode mlp", "diff_model"),
+        ("--layers 1 --diff_model no/where/at/all", "diff_model"),
         ("--crosscode nowhere --layers 0 1", "crosscode"),
         ("--layers 1 --crosscoder_mask causal", "crosscoder_mask"),
         ("--sites resid_post.1+resid_post.1@other", "sites"),

@@ -98,7 +98,8 @@ class Crosscoder(SAE):
         if of_one < 1 or of_one * (len(parts) - 1) >= F:
             allowed = f"shares that leave each of {len(parts)} parts of the {F} latents one or more"
             field = "dedicated_share" if self.mask == "dedicated" else "d_sae"
-            raise invalid(field, share if self.mask == "dedicated" else F, allowed, "correct it, or widen it")
+            remedy = "correct it, or train more latents"
+            raise invalid(field, share if self.mask == "dedicated" else F, allowed, remedy)
         ends = [*(of_one * (n + 1) for n in range(len(parts) - 1)), F]
         return [
             (slice(n * of_one, end), *part) for n, (end, part) in enumerate(zip(ends, parts, strict=True))

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import huggingface_hub  # its own names are looked up when they are used: importing it costs little
 
+from monosemy.errors import invalid
 from monosemy.jobs.model_card import model_card
+from monosemy.rules import REPOSITORY
 from monosemy.system.http import causes, limit_waits, retry, retry_after, status_of
 from monosemy.system.redact import without_secrets
 
@@ -73,9 +75,11 @@ def push(run_folder: str | Path, repo_id: str, *, waits: Sequence[float] = WAITS
     """Write the run's model card to its README.md and upload the whole run. Returns the address of the
     commit.
 
-    Raises `UploadFailed`.
+    Raises ValueError for a name that is none, and `UploadFailed`.
     """
     run_folder = Path(run_folder)
+    if not REPOSITORY.holds(repo_id):
+        raise invalid("repo_id", repo_id, REPOSITORY.allowed, "correct it")
     _refuse_links(run_folder, run_folder, repo_id)
     (run_folder / "README.md").write_text(model_card(run_folder, repo_id), encoding="utf-8")
     return upload(run_folder, repo_id, waits=waits)

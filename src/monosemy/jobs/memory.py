@@ -154,6 +154,7 @@ def estimate(
     copies = bf16 * (2 if gpu else 1)
     skip = D if c.skip_connection else 0
     spans = Spans.of(sites)
+    how: dict[str, Any] = {"k": max(c.target_l0s), "bf16": bf16, "spans": spans}
     saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip, spans=spans) for row in grid}
     rows = sum(len(parts(site)) for site in sites)  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
@@ -174,28 +175,13 @@ def estimate(
             "model": cut,
             "block": rows * slots * (D * of_lm + (12 if gpu else 20)) + batches,
             "SAEs": all_saes,
-            "arrays": 0
-            if gpu
-            else max(
-                workspace_bytes(r.memory, B, D, r.width, k=max(c.target_l0s), bf16=bf16, spans=spans)
-                for r in grid
-            ),
+            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, r.width, **how) for r in grid),
             "checkpoint": all_saes if several else 0,
         },
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + rows) * D),
             "step": max(
-                step_bytes(
-                    r.memory,
-                    B,
-                    D,
-                    r.width,
-                    k=max(c.target_l0s),
-                    bf16=bf16,
-                    on_gpu=n if gpu else 0,
-                    spans=spans,
-                )
-                for r, n in number.items()
+                step_bytes(r.memory, B, D, r.width, on_gpu=n if gpu else 0, **how) for r, n in number.items()
             ),
             "last checkpoint": 0 if gpu or several else all_saes,
             "saving": 0 if gpu else max(2 * weights[r] + 4 * spans.decoder(D, r.width) for r in grid),

@@ -32,7 +32,14 @@ def sites_of(c: TrainConfig, model: ModelInfo) -> tuple[AnySite, ...]:
         if not c.transcode:
             raise invalid("cross_layer", True, "False without transcode", "name transcode, too: mlp")
         of_layers = [across_layers(pairs) for pairs in of_kinds]
-    of_layers += groups_at(c.crosscode, list(layers), two_models=c.diff_model is not None)
+    # of two models each layer, where nothing says what to compare
+    two_models = c.diff_model is not None and (bool(c.crosscode) or not c.transcode)
+    of_layers += groups_at(c.crosscode, list(layers), two_models=two_models)
+    if c.transcode and c.diff_model and not c.crosscode and not c.sites:
+        allowed = "left out with transcode alone"
+        raise invalid(
+            "diff_model", c.diff_model, allowed, "name what to compare, too: --crosscode resid_post"
+        )
     if not (c.transcode or c.crosscode or c.diff_model):
         of_layers = [Site("resid_post", layer) for layer in layers]
     elif c.transcode and not layers:
@@ -54,7 +61,10 @@ def describe_other(c: TrainConfig, commit: str | None = None) -> ModelInfo | Non
     """Describe the model that the first is compared with, at a commit of it. Raises ValueError as `describe`
     does, and for a revision of none."""
     if c.diff_model is not None:
-        return describe(c.diff_model, commit or c.diff_revision)
+        try:
+            return describe(c.diff_model, commit or c.diff_revision)
+        except ValueError as error:  # which says model_name, of the one that it was given
+            raise type(error)(str(error).replace("model_name", "diff_model", 1)) from error
     if c.diff_revision is not None:
         allowed = "left out without diff_model"
         raise invalid("diff_revision", c.diff_revision, allowed, "name diff_model, too")
@@ -90,6 +100,14 @@ def check_families(c: TrainConfig, sites: Sequence[AnySite], grouped: Sequence[s
     if grouped and any(isinstance(site, CrossLayer) for site in sites):
         allowed = "architectures that reconstruct once for cross_layer"
         raise invalid("architectures", grouped[0], allowed, "choose batch_top_k or jump_relu")
+    groups = [site for site in sites if isinstance(site, SiteGroup)]
+    if groups and grouped and c.crosscoder_mask != "full":
+        allowed = "full for architectures that reconstruct by groups of latents"
+        remedy = f"choose another architecture than {grouped[0]}: masks and groups divide the same latents"
+        raise invalid("crosscoder_mask", c.crosscoder_mask, allowed, remedy)
+    if c.crosscoder_mask == "causal" and any(site.other for group in groups for site in group.members):
+        allowed = "full or dedicated for sources of two models, none of which comes before the other"
+        raise invalid("crosscoder_mask", c.crosscoder_mask, allowed, "choose one of these")
     most = max((len(parts(site)) for site in sites if isinstance(site, SiteGroup)), default=0)
     narrowest = min(c.dictionary_widths)
     if c.crosscoder_mask == "causal" and narrowest < most:
