@@ -39,7 +39,7 @@ from monosemy.data.contexts import ContextStream
 from monosemy.data.sources import Source
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import SitePair, pairs_at, single_sites
+from monosemy.lm.site_groups import SitePair, pairs_at, single_sites
 from monosemy.sae import SAE
 from monosemy.system.files import cache_folder
 from monosemy.training.trainer import SAESpec

@@ -24,7 +24,7 @@ import monosemy
 from monosemy.cli import main
 from monosemy.formats import circuit_tracer
 from monosemy.lm.info import HOOKS
-from monosemy.lm.pairs import SitePair, pairs_at
+from monosemy.lm.site_groups import SitePair, pairs_at
 from tests.conftest import WORDS, write_text
 
 HERE = Path(__file__).parent

@@ -25,7 +25,7 @@ from monosemy.cli import main
 from monosemy.codes import Execution
 from monosemy.cross_layer import CrossLayerTranscoder, cross_layer_transcoder
 from monosemy.evaluation.missing import Missing
-from monosemy.lm.pairs import CrossLayer, parse_site
+from monosemy.lm.site_groups import CrossLayer, parse_site
 from monosemy.ops import cpu
 from monosemy.report.page import NO_COSINE, _Latents
 from monosemy.sae import StepContext
@@ -278,8 +278,8 @@ def test_replaced_layers_read_what_replaced_ones_wrote(finished: Path, tiny_mode
     """Against a loop by hand over the tiny model's layers."""
     from monosemy.cross_layer import CrossLayerParts
     from monosemy.lm.model import LanguageModel
-    from monosemy.lm.pairs import single_sites
     from monosemy.lm.replaced import run_replaced
+    from monosemy.lm.site_groups import single_sites
 
     (folder,) = finished.glob("cross_layer*")
     sae, site = monosemy.load(folder / "trainer_1"), parse_site("mlp_in.0-2:mlp_out.0-2")

@@ -25,7 +25,7 @@ from monosemy.evaluation.diffing import LatentScaling
 from monosemy.evaluation.on_model import evaluate_on_model
 from monosemy.lm.info import Site, describe
 from monosemy.lm.model import load_tokenizer
-from monosemy.lm.pairs import SiteGroup, groups_at, parse_site, single_sites
+from monosemy.lm.site_groups import SiteGroup, groups_at, parse_site, single_sites
 from monosemy.lm.two_models import check_tokenizers, load_models
 from monosemy.ops import cpu
 from monosemy.schedule import Schedule

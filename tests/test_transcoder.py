@@ -26,7 +26,7 @@ from monosemy.data.sources import Source
 from monosemy.evaluation.replacement import evaluate_replacement
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import SitePair, pairs_at, parse_site, single_sites
+from monosemy.lm.site_groups import SitePair, pairs_at, parse_site, single_sites
 from monosemy.ops import cpu
 from monosemy.sae import registered
 from monosemy.schedule import Schedule

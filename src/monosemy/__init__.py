@@ -30,9 +30,9 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.lm.info import Site as Site
     from monosemy.lm.model import LanguageModel as LanguageModel
     from monosemy.lm.model import load_tokenizer as load_tokenizer
-    from monosemy.lm.pairs import CrossLayer as CrossLayer
-    from monosemy.lm.pairs import SiteGroup as SiteGroup
-    from monosemy.lm.pairs import SitePair as SitePair
+    from monosemy.lm.site_groups import CrossLayer as CrossLayer
+    from monosemy.lm.site_groups import SiteGroup as SiteGroup
+    from monosemy.lm.site_groups import SitePair as SitePair
     from monosemy.report.of_batches import write_report as write_report
     from monosemy.sae import SAE as SAE
     from monosemy.sae import StepContext as StepContext
@@ -49,7 +49,7 @@ _HOME = {
     "ActivationStream": "data.activations",
     "Codes": "codes",
     "ContextStream": "data.contexts",
-    "CrossLayer": "lm.pairs",
+    "CrossLayer": "lm.site_groups",
     "CrossLayerTranscoder": "cross_layer",
     "Crosscoder": "crosscoder",
     "FinetuneConfig": "jobs.finetune_config",
@@ -60,8 +60,8 @@ _HOME = {
     "SAE": "sae",
     "SAESpec": "training.trainer",
     "Site": "lm.info",
-    "SiteGroup": "lm.pairs",
-    "SitePair": "lm.pairs",
+    "SiteGroup": "lm.site_groups",
+    "SitePair": "lm.site_groups",
     "Source": "data.sources",
     "TrainConfig": "config",
     "Transcoder": "transcoder",

@@ -49,7 +49,7 @@ def test_a_set_of_all_layers(finished):
 def test_what_was_trained_is_what_the_model_does(finished, tiny_model):
     """The loss that the row says is that of the model with y_hat in the MLP's place."""
     from monosemy.lm.model import LanguageModel
-    from monosemy.lm.pairs import parse_site, single_sites
+    from monosemy.lm.site_groups import parse_site, single_sites
 
     row = json.loads((finished / "rows.jsonl").read_text().splitlines()[4])
     sae, pair = monosemy.load(finished / row["sae"]), parse_site(row["site"])

@@ -16,7 +16,7 @@ from monosemy.codes import Execution
 from monosemy.evaluation.on_model import _SiteEvaluation
 from monosemy.families import Family
 from monosemy.lm.model import CleanRun, LanguageModel
-from monosemy.lm.pairs import parse_site, reads, single_sites, writes
+from monosemy.lm.site_groups import parse_site, reads, single_sites, writes
 from monosemy.sae import SAE
 from monosemy.training.finetune import (
     Finetuner,

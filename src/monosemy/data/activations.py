@@ -25,7 +25,7 @@ from torch import Tensor
 
 from monosemy.data.contexts import ContextStream, StreamEnded
 from monosemy.errors import invalid
-from monosemy.lm.pairs import AnySite, by_site, of_parts, parts, reads
+from monosemy.lm.site_groups import AnySite, by_site, of_parts, parts, reads
 from monosemy.lm.two_models import Models
 from monosemy.system.rng import generator
 

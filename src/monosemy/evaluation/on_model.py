@@ -40,7 +40,7 @@ from monosemy.evaluation.missing import Missing
 from monosemy.limits import HEAD_ELEMENTS, SELECTION_TOKENS
 from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel
-from monosemy.lm.pairs import (
+from monosemy.lm.site_groups import (
     AnySite,
     CrossLayer,
     SiteGroup,

@@ -18,8 +18,8 @@ from monosemy.errors import invalid
 from monosemy.evaluation.columns import Row, ratio
 from monosemy.limits import HEAD_ELEMENTS
 from monosemy.lm.model import LanguageModel
-from monosemy.lm.pairs import SitePair, parts
 from monosemy.lm.replaced import check_replaceable, run_replaced
+from monosemy.lm.site_groups import SitePair, parts
 from monosemy.sae import SAE
 from monosemy.system.progress import Progress
 from monosemy.transcoder import Transcoder

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from monosemy.config import TrainConfig
 from monosemy.jobs.memory import GridRow
 from monosemy.lm.info import ModelInfo
-from monosemy.lm.pairs import AnySite, CrossLayer, SitePair, writes
+from monosemy.lm.site_groups import AnySite, CrossLayer, SitePair, writes
 
 # Contexts. With 20 of 256 tokens the 95 % interval of the loss recovered was +-0.011 where SAEs of L0 40 and
 # 80 are 0.06 apart; with 200, +-0.003.

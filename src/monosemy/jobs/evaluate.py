@@ -27,7 +27,7 @@ from monosemy.jobs.pretrained import Resolved, resolve
 from monosemy.jobs.replacement import replace_run
 from monosemy.jobs.results import context_stream, held_out_contexts
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import AnySite, of_parts, parse_site, parts, reads, single_sites
+from monosemy.lm.site_groups import AnySite, of_parts, parse_site, parts, reads, single_sites
 from monosemy.lm.two_models import Models, load_models
 from monosemy.report import page
 from monosemy.sae import SAE

@@ -14,7 +14,7 @@ from monosemy import formats
 from monosemy.formats import dictionary_learning
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
-from monosemy.lm.pairs import AnySite
+from monosemy.lm.site_groups import AnySite
 from monosemy.sae import SAE
 from monosemy.system.files import atomic_path
 from monosemy.training.trainer import SAETrainer

@@ -31,7 +31,7 @@ from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
 from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel, load_tokenizer
-from monosemy.lm.pairs import AnySite, SitePair, parts, reads, single_sites, writes
+from monosemy.lm.site_groups import AnySite, SitePair, parts, reads, single_sites, writes
 from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, batch_size
 from monosemy.sae import SAE

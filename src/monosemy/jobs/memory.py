@@ -29,7 +29,7 @@ from monosemy.limits import (
     branches,
 )
 from monosemy.lm.info import ModelInfo
-from monosemy.lm.pairs import AnySite, CrossLayer, SiteGroup, parts
+from monosemy.lm.site_groups import AnySite, CrossLayer, SiteGroup, parts
 from monosemy.system.machine import cpu_estimates_in_bf16
 
 MIB = 2**20

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from monosemy.evaluation.columns import columns_of
-from monosemy.lm.pairs import family_of, parse_site
+from monosemy.lm.site_groups import family_of, parse_site
 from monosemy.system.files import read_json, read_lines
 from monosemy.system.redact import without_secrets
 

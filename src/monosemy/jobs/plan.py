@@ -25,7 +25,7 @@ from monosemy.jobs.memory import Estimate, GridRow, estimate
 from monosemy.jobs.sites import check_families, check_model_sites, describe_other, sites_of
 from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, describe
-from monosemy.lm.pairs import AnySite
+from monosemy.lm.site_groups import AnySite
 from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
 from monosemy.schedule import Schedule
 from monosemy.system.files import LOCK, path_of, read_json

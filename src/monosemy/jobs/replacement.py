@@ -16,7 +16,7 @@ from monosemy.evaluation.replacement import evaluate_replacement
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream, held_out_contexts
 from monosemy.lm.model import LanguageModel, load_tokenizer
-from monosemy.lm.pairs import CrossLayer, SitePair, single_sites, writes
+from monosemy.lm.site_groups import CrossLayer, SitePair, single_sites, writes
 from monosemy.system.files import read_json, write_text
 
 SHOWN = ("ce_clean", "ce_replaced", "ce_mean", "loss_recovered_zero", "kl", "top1_agreement", "errors_carry")

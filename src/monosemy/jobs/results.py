@@ -36,7 +36,7 @@ from monosemy.formats.untrusted import sha256
 from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
 from monosemy.lm.model import load_tokenizer
-from monosemy.lm.pairs import AnySite, reads, single_sites, writes
+from monosemy.lm.site_groups import AnySite, reads, single_sites, writes
 from monosemy.lm.two_models import Models, load_models
 from monosemy.report import page, plots
 from monosemy.sae import SAE

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from monosemy.config import TrainConfig
 from monosemy.errors import invalid
 from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
-from monosemy.lm.pairs import (
+from monosemy.lm.site_groups import (
     AnySite,
     CrossLayer,
     SiteGroup,

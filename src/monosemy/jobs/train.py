@@ -30,7 +30,7 @@ from monosemy.jobs.memory import tensor_bytes
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
 from monosemy.lm.model import load_tokenizer
-from monosemy.lm.pairs import by_site, family_of, single_sites
+from monosemy.lm.site_groups import by_site, family_of, single_sites
 from monosemy.lm.two_models import Models, check_tokenizers, load_models
 from monosemy.ops import Workspace
 from monosemy.recipe import RECIPES

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from monosemy.errors import invalid
 from monosemy.lm.model import LanguageModel
 from monosemy.lm.modules import first_tensor, with_hidden
-from monosemy.lm.pairs import SitePair
+from monosemy.lm.site_groups import SitePair
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
 

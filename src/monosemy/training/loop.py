@@ -22,7 +22,7 @@ from torch import Tensor
 from monosemy.errors import EndOfData, TryAgain, invalid
 from monosemy.families import Family
 from monosemy.limits import EVERY
-from monosemy.lm.pairs import of_parts
+from monosemy.lm.site_groups import of_parts
 from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.sae import SAE
