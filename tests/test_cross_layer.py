@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import Tensor
 
 import monosemy
@@ -327,3 +328,24 @@ def test_what_a_run_refuses(
     sizes = "--num_tokens 2560 --sae_batch_size 128 --context_length 32 --dictionary_widths 64 --target_l0s 4"
     assert main(["train", *how, *sizes.split(), *flags.split()]) == 2
     assert field in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_circuit_tracer_s_files_hold_the_same_function(finished: Path, tmp_path: Path) -> None:
+    """By its equations in plain torch; peers/test_circuit_tracer.py asks the package itself."""
+    (folder,) = finished.glob("cross_layer*")
+    for trainer in (0, 1):
+        out = tmp_path / str(trainer)
+        convert = ["convert", str(finished), str(out), "--to", "circuit_tracer", "--trainer", str(trainer)]
+        assert main(convert) == 0
+        told = (out / "config.yaml").read_text()
+        assert 'model_kind: "cross_layer_transcoder"' in told and 'feature_input_hook: "mlp.hook_in"' in told
+        sae, x_BD = monosemy.load(folder / f"trainer_{trainer}"), torch.randn(50, 72)
+        y_BD = torch.zeros(50, 72)
+        for i, x in enumerate(x_BD.split(24, 1)):
+            enc, dec = (load_file(out / f"W_{of}_{i}.safetensors") for of in ("enc", "dec"))
+            pre = x @ enc[f"W_enc_{i}"].T + enc[f"b_enc_{i}"]
+            f = torch.where(pre > enc[f"threshold_{i}"], pre, 0)
+            for target in range(i, 3):
+                y_BD[:, 24 * target : 24 * (target + 1)] += f @ dec[f"W_dec_{i}"][:, target - i]
+            y_BD[:, 24 * i : 24 * (i + 1)] += enc[f"b_dec_{i}"]
+        assert torch.allclose(sae(x_BD), y_BD, rtol=1e-4, atol=1e-4)

@@ -110,6 +110,9 @@ class Parts:
             flag(vars(self), name, self.where)
         if self.crosscode or self.cross_layer:
             self._check_widths()
+            if self.d_out is not None:
+                allowed = "left out where widths say it"
+                raise invalid(f"{self.where}: d_out", self.d_out, allowed, "copy the folder again")
         if self.transcode and self.pre_bias:
             remedy = "subtract W_enc b_dec from b_enc, if it was trained so"
             raise invalid(f"{self.where}: pre_bias", True, "false: a transcoder's encoder sees x", remedy)
