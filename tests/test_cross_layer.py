@@ -349,3 +349,10 @@ def test_circuit_tracer_s_files_hold_the_same_function(finished: Path, tmp_path:
                 y_BD[:, 24 * target : 24 * (target + 1)] += f @ dec[f"W_dec_{i}"][:, target - i]
             y_BD[:, 24 * i : 24 * (i + 1)] += enc[f"b_dec_{i}"]
         assert torch.allclose(sae(x_BD), y_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_jump_relu_s_target_is_of_each_layer() -> None:
+    how = {"transcode": True, "cross_layer": True}
+    settings = {"target_l0": 4.0, "bandwidth": 0.05, "sparsity_penalty": 3.0}
+    fitted = monosemy.fit(components(600), [SAESpec("jump_relu", F, 3e-3, settings=settings, **how)])
+    assert fitted.metrics[-1]["l0"] == pytest.approx(4 * L, rel=0.25)

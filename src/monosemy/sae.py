@@ -73,6 +73,7 @@ class SAE(nn.Module, ABC):
     centered: ClassVar[bool] = False
     always_sparse: ClassVar[bool] = False
     grouped: ClassVar[bool] = False  # whether it reconstructs by groups of latents
+    layers: int = 1  # of a model, each of which has latents of its own
     scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")  # tensors in the units of the activations
     modes: tuple[str, ...] = ("default",)  # of `encode`, the default first
 

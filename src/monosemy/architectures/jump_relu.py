@@ -105,6 +105,11 @@ class JumpReLU(SAE):
             )
         self.threshold = nn.Parameter(torch.full((d_sae,), 0.001))
 
+    @property
+    def target_l0(self) -> float:
+        """The target of all layers together; the setting is of each."""
+        return self.settings.target_l0 * self.layers
+
     def reset(self, generator: torch.Generator) -> None:
         rows_FD = unit(uniform((self.d_sae, self.d_in), (6 / self.d_in) ** 0.5, generator), 1)
         self.init_directions(rows_FD)
@@ -137,7 +142,7 @@ class JumpReLU(SAE):
             lambda v, threshold: _Step.apply(v, threshold, self.settings.bandwidth), self.threshold
         )
         l0_B1 = stepped.decode(self.W_dec.new_ones(self.d_sae, 1))
-        return (2 / self.settings.target_l0) * (l0_B1 - self.settings.target_l0).pow(2).mean()
+        return (2 / self.target_l0) * (l0_B1 - self.target_l0).pow(2).mean()
 
     def _off_target_relatively(self, codes: Codes, f: Codes, ctx: StepContext) -> Tensor:
         """Compute (mean L0 / target_l0 - 1)^2."""
@@ -151,7 +156,7 @@ class JumpReLU(SAE):
                 l0
                 + (off_F * _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)).sum() / B
             )
-        return (l0 / self.settings.target_l0 - 1) ** 2
+        return (l0 / self.target_l0 - 1) ** 2
 
     @torch.no_grad()
     def update_buffers(self, codes: Codes, ctx: StepContext) -> None:
