@@ -164,7 +164,7 @@ def test_the_reference_s_commands_parse_and_plan_where_the_model_is_known(
 ):
     """With the models' config.json and a local text in the place of the hub's: the presets, the grid, the
     budget."""
-    from monosemy.jobs import plan
+    from monosemy.jobs import plan, sites
 
     shapes = {
         "EleutherAI/pythia-70m-deduped": ("GPTNeoX", 6, 512),
@@ -189,7 +189,7 @@ def test_the_reference_s_commands_parse_and_plan_where_the_model_is_known(
     )
     real = plan.describe
     monkeypatch.setattr(plan, "describe", lambda model, revision=None: real(str(folder)))
-    monkeypatch.setattr(plan, "check_weights", lambda info: None)  # there are none
+    monkeypatch.setattr(sites, "check_weights", lambda info: None)  # there are none
     monkeypatch.setattr(plan, "check_sources", lambda config: None)
     monkeypatch.chdir(tmp_path)
     assert main(["train", *args, "--dry_run"]) == 0

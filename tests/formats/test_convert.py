@@ -30,10 +30,10 @@ SETTINGS = {
     "gated": {"l1_penalty": 0.02},
     "p_anneal": {"initial_sparsity_penalty": 0.02, "sparsity_queue_length": 3},
     "jump_relu": {"target_l0": 8},
-    "jump_relu_tanh": {"tanh_penalty": 0.02},
     "top_k": {"k": 5},
     "batch_top_k": {"k": 5},
     "matryoshka_batch_top_k": {"k": 5, "group_fractions": (0.25, 0.75)},
+    "jump_relu_tanh": {"tanh_penalty": 0.02},
 }
 # every other one with a skip connection
 SKIP = {name: bool(i % 2) for i, name in enumerate(SETTINGS)}
@@ -338,7 +338,9 @@ def test_a_transcoder_s_folder_says_that_it_is_one(ours, tmp_path):
     assert not config.keys() & {"trainer", "pre_bias"}
     autoencoder = json.loads((ours / "ours/jump_relu/config.json").read_text())
     assert not autoencoder.keys() & {"transcode", "d_out", "skip_connection"}
-    for to, kind in (("top_k", "jumprelu_skip_transcoder"), ("standard", "transcoder")):
+    of_name = {"top_k": "jumprelu_skip_transcoder", "standard": "transcoder"}
+    assert [SKIP[name] for name in of_name] == [True, False]
+    for to, kind in of_name.items():
         formats.convert(ours / f"ours/{to}_transcoder", tmp_path / to, "sae_lens")
         cfg = json.loads((tmp_path / to / "cfg.json").read_text())
         assert (cfg["architecture"], cfg["d_out"], cfg["apply_b_dec_to_input"]) == (kind, D, False)

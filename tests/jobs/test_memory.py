@@ -297,7 +297,7 @@ def test_a_dry_run_tells_it(wide_model, text_file, tmp_path):
 def test_of_a_32b_model_half_is_held_in_training(text_file, tmp_path, monkeypatch):
     """Qwen2.5-Coder-32B's layer 32, as its config.json describes it: what is asked for fits one GPU of 80
     GB."""
-    monkeypatch.setattr("monosemy.jobs.plan.check_weights", lambda info: None)  # there are none
+    monkeypatch.setattr("monosemy.jobs.sites.check_weights", lambda info: None)  # there are none
     shape = {
         "hidden_size": 5120,
         "intermediate_size": 27648,

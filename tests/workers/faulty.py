@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+from signal import pthread_kill
 from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does before torch is imported
@@ -55,8 +56,8 @@ def happen(signal: int = 0, after: float = 0.0, fill: tuple[str, int] | None = N
             file.write(bytes(max(free - room, 0)))
     elif after:
         threading.Timer(after, os.kill, (os.getpid(), signal)).start()
-    else:
-        os.kill(os.getpid(), signal)
+    else:  # of the main thread, since another one may be asleep until all is over
+        pthread_kill(threading.main_thread().ident, signal)
 
 
 def do(job: dict[str, Any]) -> int:

@@ -30,6 +30,7 @@ class Batches:
 def spec(name):
     sparsity = {
         "jump_relu": {"target_l0": 4, "bandwidth": 0.01},
+        "jump_relu_tanh": {"tanh_penalty": 0.1, "kernel_width": 0.1, "ramp": 0.1},
         "p_anneal": {"initial_sparsity_penalty": 0.4},
     }
     by_setting = {"k": {"k": 6}, "l1_penalty": {"l1_penalty": 0.4}}

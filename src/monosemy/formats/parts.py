@@ -144,6 +144,7 @@ class Parts:
         return self._family.kind(name if isinstance(name, str) and len(name) < 100 else _short(name))
 
     def _empty(self, settings: dict[str, Any]) -> SAE:
+        self._family.check()
         d_sae = self.d_sae
         if self.crosscode or self.cross_layer:
             widths = tuple(self.widths)
