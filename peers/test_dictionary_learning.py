@@ -75,7 +75,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, schedule = tmp_path_factory.mktemp("ours"), Schedule.of_run(STEPS, B)
     for name, settings in SETTINGS.items():
         member = LoneTrainer(
-            name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factor=FACTOR
+            name, SAESpec(name, F, lr=3e-3, settings=settings), D, schedule, norm_factors=(FACTOR,)
         )
         for step in range(STEPS):
             member.step(batch(step), step)

@@ -49,7 +49,7 @@ def test_the_first_step_is_sparsifys(skip: bool, decoder: str, tmp_path: Path) -
     theirs = load_file(tmp_path / "theirs" / "layers.0.mlp" / "step.safetensors")
 
     spec = SAESpec("top_k", F, 1e-3, settings={"k": K}, transcode=True, skip_connection=skip, init_from=sae)
-    member = LoneTrainer("", spec, D, Schedule.of_run(10, B), d_out=D)
+    member = LoneTrainer("", spec, (D, D), Schedule.of_run(10, B))
     seen = watched(member, torch.cat([x_BD, y_BD], 1), 0)
     # theirs is the fraction of variance unexplained, ours the mean squared distance
     scale = B / float((y_BD - y_BD.mean(0)).square().sum())
