@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from monosemy import ops
-from monosemy.cross_layer import CrossLayerTranscoder
+from monosemy.families import Family
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
 from monosemy.training.group import TrainerGroup
 from monosemy.training.sweep import Sweep
 from monosemy.training.trainer import CAPACITY_FACTOR, SAESpec, SAETrainer
-from monosemy.transcoder import Transcoder
 
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
 RELU = ("standard", "standard_new", "p_anneal", "gated", "jump_relu", "jump_relu_tanh")
@@ -90,11 +89,8 @@ def member(
     schedule = Schedule.of_run(
         STEPS, B, decay_start_fraction=1.0, dead_feature_threshold=DEAD_TOKENS, **phases
     )
-    spec = SAESpec(sae.name, sae.d_sae, 1e-6, settings=dict(vars(sae.settings)), init_from=sae)
-    if isinstance(sae, CrossLayerTranscoder):
-        spec = dataclasses.replace(spec, d_sae=sae.of_layer, transcode=True, cross_layer=True)
-    if isinstance(sae, Transcoder):
-        spec = dataclasses.replace(spec, transcode=True, skip_connection=sae.skip_connection)
+    of_layer, family = sae.d_sae // sae.layers, Family.of(sae)
+    spec = SAESpec(sae.name, of_layer, 1e-6, 0, dict(vars(sae.settings)), sae, **vars(family))
     how: dict[str, Any] = {"device": device, "bf16": True, "workspace": workspace}
     with torch.device(device):
         made = SAETrainer(name, spec, sae.widths, schedule, **how)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 import monosemy
 from benchmarks.alone import LoneTrainer
-from benchmarks.same_maths import exact, over_largest, watched
-from monosemy import ops
+from benchmarks.same_maths import over_largest
 from monosemy.cli import main
 from monosemy.codes import Execution
 from monosemy.cross_layer import CrossLayerTranscoder, cross_layer_transcoder
@@ -33,6 +32,7 @@ from monosemy.sae import StepContext
 from monosemy.schedule import Schedule
 from monosemy.system import arrays
 from monosemy.training.trainer import SAESpec
+from tests.exact_steps import check_steps
 from tests.test_transcoder import SETTINGS
 
 B, L, D, F = 64, 3, 12, 40
@@ -70,24 +70,7 @@ def scaled(number: int) -> list[Tensor]:
 @forms
 @every
 def test_a_step_is_that_of_float64(name: str, form: str) -> None:
-    batches = scaled(8)
-    plan = Schedule.of_run(60, B, dead_feature_threshold=3 * B)
-    how = {"workspace": ops.Workspace()}
-    for sparse in (False, True):
-        member = LoneTrainer(name, spec(name), (D,) * (2 * L), plan, **how)
-        member.sparse |= sparse
-        if member.sparse and not sparse:
-            continue
-        with ops.use_backend(form):
-            for step in range(30):
-                member.step(batches[step % 8], step)
-            before = LoneTrainer(name, spec(name), (D,) * (2 * L), plan, **how)
-            before.resume(member.save())
-            seen = watched(member, batches[6], 30)
-        true = exact(before, batches[6], 30)
-        assert seen.loss == pytest.approx(true.loss, rel=2e-6)
-        for parameter, gradient in true.grads.items():
-            assert over_largest(seen.grads[parameter], gradient) <= 2e-5, parameter
+    assert check_steps(spec(name), (D,) * (2 * L), scaled(8), form, within=2e-5)
 
 
 @every

@@ -17,8 +17,6 @@ from torch import Tensor
 
 import monosemy
 from benchmarks.alone import LoneTrainer
-from benchmarks.same_maths import exact, over_largest, watched
-from monosemy import ops
 from monosemy.cli import main
 from monosemy.crosscoder import Crosscoder, crosscoder
 from monosemy.evaluation.diffing import LatentScaling
@@ -30,6 +28,7 @@ from monosemy.lm.two_models import check_tokenizers, load_models
 from monosemy.ops import cpu
 from monosemy.schedule import Schedule
 from monosemy.training.trainer import SAESpec
+from tests.exact_steps import check_steps
 from tests.test_transcoder import SETTINGS, every
 
 B, D, E, F = 96, 24, 16, 66
@@ -67,26 +66,7 @@ def scaled(number: int) -> list[Tensor]:
 @forms
 @every
 def test_a_step_is_that_of_float64(name: str, form: str) -> None:
-    batches = scaled(8)
-    plan = Schedule.of_run(60, B, dead_feature_threshold=3 * B)
-    how = {"workspace": ops.Workspace()}
-    for sparse in (False, True):
-        member = LoneTrainer(name, spec(name, mask="causal"), (D, E), plan, **how)
-        member.sparse |= sparse
-        if member.sparse and not sparse:
-            continue
-        with ops.use_backend(form):
-            for step in range(30):
-                member.step(batches[step % 8], step)
-            before = LoneTrainer(name, spec(name, mask="causal"), (D, E), plan, **how)
-            before.resume(member.save())
-            seen = watched(member, batches[6], 30)
-        product = None if isinstance(seen.codes.pre.product, ops.Estimate) else seen.codes.pre.product_BF
-        centered_BD = batches[6] - before.center_D if before.centered else batches[6]
-        true = exact(before, centered_BD, 30, product)
-        assert seen.loss == pytest.approx(true.loss, rel=2e-6)
-        for parameter, gradient in true.grads.items():
-            assert over_largest(seen.grads[parameter], gradient) <= 1e-5, parameter
+    assert check_steps(spec(name, mask="causal"), (D, E), scaled(8), form)
 
 
 @masks
@@ -171,7 +151,7 @@ def test_latents_of_one_source_are_found() -> None:
     (sae,) = monosemy.fit(found, [how]).saes
     assert isinstance(sae, Crosscoder)
     own = torch.cat([rows[:, :D], rows[:, D:]], 1)
-    cosine = torch.nn.functional.normalize(sae.comparable_weights()[1], dim=1) @ (
+    cosine = torch.nn.functional.normalize(sae.comparable_decoders()[0], dim=1) @ (
         torch.nn.functional.normalize(own, dim=1).T
     )
     best, which = cosine.max(1)

@@ -24,6 +24,7 @@ FLOORS = {
     "data": 3,
     "sae": 4,
     "former_names": 0.5,
+    "masks": 0.5,
     "initialization": 4.5,
     "transcoder": 4.7,
     "crosscoder": 4.7,

@@ -229,12 +229,8 @@ class CrossLayerTranscoder(SAE):
             at_D.mul_(scale / mean)
         self.fold_decoder_norm_()  # whose unit is that of what is written
 
-    def comparable_weights(self) -> tuple[Tensor, Tensor]:
-        """Return encoders, and decoders with zero where a latent does not write, [L F, L D]."""
-        W_FLD = self.W_dec.new_zeros(self.layers, self.of_layer, self.layers * self.width)
-        for layer, W_dec in enumerate(self.decoders):
-            W_FLD[layer, :, layer * self.width :] = W_dec
-        return self.W_enc, W_FLD.flatten(0, 1)
+    def comparable_decoders(self) -> list[Tensor]:
+        return self.decoders
 
     def decoder_at(self, place: int) -> Tensor:
         W_LFD = self.W_dec.new_zeros(self.layers, self.of_layer, self.width)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from monosemy.codes import Codes
 from monosemy.errors import invalid
+from monosemy.masks import mask_groups
 from monosemy.sae import SAE, architecture
-
-MASKS = ("full", "causal", "dedicated")
 
 
 class Crosscoder(SAE):
@@ -64,9 +63,7 @@ class Crosscoder(SAE):
         self.source_widths = check_sources(widths)
         super().__init__(sum(self.source_widths), d_sae, **settings)
         self.mask, self.dedicated_share = mask, dedicated_share
-        if mask not in MASKS:
-            raise invalid("mask", mask, ", ".join(MASKS), "choose one of them")
-        self.groups = self._groups()
+        self.groups = mask_groups(mask, len(self.source_widths), d_sae, dedicated_share)
         self.register_buffer("source_scale", torch.ones(len(self.source_widths)))
 
     @property
@@ -82,28 +79,6 @@ class Crosscoder(SAE):
         """The columns of each source in x and in the weights."""
         ends = list(accumulate(self.source_widths))
         return [slice(end - width, end) for end, width in zip(ends, self.source_widths, strict=True)]
-
-    def _groups(self) -> list[tuple[slice, range, range]]:
-        """Return the latents of each part of the mask, with the sources that they read and write."""
-        S, F = len(self.source_widths), self.d_sae
-        if self.mask == "full":
-            return [(slice(0, F), range(S), range(S))]
-        if self.mask == "causal":
-            of_one, share = F // S, 1 / S
-            parts = [(range(n + 1), range(n, S)) for n in range(S)]
-        else:
-            share = self.dedicated_share
-            of_one = int(share * F) if 0 < share < 1 else 0
-            parts = [(range(n, n + 1), range(n, n + 1)) for n in range(S)] + [(range(S), range(S))]
-        if of_one < 1 or of_one * (len(parts) - 1) >= F:
-            allowed = f"shares that leave each of {len(parts)} parts of the {F} latents one or more"
-            field = "dedicated_share" if self.mask == "dedicated" else "d_sae"
-            remedy = "correct it, or train more latents"
-            raise invalid(field, share if self.mask == "dedicated" else F, allowed, remedy)
-        ends = [*(of_one * (n + 1) for n in range(len(parts) - 1)), F]
-        return [
-            (slice(n * of_one, end), *part) for n, (end, part) in enumerate(zip(ends, parts, strict=True))
-        ]
 
     def _zero_masked(self, W_enc: Tensor, W_dec: Tensor) -> None:
         """Set what the mask forbids to zero, in weights or their gradients."""
@@ -181,7 +156,7 @@ class Crosscoder(SAE):
         mean = math.exp(sum(map(math.log, factors)) / len(factors))
         super().fold_norm_factor_(mean)
         scales = [of_source / mean for of_source in factors]
-        self.source_scale.mul_(torch.tensor(scales))
+        self.source_scale.mul_(torch.tensor(scales, device=self.device))
         for columns, scale in zip(self.columns, scales, strict=True):
             self.W_enc[:, columns].div_(scale)
             self.W_dec[:, columns].mul_(scale)
@@ -193,10 +168,15 @@ class Crosscoder(SAE):
     def decoder_at(self, place: int) -> Tensor:
         return self.W_dec[:, self.columns[place]]
 
-    def comparable_weights(self) -> tuple[Tensor, Tensor]:
-        widths = torch.tensor(self.source_widths, device=self.device)
-        scale_D = self.source_scale.repeat_interleave(widths)
-        return self.W_enc * scale_D, self.W_dec / scale_D
+    def _scale(self) -> Tensor:
+        """Return each column's scale, [D]."""
+        return self.source_scale.repeat_interleave(torch.tensor(self.source_widths, device=self.device))
+
+    def comparable_encoder(self) -> Tensor:
+        return self.W_enc * self._scale()
+
+    def comparable_decoders(self) -> list[Tensor]:
+        return [self.W_dec / self._scale()]
 
     def relative_norms(self) -> Tensor:
         """Return the share of each source in each latent's decoder, [F, S], ||W_dec_i^l|| / sum_m

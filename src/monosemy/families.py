@@ -4,7 +4,7 @@ crosscoder."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from monosemy.cross_layer import CrossLayerTranscoder, cross_layer_transcoder
@@ -31,6 +31,12 @@ class Family:
     """Which sources a crosscoder's latents read and write: full, causal or dedicated."""
     dedicated_share: float = 0.05
     """Share of the latents that a dedicated mask gives to each source alone."""
+
+    @classmethod
+    def of(cls, sae: SAE) -> Family:
+        """Return what an SAE is."""
+        names = {field.name for field in fields(Family)}
+        return Family(**{name: value for name, value in sae.family.items() if name in names})
 
     def check(self) -> None:
         """Raises ValueError for what does not go together."""

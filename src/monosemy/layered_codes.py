@@ -108,7 +108,7 @@ class LayeredPreactivations(Preactivations):
         """Compute x^l W_enc^l + b_enc^l of what all layers read, [B, L D]."""
         L = len(W_enc_LFD)
         self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        self.execution = execution or Execution()
+        self.execution, self.shape = execution or Execution(), W_enc_LFD.shape
         weights = zip(x_BD.chunk(L, 1), W_enc_LFD.unbind(), b_enc_F.chunk(L), strict=True)
         self.layers = [
             Preactivations(x.contiguous(), W_FD, b_F, None, self._of_layer(layer))
@@ -125,8 +125,13 @@ class LayeredPreactivations(Preactivations):
         """Return how a layer is computed: as the whole, in arrays of its own."""
         workspace = self.execution.workspace
         own = None if workspace is None else workspace.part(f"layer {layer}")
-        # copies in bfloat16 are of all layers together, and are made anew of each
-        return dataclasses.replace(self.execution, workspace=own, bf16_copies=())
+        copies = [(self._part(W, layer), self._part(copy, layer)) for W, copy in self.execution.bf16_copies]
+        return dataclasses.replace(self.execution, workspace=own, bf16_copies=copies)
+
+    def _part(self, W: Tensor, layer: int) -> Tensor:
+        """Return a layer's part of the encoders or of the decoders."""
+        L, F, D = self.shape
+        return W.view(L, F, D)[layer] if len(W) == L * F else decoders(W, L)[layer]
 
     @property
     def tokens(self) -> int:

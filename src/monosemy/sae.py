@@ -63,7 +63,7 @@ class SAE(nn.Module, ABC):
     sweep_values: ClassVar[tuple[float, ...]] = ()  # its values in a run, where no flag holds them
     memory: ClassVar[ArchitectureMemory] = ArchitectureMemory()  # what training takes
     look: ClassVar[Look | None] = None  # in plots; gray and numbered without one
-    constraint: ClassVar[Constraint] = "project"  # on the decoder's rows
+    constraint: Constraint = "project"  # on the decoder's rows; an instance may differ from its class
     clip: ClassVar[float | None] = 1.0  # of the gradient's norm
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # of Adam
     short_run_lr: ClassVar[float] = 5e-3  # of 4,096 latents and batches of 2,048 (docs/recipes.md)
@@ -88,12 +88,8 @@ class SAE(nn.Module, ABC):
                 raise invalid(field, value, "1 or more", "give the model's width and the number of latents")
         known = {f.name for f in dataclasses.fields(self.Settings)}
         for field in settings.keys() - known:
-            raise invalid(
-                field,
-                settings[field],
-                f"settings of {self.name}: {', '.join(sorted(known)) or 'none'}",
-                "take it out",
-            )
+            allowed = f"settings of {self.name}: {', '.join(sorted(known)) or 'none'}"
+            raise invalid(field, settings[field], allowed, "take it out")
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in
         self.settings: Any = self.Settings(**settings)
         for field, value in vars(self.settings).items():
@@ -211,9 +207,13 @@ class SAE(nn.Module, ABC):
         """Return what folding divides each decoder row by, [F]."""
         return torch.linalg.vector_norm(self.W_dec, dim=1)
 
-    def comparable_weights(self) -> tuple[Tensor, Tensor]:
-        """Return encoder and decoder rows, [F, D] each, in units that are the same at all sites."""
-        return self.W_enc, self.W_dec
+    def comparable_encoder(self) -> Tensor:
+        """Return encoder rows, [F, D], in units that are the same at all sites."""
+        return self.W_enc
+
+    def comparable_decoders(self) -> list[Tensor]:
+        """Return decoder rows in such units, in parts whose rows can be compared with each other."""
+        return [self.W_dec]
 
     def decoder_at(self, place: int) -> Tensor:
         """Return what is written to one of the sites that are reconstructed, [F, D]."""

@@ -17,13 +17,13 @@ from monosemy.evaluation.on_model import _SiteEvaluation
 from monosemy.families import Family
 from monosemy.lm.model import CleanRun, LanguageModel
 from monosemy.lm.site_groups import parse_site, reads, single_sites, writes
+from monosemy.lm.splicing import counted_tokens
 from monosemy.sae import SAE
 from monosemy.training.finetune import (
     Finetuner,
     FinetuningSweep,
     Splice,
     balanced,
-    counted_tokens,
     finetuning_schedule,
 )
 
@@ -63,7 +63,7 @@ def spliced(lm: LanguageModel, site: str, ids_BL: Tensor, batch: int = 3) -> tup
     at = parse_site(site)
     (read,), (written,) = reads(at), writes(at)
     cleans: list[CleanRun] = [lm.clean(ids, single_sites([at])) for ids in ids_BL.split(batch)]
-    masks = [counted_tokens(run.ids_BL, run.activations[read], IGNORED, torch.inf) for run in cleans]
+    masks = [counted_tokens(run.ids_BL, IGNORED) for run in cleans]
     rows = [
         torch.cat([run.activations[part][mask] for run, mask in zip(cleans, masks, strict=True)])
         for part in (read, written)
@@ -179,7 +179,7 @@ def test_the_tokens_are_those_that_evaluation_counts(tiny_model):
     site = parse_site("resid_post.1")
     x_BLD = lm.activations(ids_BL)[site]
     limit = float(x_BLD.norm(dim=-1).flatten().quantile(0.8))
-    mask_BL = counted_tokens(ids_BL, x_BLD, IGNORED, limit)
+    mask_BL = counted_tokens(ids_BL, IGNORED, [x_BLD], [limit])
     assert torch.equal(mask_BL, _SiteEvaluation(site, {}, IGNORED, limit).counted(ids_BL, [x_BLD]))
     assert not mask_BL[:, 0].any() and not mask_BL[torch.isin(ids_BL, IGNORED)].any()
     assert 0 < mask_BL.sum() < (~torch.isin(ids_BL[:, 1:], IGNORED)).sum()

@@ -8,35 +8,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from monosemy import ops
+from monosemy.architectures._jump import Jump, near
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
 from monosemy.initialization import uniform, unit
 from monosemy.limits import ArchitectureMemory
 from monosemy.sae import SAE, Look, StepContext, register
-
-
-def _near(g: Tensor, distance: Tensor, bandwidth: float) -> Tensor:
-    """Multiply g by the rectangle kernel: within half a bandwidth of the threshold, 0 elsewhere, in one
-    pass."""
-    return torch.ops.aten.hardtanh_backward(g, distance, -bandwidth / 2, bandwidth / 2)
-
-
-class _Jump(Function):
-    """v 1[v > threshold]; the threshold's gradient is estimated by a rectangle kernel (section 3, equation
-    11)."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(v, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.ops.aten.threshold_backward(v, v - threshold, 0)  # v where v > threshold, in one pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        v, threshold = ctx.saved_tensors
-        distance = v - threshold
-        near = _near(g, distance, ctx.bandwidth).sum_to_size(threshold.shape)
-        return torch.ops.aten.threshold_backward(g, distance, 0), near * (-threshold / ctx.bandwidth), None
 
 
 class _Step(Function):
@@ -52,8 +29,8 @@ class _Step(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
         v, threshold = ctx.saved_tensors
-        near = _near(g.expand_as(v), v - threshold, ctx.bandwidth).sum_to_size(threshold.shape)
-        return None, near / -ctx.bandwidth, None
+        of_threshold = near(g.expand_as(v), v - threshold, ctx.bandwidth).sum_to_size(threshold.shape)
+        return None, of_threshold / -ctx.bandwidth, None
 
 
 @register
@@ -120,7 +97,7 @@ class JumpReLU(SAE):
 
     def active(self, codes: Codes) -> Codes:
         return codes.map(
-            lambda v, threshold: _Jump.apply(v, threshold, self.settings.bandwidth), self.threshold
+            lambda v, threshold: Jump.apply(v, threshold, self.settings.bandwidth), self.threshold
         )
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:

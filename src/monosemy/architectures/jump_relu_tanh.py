@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from monosemy import ops
+from monosemy.architectures._jump import Jump, near
 from monosemy.codes import Codes, Preactivations
 from monosemy.errors import invalid
 from monosemy.initialization import reset_relu
@@ -18,23 +18,16 @@ from monosemy.schedule import Schedule
 FIRST_THRESHOLD = 0.1  # in the published units
 
 
-class _WideJump(Function):
-    """v 1[v > threshold]; a rectangle kernel estimates what the jump adds to both gradients, threshold's and
-    v's."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, threshold: Tensor, width: float) -> Tensor:
-        ctx.save_for_backward(v, threshold)
-        ctx.width = width
-        return torch.ops.aten.threshold_backward(v, v - threshold, 0)  # v where v > threshold, in one pass
+class _WideJump(Jump):
+    """The jump, whose kernel estimates what it adds to the gradient of v, too."""
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         v, threshold = ctx.saved_tensors
-        distance, height = v - threshold, threshold / ctx.width
-        near = torch.ops.aten.hardtanh_backward(g, distance, -ctx.width / 2, ctx.width / 2)
-        d_v = torch.ops.aten.threshold_backward(g, distance, 0) + near * height
-        return d_v, near.sum_to_size(threshold.shape) * -height, None
+        distance, height = v - threshold, threshold / ctx.bandwidth
+        close = near(g, distance, ctx.bandwidth)
+        d_v = torch.ops.aten.threshold_backward(g, distance, 0) + close * height
+        return d_v, close.sum_to_size(threshold.shape) * -height, None
 
 
 @register

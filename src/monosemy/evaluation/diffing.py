@@ -41,7 +41,7 @@ class LatentScaling:
     """
 
     def __init__(self, sae: Crosscoder, device: torch.device) -> None:
-        self.rows_SFD = torch.stack(sae.comparable_weights()[1].split(sae.widths, 1)).to(device)
+        self.rows_SFD = torch.stack(sae.comparable_decoders()[0].split(sae.widths, 1)).to(device)
         self.scale_S = sae.source_scale.to(device)
         norm_SF = torch.linalg.vector_norm(self.rows_SFD, dim=2)
         self.longer_F = norm_SF.argmax(0)

@@ -33,8 +33,8 @@ def encoder_decoder(sae: Any) -> Tensor:
     width."""
     if sae.d_in != sae.d_out:
         return torch.full((sae.d_sae,), torch.nan, device=sae.W_dec.device)
-    W_enc, W_dec = sae.comparable_weights()
-    return (unit_rows(W_enc) * unit_rows(W_dec)).sum(1)
+    (W_dec,) = sae.comparable_decoders()
+    return (unit_rows(sae.comparable_encoder()) * unit_rows(W_dec)).sum(1)
 
 
 @torch.inference_mode()
@@ -55,13 +55,22 @@ def nearest(W_dec_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def neighbors(W_dec_FD: Tensor, rows_P: Tensor, count: int = 6) -> tuple[Tensor, Tensor]:
-    """Return the `count` other latents nearest to some, and their cosines: [P, count] each."""
-    unit_FD = unit_rows(W_dec_FD)
-    found = [
-        _others(unit_FD, rows).topk(min(count, len(unit_FD) - 1)) for rows in _pieces(rows_P, len(unit_FD))
-    ]
-    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+def neighbors(sae: Any, rows_P: Tensor, count: int = 6) -> tuple[Tensor, Tensor]:
+    """Return the `count` other latents nearest to some, of a cross-layer transcoder those of their layer, and
+    their cosines: [P, count] each."""
+    decoders = sae.comparable_decoders()
+    count = min(count, len(decoders[0]) - 1)
+    near_PM = rows_P.new_empty(len(rows_P), count)
+    cosine_PM = torch.empty(near_PM.shape, device=rows_P.device)
+    first = 0
+    for W_dec_FD in decoders:
+        unit_FD = unit_rows(W_dec_FD)
+        here = ((rows_P >= first) & (rows_P < first + len(unit_FD))).nonzero()[:, 0]
+        for places in _pieces(here, len(unit_FD)):
+            found = _others(unit_FD, rows_P[places] - first).topk(count)
+            near_PM[places], cosine_PM[places] = found.indices + first, found.values
+        first += len(unit_FD)
+    return near_PM, cosine_PM
 
 
 def _pieces(rows: Tensor, columns: int) -> Sequence[Tensor]:
@@ -98,8 +107,15 @@ class Geometry:
 
 
 def geometry(sae: Any) -> Geometry:
-    """Compare all pairs of decoder rows; F^2 D products, so it is done once for the row and the pages."""
-    return Geometry(*nearest(sae.comparable_weights()[1]), encoder_decoder(sae))
+    """Compare all pairs of decoder rows, of a cross-layer transcoder those of a layer; F^2 D products, so it
+    is done once for the row and the pages."""
+    parts, first = [], 0
+    for W_dec_FD in sae.comparable_decoders():
+        near_F, *cosines = nearest(W_dec_FD)
+        parts.append((near_F + first, *cosines))
+        first += len(W_dec_FD)
+    near_F, cosine_F, mean_F = map(torch.cat, zip(*parts, strict=True))
+    return Geometry(near_F, cosine_F, mean_F, encoder_decoder(sae))
 
 
 def norm_map(lm: LanguageModel) -> Tensor:

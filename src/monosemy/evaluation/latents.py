@@ -164,7 +164,7 @@ def statistics(
     column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
     column("page_candidates", g.sampled.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
     if len(latents_P):
-        near_PM, cosine_PM = neighbors(sae.comparable_weights()[1], latents_P)
+        near_PM, cosine_PM = neighbors(sae, latents_P)
         column("page_near", near_PM, np.uint32)
         column("page_near_cosine", cosine_PM, np.float32)
     return columns | g.beside

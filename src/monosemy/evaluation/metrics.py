@@ -69,8 +69,8 @@ def evaluate(
             if missing.lacks(ROWS, name):
                 continue
             with missing.part(ROWS, name):
-                for mode, of in sums[name].items():
-                    of.add(x_ND, y_ND, sae, mode, at_N)
+                for of in sums[name].values():
+                    of.add(x_ND, y_ND, sae, at_N)
     if not spread.rows:
         remedy = "pass activations; an iterator that was read before has none left"
         raise invalid("batches", "empty", "at least one batch [B, D]", remedy)
@@ -245,17 +245,22 @@ class PartSums:
 class ReconstructionSums:
     """Sums over tokens of one SAE in one mode, from which `reconstruction_columns` makes columns."""
 
-    def __init__(self, sae: SAE, device: torch.device, seen: LatentStats | None = None) -> None:
-        self.tokens, self.seen = 0, seen
+    def __init__(self, sae: SAE, mode: str, device: torch.device, seen: LatentStats | None = None) -> None:
+        """What is gathered of latents, `seen`, and what compares two models are of the SAE's first mode."""
+        self.tokens, self.mode = 0, mode
         self.fired_F = torch.zeros(sae.d_sae, dtype=torch.long, device=device)
         self.active = self.total = torch.zeros((), device=device)
         self.parts = [PartSums(width, device) for width in sae.target_widths]
-        self.scaling = LatentScaling(sae, device) if isinstance(sae, Crosscoder) and comparable(sae) else None
+        first = mode == sae.modes[0]
+        self.seen = seen if first else None
+        self.scaling = None
+        if first and isinstance(sae, Crosscoder) and comparable(sae):
+            self.scaling = LatentScaling(sae, device)
 
-    def add(self, x_ND: Tensor, y_ND: Tensor, sae: SAE, mode: str, at_N: Tensor) -> Tensor:
+    def add(self, x_ND: Tensor, y_ND: Tensor, sae: SAE, at_N: Tensor) -> Tensor:
         """Encode counted tokens, whose places are `at_N`, and decode them to y, which is x for an
         autoencoder; returns the reconstruction [N, D]."""
-        f_NF = sae.encode(x_ND, mode=mode)
+        f_NF = sae.encode(x_ND, mode=self.mode)
         if self.seen is not None:
             self.seen.add(f_NF, at_N)
         hat_ND = sae.reconstruct(f_NF, x_ND)
@@ -274,9 +279,7 @@ class ReconstructionSums:
 
 def new_sums(sae: SAE, device: torch.device, seen: LatentStats | None) -> dict[str, ReconstructionSums]:
     """Make the sums of each of an SAE's modes; what is gathered of latents is seen in the first."""
-    return {
-        mode: ReconstructionSums(sae, device, seen if mode == sae.modes[0] else None) for mode in sae.modes
-    }
+    return {mode: ReconstructionSums(sae, mode, device, seen) for mode in sae.modes}
 
 
 # --- from sums to a row -------------------------------------------------------------------------------------

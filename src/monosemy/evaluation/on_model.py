@@ -51,6 +51,7 @@ from monosemy.lm.site_groups import (
     single_sites,
     writes,
 )
+from monosemy.lm.splicing import counted_tokens, resumes
 from monosemy.lm.two_models import Models
 from monosemy.system import rng
 from monosemy.system.progress import Progress
@@ -189,11 +190,7 @@ class _SiteEvaluation:
 
     def counted(self, ids_BL: Tensor, read: Sequence[Tensor]) -> Tensor:
         """Return the mask of the tokens that are counted, given what is read, [B, L, D] each."""
-        mask_BL = ~torch.isin(ids_BL, self.ignore_ids)
-        for x_BLD, limit in zip(read, self.norm_limits, strict=True):
-            mask_BL &= x_BLD.float().norm(dim=-1) <= limit
-        mask_BL[:, 0] = False
-        return mask_BL
+        return counted_tokens(ids_BL, self.ignore_ids, read, self.norm_limits)
 
     def add_to_mean(self, ids_BL: Tensor, found: Mapping[Site, Tensor]) -> None:
         """Add a batch's counted tokens to the mean."""
@@ -238,9 +235,7 @@ class _SiteEvaluation:
                 continue
             with missing.part(ROWS, name):
                 sums = self.sums[name]
-                replacements |= {
-                    (name, mode): of.add(x_ND, y_ND, sae, mode, at_N) for mode, of in sums.items()
-                }
+                replacements |= {(name, mode): of.add(x_ND, y_ND, sae, at_N) for mode, of in sums.items()}
         if first >= self.spliced:
             return
         of_sites = {key: hat_ND.split(widths, 1) for key, hat_ND in replacements.items()}
@@ -343,9 +338,7 @@ def _check_splicing(lm: LanguageModel, ids_1L: Tensor, site: Site, contexts: int
         raise invalid(
             "splice_contexts", contexts, "0 for a model without its head", "load the model with whole=True"
         )
-    clean = lm.clean(ids_1L, [site])
-    again_1LD = lm.run_from(clean, site, clean.activations[site])
-    if (again_1LD - clean.hidden_BLD).abs().max() > 1e-3 * clean.hidden_BLD.abs().max():
+    if not resumes(lm, ids_1L, site):
         allowed = "one from which this model can be resumed: its layers share more than the hidden state"
         raise invalid("site", str(site), allowed, "evaluate with splice_contexts=0")
 

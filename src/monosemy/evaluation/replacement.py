@@ -20,6 +20,7 @@ from monosemy.limits import HEAD_ELEMENTS
 from monosemy.lm.model import LanguageModel
 from monosemy.lm.replaced import check_replaceable, run_replaced
 from monosemy.lm.site_groups import SitePair, parts
+from monosemy.lm.splicing import counted_tokens
 from monosemy.sae import SAE
 from monosemy.system.progress import Progress
 from monosemy.transcoder import Transcoder
@@ -64,25 +65,13 @@ def evaluate_replacement(
     means = _means(lm, transcoders, contexts_CL, ignore_ids, limits, batch_size)
     with Progress(total=len(contexts_CL), unit="ctx", desc="replacing") as progress:
         for ids_BL in contexts_CL.split(batch_size):
-            counted = _counted(ids_BL, ignore_ids)
-            hidden = _runs(lm, transcoders, ids_BL, counted, limits, means)
-            predicts = counted.clone()
+            hidden = _runs(lm, transcoders, ids_BL, ignore_ids, limits, means)
+            predicts = counted_tokens(ids_BL, ignore_ids)
             predicts[:, -1] = False
             next_P = ids_BL.roll(-1, 1)[predicts]
             _add(lm, sums, {run: hidden_BLD[predicts] for run, hidden_BLD in hidden.items()}, next_P)
             progress.update(len(ids_BL))
     return {"replaced": [str(pair) for pair in transcoders]} | _columns(sums)
-
-
-def _counted(ids_BL: Tensor, ignore_ids: Tensor) -> Tensor:
-    """Return the mask of tokens that are no special ones and do not open their context, [B, L]."""
-    mask_BL = ~torch.isin(ids_BL, ignore_ids)
-    mask_BL[:, 0] = False
-    return mask_BL
-
-
-def _within(mask_BL: Tensor, x_BLD: Tensor, limit: float) -> Tensor:
-    return mask_BL & (x_BLD.float().norm(dim=-1) <= limit)
 
 
 def _means(
@@ -99,7 +88,7 @@ def _means(
     for ids_BL in contexts_CL.split(batch_size):
         found = lm.activations(ids_BL)
         for pair in transcoders:
-            mask_BL = _within(_counted(ids_BL, ignore_ids), found[pair.source], limits[pair])
+            mask_BL = counted_tokens(ids_BL, ignore_ids, [found[pair.source]], [limits[pair]])
             tokens[pair] += int(mask_BL.sum())
             total[pair] = total[pair] + found[pair.target][mask_BL].double().sum(0)
     for pair, n in tokens.items():
@@ -113,13 +102,16 @@ def _runs(
     lm: LanguageModel,
     transcoders: Mapping[SitePair, SAE | CrossLayerParts],
     ids_BL: Tensor,
-    counted_BL: Tensor,
+    ignore_ids: Tensor,
     limits: Mapping[SitePair, float],
     means: Mapping[SitePair, Tensor],
 ) -> dict[str, Tensor]:
     """Return the final hidden states [B, L, D] of the untouched model and of every replaced one."""
     clean = lm.clean(ids_BL, [part for pair in transcoders for part in parts(pair)])
-    masks = {pair: _within(counted_BL, clean.activations[pair.source], limits[pair]) for pair in transcoders}
+    masks = {
+        pair: counted_tokens(ids_BL, ignore_ids, [clean.activations[pair.source]], [limits[pair]])
+        for pair in transcoders
+    }
     errors = {
         pair: clean.activations[pair.target].float() - sae(clean.activations[pair.source].float())
         for pair, sae in transcoders.items()

@@ -89,10 +89,13 @@ def pages(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: Sequ
     ends = len(sites) + sum(isinstance(site, SitePair) for site in sites)
     pairs = sum(r.per_site * FLOAT32 * 2 * r.width * r.width * model.d_model for r in grid)
     products = sum(r.per_site * FLOAT32 * 2 * embedded for r in grid)
-    # of a cross-layer transcoder rows of all layers, as long as all of them
-    return sum(len(writes(site)) ** (3 if isinstance(site, CrossLayer) else 1) for site in sites) * pairs + (
-        ends * products
-    )
+    return sum(map(_compared, sites)) * pairs + ends * products
+
+
+def _compared(site: AnySite) -> float:
+    """Return how many times as long as at one site the decoder rows are that are compared with each other."""
+    sites = len(writes(site))
+    return sites * (sites + 1) / 2 if isinstance(site, CrossLayer) else sites
 
 
 def _size(site: AnySite) -> float:

@@ -29,9 +29,9 @@ from monosemy.jobs.finetune_config import FinetuneConfig
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
-from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel, load_tokenizer
 from monosemy.lm.site_groups import AnySite, SitePair, parts, reads, single_sites, writes
+from monosemy.lm.splicing import counted_tokens, resumes
 from monosemy.ops import Workspace
 from monosemy.recipe import MONOSEMY, batch_size
 from monosemy.sae import SAE
@@ -43,7 +43,6 @@ from monosemy.training.finetune import (
     Finetuner,
     FinetuningSweep,
     Splice,
-    counted_tokens,
     finetuning_schedule,
 )
 from monosemy.training.sweep import Record
@@ -242,7 +241,10 @@ class _Batches:
         )
         if self.whole:
             for site in self.plan.sites:
-                _check_resumable(lm, batches[0][:1], writes(site)[0])
+                if not resumes(lm, batches[0][:1], writes(site)[0]):
+                    allowed = "one from which this model can be resumed: its layers share more than that"
+                    remedy = "finetune by squared error alone, with --kl_weight 0"
+                    raise invalid("site", str(site), allowed, remedy)
         self.limits = {site: limits.get(site, (math.inf,))[0] for site in self.plan.sites}
         sums: dict[str, Tensor] = {}
         for ids_BL in batches:
@@ -259,10 +261,10 @@ class _Batches:
             if not tokens:
                 remedy = "give other text"
                 raise invalid("dataset", c.dataset, f"text with tokens that count at {site}", remedy)
-            said = [metadata.get(key) for key in ("norm_factor", "target_norm_factor")][: len(squares)]
-            known = all(isinstance(factor, float | int) and 0 < factor < math.inf for factor in said)
+            names = ("norm_factor", "target_norm_factor")[: len(squares)]
+            said = [f for f in map(metadata.get, names) if isinstance(f, float | int) and 0 < f < math.inf]
             measured = [math.sqrt(square / tokens) or 1.0 for square in squares]
-            self.factors[name] = tuple(map(float, said)) if known else tuple(measured)  # type: ignore[arg-type]
+            self.factors[name] = tuple(map(float, said if len(said) == len(squares) else measured))
             self.l0[name], self.sites[name] = active / tokens, site
             if not active:
                 remedy = "check that it belongs to this model and site"
@@ -302,16 +304,7 @@ class _Batches:
         return CleanRun(ids_BL, torch.empty(0), self.lm.activations(ids_BL), {})
 
     def _mask(self, ids_BL: Tensor, found: Mapping[Any, Tensor], site: AnySite) -> Tensor:
-        return counted_tokens(ids_BL, found[reads(site)[0]], self.ignore_ids, self.limits[site])
-
-
-def _check_resumable(lm: LanguageModel, ids_1L: Tensor, site: Site) -> None:
-    """Raises ValueError where what comes after a site cannot be run alone."""
-    clean = lm.clean(ids_1L, [site])
-    again_1LD = lm.run_from(clean, site, clean.activations[site])
-    if (again_1LD - clean.hidden_BLD).abs().max() > 1e-3 * clean.hidden_BLD.abs().max():
-        allowed = "one from which this model can be resumed: its layers share more than the hidden state"
-        raise invalid("site", str(site), allowed, "finetune by squared error alone, with --kl_weight 0")
+        return counted_tokens(ids_BL, self.ignore_ids, [found[reads(site)[0]]], [self.limits[site]])
 
 
 # --- training and saving ------------------------------------------------------------------------------------

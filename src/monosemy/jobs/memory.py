@@ -65,9 +65,9 @@ class Spans:
     @classmethod
     def of(cls, sites: Sequence[AnySite]) -> Spans:
         """Return what the widest of some sites spans."""
-        groups = [len(site.members) for site in sites if isinstance(site, SiteGroup)]
-        across = [len(site.pairs) for site in sites if isinstance(site, CrossLayer)]
-        return cls(max(groups, default=1), max(across, default=1))
+        groups = [cls(sources=len(site.members)) for site in sites if isinstance(site, SiteGroup)]
+        across = [cls(layers=len(site.pairs)) for site in sites if isinstance(site, CrossLayer)]
+        return max([cls(), *groups, *across], key=lambda spans: spans.encoder(1, 1) + spans.decoder(1, 1))
 
     def latents(self, F: int) -> int:
         return self.layers * F

@@ -16,9 +16,9 @@ from monosemy.lm.site_groups import (
     groups_at,
     pairs_at,
     parse_site,
-    parts,
     single_sites,
 )
+from monosemy.masks import mask_groups
 
 
 def sites_of(c: TrainConfig, model: ModelInfo) -> tuple[AnySite, ...]:
@@ -61,10 +61,7 @@ def describe_other(c: TrainConfig, commit: str | None = None) -> ModelInfo | Non
     """Describe the model that the first is compared with, at a commit of it. Raises ValueError as `describe`
     does, and for a revision of none."""
     if c.diff_model is not None:
-        try:
-            return describe(c.diff_model, commit or c.diff_revision)
-        except ValueError as error:  # which says model_name, of the one that it was given
-            raise type(error)(str(error).replace("model_name", "diff_model", 1)) from error
+        return describe(c.diff_model, commit or c.diff_revision, "diff_model")
     if c.diff_revision is not None:
         allowed = "left out without diff_model"
         raise invalid("diff_revision", c.diff_revision, allowed, "name diff_model, too")
@@ -86,7 +83,7 @@ def check_model_sites(sites: Sequence[AnySite], model: ModelInfo, other: ModelIn
         allowed = "left out where no site is the other model's"
         raise invalid("diff_model", other.name, allowed, "name layers to compare, such as --layers 8")
     check_sites(other, of_other)
-    check_weights(other)
+    check_weights(other, "diff_model")
     if other.vocab_size is not None and other.vocab_size < (model.vocab_size or 0):
         allowed = f"a model of {model.vocab_size} tokens or more, those of {model.name}"
         raise invalid(
@@ -108,12 +105,6 @@ def check_families(c: TrainConfig, sites: Sequence[AnySite], grouped: Sequence[s
     if c.crosscoder_mask == "causal" and any(site.other for group in groups for site in group.members):
         allowed = "full or dedicated for sources of two models, none of which comes before the other"
         raise invalid("crosscoder_mask", c.crosscoder_mask, allowed, "choose one of these")
-    most = max((len(parts(site)) for site in sites if isinstance(site, SiteGroup)), default=0)
-    narrowest = min(c.dictionary_widths)
-    if c.crosscoder_mask == "causal" and narrowest < most:
-        allowed = f"{most} or more with a causal mask, one latent of each source"
-        raise invalid("dictionary_widths", narrowest, allowed, "widen it")
-    own = int(c.dedicated_share * narrowest)
-    if c.crosscoder_mask == "dedicated" and most and not 1 <= own <= (narrowest - 1) // most:
-        allowed = f"a share that leaves each of {most} sources one of {narrowest} latents, and one for all"
-        raise invalid("dedicated_share", c.dedicated_share, allowed, "correct it, or widen the crosscoders")
+    for group in groups:
+        sources, narrowest = len(group.members), min(c.dictionary_widths)
+        mask_groups(c.crosscoder_mask, sources, narrowest, c.dedicated_share, "dictionary_widths")

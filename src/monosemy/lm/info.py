@@ -112,7 +112,7 @@ QUANTIZERS = {
 }
 
 
-def check_weights(info: ModelInfo) -> None:
+def check_weights(info: ModelInfo, field: str = "model_name") -> None:
     """Check that a local model's weights are whole, and that what a quantized one needs is installed.
 
     Reads names and headers alone. Raises ValueError that names the file or the package. What is on the hub is
@@ -123,18 +123,18 @@ def check_weights(info: ModelInfo) -> None:
         if not _is_installed(module):
             needs = f"these are quantized by {info.quantization}, which needs {packages.split('[')[0]}"
             remedy = f"run `pip install {packages}`, or name weights that are not quantized"
-            raise invalid("model_name", info.name, f"weights that can be read here ({needs})", remedy)
+            raise invalid(field, info.name, f"weights that can be read here ({needs})", remedy)
     folder = Path(info.path)
     if not folder.is_dir():
         return
-    files = _weight_files(folder, info.name)
+    files = _weight_files(folder, info.name, field)
     for file in files:
         if not file.is_file():
             allowed = f"a folder with all its weights ({file.name} is named by the index and missing)"
-            raise invalid("model_name", info.name, allowed, "copy that file, too")
+            raise invalid(field, info.name, allowed, "copy that file, too")
         if file.suffix == ".safetensors" and (missing := _bytes_missing(file)):
             allowed = f"a folder with whole weights ({file.name} is {missing})"
-            raise invalid("model_name", info.name, allowed, "copy that file again")
+            raise invalid(field, info.name, allowed, "copy that file again")
 
 
 def _is_installed(module: str) -> bool:
@@ -144,7 +144,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
+def _weight_files(folder: Path, name: str, field: str) -> list[Path]:
     """Return the files that transformers would read, in its order of preference."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = f"{single}.index.json"
@@ -155,7 +155,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
             return [folder / shard for shard in dict.fromkeys(map(str, shards))]
     allowed = "a folder with weights: model.safetensors, pytorch_model.bin, or shards and their index"
     remedy = "copy them beside config.json, or name the folder that save_pretrained wrote"
-    raise invalid("model_name", name, allowed, remedy)
+    raise invalid(field, name, allowed, remedy)
 
 
 def _bytes_missing(file: Path) -> str:
@@ -231,30 +231,30 @@ _EMBEDDED = {
 }
 
 
-def describe(model_name: str, revision: str | None = None) -> ModelInfo:
+def describe(model_name: str, revision: str | None = None, field: str = "model_name") -> ModelInfo:
     """Describe a model by `config.json` alone: an embedded one, a local folder's, or the hub's.
 
-    Takes seconds at most. Raises ValueError for a model that does not exist, is gated, cannot be reached
-    (`ModelUnreachable`) or is no causal language model.
+    Takes seconds at most. `field` is the setting that names the model, for errors. Raises ValueError for one
+    that does not exist, is gated, cannot be reached (`ModelUnreachable`) or is no causal language model.
     """
     if model_name in embedded.EMBEDDED_MODELS:
         folder = cache_folder() / "models" / model_name
         config = _read(folder / "config.json") if folder.is_dir() else _EMBEDDED[model_name]
-        return _info(model_name, model_name, None, False, config)
-    folder = path_of("model_name", model_name)
+        return _info(model_name, model_name, None, False, config, field)
+    folder = path_of(field, model_name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             remedy = "name the folder that save_pretrained wrote"
-            raise invalid("model_name", model_name, "a folder with config.json and weights", remedy)
-        return _info(model_name, str(folder), None, False, _read(folder / "config.json"))
+            raise invalid(field, model_name, "a folder with config.json and weights", remedy)
+        return _info(model_name, str(folder), None, False, _read(folder / "config.json"), field)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model_name):
         allowed = f"a folder (there is none), a name on the hub, or {', '.join(embedded.EMBEDDED_MODELS)}"
-        raise invalid("model_name", model_name, allowed, "correct the path")
-    file, offline = _hub_config(model_name, revision)
-    return _info(model_name, model_name, file.parent.name, offline, _read(file))
+        raise invalid(field, model_name, allowed, "correct the path")
+    file, offline = _hub_config(model_name, revision, field)
+    return _info(model_name, model_name, file.parent.name, offline, _read(file), field)
 
 
-def _hub_config(name: str, revision: str | None) -> tuple[Path, bool]:
+def _hub_config(name: str, revision: str | None, field: str) -> tuple[Path, bool]:
     """Return a hub model's `snapshots/COMMIT/config.json`, and whether only the cache could be asked."""
     page = f"https://huggingface.co/{name}"
     at = f" at revision {revision}" if revision else ""
@@ -264,9 +264,7 @@ def _hub_config(name: str, revision: str | None) -> tuple[Path, bool]:
         return Path(hub.hf_hub_download(name, "config.json", revision=revision)), False
     except errors.GatedRepoError as error:
         remedy = f"ask for access on {page}, then run `hf auth login`"
-        raise invalid(
-            "model_name", name, "a model that you have access to (this one is gated)", remedy
-        ) from error
+        raise invalid(field, name, "a model that you have access to (this one is gated)", remedy) from error
     except errors.RevisionNotFoundError as error:
         raise invalid(
             "revision", revision, f"a branch, tag or commit of {page}", "correct it, or leave it out"
@@ -274,11 +272,11 @@ def _hub_config(name: str, revision: str | None) -> tuple[Path, bool]:
     except errors.RepositoryNotFoundError as error:
         allowed = f"a model on the hub (looked for {page}{at}), a local folder, or {', '.join(_EMBEDDED)}"
         raise invalid(
-            "model_name", name, allowed, "correct the name, or run `hf auth login` if the model is private"
+            field, name, allowed, "correct the name, or run `hf auth login` if the model is private"
         ) from error
     except errors.EntryNotFoundError as error:
         allowed = f"a transformers model ({page}{at} has no config.json)"
-        raise invalid("model_name", name, allowed, "name another repository") from error
+        raise invalid(field, name, allowed, "name another repository") from error
     except (OSError, errors.HTTPError) as error:
         answer = (str(error) or type(error).__name__).splitlines()[0]
         cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
@@ -286,7 +284,7 @@ def _hub_config(name: str, revision: str | None) -> tuple[Path, bool]:
             logger.warning("the hub cannot be reached (%s): using the cached files of %s", answer, name)
             return Path(cached), True
         raise ModelUnreachable(
-            f"model_name={name!r}: the model hub could not be reached for {page} ({answer}). "
+            f"{field}={name!r}: the model hub could not be reached for {page} ({answer}). "
             "Connect to it, or give a local folder, or --model_name smollm2-135m."
         ) from error
 
@@ -298,7 +296,9 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
 
 
-def _info(name: str, path: str, revision: str | None, offline: bool, config: Mapping[str, Any]) -> ModelInfo:
+def _info(
+    name: str, path: str, revision: str | None, offline: bool, config: Mapping[str, Any], field: str
+) -> ModelInfo:
     text = {**config, **config.get("text_config", {})}  # of a model that also sees or hears
 
     def first(*keys: str) -> Any:
@@ -317,9 +317,7 @@ def _info(name: str, path: str, revision: str | None, offline: bool, config: Map
         allowed = (
             f"a causal language model (config.json says {', '.join(classes) or config.get('model_type')})"
         )
-        raise invalid(
-            "model_name", name, allowed, "name a decoder-only model with its language-modeling head"
-        )
+        raise invalid(field, name, allowed, "name a decoder-only model with its language-modeling head")
     heads = first("num_attention_heads", "n_head", "n_heads", "num_heads") or 1
     head_dim = first("head_dim") or D // heads
     attention = 2 * D * head_dim * (heads + (first("num_key_value_heads") or heads))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from monosemy.codes import Codes
+from monosemy.families import Family
 from monosemy.limits import HEAD_ELEMENTS
 from monosemy.lm.info import Site
 from monosemy.lm.model import CleanRun, LanguageModel
@@ -26,14 +27,6 @@ from monosemy.training.trainer import SAESpec, SAETrainer, StepResult
 
 WARMUP = 0.05  # of a finetune's steps, over which Adam's moments settle
 L0_GAIN = 0.1  # by which the pressure on L0 follows it in a step
-
-
-def counted_tokens(ids_BL: Tensor, x_BLD: Tensor, ignore_ids: Tensor, norm_limit: float) -> Tensor:
-    """Return the mask [B, L] of the tokens that evaluation counts: not a context's first, none of
-    `ignore_ids`, and of a norm within the limit."""
-    mask_BL = ~torch.isin(ids_BL, ignore_ids) & (x_BLD.float().norm(dim=-1) <= norm_limit)
-    mask_BL[:, 0] = False
-    return mask_BL
 
 
 class Splice:
@@ -155,7 +148,7 @@ class Finetuner(SAETrainer):
         spec = _spec(given, lr)
         super().__init__(name, spec, given.widths, schedule, **options)
         if not _has_unit_rows(given):
-            self.sae.constraint = "free"  # type: ignore[misc]  # of this one: to make them unit would change it
+            self.sae.constraint = "free"  # to make rows unit would change it
         self.given, self.kl_weight = given, kl_weight
         self.splice: Splice | None = None
         """Of the batch of the next step; needed where `kl_weight` is above 0."""
@@ -242,9 +235,8 @@ def _spec(given: SAE, lr: float) -> SAESpec:
     settings = dict(vars(given.settings))
     if "p_end" in settings:
         settings["p_start"] = settings["p_end"]
-    pair: dict[str, Any] = {"transcode": len(given.widths) == 2}
-    pair["skip_connection"] = getattr(given, "skip_connection", False)
-    return SAESpec(given.name, given.d_sae, lr, 0, settings, given, **pair)
+    of_layer, family = given.d_sae // given.layers, Family.of(given)
+    return SAESpec(given.name, of_layer, lr, 0, settings, given, **vars(family))
 
 
 def _has_unit_rows(sae: SAE) -> bool:

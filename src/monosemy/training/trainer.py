@@ -215,7 +215,8 @@ class SAETrainer:
         self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
         self.sparse, self.capacity, self.any_dead = self.sae.always_sparse, 0, True
         self.dead_at_most = 0  # latents, before the next readback; 0: not known
-        self.use_estimate = self.sparse and self._estimate_pays(getattr(self.sae.settings, "k", spec.d_sae))
+        k = getattr(self.sae.settings, "k", spec.d_sae) * self.sae.layers
+        self.use_estimate = self.sparse and self._estimate_pays(k)
         # at the last step that is a multiple of READBACK_EVERY: `active`, the longest time without firing,
         # and how many latents may be dead before the next readback is in use
         self.readback: AsyncScalars | None = None
