@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monosemy.architectures.jump_relu import _Jump, _Step
+from monosemy.architectures._jump import Jump
+from monosemy.architectures.jump_relu import _Step
 from monosemy.ops import power
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +43,7 @@ SIZES = GPU if DEVICE.type == "cuda" else TINY
 
 # the formulas of the dense layout, and of how many numbers of each latent
 FORMULAS: list[tuple[str, int, Callable[..., Tensor]]] = [
-    ("jump_relu", 1, lambda v, t: _Jump.apply(v, t, 0.3)),
+    ("jump_relu", 1, lambda v, t: Jump.apply(v, t, 0.3)),
     ("jump_relu's L0", 1, lambda v, t: _Step.apply(v, t, 0.3)),
     ("gated", 3, lambda v, scale, b, b_mag: (scale * (v - b) + b_mag).relu()),
     ("p_anneal", 0, lambda v: power(v, 0.8)),

@@ -178,7 +178,7 @@ def test_planted_copies_are_found():
         after["copies"],
         after["near_copies"],
     ) == (2, 4)
-    ids, cosines = geometry.neighbors(sae.W_dec, torch.tensor([7, 0]), 3)
+    ids, cosines = geometry.neighbors(sae, torch.tensor([7, 0]), 3)
     assert ids[0, 0] == 30 and 0 not in ids[1] and (cosines.diff(dim=1) <= 0).all()
     assert before["encoder_decoder_cosine"] == pytest.approx(1)
     sae.W_dec.data.fill_(torch.nan)
