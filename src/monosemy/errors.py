@@ -19,3 +19,15 @@ class TryAgain(ConnectionError):
 
 class EndOfData(Exception):
     """Activations or text ran out before the last step of training."""
+
+
+class RankLost(TryAgain):
+    """Another process of the job is gone; nothing can be agreed with it any more."""
+
+
+class ToldElsewhere(Exception):
+    """The job ends with an exit code, for a reason that rank 0 tells."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code

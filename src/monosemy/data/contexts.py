@@ -43,7 +43,10 @@ class StreamEnded(EndOfData):
     def __init__(self, source: str, contexts: int, split: Split) -> None:
         advice = "; a larger held_out_fraction keeps more" if split == "held_out" else ""
         super().__init__(f"{source} has no further {split} text ({contexts} whole contexts are left){advice}")
-        self.source, self.contexts = source, contexts
+        self.source, self.contexts, self.split = source, contexts, split
+
+    def __reduce__(self) -> tuple[type[StreamEnded], tuple[str, int, Split]]:
+        return StreamEnded, (self.source, self.contexts, self.split)
 
 
 # --- contexts ---------------------------------------------------------------------------------------------
