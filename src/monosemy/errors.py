@@ -31,3 +31,14 @@ class ToldElsewhere(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+def as_told_elsewhere(error: Exception) -> Exception:
+    """Mark an error of rank 0, which is raised on this rank, too, and is told there."""
+    error.__dict__["told_elsewhere"] = True
+    return error
+
+
+def told_elsewhere(error: Exception) -> bool:
+    """Whether another rank tells this error."""
+    return bool(error.__dict__.get("told_elsewhere"))

@@ -13,9 +13,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from monosemy.errors import RankLost, ToldElsewhere, invalid
+from monosemy.errors import RankLost, ToldElsewhere, as_told_elsewhere, invalid
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ T = TypeVar("T")
 JOINING = 60.0  # seconds that ranks wait for each other at the start
 CONNECTING = 8.0  # seconds until a launcher's store, which is there before the ranks, has answered
 ANSWER = timedelta(minutes=30)  # that a collective may take; ranks that died or hang are seen long before
+TELLING = 1.0  # seconds that rank 0 has to tell an error before the first end makes a launcher end all
 BEAT, SILENCE = 1.0, 15.0  # seconds between two signs of life, and after which a rank counts as hanging
 
 
@@ -47,6 +48,8 @@ class Ranks:
     size: int = 1
     control: Any = None  # gloo: for what the host is told
     background: Any = None  # the same, for the thread that writes checkpoints
+    rows: Any = None  # what activations travel by: gloo, or NCCL between GPUs
+    device: str = "cpu"  # of what is exchanged
     beat: _Heartbeat | None = field(default=None, repr=False)
 
     @property
@@ -79,9 +82,9 @@ class Ranks:
                 self._broadcast(told)
                 raise
         self._broadcast(told)
-        value, error = told[0]
-        if error is not None:
-            raise error
+        value, raised = told[0]
+        if raised is not None:
+            raise as_told_elsewhere(raised)
         return value
 
     def _broadcast(self, told: list[Any]) -> None:
@@ -95,8 +98,26 @@ class Ranks:
         """
         received = to_each[0].new_empty(sum(sizes))
         with _lost():
-            dist.all_to_all_single(received, torch.cat(list(to_each)), list(sizes), [len(x) for x in to_each])
+            dist.all_to_all_single(
+                received, torch.cat(list(to_each)), list(sizes), [len(x) for x in to_each], group=self.rows
+            )
         return list(received.split(list(sizes)))
+
+    def on_gpus(self) -> Ranks:
+        """Return these ranks with a GPU each, between which activations travel by NCCL. A collective.
+
+        Raises ValueError for more ranks than GPUs on a machine, and for a torch without NCCL.
+        """
+        if self.size == 1:
+            return self
+        local, there = _variable("LOCAL_RANK"), torch.cuda.device_count()
+        if local >= there:
+            allowed = f"at most {there} ranks on this machine, one for each GPU"
+            raise invalid("LOCAL_RANK", local, allowed, "lower --nproc_per_node")
+        _check_backend("NCCL", dist.is_nccl_available())
+        torch.cuda.set_device(local)
+        with _lost():
+            return replace(self, rows=dist.new_group(backend="nccl", timeout=ANSWER), device="cuda")
 
     def agreement(self) -> Agreement:
         """Return what lets all ranks act on the same step on what any of them asks for."""
@@ -144,22 +165,16 @@ def started() -> bool:
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[Ranks]:
-    """Join the other processes of the job; gloo where `device` is a CPU, NCCL on GPUs.
+def joined() -> Iterator[Ranks]:
+    """Join the other processes of the job.
 
     Raises ValueError for variables, backends and ports that cannot serve.
     """
     if not started():
         yield ALONE
         return
-    rank, size, local = (_variable(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    gpu = device != "cpu" and torch.cuda.is_available()
-    _check_backends(gpu)
-    if gpu:
-        if local >= torch.cuda.device_count():
-            allowed = f"at most {torch.cuda.device_count()} ranks on this machine, one for each GPU"
-            raise invalid("LOCAL_RANK", local, allowed, "lower --nproc_per_node")
-        torch.cuda.set_device(local)
+    rank, size = _variable("RANK"), _variable("WORLD_SIZE")
+    _check_backend("gloo", dist.is_gloo_available())
     address, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT")
     # a restarted job must not read what the one before it left in the launcher's store
     prefix = f"monosemy/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -167,14 +182,13 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     hosts, patience = rank == 0 and not of_launcher, CONNECTING if of_launcher else JOINING
     store = dist.PrefixStore(prefix, _store(address, port, hosts, patience))
     _meet(store, rank, size)
-    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     with _lost():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=ANSWER)
-        control, background = (dist.new_group(backend="gloo", timeout=ANSWER) for _ in range(2))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=ANSWER)
+        control, background, rows = (dist.new_group(backend="gloo", timeout=ANSWER) for _ in range(3))
     beat = _Heartbeat(dist.PrefixStore(prefix, _store(address, port, False, patience)), rank, size)
     beat.start()
     try:
-        yield Ranks(rank, size, control, background, beat)
+        yield Ranks(rank, size, control, background, rows, beat=beat)
     finally:
         beat.stop()
         dist.destroy_process_group()
@@ -187,24 +201,17 @@ def _variable(name: str) -> int:
     return int(value)
 
 
-def _check_backends(gpu: bool) -> None:
-    missing = [
-        name
-        for name, there in (("gloo", dist.is_gloo_available()), ("NCCL", not gpu or dist.is_nccl_available()))
-        if not there
-    ]
-    if missing:
-        found = f"torch {torch.__version__} without {' and '.join(missing)}"
-        remedy = "install a build of torch with it, or start one process"
-        raise invalid("WORLD_SIZE", os.environ["WORLD_SIZE"], f"1 with {found}", remedy)
+def _check_backend(name: str, there: bool) -> None:
+    if not there:
+        allowed = f"1 where torch {torch.__version__} has no {name}"
+        remedy = f"install a build of torch with {name}, or start one process"
+        raise invalid("WORLD_SIZE", os.environ["WORLD_SIZE"], allowed, remedy)
 
 
 def _store(address: str, port: int, hosts: bool, patience: float) -> dist.TCPStore:
     """Open the store in which ranks find each other. Raises ValueError where its port cannot serve."""
     try:
-        return dist.TCPStore(
-            address, port, None, hosts, timedelta(seconds=patience), wait_for_workers=False
-        )
+        return dist.TCPStore(address, port, None, hosts, timedelta(seconds=patience), wait_for_workers=False)
     except (dist.DistError, RuntimeError) as error:
         allowed = "a free port of rank 0's machine that all ranks reach"
         why = str(error).splitlines()[0]
@@ -312,11 +319,13 @@ def _key(rank: int) -> str:
     return f"alive/{rank}"
 
 
-def agreed(job: Callable[[], T], ranks: Ranks, told: Callable[[T], object]) -> T:
-    """Run a job on every rank, and return its result where all have one that tells the same.
+def agreed(
+    job: Callable[[], T], ranks: Ranks, told: Callable[[T], Mapping[str, object]] = lambda result: {}
+) -> T:
+    """Run a job on every rank, and return its result where all have one of which the same is told.
 
     Raises on rank 0 the ValueError of the first rank that has one, or one that says what differs; on the
-    others `ToldElsewhere`.
+    others `ToldElsewhere`. A collective.
     """
     value: Any = None
     error: ValueError | ConnectionError | None = None
@@ -339,7 +348,10 @@ def agreed(job: Callable[[], T], ranks: Ranks, told: Callable[[T], object]) -> T
         what = _differ(different[0], of_all[0][1], of_all[different[0]][1])
     if what is None:
         return value
-    raise what if ranks.leads else ToldElsewhere(2)
+    if ranks.leads:
+        raise what
+    time.sleep(TELLING)
+    raise ToldElsewhere(2)
 
 
 def _differ(rank: int, ours: Any, theirs: Any) -> ValueError:

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from monosemy.limits import EVERY, STAGING
-from monosemy.system.ranks import ALONE, Ranks
 from monosemy.system.files import check_disk_space, read_json, sync
+from monosemy.system.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 

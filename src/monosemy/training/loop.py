@@ -88,9 +88,9 @@ class TrainingLoop:
 
         def between_steps(step: int) -> None:
             before_step(step)
-            asked = self.interrupts.asked or 0
-            due = self.checkpoints is not None and (self.checkpoints.due(step) or asked > 0)
-            due, asked = agreement(due, asked)
+            here = self.interrupts.asked or 0
+            due_here = self.checkpoints is not None and (self.checkpoints.due(step) or here > 0)
+            due, asked = agreement(due_here, here)
             if due and step > start:
                 self.save()
             if asked:  # by now of every rank, so that all end with the same checkpoint

@@ -138,7 +138,8 @@ class Sweep:
         """Return what a checkpoint holds beside the tensors, as JSON can: why SAEs were stopped, and each
         one's peak learning rate and schedule."""
         own = [(t.name, t.lr, dataclasses.asdict(t.schedule)) for t in self.all_trainers]
-        of_all = sorted(sum(self.ranks.gather(own), []), key=lambda told: self._order[told[0]])
+        of_ranks = itertools.chain.from_iterable(self.ranks.gather(own))
+        of_all = sorted(of_ranks, key=lambda told: self._order[told[0]])
         return {
             "failed": self.failed,
             "lr": {name: lr for name, lr, _ in of_all},
