@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from itertools import chain
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,25 +91,33 @@ def _told(job: Callable[[], int]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         return job()
-    except ToldElsewhere as end:
-        return end.code
-    except TryAgain as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # what ended the job is told, whoever ends the process meanwhile, and be it at this very moment
+        with suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return _exit_code(error)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit_code(error: BaseException) -> int:
+    """Tell what ended a job, where no other rank tells it, and return the exit code that it has."""
+    if isinstance(error, KeyboardInterrupt):
+        return 143 if "SIGTERM" in error.args else 130
+    if isinstance(error, ToldElsewhere):
+        return error.code
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 128 + 13  # as a program that SIGPIPE ends
+    if isinstance(error, ValueError | ConnectionError):
+        again = isinstance(error, TryAgain)
+        more = "\nThe same command again goes on from the last checkpoint." if again else ""
         if not told_elsewhere(error):
-            print(
-                f"error: {error}\nThe same command again goes on from the last checkpoint.", file=sys.stderr
-            )
-        return 75
-    except (ValueError, ConnectionError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            return 128 + 13  # as a program that SIGPIPE ends
-        if not told_elsewhere(error):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        return 143 if "SIGTERM" in interrupt.args else 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+            print(f"error: {error}{more}", file=sys.stderr)
+        return 75 if again else 2
+    traceback.print_exception(error)
+    return 1
 
 
 def _nobody_reads() -> bool:

@@ -29,6 +29,7 @@ class Deal:
 
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         """Raises ValueError for more ranks than SAEs."""
+        self.among = ranks
         self.sites: dict[str, AnySite] = {
             f"{site.folder}/trainer_{i}": site for site in plan.sites for i in range(plan.saes_per_site)
         }

@@ -85,11 +85,12 @@ def _train(plan: Plan, ranks: Ranks) -> tuple[Path, str]:
         log.info("%s already holds this run, complete", plan.folder)
         return plan.folder, "complete"
     agreed(lambda: check_device(plan), ranks)
+    deal = agreed(lambda: Deal(plan, ranks), ranks)
     init_from = formats.load(c.init_from) if c.init_from else None
     with one_folder(plan.folder, ranks):
         ended = ranks.first(lambda: _ended(plan))
         if ended is None:
-            status, rows = _train_and_evaluate(run, ranks, init_from)
+            status, rows = _train_and_evaluate(run, deal, init_from)
         else:
             status, rows = _rest(run, ended) if ranks.leads else (ended, [])
     if not ranks.leads:
@@ -111,14 +112,14 @@ def _planned(config: TrainConfig | Plan | Callable[[], Plan]) -> Plan:
 
 
 def _train_and_evaluate(
-    run: Run, ranks: Ranks, init_from: SAE | None
+    run: Run, deal: Deal, init_from: SAE | None
 ) -> tuple[tuple[str, str], list[dict[str, Any]]]:
     """Do all of a run in its folder, which is locked. Returns status and reason, and the rows; on ranks that
     do not lead those of the training."""
-    store = Checkpoints(run.folder / "checkpoints", run.plan.checkpoint_every, ranks)
+    store = Checkpoints(run.folder / "checkpoints", run.plan.checkpoint_every, deal.among)
     with Interrupts() as interrupts, run.ending(), closing(store):
-        ended = train_saes(run, store, interrupts, ranks, init_from)
-        if not ranks.leads:
+        ended = train_saes(run, store, interrupts, deal, init_from)
+        if not deal.among.leads:
             return ended, []
         gc.collect()  # the whole model takes the place of what training held
         if run.plan.gpu:
@@ -130,13 +131,13 @@ def _train_and_evaluate(
 
 
 def train_saes(
-    run: Run, store: Checkpoints, interrupts: Interrupts, ranks: Ranks, init_from: SAE | None
+    run: Run, store: Checkpoints, interrupts: Interrupts, deal: Deal, init_from: SAE | None
 ) -> tuple[str, str]:
     """Train all SAEs of a run, from its newest checkpoint where there is one, and save them.
 
     Returns status and reason.
     """
-    c, plan, deal = run.config, run.plan, agreed(lambda: Deal(run.plan, ranks), ranks)
+    c, plan, ranks = run.config, run.plan, deal.among
     # on a CPU every core is busy anyway
     tokenizer = load_tokenizer(plan.model)
     if plan.other is not None:
@@ -145,7 +146,7 @@ def train_saes(
     lm = load_models(plan.model, single_sites(plan.sites), plan.other, dtype=c.dtype, device=c.device)
     with TrainingProgress(plan, shown=ranks.leads) as progress:
         started, checkpoint = time.monotonic(), store.newest()
-        stream = _activations(plan, lm, text, ranks, deal)
+        stream = _activations(plan, lm, text, deal)
         stream.on_contexts = lambda n: progress.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
         stream.wanted = plan.steps - (checkpoint.step if checkpoint else 0)
         first = None if checkpoint else _first_batch(c, stream)
@@ -305,7 +306,7 @@ def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[
     return run.finish(results.status_with(ended, missing)), rows
 
 
-def _activations(plan: Plan, lm: Models, text: SharedContexts, ranks: Ranks, deal: Deal) -> ActivationStream:
+def _activations(plan: Plan, lm: Models, text: SharedContexts, deal: Deal) -> ActivationStream:
     c = plan.config
     return ActivationStream(
         lm,
@@ -317,7 +318,7 @@ def _activations(plan: Plan, lm: Models, text: SharedContexts, ranks: Ranks, dea
         seed=c.data_seed,
         keep_special=c.keep_special_tokens,
         norm_multiple=c.max_activation_norm_multiple,
-        ranks=ranks,
+        ranks=deal.among,
         readers=deal.readers,
     )
 
