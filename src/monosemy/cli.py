@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import chain
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,16 +90,23 @@ def _told(job: Callable[[], int]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        return _ended(job)
+    except KeyboardInterrupt as interrupt:
+        return _exit_code(interrupt)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _ended(job: Callable[[], int]) -> int:
+    """Run a job. Returns its exit code, or that of what ended it, which is told, whoever ends the process
+    meanwhile."""
+    try:
         return job()
     except SystemExit:
         raise
     except BaseException as error:
-        # what ended the job is told, whoever ends the process meanwhile, and be it at this very moment
-        with suppress(KeyboardInterrupt):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return _exit_code(error)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -88,10 +88,9 @@ class TrainingLoop:
 
         def between_steps(step: int) -> None:
             before_step(step)
-            here = self.interrupts.asked or 0
-            due_here = self.checkpoints is not None and (self.checkpoints.due(step) or here > 0)
-            due, asked = agreement(due_here, here)
-            if due and step > start:
+            here, store = self.interrupts.asked or 0, self.checkpoints
+            due, asked = agreement(store is not None and (store.overdue() or here > 0), here)
+            if step > start and (due or (store is not None and store.due(step))):
                 self.save()
             if asked:  # by now of every rank, so that all end with the same checkpoint
                 self.interrupts.asked_elsewhere = Signals(asked)
