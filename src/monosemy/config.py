@@ -25,6 +25,7 @@ from monosemy.rules import (
     REPOSITORY,
     REVISION,
     SECONDS,
+    SHARD,
     Rule,
     check,
 )
@@ -63,6 +64,10 @@ class OutputConfig:
     """Entity of those runs."""
     hf_repo_id: Annotated[str, REPOSITORY] | None = None
     """Upload to this repository of the Hugging Face hub, which is created if it does not exist."""
+    shard: Annotated[str, SHARD] | None = None
+    """I/N: train only share I of N of the run's sites or, where there are more shares than sites, of its grid,
+    in save_dir/shard_I_of_N. Shares count from 0; all of them together are the run, and can be started at the
+    same time, on machines that know nothing of each other."""
     dry_run: bool = False
     """Check everything, print the grid and the budget of tokens and memory, and stop before any weights are
     loaded."""
