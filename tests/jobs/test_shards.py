@@ -89,11 +89,15 @@ def test_neighboring_layers_stay_together_and_widths_are_dealt_by_cost(planned):
     "how",
     [
         {"transcode": ("mlp",), "skip_connection": True, "sites": ("resid_post.3",)},
-        {"crosscode": ("resid_post",), "crosscoder_mask": "causal", "sites": ("mlp_out.3", "resid_pre.2:mlp_out.4")},
+        {
+            "crosscode": ("resid_post",),
+            "crosscoder_mask": "causal",
+            "sites": ("mlp_out.3", "mlp_in.2:mlp_out.4"),
+        },
         {"transcode": ("mlp",), "cross_layer": True, "sites": ("model.norm", "resid_post.3+resid_post.5")},
         {"layers": (1, 5), "diff_model": "smollm2-135m", "sites": ("mlp_out.3", "resid_mid.4@other")},
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_site_is_shared_out(planned, how):
     whole = planned(**how)
     number = len(whole.sites)

@@ -146,26 +146,36 @@ def estimate(
     steps: int,
     checkpoint_every: int | None,
     gpu: bool,
+    kept: Sequence[AnySite] | None = None,
+    lm_shards: int = 1,
+    ranks: int = 1,
 ) -> Estimate:
-    """Predict what a run takes, of the GPU's memory where it runs on one, else of the host's."""
+    """Predict what a run takes, of the GPU's memory where it runs on one, else of the host's.
+
+    Of one rank of several: `kept` are the sites that its SAEs read, `per_site` of a row counts its SAEs at
+    all of them together, `lm_shards` ranks hold the language model together, and `ranks` forwards run at a
+    time.
+    """
     D, B, M, L = model.d_model, c.sae_batch_size, c.llm_batch_size, c.context_length
     of_lm, bf16 = BYTES[c.dtype], c.precision == "bf16"
-    number = {row: len(sites) * row.per_site for row in grid}
+    number = {row: row.per_site * (len(sites) if kept is None else 1) for row in grid}
     copies = bf16 * (2 if gpu else 1)
     skip = D if c.skip_connection else 0
     spans = Spans.of(sites)
     how: dict[str, Any] = {"k": max(c.target_l0s), "bf16": bf16, "spans": spans}
     saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip, spans=spans) for row in grid}
-    rows = sum(len(parts(site)) for site in sites)  # of activations, for each token
+    rows = sum(
+        len(parts(site)) for site in (sites if kept is None else kept)
+    )  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
     weights = {row: 4 * _parameters(row.memory, D, row.width, spans) for row in grid}
 
     layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
-    cut = of_lm * model.parameters(layers)
+    cut = of_lm * model.parameters(layers) // lm_shards
     stored = BYTES.get(model.dtype or c.dtype, 4)
     # the checkpoint's pages, while they are converted
     mapped = stored / of_lm if stored != of_lm and not gpu else 0
-    slots = (-(-contexts_per_block // M) + 1) * M * L
+    slots = (-(-contexts_per_block // M) + ranks) * M * L
     batches = rows * B * D * (4 + of_lm)
     libraries = LIBRARIES["cuda" if gpu else "cpu"]
     several = not gpu and checkpoint_every is not None and steps > checkpoint_every

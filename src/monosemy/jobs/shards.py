@@ -1,9 +1,9 @@
 """One task's share of a run: some of its sites, or some of the SAEs of a site, as a run of its own.
 
-Each share is an ordinary run in a folder of its own, SAVE_DIR/shard_I_of_N, so that no two processes write one
-folder, and a share that is complete is passed over when the whole is started again. SAEs depend on nothing but
-their own settings and the order of the text, which the shares have in common: those of all shares together are
-those of one run, to the bit. What they do not share is the language model's pass.
+Each share is an ordinary run in a folder of its own, SAVE_DIR/shard_I_of_N. So no two processes write one
+folder, and a share that is complete is passed over when all are started again. An SAE depends on nothing but
+its own settings and the order of the text, which the shares have in common: all shares together have the SAEs
+of one run, to the bit. Each share runs the language model by itself.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def share_of(
 
 
 def split(whole: Share, number: int, kinds: Mapping[str, type[SAE]]) -> list[Share]:
-    """Split a run into shares of whole sites, in order; where there are more shares than sites, then by seeds,
-    learning rates, architectures, widths and at last sparsities.
+    """Split a run into shares of whole sites, in order; where there are more shares than sites, then by
+    seeds, learning rates, architectures, widths and at last sparsities.
 
     Returns fewer than `number` where there are not enough SAEs. Layers stay together, for the deepest of a
     share says how much of the language model runs.
