@@ -166,7 +166,7 @@ def test_keeping_activations_pays_by_what_reading_the_text_again_costs(planned):
         ),
         ("--ranks 2 --gpu cpu", ("predicted for 2 ranks, two cores each", "on the wire", "on the disk")),
         (
-            "--ranks 4 --gpu a100 --dictionary_widths 1_048_576 --sae_batch_size 1024",
+            "--random_seeds 0 1 2 --ranks 2 --gpu a100 --dictionary_widths 1_048_576 --sae_batch_size 1024",
             ("does not fit", "A100"),
         ),
         ("--ranks 2 --shard 1/2", ("sites: resid_post.9", "predicted for 2 ranks")),

@@ -15,13 +15,14 @@ from monosemy.errors import invalid
 from monosemy.jobs import cost
 from monosemy.jobs.dealing import deal, gpu_step_seconds, saes, step_costs
 from monosemy.jobs.gpus import MACHINES
-from monosemy.jobs.memory import BYTES, Estimate, GridRow, Spans, estimate, sae_bytes, size
+from monosemy.jobs.memory import BYTES, Estimate, GridRow, OfRank, Spans, estimate, sae_bytes, size
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.wire import (
     blocks,
     bytes_of_a_block,
     depth,
     forwards_of_a_block,
+    lm_bytes,
     shard_bytes,
     width,
     wire_bytes,
@@ -67,6 +68,9 @@ class Forecast:
         units: list[list[tuple[AnySite, SAESpec]]] = [[] for _ in range(self.ranks // self.latent_shards)]
         for (site, spec), unit in zip(saes(self.plan), self.dealt, strict=True):
             part = dataclasses.replace(spec, d_sae=-(-spec.d_sae // self.latent_shards))
+            if "k" in spec.settings:  # as many of the active latents as fall to a rank on average
+                k = -(-spec.settings["k"] // self.latent_shards)
+                part = dataclasses.replace(part, settings=spec.settings | {"k": k})
             units[unit].append((site, part))
         return units
 
@@ -96,27 +100,32 @@ class Forecast:
 
     @cached_property
     def wire_seconds(self) -> float:
-        """What it takes at least until the busiest rank has all that it is sent for a step."""
+        """What it takes at least until the busiest rank has the rows of a step; it runs beside the rest."""
         plan, how = self.plan, {"latent_shards": self.latent_shards, "lm_shards": self.lm_shards}
-        block = bytes_of_a_block(plan, self.dealt, self.ranks, **how).busiest
-        of_shards = [
-            sum(shard_bytes(plan, spec, site, self.latent_shards) for site, spec in of_unit)
-            for of_unit in self.of_units
-        ]
-        return (blocks(plan) * block / plan.steps + max(of_shards)) / self.wire_rate
+        block = bytes_of_a_block(plan, self.dealt, self.ranks, **how)
+        return blocks(plan) * block.busiest / plan.steps / self._rate(self.ranks)
 
-    @property
-    def wire_rate(self) -> float:
-        """Bytes a second that a rank sends, between nodes where there are several."""
+    @cached_property
+    def sum_seconds(self) -> float:
+        """What shards of SAEs and of the language model take to add up for a step, which waits for it."""
+        plan, T = self.plan, self.latent_shards
+        of_saes = [0.0] * len(self.of_units)
+        for (site, spec), unit in zip(saes(plan), self.dealt, strict=True):
+            of_saes[unit] += shard_bytes(plan, spec, site, T) / self._rate(T)
+        of_model = blocks(plan) * lm_bytes(plan, self.lm_shards) / self.ranks / plan.steps
+        return max(of_saes) + of_model / self._rate(self.lm_shards)
+
+    def _rate(self, ranks: int) -> float:
+        """Bytes a second that each of some neighboring ranks sends the others."""
         if not self.plan.gpu:
             return CPU_WIRE
         machine = MACHINES[self.gpu]
-        return machine.within if self.ranks <= self.gpus_per_node else machine.between
+        return machine.within if ranks <= self.gpus_per_node else machine.between
 
     @property
     def step_seconds(self) -> float:
-        """A step on the slowest rank; the exchange runs beside it, as long as it takes less."""
-        return max(self.forward_seconds + max(self.sae_seconds), self.wire_seconds)
+        """A step on the slowest rank; rows travel beside it, as long as they take less."""
+        return max(self.forward_seconds + max(self.sae_seconds) + self.sum_seconds, self.wire_seconds)
 
     @property
     def hours(self) -> float:
@@ -155,9 +164,11 @@ class Forecast:
             steps=plan.steps,
             checkpoint_every=plan.checkpoint_every,
             gpu=plan.gpu,
-            kept=list(dict.fromkeys(site for site, _ in of_unit)),
-            lm_shards=self.lm_shards,
-            ranks=self.ranks // self.lm_shards,
+            of_rank=OfRank(
+                tuple(dict.fromkeys(site for site, _ in of_unit)),
+                self.lm_shards,
+                self.ranks // self.lm_shards,
+            ),
         )
 
     @cached_property
@@ -238,7 +249,8 @@ class Forecast:
         return [
             f"a step: {1e3 * self.forward_seconds:.2f} ms for the language model, {1e3 * slowest:.2f} for "
             f"the SAEs of the slowest rank (the mean is {balance:.0%} of it), "
-            f"{1e3 * self.wire_seconds:.2f} on the wire",
+            f"{1e3 * self.sum_seconds:.2f} to add up shards; beside it {1e3 * self.wire_seconds:.2f} on the "
+            "wire",
             f"training: {steps:,} steps, {self.hours:,.1f} hours, {self.hours * self.ranks:,.0f} "
             f"{unit}{price}, of which the language model takes {self.forward_hours:,.0f}; evaluation is not "
             "in it",

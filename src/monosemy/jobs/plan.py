@@ -144,6 +144,12 @@ class Plan:
         check_sources(plan.config)
         return plan
 
+    @classmethod
+    def of_model(cls, config: TrainConfig, model: ModelInfo) -> Plan:
+        """Plan a run on a model by its description alone, for a forecast: it need not be here."""
+        sites = sites_of(config, model)
+        return cls(_resolve(config, model, sites), model, sites, Path(config.save_dir))
+
     @cached_property
     def steps(self) -> int:
         """Optimizer steps of the run."""
