@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from itertools import chain
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -28,9 +28,6 @@ from monosemy.errors import ToldElsewhere, TryAgain, invalid, told_elsewhere
 from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
 from monosemy.jobs.plan import Plan
 from monosemy.system.redact import Redacted
-
-if TYPE_CHECKING:
-    from monosemy.jobs.plan import Plan
 
 EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
 USAGE = """usage: monosemy COMMAND ...

@@ -16,7 +16,7 @@ from tests.jobs.test_run import SMALL, weights
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
-RANKS = 1
+RANKS = 2
 ALLOWED = 600.0  # seconds for anything that is waited for
 
 
