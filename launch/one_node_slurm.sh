@@ -35,7 +35,10 @@ free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1
 
 start() {
     if alive "$folder/slurmctld.pid"; then echo "slurmctld of $folder is running" >&2; exit 1; fi
-    local host munge
+    local host munge cores
+    # `nproc` would count OMP_NUM_THREADS; two at least, so that two ranks have a place
+    cores=$(getconf _NPROCESSORS_ONLN)
+    if [ "$cores" -lt 2 ]; then cores=2; fi
     host=$(hostname -s)
     munge=$(mktemp -d /tmp/munge.XXXXXX)
     echo "$munge" >"$folder/munge.folder"
@@ -59,6 +62,7 @@ AuthInfo=socket=$munge/socket,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
@@ -75,7 +79,7 @@ SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
     export SLURM_CONF=$folder/slurm.conf
