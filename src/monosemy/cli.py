@@ -19,22 +19,21 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import chain
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
-from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, TrainConfig, architecture_names
+from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, RanksConfig, TrainConfig, architecture_names
 from monosemy.errors import ToldElsewhere, TryAgain, invalid, told_elsewhere
 from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
+from monosemy.jobs.plan import Plan
 from monosemy.system.redact import Redacted
-
-if TYPE_CHECKING:
-    from monosemy.jobs.plan import Plan
 
 EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
 USAGE = """usage: monosemy COMMAND ...
 
   train    train, evaluate and plot SAEs (monosemy train --help lists every setting)
+  plan     tell what a run would take on several processes (the flags of train, and --ranks and --gpu)
   eval     RUN: evaluate a run's SAEs again, on more text if asked
            FOLDER ...: evaluate SAEs of any tool, and runs' SAEs, on the same tokens, in one table
   finetune SAE ...: finetune SAEs on other text or another model, or by what they do to its predictions
@@ -47,10 +46,11 @@ USAGE = """usage: monosemy COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `monosemy train|eval|finetune|convert|report|list|push ...`. Returns the exit code."""
+    """Run `monosemy train|plan|eval|finetune|convert|report|list|push ...`. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "plan": _plan,
         "eval": _eval,
         "finetune": _finetune,
         "convert": _convert,
@@ -165,8 +165,6 @@ def _planned(arguments: list[str]) -> Plan:
     description = f"{TrainConfig.__doc__} Architectures: {', '.join(architecture_names())}."
     description += " --config FILE begins from an earlier run's run.json."
     config = TrainConfig(**_parse("monosemy train", description, GROUPS, arguments, saved))
-    from monosemy.jobs.plan import Plan
-
     return Plan.from_config(config)
 
 
@@ -184,6 +182,26 @@ def _quietly_planned(arguments: list[str]) -> Plan:
         raise ValueError(text) from end
 
 
+def _plan(arguments: list[str]) -> int:
+    saved, arguments = _saved_config(arguments)
+    description = (
+        "Tell what a run would take on several processes, and start none: its SAEs by rank, time, memory, "
+    )
+    description += "bytes between ranks and on the disk. All of it is predicted."
+    if saved is None and not any(argument.split("=")[0] == "--save_dir" for argument in arguments):
+        arguments = ["--save_dir", "saes", *arguments]
+    groups = {"ranks": RanksConfig, **GROUPS}
+    parsed = _parse("monosemy plan", description, groups, arguments, saved)
+    layout = RanksConfig(**{name: parsed.pop(name) for name in RanksConfig.__dataclass_fields__})
+    parsed["device"] = "cpu" if layout.gpu == "cpu" else "cuda"  # which need not be here
+    plan = Plan.from_config(TrainConfig(**parsed))
+    from monosemy.jobs.forecast import Forecast
+
+    forecast = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node)
+    print("\n".join(line for line in (plan.note, plan.describe(), str(forecast)) if line))
+    return 0
+
+
 def _parse(
     command: str,
     description: str,
@@ -199,7 +217,7 @@ def _parse(
 
     def default(kind: type) -> Any:
         fields = dataclasses.fields(kind)
-        if saved is not None:
+        if saved is not None and all(hasattr(saved, field.name) for field in fields):
             return kind(**{field.name: getattr(saved, field.name) for field in fields})
         required = any(field.default is dataclasses.MISSING for field in fields)
         return tyro.MISSING_NONPROP if required else kind()

@@ -110,6 +110,19 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class OfRank:
+    """What one of several ranks has of a run; in its grid `per_site` counts its SAEs at all sites
+    together."""
+
+    kept: Sequence[AnySite]
+    """Sites that its SAEs read."""
+    lm_shards: int = 1
+    """Ranks that hold the language model together."""
+    forwards: int = 1
+    """Forwards that all ranks run at a time."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes of a run. Parts are as torch asks for them; what an allocator adds is in none."""
 
@@ -146,26 +159,29 @@ def estimate(
     steps: int,
     checkpoint_every: int | None,
     gpu: bool,
+    of_rank: OfRank | None = None,
 ) -> Estimate:
-    """Predict what a run takes, of the GPU's memory where it runs on one, else of the host's."""
+    """Predict what a run, or one of its ranks, takes: of the GPU's memory where it runs on one, else of the
+    host's."""
     D, B, M, L = model.d_model, c.sae_batch_size, c.llm_batch_size, c.context_length
     of_lm, bf16 = BYTES[c.dtype], c.precision == "bf16"
-    number = {row: len(sites) * row.per_site for row in grid}
+    here = of_rank or OfRank(sites)
+    number = {row: row.per_site * (1 if of_rank else len(sites)) for row in grid}
     copies = bf16 * (2 if gpu else 1)
     skip = D if c.skip_connection else 0
     spans = Spans.of(sites)
     how: dict[str, Any] = {"k": max(c.target_l0s), "bf16": bf16, "spans": spans}
     saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip, spans=spans) for row in grid}
-    rows = sum(len(parts(site)) for site in sites)  # of activations, for each token
+    rows = sum(len(parts(site)) for site in here.kept)  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
     weights = {row: 4 * _parameters(row.memory, D, row.width, spans) for row in grid}
 
     layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
-    cut = of_lm * model.parameters(layers)
+    cut = of_lm * model.parameters(layers) // here.lm_shards
     stored = BYTES.get(model.dtype or c.dtype, 4)
     # the checkpoint's pages, while they are converted
     mapped = stored / of_lm if stored != of_lm and not gpu else 0
-    slots = (-(-contexts_per_block // M) + 1) * M * L
+    slots = (-(-contexts_per_block // M) + here.forwards) * M * L
     batches = rows * B * D * (4 + of_lm)
     libraries = LIBRARIES["cuda" if gpu else "cpu"]
     several = not gpu and checkpoint_every is not None and steps > checkpoint_every

@@ -22,6 +22,7 @@ from monosemy.data.sources import check_sources, default_dataset
 from monosemy.errors import invalid
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
+from monosemy.jobs.shards import share_of
 from monosemy.jobs.sites import check_families, check_model_sites, describe_other, sites_of
 from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, describe
@@ -85,6 +86,8 @@ class Plan:
         _check_together(config)
         classes = _architectures(config)
         _check_sweeps(config, classes)
+        if config.shard is not None:
+            return cls.from_config(_share(config, classes))
         folder, note = _folder(config)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
         sites = sites_of(config, model)
@@ -140,6 +143,12 @@ class Plan:
         plan = cls(_resolve(config, model, sites), model, sites, Path(config.save_dir), other=other)
         check_sources(plan.config)
         return plan
+
+    @classmethod
+    def of_model(cls, config: TrainConfig, model: ModelInfo) -> Plan:
+        """Plan a run on a model by its description alone, for a forecast: it need not be here."""
+        sites = sites_of(config, model)
+        return cls(_resolve(config, model, sites), model, sites, Path(config.save_dir))
 
     @cached_property
     def steps(self) -> int:
@@ -382,6 +391,15 @@ def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[AnySite, ...]) -> Re
     assert filled.keys() == set(RESOLVED)
     given = {f.name: getattr(c, f.name) for f in dataclasses.fields(TrainConfig)}
     return ResolvedConfig(**(given | filled))
+
+
+def _share(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> TrainConfig:
+    """Return the configuration of the share that a configuration names, evaluated as the whole run is."""
+    model = describe(c.model_name, c.revision)
+    sites = sites_of(c, model)
+    check_families(c, sites, [name for name, kind in classes.items() if kind.grouped])
+    check_model_sites(sites, model, describe_other(c))
+    return share_of(c, sites, classes, _resolve(c, model, sites).eval_num_inputs)
 
 
 # --- where the run goes -------------------------------------------------------------------------------------
