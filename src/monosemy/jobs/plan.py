@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monosemy.config import RESOLVED, ResolvedConfig, TrainConfig
+from monosemy.data.shards import Manifest
 from monosemy.data.sources import check_sources, default_dataset
 from monosemy.errors import invalid
+from monosemy.jobs.cached import check_cache, filled, open_cache, with_cache
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
 from monosemy.jobs.sites import check_families, check_model_sites, describe_other, sites_of
@@ -74,6 +76,8 @@ class Plan:
     """Why the folder is not the one that was asked for."""
     other: ModelInfo | None = None
     """The model that the first is compared with."""
+    cache: Manifest | None = None
+    """The kept activations that are trained on, instead of the model's on the training text."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Plan:
@@ -85,6 +89,10 @@ class Plan:
         _check_together(config)
         classes = _architectures(config)
         _check_sweeps(config, classes)
+        cache = None
+        if config.activations is not None:
+            cache = open_cache(config.activations, config.retry_seconds)
+            config = filled(config, cache)
         folder, note = _folder(config)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
         sites = sites_of(config, model)
@@ -107,11 +115,14 @@ class Plan:
             folder,
             note,
             other,
+            cache,
         )
         if plan.steps < 1:
             c = plan.config
             remedy = "train on more tokens or lower --sae_batch_size"
             raise invalid("num_tokens", c.num_tokens, f"{c.sae_batch_size} or more, one batch", remedy)
+        if cache is not None:
+            check_cache(plan.config, sites, model, other, plan.steps, cache)
         _ = plan.schedule
         _check_sizes(plan)
         check_sources(plan.config)
@@ -139,6 +150,19 @@ class Plan:
         check_model_sites(sites, model, other)
         plan = cls(_resolve(config, model, sites), model, sites, Path(config.save_dir), other=other)
         check_sources(plan.config)
+        return plan
+
+    @classmethod
+    def for_cache(cls, config: TrainConfig) -> Plan:
+        """Plan what `monosemy cache` keeps: the activations of a run. Raises as `from_config` does."""
+        _check_together(config)
+        plan = cls.for_eval(config)
+        if not plan.sites:
+            allowed = f"one or more of 0 to {plan.model.num_layers - 1}"
+            raise invalid("layers", config.layers, allowed, "name a layer, such as --layers 3")
+        if plan.steps < 1:
+            allowed = f"{plan.config.sae_batch_size} or more, one batch"
+            raise invalid("num_tokens", config.num_tokens, allowed, "keep more tokens")
         return plan
 
     @cached_property
@@ -194,7 +218,7 @@ class Plan:
     @cached_property
     def memory(self) -> Estimate:
         """The memory that the run takes, predicted."""
-        return estimate(
+        of_run = estimate(
             self.config,
             self.model,
             self.sites,
@@ -204,6 +228,9 @@ class Plan:
             checkpoint_every=self.checkpoint_every,
             gpu=self.gpu,
         )
+        if self.cache is None:
+            return of_run
+        return with_cache(of_run, self.sites, self.cache, self.config.sae_batch_size)
 
     def describe(self) -> str:
         """Describe the grid and the budget in words."""
@@ -216,6 +243,7 @@ class Plan:
         )
         widths, seeds = (", ".join(map(str, values)) for values in (c.dictionary_widths, c.random_seeds))
         chat = f" and {c.chat_dataset}" if c.mixed_dataset else ""
+        cached = f"activations: {c.activations}, {self.cache.rows:,} of each site\n" if self.cache else ""
         return (
             f"{self.model.name}: {layers} of {self.model.num_layers} layers, {D} wide, in {c.dtype}\n"
             f"sites: {', '.join(map(str, self.sites))}\n"
@@ -223,7 +251,7 @@ class Plan:
             f"seeds {seeds}; sparsities\n{grid}\n"
             f"learning rates {self._learning_rates()}\n"
             f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * c.sae_batch_size:,} "
-            "for each SAE\n"
+            f"for each SAE\n{cached}"
             f"text: {c.dataset}{chat}, contexts of {c.context_length}, {self.contexts_per_block} to a block; "
             f"evaluation on {c.eval_num_inputs} held-out contexts\n"
             f"{self.memory}\n"
