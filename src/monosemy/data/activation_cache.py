@@ -201,8 +201,8 @@ class CacheWriter:
         self.store, self.widths, self.rows_per_shard = store, dict(widths), rows_per_shard
         self.dtype = getattr(torch, dtype)
         self.whole = {site: list((whole or {}).get(site, ())) for site in self.widths}
-        self._free = [self._allocate()]  # a second one once the first is being written
-        self._rows, self._filled = self._free.pop(), 0
+        self._rows, self._filled = self._allocate(), 0
+        self._free: list[dict[AnySite, Tensor]] = []  # a second one, once the first is being written
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache")
         self._pending: Future[None] | None = None
 

@@ -16,7 +16,7 @@ from monosemy.jobs.cached import kept_settings, model_facts
 from monosemy.jobs.memory import size
 from monosemy.jobs.plan import Plan
 from monosemy.lm.site_groups import AnySite, parts
-from monosemy.rules import AT_LEAST_1, Rule, check
+from monosemy.rules import ABOVE_0, Rule, check
 from monosemy.system.files import LOCK
 
 
@@ -30,8 +30,9 @@ class CacheOutput:
     store_dtype: Literal["bfloat16", "model"] = "bfloat16"
     """Precision of what is kept; with model, that of the model, so that batches are those of a live run to
     the bit."""
-    shard_mib: Annotated[int, AT_LEAST_1] = 128
-    """Size of a file in MiB; two of each site are held in memory. Larger ones suit object stores."""
+    shard_mib: Annotated[float, ABOVE_0] = 128
+    """Size of a file in MiB, of the widest site; two of each site are held in memory. Larger ones suit object
+    stores."""
     dry_run: bool = False
     """Check everything, print what will be kept and how much room it takes, and stop."""
 
@@ -103,7 +104,7 @@ class CachePlan:
         """Return how many rows a shard of every site has: whole batches, of the widest site `shard_mib` at
         most."""
         batch = self.run.config.sae_batch_size
-        fit = (self.config.shard_mib << 20) // (max(widths.values()) * DTYPES[self.dtype][1])
+        fit = int(self.config.shard_mib * 2**20) // (max(widths.values()) * DTYPES[self.dtype][1])
         return min(max(fit // batch, 1), self.run.steps) * batch
 
     def settings(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monosemy.config import ActivationsConfig, DataConfig, ResolvedConfig, TrainConfig
-from monosemy.data.shards import DTYPES, MANIFEST, PIECE, WRITING, Manifest, Store
+from monosemy.data.shards import DTYPES, MANIFEST, WRITING, Manifest, Store
 from monosemy.errors import invalid
 from monosemy.jobs.memory import Estimate, from_cache
 from monosemy.lm.info import ModelInfo
@@ -105,16 +105,19 @@ def check_cache(
         raise invalid("num_tokens", c.num_tokens, allowed, "lower it, or write a larger cache")
 
 
-def with_cache(of_run: Estimate, sites: Sequence[AnySite], cache: Manifest, batch: int) -> Estimate:
-    """Predict what a run takes that trains from a cache: a shard of each site, and as many ahead."""
+def with_cache(
+    of_run: Estimate, sites: Sequence[AnySite], cache: Manifest, batch: int, afar: bool
+) -> Estimate:
+    """Predict what a run takes that trains from a cache: a shard of each site, and as many ahead; from
+    afar a shard comes in pieces, which are then joined."""
     size = DTYPES[cache.dtype][1]
     widths = [sum(cache.sites[site].widths) for site in sites]
     rows = min(cache.rows_per_shard, cache.rows)
     held = 1 if cache.shards == 1 else 2
-    shards = held * rows * sum(widths)
+    shards = held * rows * sum(widths) + rows * max(widths) * afar
     if cache.shards > 2 and len(sites) == 1:  # the queue is never shorter than one
         shards += rows * widths[0]
-    return from_cache(of_run, size * shards + 4 * batch * sum(widths) + PIECE)
+    return from_cache(of_run, size * shards + 4 * batch * sum(widths))
 
 
 def _runs(dtype: str, device: str) -> bool:

@@ -230,7 +230,8 @@ class Plan:
         )
         if self.cache is None:
             return of_run
-        return with_cache(of_run, self.sites, self.cache, self.config.sae_batch_size)
+        afar = "://" in (self.config.activations or "")
+        return with_cache(of_run, self.sites, self.cache, self.config.sae_batch_size, afar)
 
     def describe(self) -> str:
         """Describe the grid and the budget in words."""
