@@ -254,7 +254,7 @@ def test_a_shard_of_another_kind_is_refused_by_name(kept, wrong):
 
 
 def test_precisions_are_names_of_a_list(kept, tmp_path):
-    store, made, _ = kept
+    _, made, _ = kept
     canary = tmp_path / "ran"
     for dtype in (
         f"__import__('os').system('touch {canary}')",

@@ -25,6 +25,7 @@ from monosemy.data.shards import (
     TENSOR,
     WRITING,
     Block,
+    Buffer,
     Damaged,
     Manifest,
     Shard,
@@ -61,7 +62,7 @@ class CachedActivations:
         self._row = 0  # the next to be served
         self._scale = {site: self._divisor(site).to(device) for site in self.sites}
         self._shard, self._rows = -1, {site: torch.empty(0) for site in self.sites}
-        self._ahead: Prefetcher[Tensor] | None = None
+        self._ahead: Prefetcher[Buffer] | None = None
 
     def next(self) -> dict[AnySite, Tensor]:
         """Return the batch of the next step, [B, D] in float32 by site. Raises EndOfData after the last."""
@@ -147,7 +148,7 @@ class CachedActivations:
         try:
             for site in self.sites:
                 self._rows[site] = torch.empty(0)  # before its successor is held
-                self._rows[site] = next(self._ahead)
+                self._rows[site] = _rows(next(self._ahead), self.manifest, site)
         except StopIteration:  # more is asked for than was wanted
             self.close()
             return self._open(number)
@@ -162,25 +163,33 @@ class CachedActivations:
             rows = min(rows, self._row + max(self.wanted, 1) * self.batch)
         return -(-rows // self.manifest.rows_per_shard)
 
-    def _shards(self, number: int, end: int) -> Iterator[Tensor]:
-        """Read the shards from one to another, of each site in turn."""
+    def _shards(self, number: int, end: int) -> Iterator[Buffer]:
+        """Read the shards from one to another, of each site in turn.
+
+        No torch in the thread that does it: one that is inside of C++ when the interpreter ends aborts it.
+        """
         for n in range(number, end):
             for site in self.sites:
                 yield read_shard(self.store, self.manifest, site, n)
 
 
-def read_shard(store: Store, manifest: Manifest, site: AnySite, number: int) -> Tensor:
-    """Read a shard's rows [R, D] and check its digest. Raises `Damaged` and `ActivationsUnavailable`."""
+def read_shard(store: Store, manifest: Manifest, site: AnySite, number: int) -> Buffer:
+    """Read the bytes of a shard's rows and check its digest. Raises `Damaged` and `ActivationsUnavailable`."""
     of, name = manifest.sites[site], shard_name(site, number)
     rows = min(manifest.rows_per_shard, manifest.rows - number * manifest.rows_per_shard)
     shape = (rows, sum(of.widths))
     data = store.read(name, of.shards[number])
     try:
-        values = tensor_in(data, shape, manifest.dtype)
+        return tensor_in(data, shape, manifest.dtype)
     except ValueError as error:
         allowed = f"{shape[0]} rows of {shape[1]} in {manifest.dtype}"
         raise Damaged(str(invalid(store.field, store.place(name), allowed, f"{error}"))) from error
-    return torch.from_numpy(values).view(getattr(torch, manifest.dtype)).view(shape)
+
+
+def _rows(values: Buffer, manifest: Manifest, site: AnySite) -> Tensor:
+    """Return the bytes of a shard's rows as what they are, [R, D]; no copy."""
+    width = sum(manifest.sites[site].widths)
+    return torch.from_numpy(values).view(getattr(torch, manifest.dtype)).view(-1, width)
 
 
 class CacheWriter:
