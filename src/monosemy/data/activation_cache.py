@@ -174,7 +174,10 @@ class CachedActivations:
 
 
 def read_shard(store: Store, manifest: Manifest, site: AnySite, number: int) -> Buffer:
-    """Read the bytes of a shard's rows and check its digest. Raises `Damaged` and `ActivationsUnavailable`."""
+    """Read the bytes of a shard's rows and check its digest.
+
+    Raises `Damaged` and `ActivationsUnavailable`.
+    """
     of, name = manifest.sites[site], shard_name(site, number)
     rows = min(manifest.rows_per_shard, manifest.rows - number * manifest.rows_per_shard)
     shape = (rows, sum(of.widths))
