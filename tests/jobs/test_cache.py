@@ -117,6 +117,7 @@ def test_batches_of_pairs_and_groups(tiny_model, text_file, tmp_path, store_dtyp
 
 
 KILLS = {
+    "before anything": ["os.rename", ".writing.json.part", 1],
     "in the first shard": ["open", ".shard-000000.safetensors.part", 2],
     "before the first shard's name": ["os.rename", ".shard-000000.safetensors.part", 1],
     "between two sites": ["os.rename", ".shard-000001.safetensors.part", 2],
@@ -134,7 +135,9 @@ def test_a_killed_cache_goes_on(kill, kept, rows, faulty, tmp_path, capfd):
     assert faulty(argv=argv, at=KILLS[kill], signal=signal.SIGKILL).code == -9
     assert not (folder / MANIFEST).exists()
     assert train(tmp_path / "run", rows, "--activations", str(folder)) == 2
-    assert f"activations is '{folder}'" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert f"activations is '{folder}'" in error
+    assert ("It was not written to its end" in error) == (kill != "before anything")
     end = faulty(argv=argv)
     assert end.code == 0, end.output
     assert files(folder) == files(kept)
@@ -156,7 +159,7 @@ def test_what_was_whole_is_not_written_again(kept, rows, faulty, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_and_it_goes_on(number, code, kept, rows, faulty, tmp_path):
     argv = ["cache", "--to", str(tmp_path / "cache"), *rows, *SHARDS]
-    end = faulty(argv=argv, at=["os.rename", ".writing.json.part", 1], signal=number)
+    end = faulty(argv=argv, at=["os.rename", ".writing.json.part", 3], signal=number)
     assert end.code == code and "Traceback" not in end.output
     assert faulty(argv=argv).code == 0 and files(tmp_path / "cache") == files(kept)
 
@@ -164,7 +167,7 @@ def test_a_signal_ends_it_and_it_goes_on(number, code, kept, rows, faulty, tmp_p
 def test_a_full_disk(kept, rows, faulty, disk):
     folder = disk / "cache"
     argv = ["cache", "--to", str(folder), *rows, *SHARDS]
-    at = ["os.rename", ".writing.json.part", 1]
+    at = ["os.rename", ".writing.json.part", 2]
     end = faulty(argv=argv, at=at, fill=[str(disk), 16 * KiB])
     assert end.code == 75 and "free; make room" in end.output and "shard-" in end.output, end.output
     (disk / "filler").unlink()

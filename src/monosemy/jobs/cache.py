@@ -73,6 +73,8 @@ def _begun(plan: CachePlan) -> dict[str, Any]:
     data = plan.store.find(WRITING)
     if data is None:
         plan.check_place()
+        # whose the folder is, before anything else is in it
+        plan.store.write(WRITING, json.dumps({"settings": plan.settings(), "row": 0}).encode())
         return {}
     try:
         progress = json.loads(data)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from monosemy.config import ActivationsConfig, DataConfig, ModelConfig, TrainConfig
-from monosemy.data.shards import DTYPES, Store
+from monosemy.data.shards import DTYPES, WRITING, Store
 from monosemy.errors import invalid
 from monosemy.jobs.cached import kept_settings, model_facts
 from monosemy.jobs.memory import size
@@ -18,6 +18,8 @@ from monosemy.jobs.plan import Plan
 from monosemy.lm.site_groups import AnySite, parts
 from monosemy.rules import ABOVE_0, Rule, check
 from monosemy.system.files import LOCK
+
+OURS = (LOCK, f".{WRITING}.part")  # what a cache leaves that was killed at once
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class CachePlan:
         folder = self.store.local
         if folder is None or not folder.exists():
             return
-        if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
+        if not folder.is_dir() or any(path.name not in OURS for path in folder.iterdir()):
             remedy = "it holds something else: name another; nothing is overwritten"
             raise invalid("to", str(folder), "a new or empty folder, or one with this cache", remedy)
 
