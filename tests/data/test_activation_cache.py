@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import shutil
+import threading
 
 import pytest
 import safetensors.torch
@@ -408,3 +409,18 @@ def test_a_url_that_cannot_be_opened(url):
 def test_sites_have_one_folder_each():
     names = [shard_name(site, 3) for site in (*SITES, Site("resid_post", 0))]
     assert names[0] == "resid_post_layer_1/shard-000003.safetensors" and len(set(names)) == 4
+
+
+def test_the_thread_goes_with_the_stream(kept):
+    """Whatever was read of it; it would hold shards in memory otherwise."""
+    store, made, _ = kept
+    before = set(threading.enumerate())
+    streams = [reader(store, made, batch=7) for _ in range(3)]
+    for stream in streams:
+        take(stream, 3)
+    started = set(threading.enumerate()) - before
+    assert len(started) == 3
+    del stream, streams
+    for thread in started:
+        thread.join(timeout=10)
+        assert not thread.is_alive()

@@ -144,7 +144,8 @@ class CachedActivations:
             return
         if self._ahead is None:
             # a shard of every site ahead; the thread holds one more
-            self._ahead = Prefetcher(self._shards(number, self._last_shard()), max(len(self.sites) - 1, 1))
+            shards = _shards(self.store, self.manifest, self.sites, number, self._last_shard())
+            self._ahead = Prefetcher(shards, max(len(self.sites) - 1, 1))
         try:
             for site in self.sites:
                 self._rows[site] = torch.empty(0)  # before its successor is held
@@ -163,14 +164,18 @@ class CachedActivations:
             rows = min(rows, self._row + max(self.wanted, 1) * self.batch)
         return -(-rows // self.manifest.rows_per_shard)
 
-    def _shards(self, number: int, end: int) -> Iterator[Buffer]:
-        """Read the shards from one to another, of each site in turn.
 
-        No torch in the thread that does it: one that is inside of C++ when the interpreter ends aborts it.
-        """
-        for n in range(number, end):
-            for site in self.sites:
-                yield read_shard(self.store, self.manifest, site, n)
+def _shards(
+    store: Store, manifest: Manifest, sites: Sequence[AnySite], begin: int, end: int
+) -> Iterator[Buffer]:
+    """Read the shards from one to another, of each site in turn.
+
+    The thread that does it holds no stream, which can go meanwhile, and no tensors, which would take it into
+    C++ while the interpreter ends: that aborts the process.
+    """
+    for number in range(begin, end):
+        for site in sites:
+            yield read_shard(store, manifest, site, number)
 
 
 def read_shard(store: Store, manifest: Manifest, site: AnySite, number: int) -> Buffer:
