@@ -150,7 +150,7 @@ class CachePlan:
         rounded = "" if self.dtype == c.dtype else f", rounded from the model's {c.dtype}"
         free = "" if self.free is None else f"; its disk has {size(self.free)} free"
         shards = -(-self.rows // per_shard)
-        memory = 2 * per_shard * sum(self.widths.values()) * DTYPES[self.dtype][1]
+        memory = min(shards, 2) * per_shard * sum(self.widths.values()) * DTYPES[self.dtype][1]
         chat = f" and {c.chat_dataset}" if c.mixed_dataset else ""
         return (
             f"{run.model.name} in {c.dtype}: {', '.join(map(str, run.sites))}\n"
