@@ -166,13 +166,20 @@ def test_nothing_is_read_that_is_not_wanted():
         assert equal(take(stream, 1), take(reader(store, made, (SITE,)), 11)[10:])  # one more, after all
 
 
+def signed(told):
+    """A manifest that says of itself that it is whole."""
+    told.pop("sha256", None)
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json.dumps(told | {"sha256": digest}).encode()
+
+
 def relabel(made, site, number, file):
     """The manifest after a shard was written anew."""
     told = json.loads(made.dumps())
     data = file.read_bytes()
     shard = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     told["sites"][str(site)]["shards"][number] = shard
-    return Manifest.parse(json.dumps(told).encode(), "here")
+    return Manifest.parse(signed(told), "here")
 
 
 def flip(file, at):
@@ -266,9 +273,23 @@ def test_precisions_are_names_of_a_list(kept, tmp_path):
         ["bfloat16"],
     ):
         told = json.loads(made.dumps()) | {"dtype": dtype}
-        with pytest.raises(ValueError, match=r"activations is 'here'; allowed: activations that"):
-            Manifest.parse(json.dumps(told).encode(), "here")
+        with pytest.raises(ValueError, match=r"activations is 'here'; allowed: .*dtype"):
+            Manifest.parse(signed(told), "here")
     assert not canary.exists()
+
+
+def test_a_manifest_that_changed_is_refused(kept):
+    """A digit of a factor would change every batch."""
+    _, made, _ = kept
+    data, draw = made.dumps(), random.Random(0)
+    spaced = json.dumps(json.loads(data)).encode()
+    assert Manifest.parse(spaced, "here").sites == made.sites
+    for _ in range(200):
+        at = draw.randrange(len(spaced))
+        if chr(spaced[at]).isspace():
+            continue
+        with pytest.raises(ValueError, match="allowed: activations that"):
+            Manifest.parse(spaced[:at] + bytes([spaced[at] ^ 1]) + spaced[at + 1 :], "here")
 
 
 def nodes(value, path=()):
@@ -297,7 +318,7 @@ def test_no_manifest_makes_anything_but_a_value_error(kept):
             else:
                 holder[path[-1]] = value
             try:
-                parsed = Manifest.parse(json.dumps(told).encode(), "here")
+                parsed = Manifest.parse(signed(told), "here")
                 assert all(".." not in shard_name(site, 0) for site in parsed.sites)
             except ValueError:
                 refused += 1

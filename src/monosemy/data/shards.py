@@ -104,6 +104,7 @@ class Manifest:
     @classmethod
     def _of(cls, data: Any, digest: str) -> Manifest:
         _hold(data["format"] == FORMAT and data["version"] == VERSION, f"version {data['version']}")
+        _hold(data.pop("sha256") == _digest(data), "it is not as it was written")
         sites = {parse_site(name): _site_rows(of) for name, of in data["sites"].items()}
         blocks = tuple(Block(b["row"], dict(b["counts"]), dict(b["text_counts"])) for b in data["blocks"])
         made = cls(
@@ -149,6 +150,7 @@ class Manifest:
             "blocks": [vars(block) for block in self.blocks],
             "damage": self.damage,
         }
+        data["sha256"] = _digest(json.loads(json.dumps(data)))
         return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
     @property
@@ -160,6 +162,11 @@ class Manifest:
     def bytes(self) -> int:
         """The bytes of all shards."""
         return sum(shard.bytes for of in self.sites.values() for shard in of.shards)
+
+
+def _digest(data: dict[str, Any]) -> str:
+    """Return the sha256 of what a manifest says, however it is spaced."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _site_rows(of: Mapping[str, Any]) -> SiteRows:
