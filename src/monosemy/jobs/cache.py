@@ -39,6 +39,8 @@ def cache(plan: CachePlan) -> str:
     with _locked(plan.store):
         progress = _begun(plan)
         plan.check_room(sum(s["bytes"] for of in progress.get("shards", {}).values() for s in of))
+        if not progress:  # whose the folder is, before anything else is in it
+            plan.store.write(WRITING, json.dumps({"settings": plan.settings(), "row": 0}).encode())
         rows = _Keeping(plan, progress).keep()
     status = "complete" if rows == plan.rows else "stopped_early"
     if status != "complete":
@@ -73,8 +75,6 @@ def _begun(plan: CachePlan) -> dict[str, Any]:
     data = plan.store.find(WRITING)
     if data is None:
         plan.check_place()
-        # whose the folder is, before anything else is in it
-        plan.store.write(WRITING, json.dumps({"settings": plan.settings(), "row": 0}).encode())
         return {}
     try:
         progress = json.loads(data)
