@@ -272,6 +272,30 @@ def test_the_plan_tells_room_and_refuses_what_does_not_fit(rows, tmp_path, capfd
     assert not to.exists()
 
 
+UNUSABLE = {
+    "no sites": ([], "layers is (); allowed: one or more of 0 to 2"),
+    "no such layer": (["--layers", "7"], "7"),
+    "less than a batch": (["--layers", "0", "--num_tokens", "10"], "num_tokens is 10; allowed: 64 or more"),
+    "no size": (["--layers", "0", "--shard_mib", "0"], "shard_mib is 0"),
+    "no such URL": (
+        ["--layers", "0", "--to", "nothing://x"],
+        "to is 'nothing://x'; allowed: a folder, or a URL",
+    ),
+    "no place": (["--layers", "0", "--to", ""], "to is ''; allowed: a folder's path or a URL"),
+    "no text": (["--layers", "0", "--dataset", "nowhere.jsonl"], "dataset is 'nowhere.jsonl'"),
+}
+
+
+@pytest.mark.parametrize("why", UNUSABLE)
+def test_what_cannot_be_kept_is_refused(why, tiny_model, text_file, tmp_path, capfd):
+    more, said = UNUSABLE[why]
+    argv = ["cache", "--to", str(tmp_path / "cache"), "--model_name", str(tiny_model)]
+    assert main([*argv, "--dataset", str(text_file), *ROWS[3:], *more]) == 2
+    error = capfd.readouterr().err
+    assert said in error and error.count("\n") == 1, error
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_text_that_ends(tiny_model, tmp_path, capfd):
     """What there was is kept; a run that asks for more is refused, and one for as much trains."""
     from tests.conftest import write_text

@@ -127,7 +127,7 @@ class Manifest:
         return made
 
     def dumps(self) -> bytes:
-        """Write it as JSON."""
+        """Return it as JSON, with its own digest."""
         sites = {
             str(site): {
                 "shape": [self.rows, sum(of.widths)],

@@ -62,7 +62,7 @@ class CacheConfig(ActivationsConfig, DataConfig, ModelConfig, CacheOutput):
         """Return the settings of a run on the same activations."""
         own = {field.name for field in dataclasses.fields(CacheOutput)}
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
-        return TrainConfig(save_dir=".", **shared)
+        return TrainConfig(save_dir=".", eval_num_inputs=1, **shared)
 
 
 @dataclass(frozen=True)
