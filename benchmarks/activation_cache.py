@@ -2,6 +2,7 @@
 checked and a thread ahead, beside what safetensors and numpy.memmap do without either.
 
     python benchmarks/activation_cache.py [--mib 1024] [--shard_mib 128] [--rounds 5] [--folder FOLDER]
+    python benchmarks/activation_cache.py --url s3://BUCKET/PREFIX    # there, by ours alone
 
 Everybody makes the same batches in float32, divided by the norm factor. "cold" is after
 posix_fadvise(DONTNEED) of every file, whose effect is asked for (fincore); a hypervisor may still hold the
@@ -29,16 +30,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from monosemy.data.activation_cache import CachedActivations, CacheWriter, read_shard
-from monosemy.data.shards import Block, Manifest, SiteRows, Store
+from monosemy.data.shards import Block, Manifest, SiteRows, Store, shard_name
 from monosemy.lm.info import Site
 
 SITE, WIDTH, BATCH, FACTOR = Site("resid_post", 9), 576, 2048, 1.7
 MIB = 2**20
 
 
-def write(folder: Path, mib: int, shard_mib: int) -> tuple[Store, Manifest, float]:
-    """Write a cache of random rows. Returns it and the seconds that it took."""
-    store = Store(str(folder), "activations", ())
+def write(store: Store, mib: int, shard_mib: int) -> tuple[Manifest, float]:
+    """Write a cache of random rows. Returns what it holds and the seconds that it took."""
     per_shard = shard_mib * MIB // (2 * WIDTH) // BATCH * BATCH
     rows = mib * MIB // (2 * WIDTH) // BATCH * BATCH
     x_BD = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -55,7 +55,7 @@ def write(folder: Path, mib: int, shard_mib: int) -> tuple[Store, Manifest, floa
     of = SiteRows((WIDTH,), (FACTOR,), (1e9,), tuple(writer.whole[SITE]))
     model = {"name": "random", "revision": None, "dtype": "bfloat16", "other": None}
     made = Manifest(model, {}, "bfloat16", rows, per_shard, {SITE: of}, (Block(0, {}, {}),), ())
-    return store, made, seconds
+    return made, seconds
 
 
 def batches(rows: Tensor) -> Iterator[Tensor]:
@@ -104,7 +104,7 @@ def drop(files: list[Path]) -> int | None:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if shutil.which("fincore") is None:
+    if not files or shutil.which("fincore") is None:
         return None
     command = ["fincore", "--bytes", "--noheadings", "--output", "RES", *map(str, files)]
     return sum(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
@@ -115,14 +115,17 @@ def main() -> None:
     for name, default in (("mib", 1024), ("shard_mib", 128), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", help="on the disk that is measured")
+    parser.add_argument("--url")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        store, made, seconds = write(Path(folder), asked.mib, asked.shard_mib)
+        store = Store(asked.url or folder, "activations", ())
+        made, seconds = write(store, asked.mib, asked.shard_mib)
         files = sorted(Path(folder).glob("*/*.safetensors"))
-        size = sum(file.stat().st_size for file in files) / MIB
-        print(f"{size:,.0f} MiB in {len(files)} shards, written at {size / seconds:,.0f} MiB/s")
+        size = made.bytes / MIB
+        print(f"{size:,.0f} MiB in {made.shards} shards, written at {size / seconds:,.0f} MiB/s")
         ways = readers(store, made, files)
+        ways = {name: way for name, way in ways.items() if files or name.startswith("monosemy")}
         rates: dict[str, dict[str, list[float]]] = {c: {name: [] for name in ways} for c in ("warm", "cold")}
         cpu: dict[str, list[float]] = {name: [] for name in ways}
         left: list[int | None] = []
@@ -136,7 +139,7 @@ def main() -> None:
                     rates[state][name].append(size / (time.perf_counter() - began))
                     cpu[name] += [size / (time.process_time() - worked)] * (state == "warm")
                     assert rows == made.rows, (name, rows)
-        data = np.fromfile(files[0], dtype=np.uint8)
+        data = store.read(shard_name(SITE, 0))
         began = time.perf_counter()
         hashlib.sha256(data.data).hexdigest()
         sha = len(data) / MIB / (time.perf_counter() - began)
