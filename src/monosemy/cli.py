@@ -25,6 +25,7 @@ import tyro
 
 from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, RanksConfig, TrainConfig, architecture_names
 from monosemy.errors import ToldElsewhere, TryAgain, invalid, told_elsewhere
+from monosemy.jobs.cache_config import CACHE_GROUPS, CacheConfig, CachePlan
 from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
 from monosemy.jobs.plan import Plan
 from monosemy.system.redact import Redacted
@@ -36,6 +37,7 @@ USAGE = """usage: monosemy COMMAND ...
   plan     tell what a run would take on several processes (the flags of train, and --ranks and --gpu)
   eval     RUN: evaluate a run's SAEs again, on more text if asked
            FOLDER ...: evaluate SAEs of any tool, and runs' SAEs, on the same tokens, in one table
+  cache    keep activations on a disk or in S3, for train --activations
   finetune SAE ...: finetune SAEs on other text or another model, or by what they do to its predictions
   convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
            RUN OUT --to circuit_tracer: write a run's transcoders as a set for circuit-tracer
@@ -46,12 +48,13 @@ USAGE = """usage: monosemy COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `monosemy train|plan|eval|finetune|convert|report|list|push ...`. Returns the exit code."""
+    """Run `monosemy train|plan|eval|cache|finetune|convert|report|list|push ...`. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "plan": _plan,
         "eval": _eval,
+        "cache": _cache,
         "finetune": _finetune,
         "convert": _convert,
         "report": _report,
@@ -262,6 +265,19 @@ def _eval(arguments: list[str]) -> int:
     from monosemy.jobs.evaluate import evaluate_saes
 
     return int(bool(evaluate_saes(config)[1]))
+
+
+def _cache(arguments: list[str]) -> int:
+    description = inspect.cleandoc(CacheConfig.__doc__ or "")
+    config = CacheConfig(**_parse("monosemy cache", description, CACHE_GROUPS, arguments))
+    plan = CachePlan.from_config(config)
+    if plan.config.dry_run:
+        print(plan.describe())
+        plan.check_room()
+        return 0
+    from monosemy.jobs.cache import cache
+
+    return EXIT[cache(plan)]
 
 
 def _finetune(arguments: list[str]) -> int:

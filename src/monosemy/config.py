@@ -177,6 +177,15 @@ class ActivationsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CachedConfig:
+    """Activations that `monosemy cache` kept."""
+
+    activations: str | None = None
+    """Train from this cache, a folder or a URL such as s3://BUCKET/PREFIX, instead of running the model over
+    the training text. Model, text and rules have to be those that it was written with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SAEConfig:
     """Which SAEs to train: architectures, widths, sparsities, and the settings of single architectures."""
 
@@ -278,6 +287,7 @@ GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "activations": ActivationsConfig,
+    "cached": CachedConfig,
     "SAE": SAEConfig,
     "optimization": OptimizationConfig,
     "evaluation": EvaluationConfig,
@@ -287,7 +297,14 @@ GROUPS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class TrainConfig(
-    EvaluationConfig, OptimizationConfig, ActivationsConfig, DataConfig, SAEConfig, ModelConfig, OutputConfig
+    EvaluationConfig,
+    OptimizationConfig,
+    CachedConfig,
+    ActivationsConfig,
+    DataConfig,
+    SAEConfig,
+    ModelConfig,
+    OutputConfig,
 ):
     """Train, evaluate and plot sparse autoencoders on the activations of a language model."""
 

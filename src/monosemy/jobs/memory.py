@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,17 @@ def estimate(
     written = max(saes.values()) + STAGING if gpu else all_saes
     evaluation = _evaluation(c, model, sites, grid, weights, libraries, mapped, gpu=gpu)
     return Estimate({(r.architecture, r.width): n for r, n in saes.items()}, training, evaluation, written)
+
+
+def from_cache(of_run: Estimate, shards: int) -> Estimate:
+    """Predict what a run takes that reads kept activations, given the bytes of shards that it holds."""
+    phase = of_run.training
+    training = Phase(
+        phase.held | {"model": 0, "block": shards},
+        phase.transient | {"forward": 0},
+        loading=phase.held["libraries"],
+    )
+    return replace(of_run, training=training)
 
 
 def _evaluation(
