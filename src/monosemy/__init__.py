@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.training.loop import fit as fit
     from monosemy.training.trainer import SAESpec as SAESpec
     from monosemy.transcoder import Transcoder as Transcoder
+    from monosemy.use import edit as edit
+    from monosemy.use.attach import attached as attached
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no
 # torch
@@ -66,6 +68,8 @@ _HOME = {
     "TrainConfig": "config",
     "Transcoder": "transcoder",
     "architecture": "sae",
+    "attached": "use.attach",
+    "edit": "use",
     "evaluate": "evaluation.metrics",
     "evaluate_on_model": "evaluation.on_model",
     "finetune": "jobs.finetune",
