@@ -16,6 +16,7 @@ from monosemy.data.contexts import to_tokens
 from monosemy.errors import invalid
 from monosemy.jobs.evaluate import site_of
 from monosemy.jobs.pretrained import load
+from monosemy.lm.embedded import EMBEDDED_MODELS, model_folder
 from monosemy.lm.info import check_sites, describe
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from monosemy.lm.site_groups import AnySite, single_sites
@@ -87,6 +88,12 @@ class Editing:
         return lm
 
     @property
+    def model_path(self) -> str:
+        """What transformers opens the model by."""
+        path = self.info.path
+        return str(model_folder(path)) if path in EMBEDDED_MODELS else path
+
+    @property
     def attaching(self) -> dict[str, Any]:
         """How `attached` finds the SAE's place. A model that the caller names is taken as it is."""
         return {"site": self.site, "check_model": self.checked}
@@ -134,7 +141,7 @@ def write_for_lm_eval(editing: Editing, path: str | Path) -> list[str]:
         lines.append(
             "clamp sets the activations' component along the latent's decoder row: near what 17=40 does"
         )
-    arguments = f"pretrained={editing.info.path},steer_path={path}"
+    arguments = f"pretrained={editing.model_path},steer_path={path}"
     return [*lines, f"lm_eval --model steered --model_args {arguments} --tasks ..."]
 
 
