@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.transcoder import Transcoder as Transcoder
     from monosemy.use import edit as edit
     from monosemy.use.attach import attached as attached
+    from monosemy.use.attribution import attribute as attribute
     from monosemy.use.steering import steering_vector as steering_vector
     from monosemy.use.steering import write_steering as write_steering
 
@@ -71,6 +72,7 @@ _HOME = {
     "Transcoder": "transcoder",
     "architecture": "sae",
     "attached": "use.attach",
+    "attribute": "use.attribution",
     "edit": "use",
     "evaluate": "evaluation.metrics",
     "evaluate_on_model": "evaluation.on_model",

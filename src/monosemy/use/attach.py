@@ -21,12 +21,12 @@ from monosemy.errors import invalid
 from monosemy.limits import SELECTION_TOKENS
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
-from monosemy.lm.modules import Tap, first_tensor, hidden_of, with_hidden
 from monosemy.lm.site_groups import AnySite, reads, writes
 from monosemy.sae import SAE
 from monosemy.use import positions as which
 from monosemy.use.edit import Edit, Function
 from monosemy.use.edit import set as set_to
+from monosemy.use.hooks import reading, writing
 from monosemy.use.places import Place, located, looking, name_of
 
 log = logging.getLogger(__name__)
@@ -232,10 +232,10 @@ class _Part:
 
     def register(self, stack: ExitStack, lm: LanguageModel, forward: _Forward) -> None:
         """Hook into the model as long as the stack lives."""
-        stack.enter_context(_reading(lm.taps[self.source], lambda x: self.read(x, forward)))
+        stack.enter_context(reading(lm.taps[self.source], lambda x: self.read(x, forward)))
         for target in self.targets:
             change = partial(self.write, target, forward)
-            stack.enter_context(_writing(lm.taps[target], change))
+            stack.enter_context(writing(lm.taps[target], change))
 
     def read(self, x: Tensor, forward: _Forward) -> None:
         """Compute what changes at the targets: what is added there, or what takes the place of all."""
@@ -336,42 +336,3 @@ def _in_pieces(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     pieces = [function(piece) for piece in x.reshape(-1, x.shape[-1]).split(SELECTION_TOKENS)]
     whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
     return whole.view(*x.shape[:-1], whole.shape[-1])
-
-
-# --- hooks ------------------------------------------------------------------------------------------------
-
-
-def _reading(tap: Tap, look: Callable[[Tensor], None]) -> Any:
-    """Register a hook that shows a site's activations."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not looking():
-            look(hidden_of(args, kwargs))
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not looking():
-            look(first_tensor(output))
-
-    if tap.of_input:
-        return tap.module.register_forward_pre_hook(before, with_kwargs=True)
-    return tap.module.register_forward_hook(after)
-
-
-def _writing(tap: Tap, change: Callable[[Tensor], Tensor]) -> Any:
-    """Register a hook that puts what a function makes of a site's activations in their place."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if looking():
-            return None
-        x = hidden_of(args, kwargs)
-        if tap.in_place:  # for all that read the same tensor
-            x.copy_(change(x))
-            return None
-        return ((change(x), *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": change(x)})
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return None if looking() else with_hidden(output)(change(first_tensor(output)))
-
-    if tap.of_input:
-        return tap.module.register_forward_pre_hook(before, with_kwargs=True)
-    return tap.module.register_forward_hook(after)

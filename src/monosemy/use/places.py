@@ -159,13 +159,23 @@ def _check_fit(sae: SAE, place: AnySite, found: Mapping[Site, Tensor]) -> None:
 @contextmanager
 def _untouched(model: PreTrainedModel) -> Iterator[None]:
     """Run a model without the edits of SAEs that are attached already; give back its modes afterwards."""
-    gradients = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     token = _LOOKING.set(True)
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         _LOOKING.reset(token)
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Have no parameter take a gradient and no module train; give both back afterwards."""
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
         for p, wanted in gradients:
             p.requires_grad_(wanted)
         for module, training in modes:
