@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from monosemy import LanguageModel, edit
 from monosemy.lm.info import Site
 from monosemy.lm.modules import first_tensor, hidden_of
 from monosemy.sae import SAE
-from tests.lm.test_lm import CONFIGS, MODULES
+from tests.lm.test_lm import MODULES
 from tests.use.conftest import EVERY, F, language_model, sae_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,36 +169,30 @@ def test_an_sae_that_compares_all_latents_is_given_all(llama: hf.PreTrainedModel
 # --- in any model, at any site ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "gemma3", "opt", "falcon"])
 def test_any_site_of_any_family(family: str) -> None:
+    """An SAE at each site, all attached at once."""
     model = language_model(family)
-    kinds = ("resid_pre.0", "resid_pre.2", "resid_post.1", "mlp_in.1", "mlp_out.1", "attn_out.1")
-    names = [*kinds, *(["resid_mid.1"] if family != "opt" else []), MODULES.get(family, "model.layers.1.mlp")]
-    for place in names:
-        try:
-            lm = LanguageModel(model, [Site.parse(place)])
-        except ValueError:
-            assert place in ("mlp_in.1", "mlp_out.1", "attn_out.1") and family in (
-                "opt",
-                "gpt_neox",
-                "falcon",
-            )
-            continue
-        tap = lm.taps[Site.parse(place)]
-        sae = sae_of("batch_top_k", lm.d_in(Site.parse(place)), site=place)
-        with (
-            Spy(tap.module, of_input=tap.of_input) as before,
-            monosemy.attached(model, {sae: EDITS}),
-            Spy(tap.module, of_input=tap.of_input) as after,
-        ):
-            del before[:], after[:]
-            ids = generate(model, IDS)
-        assert len(before) == len(after) == NEW
-        for i, (x, y) in enumerate(zip(before, after, strict=True)):
-            x, y = (t.view(2, -1, t.shape[-1])[:, int(i == 0) :] for t in (x, y))
+    names = ["resid_pre.0", "resid_pre.2", "resid_post.2", MODULES.get(family, "model.layers.1.mlp")]
+    names += [] if family == "opt" else ["resid_mid.1", "mlp_in.0", "mlp_out.0", "attn_out.3"]
+    lm = LanguageModel(model, [Site.parse(name) for name in names])
+    widths = [lm.d_in(Site.parse(name)) for name in names]
+    saes = {name: sae_of("batch_top_k", D, site=name) for name, D in zip(names, widths, strict=True)}
+    taps = {name: lm.taps[Site.parse(name)] for name in names}
+    spies = {name: Spy(tap.module, of_input=tap.of_input) for name, tap in taps.items()}
+    with ExitStack() as stack:
+        before = {name: stack.enter_context(spy) for name, spy in spies.items()}
+        stack.enter_context(monosemy.attached(lm, dict.fromkeys(saes.values(), EDITS)))
+        after = {
+            name: stack.enter_context(Spy(tap.module, of_input=tap.of_input)) for name, tap in taps.items()
+        }
+        ids = generate(model, IDS, max_new_tokens=3)
+        assert torch.equal(generate(model, IDS, max_new_tokens=3, use_cache=False), ids)
+    for name, sae in saes.items():
+        assert len(after[name]) == 6
+        for i, (x, y) in enumerate(zip(before[name][-6:], after[name], strict=True)):
+            x, y = (t.view(2, -1, t.shape[-1])[:, int(i not in (1, 2)) :] for t in (x, y))
             torch.testing.assert_close(y, wanted(sae, x), rtol=1e-4, atol=1e-4)
-        with monosemy.attached(model, {sae: EDITS}):
-            assert torch.equal(generate(model, IDS, use_cache=False), ids), place
 
 
 def test_a_language_model_of_ours(tiny_model, llama: hf.PreTrainedModel) -> None:
@@ -509,6 +504,7 @@ def test_what_does_not_fit_is_refused(llama: hf.PreTrainedModel) -> None:
     assert "what a transcoder reads" in refused(llama, sae_of("top_k", widths=(32, 32), transcode=True))
     assert "one site for an autoencoder" in refused(llama, sae_of("top_k", site="mlp_in.1:mlp_out.1"))
     assert "a site of the model itself" in refused(llama, sae_of("top_k", site="resid_post.1@other"))
+    assert "sae.to('cpu')" in refused(llama, sae_of("top_k").to("meta"))
     group = sae_of("top_k", widths=(32, 32), site="resid_post.1+resid_post.2", crosscode=True)
     assert "crosscoder" in refused(llama, group)
     across = sae_of(
@@ -518,6 +514,16 @@ def test_what_does_not_fit_is_refused(llama: hf.PreTrainedModel) -> None:
     assert "single latents" in refused(llama, across, lambda f: f)
     with pytest.raises(ValueError, match="model is 'Linear'"), monosemy.attached(nn.Linear(2, 2), {}):
         pass
+
+
+def test_a_part_of_the_model_by_itself_is_refused(llama: hf.PreTrainedModel) -> None:
+    with monosemy.attached(llama, {sae_of("top_k", site="mlp_out.1"): EDITS}):
+        with pytest.raises(ValueError, match="Call the model"):
+            llama.model.layers[1].mlp(torch.zeros(1, 2, 32))
+        logits(llama)
+    with monosemy.attached(llama, {}) as counts:
+        logits(llama)
+    assert counts == {}
 
 
 def test_another_model_is_refused_by_its_name(llama: hf.PreTrainedModel) -> None:

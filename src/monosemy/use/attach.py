@@ -211,7 +211,9 @@ class _Forward:
 
     def mask(self, x: Tensor) -> Tensor:
         """Return the mask of the tokens that are meant, [.., 1] as the activations x [.., D] are laid out."""
-        assert self.chosen_BL is not None
+        if self.chosen_BL is None:
+            allowed = "a forward of the whole model or its decoder"
+            raise invalid("model", "a part that is run by itself", allowed, "call the model")
         if x.shape[:-1].numel() != self.chosen_BL.numel():
             allowed = f"a module that every token goes through, {tuple(self.chosen_BL.shape)} here"
             raise invalid("site", f"of activations {tuple(x.shape)}", allowed, "choose another site")

@@ -108,7 +108,8 @@ class Attribution:
             token = self._token(part, tokenizer)
             where = f"{part.latent} at {part.position}" + (f" {token}" if token else "")
             labels.append(where + (f", {part.site}" if len(sites) > 1 else ""))
-        figure = effect_bars(labels, [part.effect for part in parts], f"effect on {self.value:.3f}")
+        what = f"effect on the target, which is {self.value:.3f}"
+        figure = effect_bars(labels, [part.effect for part in parts], what)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=target.suffix[1:], dpi=150)
         write_bytes(target, buffer.getvalue())
