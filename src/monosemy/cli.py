@@ -282,7 +282,7 @@ def _generate(arguments: list[str]) -> int:
         Args:
             sae: An SAE's folder, or its name on the hub.
             latent: What becomes of a latent: 17=40 sets it, 17+=5 adds, 17*=2 scales, 17=ablate ablates.
-            Repeat it for further latents.
+                Repeat it for further latents.
             prompt: How the text begins.
             chat: Give the prompt to a chat model as a user's turn.
             tokens: How many are generated, at most.
