@@ -146,6 +146,24 @@ def test_one_function_of_all_latents(llama: hf.PreTrainedModel) -> None:
     torch.testing.assert_close(after[-1][:, 1:], wanted(sae, before[-1])[:, 1:])
 
 
+def test_a_function_may_write_into_what_it_is_given(llama: hf.PreTrainedModel) -> None:
+    sae = sae_of("jump_relu")
+
+    def written(f: Tensor) -> Tensor:
+        f[f > 0.3] = 5.0
+        return f
+
+    def made(f: Tensor) -> Tensor:
+        return torch.where(f > 0.3, 5.0, f)
+
+    for edits, same in (({50: written}, {50: made}), (written, made)):
+        with monosemy.attached(llama, {sae: same}):
+            right = logits(llama)
+        with monosemy.attached(llama, {sae: edits}) as counts:
+            assert torch.equal(logits(llama), right)
+        assert counts[sae].changed > 0
+
+
 def test_only_the_edited_rows_are_read(llama: hf.PreTrainedModel) -> None:
     """Every other row of the weights may be anything."""
     sae, broken = sae_of("batch_top_k"), sae_of("batch_top_k")
@@ -273,7 +291,10 @@ def test_positions_are_of_the_whole_sequence(what: str, llama: hf.PreTrainedMode
     assert (counts[sae].tokens, counts[sae].changed) == (changed.numel(), int(expected.sum()))
 
 
-@pytest.mark.parametrize("positions", [slice(-3, None), [-1], [0.5], "3", torch.zeros(2, 2, 2) > 0, object()])
+@pytest.mark.parametrize(
+    "positions",
+    [slice(-3, None), slice(0, 9, 0), slice("a"), [-1], [0.5], "3", torch.zeros(2, 2, 2) > 0, object()],
+)
 def test_positions_that_mean_nothing(positions: object, llama: hf.PreTrainedModel) -> None:
     edits, said = {sae_of("top_k"): EDITS}, pytest.raises(ValueError, match=r"positions is.*slice\(1, None\)")
     with said, monosemy.attached(llama, edits, positions=positions):

@@ -36,7 +36,8 @@ Edits = Mapping[int, Edit | float | Function] | Function
 
 @dataclass
 class Count:
-    """Count what an attached SAE has seen: tokens of all forwards, and those that it changed."""
+    """Count tokens of all forwards: those that an SAE has seen, and those that it changed; of a cross-layer
+    transcoder at each layer with edits."""
 
     tokens: int = 0
     changed: int | Tensor = 0
@@ -167,11 +168,11 @@ class _Wanted:
     def __call__(self, f: Tensor) -> Tensor:
         """Return what the latents' activations [.., M] become; of all latents [.., F]."""
         if self.of_all is not None:
-            return _same(self.of_all(f), f)
+            return _same(self.of_all(f.clone()), f)  # a copy, because a function may write into it
         factor_M, shift_M, low_M, high_M = self.numbers
         edited = (f * factor_M + shift_M).clamp(low_M, high_M)
         for place, function in self.functions.items():
-            edited[..., place] = _same(function(f[..., place]), f[..., place])
+            edited[..., place] = _same(function(f[..., place].clone()), f[..., place])
         return edited
 
 
@@ -310,7 +311,6 @@ def _layers(sae: CrossLayerTranscoder, place: AnySite, wanted: _Wanted, count: C
         of_layer = wanted.within(layer * F, (layer + 1) * F)
         if not of_layer.edits_any:
             continue
-
         rows = of_layer.latents
         decoders: dict[Site, Callable[[Tensor], Tensor]] = {
             target: partial(_decode_layer, sae, layer, n, rows - layer * F)

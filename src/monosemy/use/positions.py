@@ -25,7 +25,8 @@ def checked(positions: Any) -> slice | Tensor:
     text is generated.
     """
     if isinstance(positions, slice):
-        if any(end is not None and end < 0 for end in (positions.start, positions.stop, positions.step)):
+        ends = [end for end in (positions.start, positions.stop, positions.step) if end is not None]
+        if not all(isinstance(end, int) and end >= 0 for end in ends) or positions.step == 0:
             raise _unclear(positions)
         return positions
     try:
@@ -51,16 +52,18 @@ def chosen(positions: slice | Tensor, args: tuple[Any, ...], kwargs: Mapping[str
     of the rows and columns of the ids, padding counted; tokens that follow it are not meant.
     """
     shape, device = _shape(args, kwargs)
-    cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
-    past = 0 if cache is None else cache.get_seq_length()
-    column_L = past + torch.arange(shape[1], device=device)
     padding, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    at_BL, there_BL = column_L.expand(shape), torch.ones(shape, dtype=torch.bool, device=device)
+    there_BL = torch.ones(shape, dtype=torch.bool, device=device)
     if isinstance(padding, Tensor) and padding.dim() == 2 and padding.shape[1] >= shape[1]:
+        past = padding.shape[1] - shape[1]
         real_BS = padding.to(device) > 0
-        at_BL, there_BL = (t[:, -shape[1] :] for t in (real_BS.cumsum(1) - 1, real_BS))
-    elif isinstance(position_ids, Tensor) and position_ids.dim() == 2:
-        at_BL = position_ids.to(device).expand(shape)
+        at_BL, there_BL = (t[:, past:] for t in (real_BS.cumsum(1) - 1, real_BS))
+        column_L = past + torch.arange(shape[1], device=device)
+    else:
+        cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
+        column_L = (0 if cache is None else cache.get_seq_length()) + torch.arange(shape[1], device=device)
+        known = isinstance(position_ids, Tensor) and position_ids.dim() == 2
+        at_BL = (position_ids.to(device) if known else column_L).expand(shape)  # type: ignore[union-attr]
     return there_BL & _within(positions, at_BL, column_L)
 
 
