@@ -36,6 +36,7 @@ FLOORS = {
     "training": 5,
     "evaluation": 5,
     "report": 6,
+    "use": 6.5,
     "jobs": 7,
     "cli": 8,
     "__main__": 9,

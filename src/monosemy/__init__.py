@@ -42,6 +42,11 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.training.loop import fit as fit
     from monosemy.training.trainer import SAESpec as SAESpec
     from monosemy.transcoder import Transcoder as Transcoder
+    from monosemy.use import edit as edit
+    from monosemy.use.attach import attached as attached
+    from monosemy.use.attribution import attribute as attribute
+    from monosemy.use.steering import steering_vector as steering_vector
+    from monosemy.use.steering import write_steering as write_steering
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no
 # torch
@@ -66,6 +71,9 @@ _HOME = {
     "TrainConfig": "config",
     "Transcoder": "transcoder",
     "architecture": "sae",
+    "attached": "use.attach",
+    "attribute": "use.attribution",
+    "edit": "use",
     "evaluate": "evaluation.metrics",
     "evaluate_on_model": "evaluation.on_model",
     "finetune": "jobs.finetune",
@@ -76,9 +84,11 @@ _HOME = {
     "register": "sae",
     "reset_relu": "initialization",
     "save": "formats",
+    "steering_vector": "use.steering",
     "to_tokens": "data.contexts",
     "train": "jobs.train",
     "write_report": "report.of_batches",
+    "write_steering": "use.steering",
     "write_transcoder_set": "jobs.transcoder_set",
 }
 __all__ = sorted(_HOME)

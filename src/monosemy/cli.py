@@ -41,6 +41,7 @@ USAGE = """usage: monosemy COMMAND ...
   finetune SAE ...: finetune SAEs on other text or another model, or by what they do to its predictions
   convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
            RUN OUT --to circuit_tracer: write a run's transcoders as a set for circuit-tracer
+  generate SAE --latent 17=40 --prompt TEXT: how a text goes on as the model is, and with latents edited
   report   RUN ...: write report.html of one run, or several side by side, and draw the plots again
   list     OWNER/REPO: list the SAEs of a repository of the Hugging Face hub, a release, or a folder
   push     RUN OWNER/NAME: upload a run to the Hugging Face hub
@@ -48,7 +49,7 @@ USAGE = """usage: monosemy COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `monosemy train|plan|eval|cache|finetune|convert|report|list|push ...`. Returns the exit code."""
+    """Run a command, such as `monosemy train ...`. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cache": _cache,
         "finetune": _finetune,
         "convert": _convert,
+        "generate": _generate,
         "report": _report,
         "list": _list,
         "push": _push,
@@ -338,6 +340,59 @@ def _convert(arguments: list[str]) -> int:
         return 0
 
     return tyro.cli(convert, args=arguments, prog="monosemy convert", use_underscores=True)
+
+
+def _generate(arguments: list[str]) -> int:
+    def generate(
+        sae: Annotated[str, tyro.conf.Positional],
+        latent: tyro.conf.UseAppendAction[tuple[str, ...]],
+        prompt: str | None = None,
+        chat: bool = False,
+        tokens: int = 40,
+        temperature: float = 0.7,
+        seed: int = 0,
+        error: bool = True,
+        lm_eval: str | None = None,
+        model_name: str | None = None,
+        site: str | None = None,
+        format: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> int:
+        """Print how a text goes on as the model is, and with latents of an SAE or a transcoder edited on
+        every token but the first; or write the edits for lm-evaluation-harness.
+
+        Args:
+            sae: An SAE's folder, or its name on the hub.
+            latent: What becomes of a latent: 17=40 sets it, 17+=5 adds, 17*=2 scales, 17=ablate ablates.
+                Repeat it for further latents.
+            prompt: How the text begins.
+            chat: Give the prompt to a chat model as a user's turn.
+            tokens: How many are generated, at most.
+            temperature: Of sampling; 0 takes the likeliest token.
+            seed: Of sampling; both texts draw equal random numbers.
+            error: Keep what the SAE does not reconstruct; otherwise its reconstruction takes its place.
+            lm_eval: Write the edits to this .pt file, which lm_eval --model steered takes as steer_path.
+            model_name: The model, where the SAE's folder does not say it, or a finetune of it.
+            site: Where the SAE belongs, where its folder does not say it, such as resid_post.9.
+            format: Of an SAE in a layout that is a pickle.
+            dtype: Of the model: auto, float32, bfloat16 or float16.
+            device: auto (a GPU where there is one), or a name in torch.
+        """
+        from monosemy.jobs import generate as job
+
+        if (prompt is None) == (lm_eval is None):
+            raise invalid("prompt", prompt, "a text, or --lm_eval FILE", "give one of them")
+        editing = job.Editing(sae, latent, model_name, site, format, dtype, device)
+        if lm_eval is not None:
+            print("\n".join(job.write_for_lm_eval(editing, lm_eval)))
+            return 0
+        assert prompt is not None
+        texts = job.generate(editing, prompt, chat, tokens, temperature, seed, error)
+        print(texts.told(editing.asked))
+        return 0
+
+    return tyro.cli(generate, args=arguments, prog="monosemy generate", use_underscores=True)
 
 
 def _report(arguments: list[str]) -> int:
