@@ -35,6 +35,7 @@ FLOORS = {
     "formats": 5,
     "training": 5,
     "evaluation": 5,
+    "labeling": 5.5,
     "report": 6,
     "jobs": 7,
     "cli": 8,

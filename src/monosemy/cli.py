@@ -24,6 +24,9 @@ import tyro
 
 from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, TrainConfig, architecture_names
 from monosemy.errors import TryAgain, invalid
+from monosemy.evaluation.columns import labels_table
+from monosemy.evaluation.missing import Missing
+from monosemy.jobs.explain_config import EXPLAIN_GROUPS, ExplainConfig
 from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
 from monosemy.system.redact import Redacted
 
@@ -36,6 +39,7 @@ USAGE = """usage: monosemy COMMAND ...
   finetune SAE ...: finetune SAEs on other text or another model, or by what they do to its predictions
   convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
            RUN OUT --to circuit_tracer: write a run's transcoders as a set for circuit-tracer
+  explain  RUN --model NAME --endpoint URL: label a run's latents by a chat model, and score the labels
   report   RUN ...: write report.html of one run, or several side by side, and draw the plots again
   list     OWNER/REPO: list the SAEs of a repository of the Hugging Face hub, a release, or a folder
   push     RUN OWNER/NAME: upload a run to the Hugging Face hub
@@ -43,13 +47,14 @@ USAGE = """usage: monosemy COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `monosemy train|eval|finetune|convert|report|list|push ...`. Returns the exit code."""
+    """Run `monosemy train|eval|finetune|convert|explain|report|list|push ...`. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
         "finetune": _finetune,
         "convert": _convert,
+        "explain": _explain,
         "report": _report,
         "list": _list,
         "push": _push,
@@ -257,6 +262,18 @@ def _convert(arguments: list[str]) -> int:
     return tyro.cli(convert, args=arguments, prog="monosemy convert", use_underscores=True)
 
 
+def _explain(arguments: list[str]) -> int:
+    description = inspect.cleandoc(ExplainConfig.__doc__ or "")
+    positional = (tyro.conf.PositionalRequiredArgs,)  # the path
+    config = ExplainConfig(
+        **_parse("monosemy explain", description, EXPLAIN_GROUPS, arguments, markers=positional)
+    )
+    from monosemy.jobs.explain import explain
+
+    print(labels_table(explain(config)))
+    return 0
+
+
 def _report(arguments: list[str]) -> int:
     def report(
         runs: Annotated[tuple[str, ...], tyro.conf.Positional],
@@ -271,7 +288,6 @@ def _report(arguments: list[str]) -> int:
             latents: Pages of latents for each SAE, at most; as many as the run gathered where nothing is
             given.
         """
-        from monosemy.evaluation.missing import Missing
         from monosemy.report import page, plots
 
         if not runs:
