@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,7 +20,7 @@ from monosemy.evaluation.missing import Missing
 from monosemy.jobs.evaluate import run_of
 from monosemy.jobs.explain_config import ExplainConfig
 from monosemy.labeling import labels
-from monosemy.labeling.asking import Answers, Asking, Model, key_of
+from monosemy.labeling.asking import Answer, Answers, Asking, Model, key_of
 from monosemy.labeling.endpoint import Endpoint
 from monosemy.labeling.examples import Kept
 from monosemy.labeling.labels import OTHER, Labeled
@@ -145,6 +145,10 @@ class _Judged:
     request: Request
 
 
+def _verdicts(answer: Answer, judged: _Judged) -> list[bool] | None:
+    return None if answer.failed else verdicts_of(answer.text, judged.request.count)
+
+
 class _OneSAE:
     """The latents of an SAE that get labels, with their examples."""
 
@@ -189,17 +193,22 @@ class _OneSAE:
         texts = {latent: one.label for latent, one in known.items() if one.label}
         if typical is not None:
             texts |= {latent: f"{typical} {latent}" for latent in self.latents if latent not in known}
-        others = self._others(list(texts))
+        others = self._others(texts)
         for latent, label in texts.items():
             yield from self._tests(latent, label, "")
             if self.config.control and latent in others:
                 yield from self._tests(latent, texts[others[latent]], OTHER)
 
-    def _others(self, latents: Sequence[int]) -> dict[int, int]:
-        """Return another latent for each, the next in an order by chance."""
-        draw = {latent: self._random(latent, "control").random() for latent in latents}
-        order = sorted(latents, key=draw.__getitem__)
-        return dict(zip(order, order[1:] + order[:1], strict=True)) if len(order) > 1 else {}
+    def _others(self, texts: Mapping[int, str]) -> dict[int, int]:
+        """Return another latent for each, the next with another label in an order by chance."""
+        draw = {latent: self._random(latent, "control").random() for latent in texts}
+        order = sorted(texts, key=draw.__getitem__)
+        found = {}
+        for i, latent in enumerate(order):
+            following = (other for other in (*order[i:], *order[:i]) if texts[other] != texts[latent])
+            if (other := next(following, None)) is not None:
+                found[latent] = other
+        return found
 
     def _random(self, latent: int, what: str) -> Random:
         return Random(f"{self.config.seed} {self.name} {latent} {what}")
@@ -237,11 +246,10 @@ class _OneSAE:
     def results(self, model: Model, answers: Answers) -> list[Labeled]:
         """Return the latents with what was answered: labels, and tallies of the verdicts that can be read."""
         known = self.labeled(model, answers)
-        others = self._others([latent for latent, one in known.items() if one.label])
+        others = self._others({latent: one.label for latent, one in known.items() if one.label})
         for judged in self.judged(model, answers):
             answer = answers.of(model, judged.request)
-            verdicts = answer and verdicts_of(answer.text, judged.request.count)
-            if verdicts:
+            if answer and (verdicts := _verdicts(answer, judged)):
                 tally = known[judged.latent].tallies.setdefault(judged.test, Tally())
                 tally.add(judged.truth, verdicts)
         for latent, one in known.items():
@@ -276,7 +284,7 @@ def _tell(sae: _OneSAE, found: Sequence[Labeled], model: Model, answers: Answers
     unread: dict[str, Any] = {}
     for judged in sae.judged(model, answers):
         answer = answers.of(model, judged.request)
-        if answer is not None and verdicts_of(answer.text, judged.request.count) is None:
+        if answer and _verdicts(answer, judged) is None:
             why = answer.failed or "not the JSON asked for"
             unread[why] = unread.get(why, 0) + 1
     labeled = sum(one.label is not None for one in found)

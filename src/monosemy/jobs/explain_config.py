@@ -16,7 +16,7 @@ ENVIRONMENT = Rule(
     "the name of an environment variable",
     "put the key itself into that variable: it is never an argument",
 )
-NAMED = Rule(bool, "the name of a model", "say who labels: --model NAME")
+NAMED = Rule(bool, "the name of a model", "say with --model who labels")
 SEVERAL = Rule(lambda n: n >= 2, "2 or more", "raise it")
 
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from monosemy.errors import TryAgain
+from monosemy.errors import TryAgain, invalid
 from monosemy.labeling.prompts import Request
 from monosemy.system.files import append, read_lines
 from monosemy.system.progress import Progress
+
+REJECTED = "rejected"  # by the server, as a request that it does not take: nothing was paid for it
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Answer:
     """What came of a request: the text, or why there is none."""
 
     text: str
-    failed: str = ""  # "refused", "empty", "rejected"
+    failed: str = ""  # "refused", "empty" or REJECTED; then the text says more, or nothing
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -68,10 +70,11 @@ class Answers:
         return self._by_key.get(key_of(model, request))
 
     def add(self, key: str, answer: Answer) -> None:
-        """Keep an answer. Raises DiskFull and OSError."""
+        """Keep an answer; a rejection for as long as this lasts. Raises DiskFull and OSError."""
         line = json.dumps({"key": key} | asdict(answer), ensure_ascii=False) + "\n"
         with self._lock:
-            append(self.path, line)
+            if answer.failed != REJECTED:
+                append(self.path, line)
             self._by_key[key] = answer
 
 
@@ -102,6 +105,7 @@ class Asking:
     ) -> None:
         self.model, self.answers, self.longest, self.budget = model, answers, longest_answer, budget
         self.spent = self.made = 0
+        self._rejected = ""  # what was said of the last request that was
         self._reserved = 0
         self._lock = threading.Lock()
 
@@ -151,6 +155,9 @@ class Asking:
                 raise
         if errors:
             raise errors[0]
+        if self._rejected and not self.made:
+            remedy = "name another model, or say with --body what its server wants of a request"
+            raise invalid("model", str(self.model), f"one that takes requests ({self._rejected})", remedy)
 
     def _next(self, todo: Any) -> tuple[str, Request] | None:
         with self._lock:
@@ -171,5 +178,6 @@ class Asking:
         with self._lock:
             self._reserved -= self.cost(request)
             self.spent += answer.prompt_tokens + answer.completion_tokens
-            self.made += 1
+            self._rejected = answer.text if answer.failed == REJECTED else self._rejected
+            self.made += answer.failed != REJECTED
             progress.update(1)

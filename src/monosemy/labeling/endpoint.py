@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from monosemy.errors import TryAgain, invalid
-from monosemy.labeling.asking import Answer, Stopped
+from monosemy.labeling.asking import REJECTED, Answer, Stopped
 from monosemy.labeling.prompts import Request
 from monosemy.system.http import first_line, retry, retry_after, status_of
 from monosemy.system.redact import hide, without_secrets
@@ -74,6 +74,9 @@ class Endpoint:
         )
         self._lock, self._not_before = threading.Lock(), 0.0
         self._answered = self._rejected = 0
+
+    def __str__(self) -> str:
+        return f"{self.model} at {self.url}"
 
     def body(self, request: Request) -> dict[str, Any]:
         """Return the body of a request, as JSON."""
@@ -146,11 +149,10 @@ class Endpoint:
     def _refused(self, response: httpx.Response) -> Answer:
         """Count a request that the server does not take, such as one that is too long for its model."""
         self._rejected += 1
-        if self._rejected >= min(HOPELESS, self.parallel) and not self._answered:
+        if self._rejected >= HOPELESS and not self._answered:
             remedy = "correct --model, or say with --body what this server wants of a request"
             raise invalid("endpoint", self.url, f"a server that takes requests ({_body(response)})", remedy)
-        log.warning("%s refuses a request: %s", self.url, _body(response))
-        return Answer("", "rejected")
+        return Answer(_body(response), REJECTED)
 
     def _turned_away(self, response: httpx.Response) -> None:
         """Raise ValueError for a status that all further requests would get."""
@@ -168,7 +170,7 @@ class _Cut(ValueError):
 
 
 def _read(found: Any) -> Answer:
-    """Return what a chat completion says. Raises LookupError, TypeError or AttributeError for another answer."""
+    """Return what a chat completion says. Raises LookupError, TypeError or AttributeError for other JSON."""
     choice, usage = found["choices"][0], found.get("usage") or {}
     message = choice["message"]
     text = message.get("content") or ""

@@ -6,9 +6,10 @@ import threading
 from typing import Any
 
 import torch
+import transformers
 
 from monosemy.errors import invalid
-from monosemy.labeling.asking import Answer, Stopped
+from monosemy.labeling.asking import REJECTED, Answer, Stopped
 from monosemy.labeling.prompts import Request
 from monosemy.lm.model import LanguageModel, load_tokenizer
 
@@ -28,6 +29,9 @@ class LocalModel:
             raise invalid("model", model, allowed, "name one that was tuned to instructions")
         self._lm = LanguageModel.load(model, [], device=device, whole=True)
 
+    def __str__(self) -> str:
+        return self.name
+
     def body(self, request: Request) -> dict[str, Any]:
         return {
             "local_model": self.name,
@@ -46,7 +50,7 @@ class LocalModel:
         room = getattr(self._lm.config, "max_position_embeddings", None)
         n = ids_1L.shape[1]
         if room is not None and n + self._longest > room:
-            return Answer("", "rejected")
+            return Answer(f"{n} tokens are too many for {self.name}, which takes {room}", REJECTED)
         ids_1L = ids_1L.to(self._lm.device)
         with torch.inference_mode():
             found_1L: Any = self._lm.model.generate(  # type: ignore[operator]
@@ -55,9 +59,16 @@ class LocalModel:
                 max_new_tokens=self._longest,
                 do_sample=False,
                 pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
-                stop_strings=["}" if not request.count else "]"],
-                tokenizer=self._tokenizer,
+                stopping_criteria=transformers.StoppingCriteriaList([self._ended(request.end, n)]),
             )
         new_L = found_1L[0, n:]
-        text = request.begun + self._tokenizer.decode(new_L, skip_special_tokens=True)
-        return Answer(text, "", n, len(new_L))
+        text = self._tokenizer.decode(new_L, skip_special_tokens=True)
+        return Answer(request.finished(text), "", n, len(new_L))
+
+    def _ended(self, end: str, n: int) -> Any:
+        """Return a test whether what comes after the first `n` tokens has a text in it."""
+
+        def ended(ids_1L: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.tensor([end in self._tokenizer.decode(ids_1L[0, n:])], device=ids_1L.device)
+
+        return ended

@@ -41,12 +41,19 @@ FUZZ = TASK + (
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: messages for the model, and how its answer begins where one can be begun for it."""
+    """What is asked for: messages for the model, and how its answer begins and ends, where one can be begun
+    for it."""
 
     system: str
     user: str
     begun: str
+    end: str  # of what the model adds to that
     count: int = 0  # verdicts that are wanted; 0 for a label
+
+    def finished(self, added: str) -> str:
+        """Return the whole answer, of which a model wrote what comes after its beginning."""
+        inside, end, _ = added.partition(self.end)
+        return self.begun + inside + (end and end + ("" if self.count else "}"))
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -62,7 +69,7 @@ def label_request(examples: Sequence[Example]) -> Request:
     """Ask for a latent's label by contexts in which it fires."""
     strongest_first = sorted(examples, key=lambda example: -example.peak)
     shown = [f"{example.peak:.3g}: {example.text(example.mask)}" for example in strongest_first]
-    return Request(LABEL, "\n".join(shown), '{"label": "')
+    return Request(LABEL, "\n".join(shown), '{"label": "', '"')
 
 
 def detection_request(label: str, texts: Sequence[str]) -> Request:
@@ -78,7 +85,7 @@ def fuzzing_request(label: str, texts: Sequence[str]) -> Request:
 def _judged(system: str, label: str, texts: Sequence[str]) -> Request:
     excerpts = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
     user = f"Description: {label}\n\nExcerpts:\n{excerpts}\n\nAnswer with {len(texts)} numbers."
-    return Request(system, user, "[", len(texts))
+    return Request(system, user, "[", "]", len(texts))
 
 
 def label_of(answer: str) -> str | None:
