@@ -40,14 +40,16 @@ USAGE = """usage: monosemy COMMAND ...
   convert  FOLDER OUT --to TOOL: write an SAE in another tool's layout, or a tool's SAE in ours
            RUN OUT --to circuit_tracer: write a run's transcoders as a set for circuit-tracer
   explain  RUN --model NAME --endpoint URL: label a run's latents by a chat model, and score the labels
+  export   RUN: write latents.parquet of each SAE: statistics, labels, scores and contexts of all latents
   report   RUN ...: write report.html of one run, or several side by side, and draw the plots again
   list     OWNER/REPO: list the SAEs of a repository of the Hugging Face hub, a release, or a folder
   push     RUN OWNER/NAME: upload a run to the Hugging Face hub
+           RUN MODEL/SOURCE_SET --neuronpedia: upload its latents to Neuronpedia
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `monosemy train|eval|finetune|convert|explain|report|list|push ...`. Returns the exit code."""
+    """Run `monosemy train|eval|convert|..`, as `USAGE` lists them. Returns the exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "finetune": _finetune,
         "convert": _convert,
         "explain": _explain,
+        "export": _export,
         "report": _report,
         "list": _list,
         "push": _push,
@@ -274,6 +277,23 @@ def _explain(arguments: list[str]) -> int:
     return 0
 
 
+def _export(arguments: list[str]) -> int:
+    def export(path: Annotated[str, tyro.conf.Positional]) -> int:
+        """Write latents.parquet into the folder of each SAE: a row for each latent, with its statistics,
+        label and scores, the tokens that it promotes and suppresses, and its contexts.
+
+        Args:
+            path: The folder of an evaluated run, or RUN/SITE/trainer_N.
+        """
+        for file in latents_table.write_tables(path):
+            print(file)
+        return 0
+
+    from monosemy.jobs import latents_table
+
+    return tyro.cli(export, args=arguments, prog="monosemy export", use_underscores=True)
+
+
 def _report(arguments: list[str]) -> int:
     def report(
         runs: Annotated[tuple[str, ...], tyro.conf.Positional],
@@ -349,16 +369,32 @@ def _push(arguments: list[str]) -> int:
         run: Annotated[str, tyro.conf.Positional],
         repo_id: Annotated[str, tyro.conf.Positional],
         retry_seconds: tuple[float, ...] = (1, 2, 4, 8, 16, 32),
+        neuronpedia: bool = False,
+        neuronpedia_folder: str | None = None,
+        trainer: int | None = None,
     ) -> int:
-        """Upload a run to the Hugging Face hub, with a model card.
+        """Upload a run to the Hugging Face hub, with a model card; or its latents to Neuronpedia.
 
         Args:
-            run: The run's folder.
-            repo_id: OWNER/NAME; it is created if it does not exist.
+            run: The run's folder. For Neuronpedia also that of one of its SAEs.
+            repo_id: OWNER/NAME; it is created if it does not exist. For Neuronpedia MODEL/SOURCE_SET.
             retry_seconds: Pauses before further attempts.
+            neuronpedia: Upload the latents to Neuronpedia, with the key in NEURONPEDIA_API_KEY.
+            neuronpedia_folder: Write a new folder that Neuronpedia's importer takes, instead.
+            trainer: For Neuronpedia, which of a run's SAEs at each layer: N of trainer_N.
         """
         from monosemy.jobs import hub
+        from monosemy.jobs import neuronpedia as to_neuronpedia
 
+        if neuronpedia_folder is not None:
+            print(to_neuronpedia.write_folder(run, repo_id, neuronpedia_folder, trainer=trainer))
+            return 0
+        if neuronpedia:
+            sources = to_neuronpedia.push(run, repo_id, trainer=trainer, pauses=retry_seconds)
+            print("\n".join(sources))
+            return 0
+        if trainer is not None:
+            raise invalid("trainer", trainer, "left out but for Neuronpedia", "push the whole run")
         try:
             print(hub.push(_run_folder(run), repo_id, waits=retry_seconds))
         except hub.UploadFailed as error:

@@ -312,7 +312,7 @@ def test_the_key_is_in_nothing_that_is_written(one, capsys, monkeypatch):
     monkeypatch.setenv("MY_ACCESS", key)
 
     def echo(n, body):
-        return (200, {}, completion(json.dumps({"label": f"the word 'wordae' ({key})"}))) if n == 1 else None
+        return (200, {}, completion(json.dumps({"label": f"the word 'wordaae' ({key})"}))) if n == 1 else None
 
     with ChatServer(echo, key=key) as server:
         words = command(one, server, "--parallel", "1")
@@ -324,7 +324,7 @@ def test_the_key_is_in_nothing_that_is_written(one, capsys, monkeypatch):
     assert "wrong key: Bearer ***" in printed.err and key not in printed.out + printed.err
     files = [path for path in one.rglob("*") if path.is_file()]
     assert len(files) > 5 and not [path for path in files if key.encode() in path.read_bytes()]
-    assert "the word 'wordae' (***)" in {entry["label"] for entry in labels_of(one).values()}
+    assert "the word 'wordaae' (***)" in {entry["label"] for entry in labels_of(one).values()}
 
 
 # --- input

@@ -51,7 +51,7 @@ class ChatServer(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []  # as they came
         self.answered: list[dict[str, Any]] = []  # by the judge, in full
         self.at: list[float] = []
-        self.busy = 0.0  # seconds, all requests together
+        self.spans: list[tuple[float, float]] = []  # from when an answer was begun to its end
         self.lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {}, completion(words_judge(body)))
         with server.lock:
             server.answered.append(body)
-            server.busy += time.monotonic() - began
+            server.spans.append((began, time.monotonic()))
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)

@@ -19,7 +19,7 @@ L = 64
 
 
 def word(i: int) -> str:
-    return f"word{chr(97 + i // 26)}{chr(97 + i % 26)}"
+    return "word" + "".join(chr(97 + i // 26**place % 26) for place in (2, 1, 0))
 
 
 def make(folder: Path, *, words: int = 30, contexts: int = 120, pages: int = 30, seed: int = 0) -> Path:
