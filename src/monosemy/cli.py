@@ -383,16 +383,13 @@ def _push(arguments: list[str]) -> int:
             neuronpedia_folder: Write a new folder that Neuronpedia's importer takes, instead.
             trainer: For Neuronpedia, which of a run's SAEs at each layer: N of trainer_N.
         """
-        from monosemy.jobs import hub
-        from monosemy.jobs import neuronpedia as to_neuronpedia
+        if neuronpedia or neuronpedia_folder is not None:
+            from monosemy.jobs.neuronpedia import hand_on
 
-        if neuronpedia_folder is not None:
-            print(to_neuronpedia.write_folder(run, repo_id, neuronpedia_folder, trainer=trainer))
+            print(hand_on(run, repo_id, neuronpedia_folder, trainer=trainer, pauses=retry_seconds))
             return 0
-        if neuronpedia:
-            sources = to_neuronpedia.push(run, repo_id, trainer=trainer, pauses=retry_seconds)
-            print("\n".join(sources))
-            return 0
+        from monosemy.jobs import hub
+
         if trainer is not None:
             raise invalid("trainer", trainer, "left out but for Neuronpedia", "push the whole run")
         try:

@@ -40,6 +40,15 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 LONGEST_WAIT = 300.0
 
 
+def hand_on(
+    path: str, target: str, out: str | None, *, trainer: int | None = None, pauses: Sequence[float] = ()
+) -> str:
+    """Write a folder where one is named, upload otherwise. Returns where it is, a line for each place."""
+    if out is not None:
+        return str(write_folder(path, target, out, trainer=trainer))
+    return "\n".join(push(path, target, trainer=trainer, pauses=pauses))
+
+
 def push(
     path: str,
     target: str,
