@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.evaluation.on_model import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
     from monosemy.initialization import reset_relu as reset_relu
+    from monosemy.jobs.explain import explain as explain
+    from monosemy.jobs.explain_config import ExplainConfig as ExplainConfig
     from monosemy.jobs.finetune import finetune as finetune
     from monosemy.jobs.finetune_config import FinetuneConfig as FinetuneConfig
     from monosemy.jobs.pretrained import list_saes as list_saes
@@ -57,6 +59,7 @@ _HOME = {
     "CrossLayer": "lm.site_groups",
     "CrossLayerTranscoder": "cross_layer",
     "Crosscoder": "crosscoder",
+    "ExplainConfig": "jobs.explain_config",
     "FinetuneConfig": "jobs.finetune_config",
     "Fitted": "training.loop",
     "LanguageModel": "lm.model",
@@ -76,6 +79,7 @@ _HOME = {
     "edit": "use",
     "evaluate": "evaluation.metrics",
     "evaluate_on_model": "evaluation.on_model",
+    "explain": "jobs.explain",
     "finetune": "jobs.finetune",
     "fit": "training.loop",
     "list_saes": "jobs.pretrained",
