@@ -108,7 +108,8 @@ def test_a_job_told_to_stop_and_a_requeued_one_go_on(slurm, alone, tiny_model, t
     job.until(lambda: "ended with 143, as SLURM asked" in job.text, "not requeued")
     said = job.end()
     assert "JobState=COMPLETED" in said and "Restarts=2" in said, said
-    assert job.text.count("saving a checkpoint first") == job.text.count("going on from") == 2, job.text
+    assert job.text.count("saving a checkpoint first") == 2 * RANKS, job.text
+    assert job.text.count("going on from") == 2, job.text
     assert json.loads((run / "status.json").read_text())["status"] == "complete"
     assert weights(run) == undisturbed
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
