@@ -6,10 +6,10 @@
 Eight SAEs of random weights (jump_relu, about 40 active latents of a token) at resid_post of layers 3, 6 to
 24. Timed in turn, as many rounds as asked after two that are not counted; medians of CPU time, so that what
 else runs on the machine counts little: the forward by itself; with the SAEs attached and four latents of each
-edited, the error kept; the same without the error; with all latents edited by one function; and encode and
-decode of all eight on activations of the same shape. --peer adds SAELens' SAETransformerBridge with the same
-SAEs (peers/environment sae_lens), with its error term and without. OMP_NUM_THREADS=1 makes CPU time that of
-one thread.
+edited, the error kept; the same without the error; with all latents edited by one function; what the hooks of
+these do without the model; and encode and decode of all eight on activations of the same shape. --peer adds
+SAELens' SAETransformerBridge with the same SAEs (peers/environment sae_lens), with its error term and without.
+OMP_NUM_THREADS=1 makes CPU time that of one thread.
 
 B rows of a batch, L tokens, D width, F latents.
 """
@@ -40,6 +40,7 @@ from monosemy import LanguageModel, Site, edit
 from monosemy.architectures.jump_relu import JumpReLU
 from monosemy.lm import embedded
 from monosemy.sae import SAE
+from monosemy.use import attach
 
 LAYERS, ACTIVE, WARM = tuple(range(3, 25, 3)), 40, 2
 EDITS = {17: edit.set(40), 3: edit.ablate(), 5: edit.scale(2), 8: edit.add(4)}
@@ -89,6 +90,32 @@ def peer_side(saes: list[SAE], ids_BL: Tensor) -> Iterator[dict[str, Callable[[]
             process.stdin.close()
 
 
+def hooks(saes: list[SAE], activations: list[Tensor]) -> dict[str, Callable[[], float]]:
+    """What attaching does in a forward, without the model: the difference of two forwards varies by more."""
+    forward = attach._Forward(slice(1, None))
+    forward.begin(torch.nn.Identity(), (), {"input_ids": activations[0][..., 0]})
+    site = Site.parse(saes[0].metadata["site"])
+
+    def run(edits: attach.Edits, error: bool) -> Callable[[], float]:
+        made = (
+            attach._parts(sae, site, attach._Wanted.of(sae, edits), error, attach.Count()) for sae in saes
+        )
+        parts = [part for (part,) in made]
+
+        def all_of_them() -> None:
+            for part, x_BLD in zip(parts, activations, strict=True):
+                part.read(x_BLD, forward)
+                part.write(site, forward, x_BLD)
+
+        return lambda: timed(all_of_them)
+
+    return {
+        "hooks alone, four latents": run(EDITS, True),
+        "hooks alone, error=False": run(EDITS, False),
+        "hooks alone, a function of all latents": run(lambda f: 1.5 * f, True),
+    }
+
+
 def timed(run: Callable[[], object]) -> float:
     start = time.process_time()
     run()
@@ -122,7 +149,7 @@ def measure(
             lambda: [sae.decode(sae.encode(x[layer])) for sae, layer in zip(saes, layers, strict=True)]
         )
 
-    turns = {
+    turns = hooks(saes, [x[layer].view(B, L, -1) for layer in layers]) | {
         "forward": forward(),
         "attached, four latents": forward(EDITS),
         "attached, error=False": forward(EDITS, error=False),
@@ -147,7 +174,7 @@ def show(found: dict[str, float]) -> None:
     print(f"{'':42}  {'ms':>7}  {'added':>7}  share of encode and decode")
     for name, seconds in found.items():
         line = f"{name:42}  {1e3 * seconds:7.1f}"
-        base = of_peer if name.startswith("SAELens") else plain
+        base = of_peer if name.startswith("SAELens") else 0 if name.startswith("hooks") else plain
         if name not in ("forward", "SAELens: forward", "encode and decode alone"):
             line += f"  {1e3 * (seconds - base):7.1f}  {(seconds - base) / alone:.2f}"
         print(line)

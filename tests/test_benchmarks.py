@@ -119,7 +119,7 @@ def test_what_attached_saes_add_is_measured_beside_their_encode_and_decode(
     tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = attached.measure(str(tiny_model), 1, 2, 16, 64, layers=(0, 2))
-    assert len(found) == 5 and all(seconds > 0 for seconds in found.values())
+    assert len(found) == 8 and all(seconds > 0 for seconds in found.values())
     attached.show(found)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[-1].startswith("encode and decode alone")
+    assert len(lines) == 9 and lines[-1].startswith("encode and decode alone")
