@@ -3,8 +3,8 @@ fixed time for each answer and as many requests at a time as come.
 
     python -m benchmarks.explain --latents 1000 --delay 0.5
 
-Prints a JSON line: the share of parallel * wall time in which the server was answering, from the first
-request to the last answer; and what the whole command took beside that.
+Prints a JSON line: the share of its capacity that the server used, requests * delay / (parallel * wall time),
+from the first request to the last answer; and the seconds of that and of the whole command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import tyro
 
 from monosemy import ExplainConfig, explain
 from tests.labeling import planted_run
-from tests.labeling.chat_server import ChatServer
 
 SERVER = """
 import json, sys
@@ -33,7 +32,7 @@ print(json.dumps(spans), flush=True)
 """
 
 
-def main(latents: int = 1000, parallel: int = 32, delay: float = 0.5, contexts: int = 2000) -> None:
+def main(latents: int = 1000, parallel: int = 32, delay: float = 0.5, contexts: int = 1000) -> None:
     """Explain planted latents and print how busy the server was.
 
     Args:
@@ -42,7 +41,6 @@ def main(latents: int = 1000, parallel: int = 32, delay: float = 0.5, contexts: 
         delay: Seconds that the server takes for an answer.
         contexts: Contexts of the planted text.
     """
-    assert ChatServer.daemon_threads
     with tempfile.TemporaryDirectory() as folder:
         run = planted_run.make(Path(folder) / "run", words=latents, contexts=contexts, pages=latents)
         with subprocess.Popen(
@@ -59,7 +57,7 @@ def main(latents: int = 1000, parallel: int = 32, delay: float = 0.5, contexts: 
             server.stdin.close()
             spans = json.loads(server.stdout.readline())
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
-    busy = sum(end - start for start, end in spans) / (parallel * wall)
+    busy = len(spans) * delay / (parallel * wall)
     figures = {"latents": latents, "parallel": parallel, "delay": delay, "requests": len(spans)}
     figures |= {"busy": round(busy, 4), "seconds": round(wall, 1), "whole_seconds": round(whole, 1)}
     print(json.dumps(figures | {"detection": round(row["label_detection"], 3)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -15,8 +16,8 @@ from monosemy.lm.model import LanguageModel, load_tokenizer
 
 
 class LocalModel:
-    """Answers by greedy decoding. The answer's beginning is given to the model, so that small ones keep to
-    the form."""
+    """Answers by greedy decoding, in the form that is asked for: a label's beginning is given to the model,
+    and of each verdict the likelier one is taken. Small models keep to no form by themselves."""
 
     parallel = 1
 
@@ -37,7 +38,7 @@ class LocalModel:
             "local_model": self.name,
             "messages": request.messages,
             "begun": request.begun,
-            "max_tokens": self._longest,
+            **({"guided": True} if request.count else {"max_tokens": self._longest}),
         }
 
     def ask(self, request: Request, stop: threading.Event) -> Answer:
@@ -53,17 +54,36 @@ class LocalModel:
             return Answer(f"{n} tokens are too many for {self.name}, which takes {room}", REJECTED)
         ids_1L = ids_1L.to(self._lm.device)
         with torch.inference_mode():
-            found_1L: Any = self._lm.model.generate(  # type: ignore[operator]
-                ids_1L,
-                attention_mask=torch.ones_like(ids_1L),
-                max_new_tokens=self._longest,
-                do_sample=False,
-                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
-                stopping_criteria=transformers.StoppingCriteriaList([self._ended(request.end, n)]),
-            )
+            text, used = self._judge(ids_1L, request) if request.count else self._write(ids_1L, request)
+        return Answer(text, "", n, used)
+
+    def _write(self, ids_1L: torch.Tensor, request: Request) -> tuple[str, int]:
+        """Return an answer in the model's own words, greedily decoded, and how many tokens it took."""
+        n = ids_1L.shape[1]
+        found_1L: Any = self._lm.model.generate(  # type: ignore[operator]
+            ids_1L,
+            attention_mask=torch.ones_like(ids_1L),
+            max_new_tokens=self._longest,
+            do_sample=False,
+            pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+            stopping_criteria=transformers.StoppingCriteriaList([self._ended(request.end, n)]),
+        )
         new_L = found_1L[0, n:]
-        text = self._tokenizer.decode(new_L, skip_special_tokens=True)
-        return Answer(request.finished(text), "", n, len(new_L))
+        return request.finished(self._tokenizer.decode(new_L, skip_special_tokens=True)), len(new_L)
+
+    def _judge(self, ids_1L: torch.Tensor, request: Request) -> tuple[str, int]:
+        """Return a list of verdicts, each the likelier of 0 and 1 after those before it, and its tokens."""
+        zero, one, comma = (
+            self._tokenizer.encode(text, add_special_tokens=False)[-1] for text in ("0", "1", ",")
+        )
+        verdicts: list[int] = []
+        cache: Any = None
+        for _ in range(request.count):
+            output = self._lm.model(input_ids=ids_1L, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits_V = output.past_key_values, output.logits[0, -1]
+            verdicts.append(int(logits_V[one] > logits_V[zero]))
+            ids_1L = ids_1L.new_tensor([[one if verdicts[-1] else zero, comma]])
+        return json.dumps(verdicts), 2 * request.count
 
     def _ended(self, end: str, n: int) -> Any:
         """Return a test whether what comes after the first `n` tokens has a text in it."""

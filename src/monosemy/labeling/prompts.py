@@ -95,7 +95,8 @@ def label_of(answer: str) -> str | None:
             label = json.loads(found[0]).get("label")
         except json.JSONDecodeError:
             continue
-        if isinstance(label, str) and (plain := _plain(label)):
+        # a label with marks is no label but a copied excerpt
+        if isinstance(label, str) and not re.search("<<|>>", label) and (plain := _plain(label)):
             return plain
     return None
 

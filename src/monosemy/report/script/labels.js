@@ -20,8 +20,7 @@ function accuracy(score) {
 /** The label of one latent, and what a judge made of it. */
 function labelCard(entry, sae) {
   if (!entry) return "";
-  if (!entry.label)
-    return make("p", { class: "note" }, `No label: ${entry.model} gave none (${entry.why}).`);
+  if (!entry.label) return make("p", { class: "note" }, `No label: ${entry.model} gave none (${entry.why}).`);
   const tests = [
     ["detection", "Which contexts does it fire in? Judged by the label alone"],
     ["fuzzing", "Which tokens does it fire on? Judged by the label alone"],

@@ -115,9 +115,7 @@ function query(words, columns, table, tokens, labels) {
         ["promotes", among(columns.page_promotes)],
         ["reads", among(columns.page_reads)],
       ]);
-      of.set("label", (l) =>
-        labels.get(l)?.label?.toLowerCase().includes(value.toLowerCase()),
-      );
+      of.set("label", (l) => labels.get(l)?.label?.toLowerCase().includes(value.toLowerCase()));
       tests.push(of.get(field) ?? ((l) => [...of.values()].some((test) => test(l))));
     }
   }
