@@ -23,9 +23,15 @@ ROWS = 16  # of a block at least: torch draws normal numbers by sixteens
 
 
 class ShardGenerator(torch.Generator):
-    """A generator of which `uniform` and `normal` keep the latents of one shard."""
+    """A generator of whose draws `uniform` and `normal` keep the latents of one shard."""
 
     shards: LatentShards
+
+    @classmethod
+    def of(cls, shards: LatentShards) -> ShardGenerator:
+        generator = cls()
+        generator.shards = shards
+        return generator
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator, latents: int = 0) -> Tensor:

@@ -54,11 +54,12 @@ class _Spread(Function):
 @dataclass(frozen=True, eq=False)
 class LatentShards:
     """A rank's place among those that hold an SAE together: the process group (None: all ranks), the rank in
-    it, and their number."""
+    it, their number, and the device of tensors that the group exchanges."""
 
     group: Any
     rank: int
     size: int
+    device: torch.device | str = "cpu"
 
     def __deepcopy__(self, memo: Any) -> LatentShards:
         return self  # an SAE's copy lives in the same group

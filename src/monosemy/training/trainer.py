@@ -88,9 +88,7 @@ class SAESpec(Family):
         """
         sae = self.empty(widths, shards)
         if self.init_from is None:
-            generator = torch.Generator() if shards is None else ShardGenerator()
-            if isinstance(generator, ShardGenerator) and shards is not None:
-                generator.shards = shards
+            generator = torch.Generator() if shards is None else ShardGenerator.of(shards)
             sae.reset(generator.manual_seed(self.seed))
             return sae
         found, wanted = (
@@ -228,6 +226,7 @@ class SAETrainer:
         self.sae = spec.build(widths, shards).to(device)
         # with a row for each latent; where these are sharded, the other tensors are alike on all ranks
         self.latent_tensors = frozenset() if shards is None else spec.latent_tensors(widths)
+        self.checked = shards is None  # that all ranks have one loss
         self.norm_factors = tuple(norm_factors) or (1.0,) * len(self.sae.widths)
         self.fresh = spec.init_from is None
         self.centered = self.fresh and recipe.centered and self.sae.centered
@@ -323,6 +322,8 @@ class SAETrainer:
         any_dead = self.any_dead if x_BD.is_cuda else bool(dead)
         ctx = dataclasses.replace(ctx, dead_F=dead_F if any_dead else None)
         parts = self.objective(x_BD, y_BD, codes, f, ctx)
+        if not self.checked:
+            self._check_loss(parts["loss"].detach())
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
         assert not any(gradient.uses for gradient in codes.pre.gradients.values()), "codes without a gradient"
@@ -330,6 +331,16 @@ class SAETrainer:
         metrics |= {"l0": fires / len(x_BD), "dead": dead}
         grads_of = dict(zip(params, grads, strict=True))
         return StepResult(grads_of, metrics, codes, ctx, since_fired_F, entries, full)
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raises ValueError for an objective that is not the same on all ranks, at the first step."""
+        assert self.shards is not None, "a whole SAE has one loss"
+        all_T = self.shards.gather(loss).nan_to_num()
+        if bool((all_T != all_T[0]).any()):
+            remedy = "sum over latents by codes.total and codes.over_latents alone, or train it whole"
+            allowed = f"1 for {self.sae.name}, whose loss differs between shards"
+            raise invalid("latent_shards", self.shards.size, allowed, remedy)
+        self.checked = True
 
     def _counted(
         self, codes: Codes, count_F: Tensor, dead: Tensor
@@ -397,7 +408,7 @@ class SAETrainer:
 
     def finished(self) -> SAE:
         """Copy the SAE for use: on raw activations, with unit decoder rows; of a shard its latents, which
-        `formats.save_sharded` puts together with those of the others."""
+        `save_sharded` puts together with those of the others."""
         sae = self.spec.empty(self.sae.widths, self.shards)
         sae.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.sae.state_dict().items()})
         if sae.constraint == "free":
