@@ -44,7 +44,8 @@ def folder(whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     states = {name: Trainer(name).train(0, STEPS - 5).outcome()["state"] for name in SETTINGS}
     torch.save(states, folder / "whole.pt")
-    mp.spawn(sharded.work, (folder,), nprocs=4)
+    mp.set_forkserver_preload(["tests.workers.sharded"])  # imported once, not by each
+    mp.start_processes(sharded.work, (folder,), nprocs=4, start_method="forkserver")
     return folder
 
 
@@ -83,7 +84,7 @@ def test_the_runs_go_through_everything(whole):
     assert float(whole["p_anneal"].sae.coefficient) != pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("name", [name for name, size in RUNS if size == 2])
+@pytest.mark.parametrize("name", sharded.REPEATED)
 def test_a_sharded_run_repeats_its_bits(ranks, name):
     """Two processes run twice, beside each other."""
     for first, second in ((0, 2), (1, 3)):

@@ -37,7 +37,8 @@ SETTINGS = {
     "matryoshka_batch_top_k": {"k": 3},
 }
 TRANSCODERS = ("standard_new", "batch_top_k")
-OF_FOUR = ("jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")  # trained by four processes, too
+OF_FOUR = ("jump_relu", "top_k", "matryoshka_batch_top_k")  # trained by four processes, too
+REPEATED = ("standard_new", "top_k", "batch_top_k")  # by two other processes at the same time
 
 
 class Trainer(SAETrainer):
@@ -210,6 +211,8 @@ def work(rank, folder):
     whole = torch.load(folder / "whole.pt")
     for size, shards in ((2, pair), (4, four)):
         for name in SETTINGS:
+            if size == 2 and rank > 1 and name not in REPEATED:
+                continue
             if size == 2 or name in OF_FOUR:
                 run = Trainer(name, shards, double=name == "p_anneal").train(0, SAVED)
                 saved = {k: t.clone() for k, t in run.group.state_dict(name).items()}
@@ -219,14 +222,15 @@ def work(rank, folder):
             found["gradients"][name, size] = of_state(trainer, state).gradients()
             if size == 2:
                 found["bytes"][name] = bytes_of_a_step(name, shards)
-    for name in TRANSCODERS:
+    for name in TRANSCODERS if rank < 2 else ():
         run = Trainer(name, pair, transcode=True, norm_factors=(2.0, 3.0)).train()
         found["runs"][f"{name} transcoder", 2] = run.outcome() | {"saved": None}
     found["selections"] = selections(four, padded=False)
     exchange.GATHERED = 0
     found["by histogram"] = selections(four, padded=False)
     found["by histogram, padded"] = selections(four, padded=True)
-    found["run by histogram"] = Trainer("top_k", pair).train().outcome()
+    if rank < 2:
+        found["run by histogram"] = Trainer("top_k", pair).train().outcome()
     exchange.GATHERED = 1024
     found["padded"] = selections(four, padded=True)
     found["own sums"], found["skipped"] = own_sums(pair), skipped(pair)

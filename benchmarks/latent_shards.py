@@ -1,0 +1,132 @@
+"""A step of one SAE whose latents two processes share, beside the step of one process, on a CPU.
+
+    python benchmarks/latent_shards.py [--dead 0.3] [--architectures top_k standard ...]
+
+Two processes of one thread each, over gloo. They take a sharded step together, and in turn with it the first
+takes a whole step alone. Both begin with the same weights; the losses agree to 1e-5 or the benchmark stops.
+"exchange" is the time that the first process spends in collectives, in which it also waits for the other
+one; "bytes" are those of `monosemy.training.shards.bytes_per_step`.
+
+B tokens, D d_in, F d_sae, k or L0 entries of a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.harness import RELU, STEPS, TOP_K, WARM, activations, drawn, settings, thin_out
+from monosemy.ops import LatentShards, Workspace
+from monosemy.schedule import Schedule
+from monosemy.training.group import TrainerGroup
+from monosemy.training.shards import bytes_per_step
+from monosemy.training.trainer import SAESpec, SAETrainer
+
+
+def group(name: str, args: argparse.Namespace, shards: LatentShards | None) -> TrainerGroup:
+    """The SAE in training, at a step at which nothing begins or ends; some of its latents dead."""
+    sae, x_BD = drawn(name, args.D, args.F, args.k, torch.device("cpu")), activations(1, args.B, args.D)[0]
+    if name in RELU:
+        thin_out(sae, x_BD, args.k)
+    phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
+    schedule = Schedule.of_run(
+        STEPS, args.B, decay_start_fraction=1.0, dead_feature_threshold=2**40, **phases
+    )
+    spec = SAESpec(name, args.F, 1e-6, 0, settings(name, args.k), sae)
+    trainer = SAETrainer(name, spec, args.D, schedule, workspace=Workspace(), shards=shards)
+    trainer.spec = dataclasses.replace(spec, init_from=None)
+    trainer.sparse = True
+    dead = torch.rand(args.F, generator=torch.Generator().manual_seed(1)) < args.dead
+    trainer.since_fired_F[dead[slice(None) if shards is None else shards.part(args.F)]] = 2**41
+    return TrainerGroup([trainer])
+
+
+class Timed:
+    """Torch's collectives with the time that is spent in them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        for name in ("all_reduce", "all_gather_single", "all_gather_into_tensor"):
+            if hasattr(dist, name):
+                setattr(dist, name, self._wrap(getattr(dist, name)))
+
+    def _wrap(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return collective(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    clock, shards = Timed(), LatentShards(None, rank, 2)
+    if rank == 0:
+        print(
+            f"B {args.B}, d_in {args.D}, {args.F:,} latents, k {args.k}, {args.dead:.0%} dead, {args.pairs} pairs"
+        )
+        print("| architecture | one process, ms (least) | two, ms (least) | ratio | exchange | MB |")
+        print("| --- | --- | --- | --- | --- | --- |")
+    for name in args.architectures:
+        batches = activations(4, args.B, args.D)
+        whole, sharded = (group(name, args, None) if rank == 0 else None), group(name, args, shards)
+        times: dict[str, list[float]] = {"whole": [], "sharded": [], "exchange": []}
+        for step in range(WARM + args.pairs):
+            batch = {name: batches[step % len(batches)]}
+            dist.barrier()
+            began = time.perf_counter()
+            if whole is not None:
+                whole.step(batch, step)
+            after = time.perf_counter()
+            dist.barrier()
+            clock.seconds, again = 0.0, time.perf_counter()
+            sharded.step(batch, step)
+            if step >= WARM:
+                times["whole"].append(after - began)
+                times["sharded"].append(time.perf_counter() - again)
+                times["exchange"].append(clock.seconds / times["sharded"][-1])
+        if whole is not None:
+            losses = [float(of.last[name]["loss"]) for of in (whole, sharded)]
+            assert abs(losses[0] - losses[1]) <= 1e-5 * losses[0], losses
+            print(row(name, args, times, sharded.trainers[0]), flush=True)
+    dist.destroy_process_group()
+
+
+def row(name: str, args: argparse.Namespace, times: dict[str, list[float]], trainer: SAETrainer) -> str:
+    one, two = times["whole"], times["sharded"]
+    dead = int((trainer.since_fired_F >= 2**40).sum()) if name in TOP_K else 0
+    counted = bytes_per_step(trainer.spec, args.D, args.B, 2, dead=dead)
+    return (
+        f"| {name} | {1e3 * median(one):.0f} ({1e3 * min(one):.0f}) | {1e3 * median(two):.0f} ({1e3 * min(two):.0f}) "
+        f"| {median(one) / median(two):.2f} | {median(times['exchange']):.0%} | {sum(counted.values()) / 1e6:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--architectures", nargs="+", default=["standard", "jump_relu", *TOP_K])
+    for flag, default in (("B", 2048), ("D", 576), ("F", 16384), ("k", 64), ("pairs", 7)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--dead", type=float, default=0.0, help="share of the latents that are dead")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(measure, (args, folder), nprocs=2)
+
+
+if __name__ == "__main__":
+    main()
