@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import RELU, STEPS, TOP_K, WARM, activations, drawn, settings, thin_out
 from monosemy.ops import LatentShards, Workspace
@@ -75,9 +79,7 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     clock, shards = Timed(), LatentShards(None, rank, 2)
     if rank == 0:
-        print(
-            f"B {args.B}, d_in {args.D}, {args.F:,} latents, k {args.k}, {args.dead:.0%} dead, {args.pairs} pairs"
-        )
+        print(f"B {args.B}, d_in {args.D}, {args.F:,} latents, k {args.k}, {args.dead:.0%} dead")
         print("| architecture | one process, ms (least) | two, ms (least) | ratio | exchange | MB |")
         print("| --- | --- | --- | --- | --- | --- |")
     for name in args.architectures:
@@ -109,10 +111,9 @@ def row(name: str, args: argparse.Namespace, times: dict[str, list[float]], trai
     one, two = times["whole"], times["sharded"]
     dead = int((trainer.since_fired_F >= 2**40).sum()) if name in TOP_K else 0
     counted = bytes_per_step(trainer.spec, args.D, args.B, 2, dead=dead)
-    return (
-        f"| {name} | {1e3 * median(one):.0f} ({1e3 * min(one):.0f}) | {1e3 * median(two):.0f} ({1e3 * min(two):.0f}) "
-        f"| {median(one) / median(two):.2f} | {median(times['exchange']):.0%} | {sum(counted.values()) / 1e6:.1f} |"
-    )
+    cells = [f"{1e3 * median(of):.0f} ({1e3 * min(of):.0f})" for of in (one, two)]
+    cells += [f"{median(one) / median(two):.2f}", f"{median(times['exchange']):.0%}"]
+    return f"| {' | '.join([name, *cells, f'{sum(counted.values()) / 1e6:.1f}'])} |"
 
 
 def main() -> None:
