@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 import monosemy
 from monosemy import initialization, ops
+from monosemy.jobs.memory import rank_bytes
 from monosemy.ops.shards import LatentShards
 from monosemy.sae import architecture
 from monosemy.training.shards import bytes_per_step, merge_states, shard_name, shard_state
@@ -219,6 +220,23 @@ def test_no_rank_exchanges_anything_of_the_size_of_latents():
     wider = SAESpec("top_k", 2**26, settings={"k": 64})
     assert counted == bytes_per_step(wider, 4096, 4096, 64)
     assert sum(counted.values()) < 300 * 2**20
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_rank_holds_its_share(ranks, name, size):
+    predicted = rank_bytes(architecture(name).memory, B, D, F, size, k=3, gpu=False)["SAE"]
+    for of_rank in ranks[:size]:
+        assert of_rank["held"][name, size] == pytest.approx(predicted, rel=0.02)
+
+
+def test_four_million_latents_fit_on_64_gpus():
+    """d_in 4096, batches of 4096; the same formula that a tiny run is held to, and what it grows by."""
+    of = {size: rank_bytes(architecture("top_k").memory, 4096, 4096, 2**22, size, k=64) for size in (64, 128)}
+    assert sum(of[64].values()) < 16 * 2**30
+    weights = 2 * 4 * 4096 * 2**22 // 64
+    assert 3 * weights < of[64]["SAE"] < 3.01 * weights
+    assert of[128]["SAE"] == pytest.approx(of[64]["SAE"] / 2, rel=1e-3)
 
 
 def test_one_rank_s_gradient_decides_for_all(ranks):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from monosemy import ops
 from monosemy.formats.sharded import save_sharded
+from monosemy.jobs.memory import tensor_bytes
 from monosemy.ops import shards as exchange
 from monosemy.ops.shards import LatentShards
 from monosemy.sae import register
@@ -207,7 +208,7 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder / 'init'}", rank=rank, world_size=4)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair, four = LatentShards(pairs[rank // 2], rank % 2, 2), LatentShards(None, rank, 4)
-    found = {"runs": {}, "gradients": {}, "bytes": {}}
+    found = {"runs": {}, "gradients": {}, "bytes": {}, "held": {}}
     whole = torch.load(folder / "whole.pt")
     for size, shards in ((2, pair), (4, four)):
         for name in SETTINGS:
@@ -219,6 +220,8 @@ def work(rank, folder):
                 found["runs"][name, size] = run.train(SAVED).outcome() | {"saved": saved}
             trainer = Trainer(name, shards)
             state = shard_state(whole[name], size, trainer.latent_tensors)[shards.rank]
+            trainer.group.load_state_dict(name, state)
+            found["held"][name, size] = tensor_bytes(trainer.group)
             found["gradients"][name, size] = of_state(trainer, state).gradients()
             if size == 2:
                 found["bytes"][name] = bytes_of_a_step(name, shards)
@@ -226,12 +229,12 @@ def work(rank, folder):
         run = Trainer(name, pair, transcode=True, norm_factors=(2.0, 3.0)).train()
         found["runs"][f"{name} transcoder", 2] = run.outcome() | {"saved": None}
     found["selections"] = selections(four, padded=False)
-    exchange.GATHERED = 0
+    exchange.EXCHANGED = 0
     found["by histogram"] = selections(four, padded=False)
     found["by histogram, padded"] = selections(four, padded=True)
     if rank < 2:
         found["run by histogram"] = Trainer("top_k", pair).train().outcome()
-    exchange.GATHERED = 1024
+    exchange.EXCHANGED = 1024
     found["padded"] = selections(four, padded=True)
     found["own sums"], found["skipped"] = own_sums(pair), skipped(pair)
     found["one rank not finite"] = one_rank_not_finite(pair)

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from monosemy.limits import EXCHANGED
 from monosemy.ops.pattern import Selection, SparsePattern
 
-GATHERED = 1024  # values of a token that ranks exchange at most; above it they exchange histograms
 DIGIT, LONG_DIGIT = 8, 16  # bits that a histogram tells apart, of many rows and of one
 
 
@@ -112,7 +112,7 @@ class LatentShards:
         """Keep of this rank's candidates, its k largest of each token, those that are among the k largest of
         all ranks; `among` a mask, a rank may have had fewer.
 
-        Ranks exchange their candidates, or from `GATHERED` values on histograms of them.
+        Ranks exchange their candidates, or from `EXCHANGED` values on histograms of them.
         """
         e = SparsePattern(local.indices_N, local.offsets_B1, 0, padded=padded)
         C = len(local.indices_N) // e.R  # of a token, on this rank
@@ -120,7 +120,7 @@ class LatentShards:
             C = int(self.most(torch.tensor(C)))
         if self.size * C <= k:
             return local
-        if self.size * C > GATHERED:
+        if self.size * C > EXCHANGED:
             return self._by_histogram(local, e, k, rows_N=e.bags_N, R=e.R)
         of_all_TBC = self.gather(_by_token(local, e, C))
         of_token_BM = of_all_TBC.transpose(0, 1).reshape(e.R, -1)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from monosemy.errors import invalid
-from monosemy.ops.shards import DIGIT, GATHERED, LONG_DIGIT
+from monosemy.limits import EXCHANGED
+from monosemy.ops.shards import DIGIT, LONG_DIGIT
 from monosemy.training.trainer import SAESpec
 
 COUNTERS = ("since_fired_F",)  # of a trainer's state, with a row for each latent
@@ -118,6 +119,6 @@ def _of_tokens(B: int, k: int, C: int, size: int) -> int:
     """Count what a selection of the k largest of each token exchanges, of C candidates on each rank."""
     if size * C <= k:
         return 0
-    if size * C <= GATHERED:
+    if size * C <= EXCHANGED:
         return 4 * size * B * C
     return 4 * (32 // DIGIT) * (B * 2**DIGIT + 1) + 4 * size * B
