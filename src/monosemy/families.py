@@ -11,6 +11,7 @@ from monosemy.cross_layer import CrossLayerTranscoder, cross_layer_transcoder
 from monosemy.crosscoder import Crosscoder, crosscoder
 from monosemy.errors import invalid
 from monosemy.ops import LatentShards
+from monosemy.rules import check_latent_shards
 from monosemy.sae import SAE, architecture
 from monosemy.transcoder import Transcoder, transcoder
 
@@ -55,13 +56,8 @@ class Family:
 
     def check_shards(self, number: int, d_sae: int) -> None:
         """Raises ValueError where latents cannot be split over so many ranks."""
-        if number < 1 or d_sae % number:
-            allowed = f"a divisor of the {d_sae} latents"
-            raise invalid("latent_shards", number, allowed, "change it, or the width")
-        if number > 1 and (self.crosscode or self.cross_layer):
-            kind = "a crosscoder" if self.crosscode else "a cross-layer transcoder"
-            remedy = f"latents of {kind} are grouped by source or layer, across which ranks would split them"
-            raise invalid("latent_shards", number, f"1 for {kind}", remedy)
+        several = "a cross-layer transcoder" if self.cross_layer else "a crosscoder" if self.crosscode else ""
+        check_latent_shards(number, d_sae, whole_kind=several)
 
     def kind(self, name: str) -> type[SAE]:
         """Return the class of an architecture. Raises ValueError for an unknown one."""

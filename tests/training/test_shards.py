@@ -14,6 +14,7 @@ import monosemy
 from monosemy import initialization, ops
 from monosemy.jobs.memory import rank_bytes
 from monosemy.ops.shards import LatentShards
+from monosemy.rules import check_latent_shards
 from monosemy.sae import architecture
 from monosemy.training.shards import bytes_per_step, merge_states, shard_name, shard_state
 from monosemy.training.trainer import SAESpec
@@ -278,3 +279,10 @@ def test_a_loss_that_sums_over_its_latents_alone_is_refused(ranks):
 def test_what_cannot_be_sharded_is_refused(more, widths, size, said):
     with pytest.raises(ValueError, match=said):
         SAESpec("top_k", F, settings={"k": 4}, **more).build(widths, LatentShards(None, 0, size))
+
+
+def test_ranks_that_shards_do_not_divide_are_refused():
+    check_latent_shards(2, 96, ranks=4)
+    for number, ranks in ((4, 2), (2, 3), (0, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"latent_shards is {number}"):
+            check_latent_shards(number, 96, ranks=ranks)
