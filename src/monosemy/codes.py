@@ -42,6 +42,8 @@ class Execution:
     """Entries that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
     dead_at_most: int | None = None
     """Latents of a mask that `top_k_among` selects from, at most: so long are its lists then."""
+    shards: ops.LatentShards | None = None
+    """The ranks that hold the latents together; None: they are all here."""
 
 
 class Codes(ABC):
@@ -67,13 +69,22 @@ class Codes(ABC):
         Each `w_F` [F] is gathered to the values' layout first.
         """
 
+    def over_latents(self, a_F: Tensor, b_F: Tensor | None = None) -> Tensor:
+        """Sum numbers of the latents here, or their product with others, over all latents; a scalar."""
+        return self.pre.whole(a_F.sum() if b_F is None else a_F @ b_F)
+
+    def any_latent(self, mask_F: Tensor) -> Tensor:
+        """Whether a mask of the latents here is set at any of all latents; a scalar."""
+        shards, found = self.pre.execution.shards, mask_F.any()
+        return found if shards is None else shards.most(found.int()) > 0
+
     @abstractmethod
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
-        """Sum the values over the support, or `function(values, *w)` as in `map`; a scalar."""
+        """Sum the values over the support of all latents, or `function(values, *w)` as in `map`; a scalar."""
 
     @abstractmethod
     def by_latent(self) -> Tensor:
-        """Sum each latent's values over the batch, [F]."""
+        """Sum each latent's values over the batch, [F]; F are the latents that this rank holds."""
 
     @abstractmethod
     def size_by_latent(self) -> Tensor:
@@ -85,7 +96,7 @@ class Codes(ABC):
 
     @abstractmethod
     def size(self) -> Tensor:
-        """Count the entries of the support; a scalar."""
+        """Count the entries of the support, of the latents here; a scalar."""
 
     @abstractmethod
     def smallest(self) -> Tensor:
@@ -124,9 +135,9 @@ class DenseCodes(Codes):
 
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
         if function is None:
-            return self.by_latent().sum()
+            return self.pre.whole(self.by_latent().sum())
         values, *of_latents = (t if torch.is_grad_enabled() else t.detach() for t in (self.again, *w_F))
-        return ops.total_dense(function, values, self.mask, self.pre.buffer, *of_latents)
+        return self.pre.whole(ops.total_dense(function, values, self.mask, self.pre.buffer, *of_latents))
 
     def by_latent(self) -> Tensor:
         if self.sums is not None:
@@ -143,11 +154,11 @@ class DenseCodes(Codes):
         return self.size_by_latent().sum()
 
     def smallest(self) -> Tensor:
-        return torch.where(self.values > 0, self.values, torch.inf).amin(1)
+        return self.pre.least(torch.where(self.values > 0, self.values, torch.inf).amin(1))
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
         if begins_G is None:
-            return ops.decode_dense(
+            decoded_BD = ops.decode_dense(
                 self.values,
                 W_FD,
                 self.pre.buffer,
@@ -155,9 +166,11 @@ class DenseCodes(Codes):
                 bf16_FD=self.pre.bf16_copy(W_FD),
                 gradient=self.pre.gradient(W_FD),
             )
-        ends = [*begins_G.tolist()[1:], len(W_FD)]
-        groups = zip(begins_G.tolist(), ends, strict=True)
-        return torch.stack([self.values[:, a:b].to(W_FD.dtype) @ W_FD[a:b] for a, b in groups])
+            return self.pre.whole(decoded_BD)
+        begins = self.pre.places(begins_G).tolist()
+        groups = zip(begins, [*begins[1:], len(W_FD)], strict=True)
+        decoded = [self.values[:, a:b].to(W_FD.dtype) @ W_FD[a:b] for a, b in groups]
+        return self.pre.whole(torch.stack(decoded))
 
 
 @dataclass
@@ -175,7 +188,7 @@ class SparseCodes(Codes):
     def total(self, function: Callable[..., Tensor] | None = None, *w_F: Tensor) -> Tensor:
         values = self.values if function is None else self._valid(self._apply(function, *w_F))
         # its order does not depend on the number of threads
-        return ops.sum_by_latent(values, self.pattern).sum()
+        return self.pre.whole(ops.sum_by_latent(values, self.pattern).sum())
 
     def by_latent(self) -> Tensor:
         return ops.sum_by_latent(self.values, self.pattern)
@@ -197,21 +210,22 @@ class SparseCodes(Codes):
         return self.pattern.offsets_R1[-1]
 
     def smallest(self) -> Tensor:
-        return ops.smallest(self.values, self.pattern)
+        return self.pre.least(ops.smallest(self.values, self.pattern))
 
     def decode(self, W_FD: Tensor, begins_G: Tensor | None = None) -> Tensor:
         e, how = self.pattern, (self.pre.gathered(W_FD), self.pre.gradient(W_FD))
         if begins_G is None:
-            return ops.decode(self.values, W_FD, e, *how)
+            return self.pre.whole(ops.decode(self.values, W_FD, e, *how))
         # entries are in order of tokens and latents, hence of tokens and groups: only the bags' offsets are
         # new
         flat_N = e.bags_N.long() * e.F + e.indices_N
         if e.valid_N is not None:
             flat_N = torch.where(e.valid_N, flat_N, e.R * e.F)
+        begins_G = self.pre.places(begins_G)
         places_BG = torch.arange(e.R, device=begins_G.device)[:, None] * e.F + begins_G
         starts = torch.searchsorted(flat_N, places_BG.flatten(), out_int32=True)
         bags = e.rebagged(torch.cat([starts, e.offsets_R1[-1:]]))
-        grouped = ops.decode(self.values, W_FD, bags, *how)
+        grouped = self.pre.whole(ops.decode(self.values, W_FD, bags, *how))
         return grouped.view(e.R, len(begins_G), -1).transpose(0, 1)
 
 
@@ -234,6 +248,8 @@ class Preactivations:
     ) -> None:
         """Compute (x - b_dec) W_enc^T + b_enc, or x W_enc^T + b_enc where `b_dec_D` is None."""
         execution = execution or Execution()
+        if execution.shards is not None and b_dec_D is not None:
+            b_dec_D = execution.shards.spread(b_dec_D)
         self.weights = (W_enc_FD, b_enc_F, b_dec_D)
         self.execution, self.buffers = execution, 0
         self.gradients: dict[tuple[int, int], ops.WeightGradient] = {}
@@ -285,6 +301,21 @@ class Preactivations:
             known = self.gradients[_begin(W_FD)] = ops.WeightGradient(lent_FD)
         return known
 
+    def whole(self, x: Tensor) -> Tensor:
+        """Return what a sum over the latents here is over all; takes the memory of `x`."""
+        shards = self.execution.shards
+        return x if shards is None else shards.sum(x)
+
+    def least(self, x: Tensor) -> Tensor:
+        """Return what a minimum over the latents here is over all; takes the memory of `x`."""
+        shards = self.execution.shards
+        return x if shards is None else shards.least(x)
+
+    def places(self, latents: Tensor) -> Tensor:
+        """Return where latents are among those here; earlier ones at 0, later ones at the end."""
+        shards, here = self.execution.shards, self.product_BF.shape[1]
+        return latents if shards is None else (latents - shards.rank * here).clamp(0, here)
+
     def by_latent(self) -> Tensor:
         """Sum each latent's pre-activations over the batch, [F], without a pass over [B, F]."""
         gradient = self.gradient(self.weights[0])
@@ -303,17 +334,26 @@ class Preactivations:
 
     def top_k(self, k: int) -> SparseCodes:
         """Select the k largest of each token."""
-        return self._sparse(ops.top_k(self.product, k), padded=False)
+        local, shards = ops.top_k(self.product, k), self.execution.shards
+        if shards is None:
+            return self._sparse(local, padded=False)
+        return self._sparse(shards.top_k(local, k, padded=False), padded=True)
 
     def batch_top_k(self, n: int) -> SparseCodes:
         """Select the n largest of the whole batch."""
-        return self._sparse(ops.batch_top_k(self.product, n), padded=False)
+        local, shards = ops.batch_top_k(self.product, n), self.execution.shards
+        if shards is None:
+            return self._sparse(local, padded=False)
+        return self._sparse(shards.batch_top_k(local, n, padded=False), padded=True)
 
     def top_k_among(self, latents_F: Tensor, k: int) -> SparseCodes:
         """Select the k largest of each token among the latents of a mask [F]; all of these where they are
         fewer."""
         k = min(k, self.execution.dead_at_most or k)
-        return self._sparse(ops.top_k(self.product, k, latents_F), padded=True)
+        local, shards = ops.top_k(self.product, k, latents_F), self.execution.shards
+        if shards is not None:
+            local = shards.top_k(local, k, padded=self.product_BF.is_cuda, among=True)
+        return self._sparse(local, padded=True)
 
     def above(self, threshold: Tensor | float) -> Codes:
         """Select everything above a threshold: a number, or one for each latent [F]."""

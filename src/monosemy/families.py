@@ -10,6 +10,8 @@ from typing import Any
 from monosemy.cross_layer import CrossLayerTranscoder, cross_layer_transcoder
 from monosemy.crosscoder import Crosscoder, crosscoder
 from monosemy.errors import invalid
+from monosemy.ops import LatentShards
+from monosemy.rules import check_latent_shards
 from monosemy.sae import SAE, architecture
 from monosemy.transcoder import Transcoder, transcoder
 
@@ -52,6 +54,11 @@ class Family:
         if self.mask != "full" and not self.crosscode:
             raise invalid("mask", self.mask, '"full" without crosscode', "set crosscode, too")
 
+    def check_shards(self, number: int, d_sae: int) -> None:
+        """Raises ValueError where latents cannot be split over so many ranks."""
+        several = "a cross-layer transcoder" if self.cross_layer else "a crosscoder" if self.crosscode else ""
+        check_latent_shards(number, d_sae, whole_kind=several)
+
     def kind(self, name: str) -> type[SAE]:
         """Return the class of an architecture. Raises ValueError for an unknown one."""
         if self.cross_layer:
@@ -60,13 +67,24 @@ class Family:
             return transcoder(name)
         return crosscoder(name) if self.crosscode else architecture(name)
 
-    def make(self, name: str, widths: Sequence[int], d_sae: int, settings: dict[str, Any]) -> SAE:
-        """Build an architecture with weights of zero, for sites of these widths.
+    def make(
+        self,
+        name: str,
+        widths: Sequence[int],
+        d_sae: int,
+        settings: dict[str, Any],
+        shards: LatentShards | None = None,
+    ) -> SAE:
+        """Build an architecture with weights of zero, for sites of these widths; of a shard its latents.
 
-        Raises ValueError for an unknown architecture or setting, and for another number of sites.
+        Raises ValueError for an unknown architecture or setting, for another number of sites, and for what
+        cannot be sharded.
         """
         self.check()
         kind = self.kind(name)
+        if shards is not None:
+            self.check_shards(shards.size, d_sae)
+            settings = settings | {"shards": shards}
         if issubclass(kind, Crosscoder):
             return kind(widths, d_sae, mask=self.mask, dedicated_share=self.dedicated_share, **settings)
         if issubclass(kind, CrossLayerTranscoder):

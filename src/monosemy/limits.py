@@ -14,6 +14,8 @@ HEAD_ELEMENTS = 2**24  # logits held at a time in evaluation
 EVERY = 1000  # steps between a CPU's checkpoints
 CUBLAS = 2**25  # bytes that cuBLAS keeps for each stream of each thread that takes products
 STAGING = 2**28  # bytes of pinned memory that a GPU's checkpoints pass through
+# values of a token that the ranks of a sharded SAE exchange at most; above it they exchange histograms
+EXCHANGED = 1024
 IN_CACHE = 2**18  # elements that stay in a CPU's cache through several operations
 
 

@@ -76,6 +76,22 @@ def is_hub_repository(name: str) -> bool:
 REPOSITORY = Rule(is_hub_repository, "OWNER/NAME on the hub")
 
 
+def check_latent_shards(number: int, d_sae: int, *, ranks: int | None = None, whole_kind: str = "") -> None:
+    """Check that the latents of an SAE can be split over `number` ranks, of so many that the job has.
+
+    `whole_kind` names what is only trained whole. Raises ValueError.
+    """
+    field = "latent_shards"
+    if number < 1 or d_sae % number:
+        raise invalid(field, number, f"a divisor of the {d_sae} latents", "change it, or the width")
+    if ranks is not None and ranks % number:
+        allowed = f"a divisor of the number of ranks, {ranks}"
+        raise invalid(field, number, allowed, "change it, or start the job by torchrun with more processes")
+    if number > 1 and whole_kind:
+        remedy = "its latents belong to single sources or layers, and shards would cut across them"
+        raise invalid(field, number, f"1 for {whole_kind}", remedy)
+
+
 def check(config: object) -> None:
     """Turn JSON's lists and paths into a setting's type.
 

@@ -20,7 +20,7 @@ from monosemy.codes import Codes, Execution, Preactivations
 from monosemy.config import SAEConfig
 from monosemy.errors import invalid
 from monosemy.limits import ArchitectureMemory
-from monosemy.ops import Constraint
+from monosemy.ops import Constraint, LatentShards
 from monosemy.recipe import MONOSEMY, Recipe
 from monosemy.schedule import Schedule
 
@@ -83,6 +83,7 @@ class SAE(nn.Module, ABC):
 
     def __init__(self, d_in: int, d_sae: int, **settings: Any) -> None:
         super().__init__()
+        self.shards: LatentShards | None = settings.pop("shards", None)  # as `Family.make` gives it
         for field, value in (("d_in", d_in), ("d_sae", d_sae)):
             if value < 1:
                 raise invalid(field, value, "1 or more", "give the model's width and the number of latents")
@@ -102,9 +103,9 @@ class SAE(nn.Module, ABC):
 
     def make_weights(self) -> None:
         """Make the weights that every architecture has, of zero."""
-        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
+        self.W_enc = nn.Parameter(torch.zeros(self.rows, self.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.rows))
+        self.W_dec = nn.Parameter(torch.zeros(self.rows, self.d_in))
         self.b_dec = nn.Parameter(torch.zeros(self.d_in))
 
     # what an architecture defines
@@ -280,6 +281,11 @@ class SAE(nn.Module, ABC):
         return (self.d_in,)
 
     @property
+    def rows(self) -> int:
+        """How many latents are here: all, or those of a shard."""
+        return self.d_sae if self.shards is None else self.d_sae // self.shards.size
+
+    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.W_enc.device
@@ -403,8 +409,7 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def fold_center_(self, center_D: Tensor) -> None:
-        """Take in what training subtracted from activations: an SAE of x - center becomes one of x, to
-        rounding."""
+        """Take in what training subtracted: an SAE of x - center becomes one of x, to rounding."""
         if not self.pre_bias:
             self.shift_encoder_(-(self.W_enc.double() @ center_D.double()).to(self.dtype))
         self.b_dec.add_(center_D)
@@ -433,13 +438,8 @@ class SAE(nn.Module, ABC):
         """
         from monosemy.jobs import pretrained
 
-        options: dict[str, Any] = {
-            "revision": revision,
-            "format": format,
-            "unfinished": unfinished,
-            "device": device,
-            "dtype": dtype,
-        }
+        options: dict[str, Any] = {"revision": revision, "format": format, "unfinished": unfinished}
+        options |= {"device": device, "dtype": dtype}
         sae = pretrained.load(name_or_path, sae_id, **options)
         if not isinstance(sae, cls):
             raise invalid(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monosemy.errors import invalid
-from monosemy.initialization import unit
+from monosemy.initialization import normal, unit
 from monosemy.sae import SAE, architecture
 
 PIECE = 256  # tokens
@@ -52,7 +52,7 @@ class Transcoder(SAE):
         self.d_out = d_in if d_out is None else d_out
         if self.d_out < 1:
             raise invalid("d_out", d_out, "1 or more", "give the width of what the component writes")
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.W_dec = nn.Parameter(torch.zeros(self.rows, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in)) if skip_connection else None
 
@@ -71,7 +71,7 @@ class Transcoder(SAE):
     def reset(self, generator: torch.Generator) -> None:
         super().reset(generator)  # type: ignore[safe-super]  # the architecture's
         norms_F = torch.linalg.vector_norm(self.W_enc.data, dim=1)
-        rows_FD = unit(torch.randn(self.d_sae, self.d_out, generator=generator), 1)
+        rows_FD = unit(normal((self.d_sae, self.d_out), generator), 1)
         self.W_dec.data.copy_(norms_F[:, None] * rows_FD)
 
     @torch.no_grad()

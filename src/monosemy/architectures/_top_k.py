@@ -102,4 +102,4 @@ def auxk_loss(sae: SAE, error_BD: Tensor, codes: Codes, ctx: StepContext) -> Ten
     # one token, or equal ones, leave nothing to explain: without this, a gradient of infinity times zero
     varies = variance > 0
     share = (left / torch.where(varies, variance, 1)).nan_to_num(0.0)
-    return torch.where(ctx.dead_F.any() & varies, share, 0)
+    return torch.where(codes.any_latent(ctx.dead_F) & varies, share, 0)

@@ -26,7 +26,7 @@ class BatchTopK(TopKFamily):
     look = Look("#054972", "#356de7", "x", place=7)
 
     def reset(self, generator: torch.Generator) -> None:
-        self.init_directions(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
+        self.init_directions(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator, 1), 0, EPS).T)
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
         selected = pre.batch_top_k(self.settings.k * pre.tokens)

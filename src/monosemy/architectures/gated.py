@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from monosemy import ops
 from monosemy.codes import Codes, Preactivations
-from monosemy.initialization import uniform, unit
+from monosemy.initialization import normal, uniform, unit
 from monosemy.limits import ArchitectureMemory
 from monosemy.sae import SAE, Look, StepContext, register
 
@@ -43,14 +43,14 @@ class Gated(SAE):
 
     def __init__(self, d_in: int, d_sae: int, **settings: float) -> None:
         super().__init__(d_in, d_sae, **settings)
-        self.r_mag = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(self.rows))
+        self.b_mag = nn.Parameter(torch.zeros(self.rows))
 
     def reset(self, generator: torch.Generator) -> None:
         D, F = self.d_in, self.d_sae
         uniform((F, D), D**-0.5, generator)  # dictionary_learning makes two linear layers first
-        uniform((D, F), F**-0.5, generator)
-        rows_FD = unit(torch.randn(D, F, generator=generator), 0).T
+        uniform((D, F), F**-0.5, generator, latents=1)
+        rows_FD = unit(normal((D, F), generator, latents=1), 0).T
         self.init_directions(rows_FD)
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:

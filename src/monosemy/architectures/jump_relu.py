@@ -80,7 +80,7 @@ class JumpReLU(SAE):
             raise invalid(
                 "l0_loss", self.settings.l0_loss, '"relative" or "gemma_scope_2"', "choose one of them"
             )
-        self.threshold = nn.Parameter(torch.full((d_sae,), 0.001))
+        self.threshold = nn.Parameter(torch.full((self.rows,), 0.001))
 
     @property
     def target_l0(self) -> float:
@@ -118,7 +118,7 @@ class JumpReLU(SAE):
         stepped = codes.map(
             lambda v, threshold: _Step.apply(v, threshold, self.settings.bandwidth), self.threshold
         )
-        l0_B1 = stepped.decode(self.W_dec.new_ones(self.d_sae, 1))
+        l0_B1 = stepped.decode(self.W_dec.new_ones(self.rows, 1))
         return (2 / self.target_l0) * (l0_B1 - self.target_l0).pow(2).mean()
 
     def _off_target_relatively(self, codes: Codes, f: Codes, ctx: StepContext) -> Tensor:
@@ -129,10 +129,8 @@ class JumpReLU(SAE):
         # off the support f is 0, which lies above a negative threshold and within reach of a small one
         if not ctx.recipe.step_of_preactivations:
             off_F = B - codes.size_by_latent()
-            l0 = (
-                l0
-                + (off_F * _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)).sum() / B
-            )
+            at_zero_F = _Step.apply(torch.zeros_like(self.threshold), self.threshold, bandwidth)
+            l0 = l0 + codes.over_latents(off_F * at_zero_F) / B
         return (l0 / self.target_l0 - 1) ** 2
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ class JumpReLUTanh(SAE):
             raise invalid("kernel_width", self.settings.kernel_width, "a number above 0", "raise it")
         if self.settings.ramp > 1:
             raise invalid("ramp", self.settings.ramp, "0 to 1, a share of the run", "lower it")
-        self.threshold = nn.Parameter(torch.zeros(d_sae))
+        self.threshold = nn.Parameter(torch.zeros(self.rows))
 
     @property
     def unit(self) -> float:
@@ -112,7 +112,7 @@ class JumpReLUTanh(SAE):
         c = s.tanh_scale / self.unit
         tanh = f.total(lambda f, norm: torch.tanh(c * norm * f), norms_F) / B
         above = codes.total(lambda v, threshold, norm: (v - threshold).relu() * norm, self.threshold, norms_F)
-        below = (above + norms_F @ (B * self.threshold - codes.pre.by_latent())) / B
+        below = (above + codes.over_latents(norms_F, B * self.threshold - codes.pre.by_latent())) / B
         return {
             "loss": mse
             + s.tanh_penalty * ctx.sparsity_scale * tanh

@@ -43,7 +43,7 @@ class StandardNew(SAE):
 
     def loss(self, x_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext) -> dict[str, Tensor]:
         mse, _ = ops.squared_error(x_BD, f.decode(self.W_dec) + self.b_dec)
-        l1 = f.by_latent() @ self.penalty_norms(f) / len(x_BD)
+        l1 = f.over_latents(f.by_latent(), self.penalty_norms(f)) / len(x_BD)
         return {"loss": mse + self.settings.l1_penalty * ctx.sparsity_scale * l1, "mse": mse, "l1": l1}
 
     def activation(self, pre_BF: Tensor, latents: Tensor | slice) -> Tensor:

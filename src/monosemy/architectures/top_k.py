@@ -25,7 +25,7 @@ class TopK(TopKFamily):
     look = Look("#4c8562", "#2cc073", "plus", place=6)
 
     def reset(self, generator: torch.Generator) -> None:
-        self.init_directions(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator), 0, EPS).T)
+        self.init_directions(unit(uniform((self.d_in, self.d_sae), self.d_sae**-0.5, generator, 1), 0, EPS).T)
 
     def codes(self, pre: Preactivations, ctx: StepContext) -> Codes:
         selected = pre.top_k(self.settings.k)

@@ -20,6 +20,7 @@ from monosemy.config import ResolvedConfig
 from monosemy.limits import (
     CUBLAS,
     ESTIMATE_BELOW,
+    EXCHANGED,
     GRADIENTS_AT_ONCE,
     HEAD_ELEMENTS,
     IN_CACHE,
@@ -336,6 +337,36 @@ def step_bytes(
     at_once = min(together, branches(B, F_all))
     libraries = 2 * CUBLAS * at_once if at_once > 1 else 0
     return together * gradients + (together - at_once) * retained + at_once * work + libraries
+
+
+def rank_bytes(
+    memory: ArchitectureMemory,
+    B: int,
+    D: int,
+    F: int,
+    size: int,
+    *,
+    k: int,
+    bf16: bool = False,
+    gpu: bool = True,
+    skip: int = 0,
+) -> dict[str, int]:
+    """Count what a rank takes of an SAE whose F latents `size` ranks hold together: what is held all along,
+    arrays that steps on a CPU share, a step's gradients and transients, and what merging selections takes.
+
+    B, D and k are those of the whole, whose latents alone are split.
+    """
+    here = F // size
+    copies = bf16 * (2 if gpu else 1)
+    # values that come from all ranks, each with a copy by token, a place and comparisons
+    of_token = min(size * max(min(k, here), min(D // 2, here)), EXCHANGED)
+    listed = B * (min(k, here) + min(D // 2, here))  # candidates, AuxK's too, each with a key and a place
+    return {
+        "SAE": sae_bytes(memory, D, here, copies=copies, skip=skip),
+        "arrays": 0 if gpu else workspace_bytes(memory, B, D, here, k=k, bf16=bf16),
+        "step": step_bytes(memory, B, D, here, k=k, bf16=bf16, on_gpu=int(gpu)),
+        "exchange": 0 if memory.dense_arrays else 17 * B * of_token + 40 * listed + 28 * B * 256,
+    }
 
 
 def _parameters(memory: ArchitectureMemory, D: int, F: int, spans: Spans = ONE) -> int:

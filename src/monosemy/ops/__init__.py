@@ -11,6 +11,7 @@ from monosemy.ops.dense import count_positive, decode_dense, encode_dense, map_d
 from monosemy.ops.pattern import Estimate, Selection, SparsePattern
 from monosemy.ops.reference import Constraint, Counters, StepOutcome
 from monosemy.ops.selections import Workspace, above, batch_top_k, preactivations, top_k
+from monosemy.ops.shards import LatentShards
 from monosemy.ops.sparse import (
     WeightGradient,
     adds_in_place,
@@ -31,6 +32,7 @@ __all__ = [
     "Constraint",
     "Counters",
     "Estimate",
+    "LatentShards",
     "Optimizer",
     "Selection",
     "SparsePattern",

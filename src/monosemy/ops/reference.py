@@ -343,6 +343,8 @@ class Parameter:
     constraint: Constraint
     in_norm: bool
     """Whether the gradient counts in the norm that is clipped and looked at."""
+    sharded: bool = False
+    """Whether this is a part of a parameter whose other parts other ranks have."""
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,17 @@ class Adam:
     """Largest norm of an SAE's gradient."""
     betas: tuple[float, float]
     eps: float
+    add_up: Callable[[Tensor], Tensor] | None = None
+    """Adds up over the ranks what each has of sharded parameters."""
+
+
+def total_square_norm(
+    counted: Sequence[Parameter], squares: Sequence[Tensor], add_up: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the squared norm of the whole gradient, [S], from that of each parameter or part of one."""
+    parts = [square for each, square in zip(counted, squares, strict=True) if each.sharded]
+    whole = [square for each, square in zip(counted, squares, strict=True) if not each.sharded]
+    return torch.stack([add_up(torch.stack(parts).sum(0)), *whole]).sum(0)
 
 
 def adam_step(
@@ -368,8 +381,11 @@ def adam_step(
     """Clip and update all parameters of the SAEs whose loss and gradient norm are finite, and count these
     updates in `steps_S`. Returns which they are, bool [S]."""
     counted = [each for each in parameters if each.in_norm]
-    squares_S = sum(square_norms(each.p, each.grads, each.constraint) for each in counted)
-    assert isinstance(squares_S, Tensor), "no parameter counts in the norm"
+    squares = [square_norms(each.p, each.grads, each.constraint) for each in counted]
+    assert squares, "no parameter counts in the norm"
+    squares_S = sum(squares[1:], squares[0])
+    if adam.add_up is not None:
+        squares_S = total_square_norm(counted, squares, adam.add_up)
     norm_S = squares_S.sqrt()
     updated_S = (norm_S + loss_S).isfinite()
     scale_S = torch.ones_like(norm_S)

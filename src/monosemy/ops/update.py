@@ -7,22 +7,24 @@ Adam).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from monosemy.ops.backends import backend_for
 from monosemy.ops.reference import Adam, Constraint, Parameter
+from monosemy.ops.shards import LatentShards
 
 
 class Optimizer:
     """Adam over stacked parameters {name: [S, ..]}, with the decoder's constraint and the clipping of the
     architecture.
 
-    With beta1 = 0 Adam's first moment is the gradient itself, and none is kept. `bf16_copies` names
-    parameters of which a bfloat16 copy is kept up to date, for products and gathers in that precision. An SAE
-    whose loss or gradient is not finite is left as it is.
+    With `shards`, the parameters named `of_latents` are one rank's part of theirs, and the gradient's norm is
+    that of all parts. With beta1 = 0 Adam's first moment is the gradient itself, and none is kept.
+    `bf16_copies` names parameters of which a bfloat16 copy is kept up to date, for products and gathers in
+    that precision. An SAE whose loss or gradient is not finite is left as it is.
     """
 
     def __init__(
@@ -35,9 +37,12 @@ class Optimizer:
         betas: tuple[float, float],
         eps: float = 1e-8,
         bf16_copies: Sequence[str] = (),
+        shards: LatentShards | None = None,
+        of_latents: Collection[str] = (),
     ) -> None:
         self.params, self.decoder, self.constraint = dict(params), decoder, constraint
-        self.adam = Adam(clip, betas, eps)
+        self.adam = Adam(clip, betas, eps, None if shards is None else shards.sum_)
+        self.of_latents = of_latents
         self.m = {name: torch.zeros_like(p) for name, p in params.items()} if betas[0] else {}
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
         W = self.params[decoder]
@@ -66,6 +71,7 @@ class Optimizer:
                 self.bf16_copies[name][which] if name in self.bf16_copies else None,
                 self.constraint_of(name),
                 in_norm=self.adam.clip is not None or p.ndim == 2,
+                sharded=name in self.of_latents,
             )
             for name, p in self.params.items()
         ]

@@ -40,7 +40,9 @@ class TrainerGroup:
                 p[name].data = self.params[name][s]
         S = len(self.trainers)
         self.device = next(iter(self.params.values())).device
-        self.graphs = CUDAGraphCache() if self.device.type == "cuda" else None
+        # a sharded SAE's steps run as they are: its collectives are the process group's
+        whole = all(trainer.shards is None for trainer in self.trainers)
+        self.graphs = CUDAGraphCache() if self.device.type == "cuda" and whole else None
         self.launches = [slice(0, S)] if self.graphs else [slice(s, s + 1) for s in range(S)]
         self.scales_2S = torch.zeros(2, S, device=self.device)  # learning rate, factor on sparsity penalties
         self.last: dict[str, dict[str, Tensor]] = {}
@@ -53,7 +55,8 @@ class TrainerGroup:
         sae = trainer.sae
         shapes = tuple((name, p.shape) for name, p in sae.named_parameters())
         device = next(sae.parameters()).device
-        return sae.constraint, sae.clip, sae.betas, shapes, trainer.bf16, trainer.on_nonfinite, device
+        how = (trainer.bf16, trainer.on_nonfinite, device, trainer.shards)
+        return sae.constraint, sae.clip, sae.betas, shapes, *how
 
     @cached_property
     def optimizer(self) -> ops.Optimizer:
@@ -69,6 +72,8 @@ class TrainerGroup:
             clip=first.sae.clip,
             betas=first.sae.betas,
             bf16_copies=copies if first.bf16 else (),
+            shards=first.shards,
+            of_latents=first.latent_tensors,
         )
 
     def step(self, batches: Mapping[str, Tensor], step: int) -> None:
@@ -184,6 +189,7 @@ def group_trainers(trainers: Iterable[SAETrainer]) -> list[TrainerGroup]:
     for alike in by_key.values():
         sae = alike[0].sae
         bytes_of_one = sum(p.numel() * p.element_size() for p in sae.parameters())
-        size = max(GRADIENTS_AT_ONCE // bytes_of_one, 1) if sae.W_enc.is_cuda else 1
+        together = sae.W_enc.is_cuda and sae.shards is None
+        size = max(GRADIENTS_AT_ONCE // bytes_of_one, 1) if together else 1
         groups += [TrainerGroup(alike[i : i + size]) for i in range(0, len(alike), size)]
     return groups

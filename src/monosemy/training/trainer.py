@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from monosemy import ops
 from monosemy.codes import Codes, Execution
 from monosemy.errors import invalid
 from monosemy.families import Family
-from monosemy.initialization import geometric_median
+from monosemy.initialization import ShardGenerator, geometric_median
 from monosemy.limits import ESTIMATE_BELOW
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
 from monosemy.sae import SAE, StepContext
@@ -60,23 +60,38 @@ class SAESpec(Family):
             raise invalid("seed", self.seed, "a whole number", "correct it")
         self.check()
 
-    def empty(self, widths: int | Sequence[int]) -> SAE:
-        """Build the SAE with weights of zero, for sites of these widths.
+    def empty(self, widths: int | Sequence[int], shards: ops.LatentShards | None = None) -> SAE:
+        """Build the SAE with weights of zero, for sites of these widths; with `shards` one rank's latents of
+        it.
 
-        Raises ValueError for an unknown architecture or setting, and for another number of sites.
+        Raises ValueError for an unknown architecture or setting, for another number of sites, and for latents
+        that cannot be split so.
         """
         widths = (widths,) if isinstance(widths, int) else widths
-        return self.make(self.architecture, widths, self.d_sae, self.settings)
+        return self.make(self.architecture, widths, self.d_sae, self.settings, shards)
 
-    def build(self, widths: int | Sequence[int]) -> SAE:
-        """Build the SAE with its initial weights.
+    def latent_tensors(self, widths: int | Sequence[int]) -> frozenset[str]:
+        """Return which of the SAE's parameters and buffers have a row for each latent."""
+        with torch.device("meta"):
+            narrow, wide = (replace(self, d_sae=n * self.d_sae).empty(widths) for n in (1, 2))
+        tensors = [
+            {name: t.shape for name, t in [*sae.named_parameters(), *sae.named_buffers()]}
+            for sae in (narrow, wide)
+        ]
+        return frozenset(name for name, shape in tensors[0].items() if shape != tensors[1][name])
+
+    def build(self, widths: int | Sequence[int], shards: ops.LatentShards | None = None) -> SAE:
+        """Build the SAE with its initial weights; with `shards` one rank's latents, which have the same bits.
 
         Raises ValueError for an unknown architecture or setting, and for another kind or shape in
         `init_from`.
         """
-        sae = self.empty(widths)
+        sae = self.empty(widths, shards)
         if self.init_from is None:
-            sae.reset(torch.Generator().manual_seed(self.seed))
+            if shards is None:
+                sae.reset(torch.Generator().manual_seed(self.seed))
+            else:
+                self._reset_shard(sae, shards, self.latent_tensors(widths))
             return sae
         found, wanted = (
             {name: value for name, value in of.family.items() if name not in ("d_out", "widths")}
@@ -91,6 +106,9 @@ class SAESpec(Family):
         source = copy.deepcopy(self.init_from)
         source.set_pre_bias_(sae.pre_bias)
         given = source.state_dict()
+        if shards is not None and source.d_sae == self.d_sae:
+            of_latents, here = self.latent_tensors(widths), shards.part(self.d_sae)
+            given = {name: t[here] if name in of_latents else t for name, t in given.items()}
         for name, tensor in sae.state_dict().items():
             if name in given and given[name].shape != tensor.shape:
                 raise invalid(
@@ -101,6 +119,23 @@ class SAESpec(Family):
                 )
         sae.load_state_dict({name: given.get(name, tensor) for name, tensor in sae.state_dict().items()})
         return sae
+
+    def _reset_shard(self, sae: SAE, shards: ops.LatentShards, of_latents: frozenset[str]) -> None:
+        """Draw one rank's first weights. Raises ValueError for an architecture that makes whole ones."""
+        tensors = dict([*sae.named_parameters(), *sae.named_buffers()])
+        whole = sorted(name for name in of_latents if len(tensors[name]) != sae.rows)
+        if whole:
+            allowed, remedy = (
+                f"1 for {sae.name}, which makes {', '.join(whole)} of d_sae",
+                "make it of self.rows",
+            )
+            raise invalid("latent_shards", shards.size, allowed, remedy)
+        try:
+            sae.reset(ShardGenerator.of(shards).manual_seed(self.seed))
+        except RuntimeError as error:  # of shapes that do not go together
+            remedy = "draw by uniform and normal of monosemy.initialization, which keep a shard's part"
+            allowed = f"1 for {sae.name}, which draws whole weights ({error})"
+            raise invalid("latent_shards", shards.size, allowed, remedy) from error
 
 
 class AsyncScalars:
@@ -167,6 +202,10 @@ class StepResult(NamedTuple):
     codes: Codes
     ctx: StepContext
     since_fired_F: Tensor
+    entries: Tensor | None
+    """Of the codes of all latents, where these are sharded."""
+    overflows: Tensor | None
+    """Whether a list of fixed length may have lacked room for all entries; None where none has one."""
 
 
 class SAETrainer:
@@ -192,15 +231,21 @@ class SAETrainer:
         norm_factors: Sequence[float] = (),
         on_nonfinite: OnNonfinite = "stop",
         workspace: ops.Workspace | None = None,
+        shards: ops.LatentShards | None = None,
     ) -> None:
         """Build the SAE of a spec.
 
         `widths` are those of the sites whose activations lie side by side in a batch, `norm_factors` what
-        each is divided by; weights of `init_from` are scaled to them.
+        each is divided by; weights of `init_from` are scaled to them. With `shards` this is one rank of those
+        that hold the SAE's latents together, each with such a trainer, given the same batches. Raises
+        ValueError as `SAESpec.build`.
         """
         self.name, self.spec, self.schedule, self.recipe, self.bf16 = name, spec, schedule, recipe, bf16
-        self.on_nonfinite, self.workspace = on_nonfinite, workspace
-        self.sae = spec.build(widths).to(device)
+        self.on_nonfinite, self.workspace, self.shards = on_nonfinite, workspace, shards
+        self.sae = spec.build(widths, shards).to(device)
+        # with a row for each latent; where these are sharded, the other tensors are alike on all ranks
+        self.latent_tensors = frozenset() if shards is None else spec.latent_tensors(widths)
+        self.checked = shards is None  # that all ranks have one loss
         self.norm_factors = tuple(norm_factors) or (1.0,) * len(self.sae.widths)
         self.fresh = spec.init_from is None
         self.centered = self.fresh and recipe.centered and self.sae.centered
@@ -209,7 +254,7 @@ class SAETrainer:
         self.lr = rate if spec.lr is None else spec.lr
         if not self.fresh:
             self.sae.fold_norm_factor_(*(1 / factor for factor in self.norm_factors))
-        self.since_fired_F = torch.zeros(self.sae.d_sae, dtype=torch.long, device=device)  # tokens
+        self.since_fired_F = torch.zeros(self.sae.rows, dtype=torch.long, device=device)  # tokens
         self.clock = torch.zeros((), dtype=torch.long, device=device)  # steps taken, skipped ones included
         self.nonfinite = torch.tensor([0, -1, 1, 0], device=device)  # NonfiniteState
         self.active = torch.zeros((), device=device)  # mean entries of a token in the last step's codes
@@ -227,7 +272,11 @@ class SAETrainer:
         if step == 0 and self.fresh:
             if self.centered:  # of a batch that is not finite there is no median
                 self.center_D.copy_(geometric_median(batch).nan_to_num(0.0, 0.0, 0.0))
+                if self.shards is not None:
+                    self.shards.broadcast_(self.center_D)
             self.sae.init_from_operands(*self._operands(batch))
+            if self.shards is not None:  # all go on from the same bits
+                self.shards.broadcast_(self.sae.b_dec.data)
             self.any_dead = READBACK_EVERY * len(batch) >= self.schedule.dead_tokens
         if step % READBACK_EVERY == 0 and self.readback is not None:
             active, longest, dying = self.readback.read()
@@ -242,7 +291,7 @@ class SAETrainer:
         self.use_estimate = self._estimate_pays(active)
         fits = not self.capacity or active * batch < self.capacity
         self.sparse = fits and active < SPARSE_BELOW[device] * self.sae.d_sae
-        wanted = min(CAPACITY_FACTOR * 2 ** math.ceil(math.log2(active + 1)), self.sae.d_sae) * batch
+        wanted = min(CAPACITY_FACTOR * 2 ** math.ceil(math.log2(active + 1)), self.sae.rows) * batch
         # a GPU's lists have a fixed length, and few different ones, since each is a phase of its own
         room = max(wanted, self.capacity if self.capacity <= 2 * wanted else 0)
         self.capacity = room if self.sparse and device == "cuda" else 0
@@ -279,6 +328,7 @@ class SAETrainer:
             workspace=None if x_BD.is_cuda else self.workspace,  # CUDA graphs have memory of their own
             capacity=self.capacity,
             dead_at_most=self.dead_at_most or None,
+            shards=self.shards,
         )
         ctx = StepContext(step, self.schedule, self.recipe, sparsity_scale=sparsity_scale)
         codes = self.sae.codes(self.sae.preactivations(x_BD, execution), ctx)
@@ -289,15 +339,41 @@ class SAETrainer:
             since_fired_F, dead_F, dead = ops.firing(
                 fired_F, self.since_fired_F, len(x_BD), self.schedule.dead_tokens
             )
+            fires, dead, entries, full = self._counted(codes, count_F, dead)
         any_dead = self.any_dead if x_BD.is_cuda else bool(dead)
         ctx = dataclasses.replace(ctx, dead_F=dead_F if any_dead else None)
         parts = self.objective(x_BD, y_BD, codes, f, ctx)
+        if not self.checked:
+            self._check_loss(parts["loss"].detach())
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
         assert not any(gradient.uses for gradient in codes.pre.gradients.values()), "codes without a gradient"
         metrics = {name: part.detach() for name, part in parts.items()}
-        metrics |= {"l0": count_F.sum() / len(x_BD), "dead": dead}
-        return StepResult(dict(zip(params, grads, strict=True)), metrics, codes, ctx, since_fired_F)
+        metrics |= {"l0": fires / len(x_BD), "dead": dead}
+        grads_of = dict(zip(params, grads, strict=True))
+        return StepResult(grads_of, metrics, codes, ctx, since_fired_F, entries, full)
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raises ValueError for an objective that is not the same on all ranks, at the first step."""
+        assert self.shards is not None, "a whole SAE has one loss"
+        all_T = self.shards.gather(loss).nan_to_num()
+        if bool((all_T != all_T[0]).any()):
+            remedy = "sum over latents by codes.total and codes.over_latents alone, or train it whole"
+            allowed = f"1 for {self.sae.name}, whose loss differs between shards"
+            raise invalid("latent_shards", self.shards.size, allowed, remedy)
+        self.checked = True
+
+    def _counted(
+        self, codes: Codes, count_F: Tensor, dead: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return how often a latent fired in a batch, how many are dead, and for `StepResult` the entries and
+        whether a list was full; of all shards, by one reduction."""
+        full = codes.size() >= self.capacity if self.capacity else None
+        if self.shards is None:
+            return count_F.sum(), dead, None, full
+        here = [count_F.sum(), dead, codes.size(), torch.zeros_like(dead) if full is None else full]
+        fires, dead, entries, number_full = self.shards.sum_(torch.stack([n.double() for n in here]))
+        return fires.to(count_F.dtype), dead.long(), entries, None if full is None else number_full > 0
 
     def objective(
         self, x_BD: Tensor, y_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext
@@ -311,15 +387,11 @@ class SAETrainer:
 
     def loss_or_nan(self, result: StepResult) -> Tensor:
         """Return the loss; NaN where this step's update is skipped whatever its numbers are."""
-        loss, skips = result.metrics["loss"], self._overflows(result.codes)
+        loss, skips = result.metrics["loss"], result.overflows
         if self.on_nonfinite == "stop":
             stopped = self.nonfinite[0] > 0
             skips = stopped if skips is None else skips | stopped
         return loss if skips is None else torch.where(skips, torch.nan, loss)
-
-    def _overflows(self, codes: Codes) -> Tensor | None:
-        """Whether a list of fixed length may have lacked room for all entries; None where none has one."""
-        return codes.size() >= self.capacity if self.capacity else None
 
     @torch.no_grad()
     def update_state(self, result: StepResult, updated: Tensor, batch_is_finite: Tensor) -> None:
@@ -329,16 +401,20 @@ class SAETrainer:
         for name, buffer in self.sae.named_buffers():
             torch.where(updated, buffer, before[name], out=buffer)
         counters = ops.Counters(self.since_fired_F, self.active, self.nonfinite, self.clock)
-        codes, full = result.codes, self._overflows(result.codes)
+        codes, full = result.codes, result.overflows
+        entries = codes.size() if result.entries is None else result.entries
         ops.count_step(
             counters,
-            ops.StepOutcome(updated, full, batch_is_finite, codes.size(), codes.tokens, result.since_fired_F),
+            ops.StepOutcome(updated, full, batch_is_finite, entries, codes.tokens, result.since_fired_F),
         )
 
     def schedule_readback(self, tokens: int) -> None:
         """Start copying to the host what it decides by `READBACK_EVERY` steps later, of so many tokens."""
         dying = self.since_fired_F + 2 * READBACK_EVERY * tokens >= self.schedule.dead_tokens
-        numbers = (self.active, self.since_fired_F.max(), dying.sum())
+        longest, dying = self.since_fired_F.max(), dying.sum()
+        if self.shards is not None:
+            longest, dying = self.shards.most(longest), self.shards.sum_(dying)
+        numbers = (self.active, longest, dying)
         self.readback = AsyncScalars(torch.stack([number.double() for number in numbers]))
 
     @torch.no_grad()
@@ -352,8 +428,9 @@ class SAETrainer:
         return StepMetrics(self.on_nonfinite, tuple(metrics), AsyncScalars(torch.stack(scalars)))
 
     def finished(self) -> SAE:
-        """Copy the SAE for use: on raw activations, with unit decoder rows."""
-        sae = self.spec.empty(self.sae.widths)
+        """Copy the SAE for use: on raw activations, with unit decoder rows; of a shard its latents, which
+        `save_sharded` puts together with those of the others."""
+        sae = self.spec.empty(self.sae.widths, self.shards)
         sae.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.sae.state_dict().items()})
         if sae.constraint == "free":
             sae.fold_decoder_norm_()

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.reference import Adam, AdamStep, Constraint, Parameter
+from monosemy.ops.reference import Adam, AdamStep, Constraint, Parameter, total_square_norm
 from monosemy.ops.triton.launch import require_float32, warps_for
 
 
@@ -250,11 +250,13 @@ def adam_step(
     of_each = parts_SP.split([launch.grid[0] for _, launch in counted], dim=1)
     for (each, launch), parts in zip(counted, of_each, strict=True):
         launch.square_norms(each.p, parts)
+    squares_S = parts_SP.sum(1)
+    if adam.add_up is not None:
+        squares = [parts.sum(1) for parts in of_each]
+        squares_S = total_square_norm([each for each, _ in counted], squares, adam.add_up)
     scale_S, updated_S = torch.empty_like(loss_S), torch.empty_like(loss_S, dtype=torch.bool)
     outputs, block = (scale_S, updated_S.view(torch.uint8)), next_power_of_2(S)
-    _scales_kernel[(1,)](
-        parts_SP.sum(1), loss_S, steps_S, *outputs, S, CLIP=adam.clip, BLOCK=block, num_warps=1
-    )
+    _scales_kernel[(1,)](squares_S, loss_S, steps_S, *outputs, S, CLIP=adam.clip, BLOCK=block, num_warps=1)
     for each, launch in launches:
         step = AdamStep(lr_S, scale_S, steps_S, adam.betas, adam.eps, each.constraint)
         launch.update(each.p, each.m, each.v, each.bf16_copy, step)
