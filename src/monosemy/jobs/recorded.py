@@ -25,6 +25,7 @@ IGNORED_ON_RESUME = {
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
+    "latent_shards",
     "retry_seconds",
 }
 
