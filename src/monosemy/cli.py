@@ -25,6 +25,7 @@ import tyro
 
 from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, RanksConfig, TrainConfig, architecture_names
 from monosemy.errors import ToldElsewhere, TryAgain, invalid, told_elsewhere
+from monosemy.jobs import hub
 from monosemy.jobs.cache_config import CACHE_GROUPS, CacheConfig, CachePlan
 from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
 from monosemy.jobs.plan import Plan
@@ -189,10 +190,8 @@ def _quietly_planned(arguments: list[str]) -> Plan:
 
 def _plan(arguments: list[str]) -> int:
     saved, arguments = _saved_config(arguments)
-    description = (
-        "Tell what a run would take on several processes, and start none: its SAEs by rank, time, memory, "
-    )
-    description += "bytes between ranks and on the disk. All of it is predicted."
+    description = "Tell what a run would take on several processes, and start none: SAEs by rank, time, "
+    description += "memory, bytes between ranks and on the disk. All of it is predicted."
     if saved is None and not any(argument.split("=")[0] == "--save_dir" for argument in arguments):
         arguments = ["--save_dir", "saes", *arguments]
     groups = {"ranks": RanksConfig, **GROUPS}
@@ -202,7 +201,8 @@ def _plan(arguments: list[str]) -> int:
     plan = Plan.from_config(TrainConfig(**parsed))
     from monosemy.jobs.forecast import Forecast
 
-    forecast = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node)
+    shards = {name: getattr(plan.config, name, 1) for name in ("latent_shards", "lm_shards")}
+    forecast = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node, **shards)
     print("\n".join(line for line in (plan.note, plan.describe(), str(forecast)) if line))
     return 0
 
@@ -479,8 +479,6 @@ def _push(arguments: list[str]) -> int:
             repo_id: OWNER/NAME; it is created if it does not exist.
             retry_seconds: Pauses before further attempts.
         """
-        from monosemy.jobs import hub
-
         try:
             print(hub.push(_run_folder(run), repo_id, waits=retry_seconds))
         except hub.UploadFailed as error:

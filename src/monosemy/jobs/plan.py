@@ -91,8 +91,7 @@ class Plan:
         before = recorded(folder) or {}
         # blanks that a run which goes on fills as it began, whatever this version would
         began: dict[str, Any] = {
-            name: getattr(config, name) or before.get(name)
-            for name in ("eval_num_inputs", "sae_batch_size")
+            name: getattr(config, name) or before.get(name) for name in ("eval_num_inputs", "sae_batch_size")
         }
         plan = cls(
             _resolve(dataclasses.replace(config, **began), model, sites),
