@@ -190,8 +190,7 @@ def _quietly_planned(arguments: list[str]) -> Plan:
 
 def _plan(arguments: list[str]) -> int:
     saved, arguments = _saved_config(arguments)
-    description = "Tell what a run would take on several processes, and start none: SAEs by rank, time, "
-    description += "memory, bytes between ranks and on the disk. All of it is predicted."
+    description = "Predict what a run takes on several processes: time, memory, bytes sent and stored."
     if saved is None and not any(argument.split("=")[0] == "--save_dir" for argument in arguments):
         arguments = ["--save_dir", "saes", *arguments]
     groups = {"ranks": RanksConfig, **GROUPS}
@@ -202,8 +201,8 @@ def _plan(arguments: list[str]) -> int:
     from monosemy.jobs.forecast import Forecast
 
     shards = {name: getattr(plan.config, name, 1) for name in ("latent_shards", "lm_shards")}
-    forecast = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node, **shards)
-    print("\n".join(line for line in (plan.note, plan.describe(), str(forecast)) if line))
+    told = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node, **shards)
+    print("\n".join(filter(None, (plan.note, plan.describe(), str(told)))))
     return 0
 
 
