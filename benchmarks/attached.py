@@ -6,10 +6,10 @@
 Eight SAEs of random weights (jump_relu, about 40 active latents of a token) at resid_post of layers 3, 6 to
 24. Timed in turn, as many rounds as asked after two that are not counted; medians of CPU time, so that what
 else runs on the machine counts little: the forward by itself; with the SAEs attached and four latents of each
-edited, the error kept; the same without the error; with all latents edited by one function; what the hooks of
-these do without the model; and encode and decode of all eight on activations of the same shape. --peer adds
-SAELens' SAETransformerBridge with the same SAEs (peers/environment sae_lens).
-OMP_NUM_THREADS=1 makes CPU time that of one thread.
+edited, the error kept; the same without the error; with all latents edited by one function; what their hooks
+do without the model; and encode and decode of all eight on activations of the same shape. --peer adds
+SAETransformerBridge of SAELens with the same SAEs (peers/environment sae_lens), with its error term and
+without. OMP_NUM_THREADS=1 makes CPU time that of one thread.
 
 B rows of a batch, L tokens, D width, F latents.
 """

@@ -128,6 +128,31 @@ def test_parts_add_up_to_the_change_of_a_linear_model(name: str, steps: int | No
     assert (found[sae].tokens_N > 0).all() and found[sae].error_L[0] == 0
 
 
+class Sharing(Layer):
+    """Adds what the first layer of this forward made."""
+
+    def __init__(self, shared: dict[str, Tensor], first: bool) -> None:
+        super().__init__()
+        self.shared, self.first = shared, first
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = super().forward(hidden_states)
+        if self.first:
+            self.shared["x"] = x
+            return x
+        return x + self.shared.pop("x", 0 * x)
+
+
+def test_a_model_that_cannot_be_run_from_the_site_alone_has_a_gradient_only() -> None:
+    model, shared = Linear(Config()).double().eval(), {}
+    for i in (0, 2):
+        model.model.layers[i] = Sharing(shared, first=i == 0).double()
+    sae, ids = sae_of("top_k").double(), PROMPT % 50
+    assert monosemy.attribute(model, sae, ids, 7)[sae].total != 0
+    with pytest.raises(ValueError, match="share more than the hidden state"):
+        monosemy.attribute(model, sae, ids, 7, steps=2)
+
+
 def test_errors_and_linear_maps_are_parts_of_their_own(linear: Linear) -> None:
     ids = PROMPT % 50
     sae = sae_of(

@@ -24,6 +24,7 @@ from monosemy.errors import invalid
 from monosemy.lm.info import Site
 from monosemy.lm.model import LanguageModel
 from monosemy.lm.site_groups import AnySite, reads, writes
+from monosemy.lm.splicing import resumes
 from monosemy.report.effects import effect_bars
 from monosemy.sae import SAE
 from monosemy.system.files import path_of, write_bytes
@@ -226,6 +227,9 @@ class _Runs:
     def mean_gradient(self, site: Site, base_D: Tensor, meant_L: Tensor, steps: int) -> tuple[Tensor, float]:
         """Return the mean gradient on the way of a site's activations from a base, [L, D], and what the
         target changes on it. Midpoints: exact where the target is quadratic."""
+        if not resumes(self.lm, self.ids_1L, site):
+            allowed = "None for a model whose layers share more than the hidden state"
+            raise invalid("steps", steps, allowed, f"leave it out: nothing can be run from {site} alone")
         with torch.no_grad():
             clean = self.lm.clean(self.ids_1L, [site])
         y_LD = self.y[site]
