@@ -10,6 +10,7 @@ import time
 from email.utils import formatdate
 
 import pytest
+import torch
 
 from monosemy.cli import main
 from monosemy.jobs.explain import JOURNAL, explain
@@ -414,3 +415,15 @@ def test_smollm2_in_this_process_labels_a_latent():
     ]
     answer = model.ask(prompts.label_request(examples), threading.Event())
     assert prompts.label_of(answer.text) and answer.prompt_tokens > 100 and 0 < answer.completion_tokens <= 30
+    request = prompts.detection_request("dogs", ["the dog barks", "stocks fell"])
+    verdicts = prompts.verdicts_of(model.ask(request, threading.Event()).text, 2)
+    tokenizer, lm = model._tokenizer, model._lm
+    template = {"tokenize": False, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(request.messages, **template) + "["
+    for verdict in verdicts:  # each is the likelier one after the text before it
+        ids_1L = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        with torch.inference_mode():
+            logits_V = lm.model(input_ids=ids_1L).logits[0, -1]
+        zero, one = (logits_V[tokenizer.encode(digit)[-1]].item() for digit in "01")
+        assert verdict == (one > zero)
+        text += f"{int(verdict)},"

@@ -58,32 +58,35 @@ class LocalModel:
         return Answer(text, "", n, used)
 
     def _write(self, ids_1L: torch.Tensor, request: Request) -> tuple[str, int]:
-        """Return an answer in the model's own words, greedily decoded, and how many tokens it took."""
-        n = ids_1L.shape[1]
-        found_1L: Any = self._lm.model.generate(  # type: ignore[operator]
-            ids_1L,
-            attention_mask=torch.ones_like(ids_1L),
-            max_new_tokens=self._longest,
-            do_sample=False,
-            pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
-            stopping_criteria=transformers.StoppingCriteriaList([self._ended(request.end, n)]),
-        )
-        new_L = found_1L[0, n:]
+        """Return an answer in the model's own words, and how many tokens it took."""
+        ended = transformers.StoppingCriteriaList([self._ended(request.end, ids_1L.shape[1])])
+        new_L = self._decoded(ids_1L, self._longest, stopping_criteria=ended)
         return request.finished(self._tokenizer.decode(new_L, skip_special_tokens=True)), len(new_L)
 
     def _judge(self, ids_1L: torch.Tensor, request: Request) -> tuple[str, int]:
         """Return a list of verdicts, each the likelier of 0 and 1 after those before it, and its tokens."""
+        n = ids_1L.shape[1]
         zero, one, comma = (
             self._tokenizer.encode(text, add_special_tokens=False)[-1] for text in ("0", "1", ",")
         )
-        verdicts: list[int] = []
-        cache: Any = None
-        for _ in range(request.count):
-            output = self._lm.model(input_ids=ids_1L, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits_V = output.past_key_values, output.logits[0, -1]
-            verdicts.append(int(logits_V[one] > logits_V[zero]))
-            ids_1L = ids_1L.new_tensor([[one if verdicts[-1] else zero, comma]])
-        return json.dumps(verdicts), 2 * request.count
+
+        def allowed(_: int, ids_L: torch.Tensor) -> list[int]:
+            return [comma] if (len(ids_L) - n) % 2 else [zero, one]
+
+        new_L = self._decoded(ids_1L, 2 * request.count - 1, prefix_allowed_tokens_fn=allowed)
+        return json.dumps([int(token == one) for token in new_L[::2].tolist()]), len(new_L)
+
+    def _decoded(self, ids_1L: torch.Tensor, tokens: int, **how: Any) -> torch.Tensor:
+        """Return at most so many further tokens [L], greedily decoded."""
+        found_1L: Any = self._lm.model.generate(  # type: ignore[operator]
+            ids_1L,
+            attention_mask=torch.ones_like(ids_1L),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+            **how,
+        )
+        return found_1L[0, ids_1L.shape[1] :]
 
     def _ended(self, end: str, n: int) -> Any:
         """Return a test whether what comes after the first `n` tokens has a text in it."""
