@@ -226,8 +226,6 @@ class SAEConfig:
     """
     group_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
     """Shares of the latents in matryoshka_batch_top_k's groups."""
-    latent_shards: Annotated[int, AT_LEAST_1] = 1
-    """Ranks that hold an SAE's latents together, of those that torchrun starts."""
     init_from: str | None = None
     """Folder of a trained SAE whose weights every SAE of the run starts from (of equal shape)."""
 

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from monosemy import formats
 from monosemy.formats import dictionary_learning
-from monosemy.formats.sharded import save_sharded
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
 from monosemy.lm.site_groups import AnySite
@@ -61,26 +60,26 @@ def save_sae(plan: Plan, trainer: SAETrainer, site: AnySite, folder: Path, statu
         "out_batch_size": c.sae_batch_size,
         "device": c.device,
     }
-    config = {
-        "status": status,
-        "site": str(site),
-        "model": c.model_name,
-        "revision": plan.model.revision,
-        "lr": trainer.lr,
-        "seed": trainer.spec.seed,
-        "recipe": c.recipe,
-        "steps": steps,
-        "tokens": steps * c.sae_batch_size,
-        **_factors(trainer),
-        **({} if c.diff_model is None else {"other_model": c.diff_model}),
-        "dataset": c.dataset,
-        "versions": versions(),
-        **entries,
-    }
-    if trainer.shards is None:
-        formats.save(sae, folder, config)
-    else:
-        save_sharded(sae, folder, config, trainer.latent_tensors)
+    formats.save(
+        sae,
+        folder,
+        {
+            "status": status,
+            "site": str(site),
+            "model": c.model_name,
+            "revision": plan.model.revision,
+            "lr": trainer.lr,
+            "seed": trainer.spec.seed,
+            "recipe": c.recipe,
+            "steps": steps,
+            "tokens": steps * c.sae_batch_size,
+            **_factors(trainer),
+            **({} if c.diff_model is None else {"other_model": c.diff_model}),
+            "dataset": c.dataset,
+            "versions": versions(),
+            **entries,
+        },
+    )
 
 
 def _factors(trainer: SAETrainer) -> dict[str, Any]:

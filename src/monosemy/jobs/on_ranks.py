@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 from monosemy.errors import invalid
-from monosemy.jobs.dealing import deal, saes, step_costs
+from monosemy.jobs.dealing import deal, step_costs
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
-from monosemy.lm.site_groups import AnySite, CrossLayer, SiteGroup
-from monosemy.ops import LatentShards
-from monosemy.rules import check_latent_shards
+from monosemy.lm.site_groups import AnySite
 from monosemy.system.files import exclusive_lock
 from monosemy.system.ranks import Ranks, agreed
 
@@ -27,47 +25,25 @@ SOURCE = Path(__file__).parents[1]
 
 
 class Deal:
-    """The unit of each SAE of a run, by name, in the run's order: the rank that trains it, or the next
-    `latent_shards` ranks that do so together."""
+    """The rank of each SAE of a run, by name, in the run's order."""
 
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
-        """Raises ValueError for more units than SAEs, and for latents that cannot be split so."""
-        self.among, self.each = ranks, plan.config.latent_shards
-        check_shards(plan, ranks.size)
+        """Raises ValueError for more ranks than SAEs."""
+        self.among = ranks
         self.sites: dict[str, AnySite] = {
             f"{site.folder}/trainer_{i}": site for site in plan.sites for i in range(plan.saes_per_site)
         }
-        units = ranks.size // self.each
-        dealt = [0] * len(self.sites) if units == 1 else deal(step_costs(plan), units)
-        self.units = dict(zip(self.sites, dealt, strict=True))
-        self.own = {name for name, unit in self.units.items() if unit == ranks.rank // self.each}
+        dealt = [0] * len(self.sites) if ranks.size == 1 else deal(step_costs(plan), ranks.size)
+        self.ranks = dict(zip(self.sites, dealt, strict=True))
+        self.own = {name for name, rank in self.ranks.items() if rank == ranks.rank}
 
     @property
     def readers(self) -> dict[AnySite, set[int]]:
         """The ranks that read each site."""
         found: dict[AnySite, set[int]] = {site: set() for site in self.sites.values()}
-        for name, unit in self.units.items():
-            found[self.sites[name]] |= set(range(unit * self.each, (unit + 1) * self.each))
+        for name, rank in self.ranks.items():
+            found[self.sites[name]].add(rank)
         return found
-
-    def shards(self) -> LatentShards | None:
-        """Return this rank's place in its unit; None where SAEs are whole. A collective."""
-        if self.each == 1:
-            return None
-        here = self.among.rank // self.each
-        groups = [self.among.group(range(u, u + self.each)) for u in range(0, self.among.size, self.each)]
-        return LatentShards(groups[here], self.among.rank % self.each, self.each, self.among.device)
-
-
-def check_shards(plan: Plan, ranks: int) -> None:
-    """Raises ValueError for latents that cannot be split as a plan asks, over so many ranks."""
-    c = plan.config
-    if c.latent_shards > 1 and c.save_checkpoints:
-        allowed = "left out where SAEs are sharded: snapshots are whole"
-        raise invalid("save_checkpoints", True, allowed, "leave it out")
-    for site, spec in saes(plan):
-        whole = "crosscoders and cross-layer transcoders" if isinstance(site, SiteGroup | CrossLayer) else ""
-        check_latent_shards(c.latent_shards, spec.d_sae, ranks=ranks, whole_kind=whole)
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:

@@ -25,7 +25,6 @@ IGNORED_ON_RESUME = {
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
-    "latent_shards",
     "retry_seconds",
 }
 

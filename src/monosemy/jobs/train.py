@@ -358,7 +358,7 @@ def _trainers(
     plan: Plan, stream: Activations, init_from: SAE | None, deal: Deal
 ) -> dict[Any, list[SAETrainer]]:
     """Return the trainers of this rank's SAEs, by site."""
-    c, workspace, shards = plan.config, Workspace(), deal.shards()
+    c, workspace = plan.config, Workspace()
     trainers = {
         site: [
             SAETrainer(
@@ -372,7 +372,6 @@ def _trainers(
                 norm_factors=stream.norm_factors[site],
                 on_nonfinite=c.on_nonfinite,
                 workspace=workspace,
-                shards=shards,
             )
             for i, spec in enumerate(grid(c, init_from, **family_of(site)))
             if f"{site.folder}/trainer_{i}" in deal.own

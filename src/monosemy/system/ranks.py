@@ -103,12 +103,6 @@ class Ranks:
             )
         return list(received.split(list(sizes)))
 
-    def group(self, members: Sequence[int]) -> Any:
-        """Return a process group of some ranks, for tensors where `device` has them. All ranks call this."""
-        backend = "nccl" if self.device == "cuda" else "gloo"
-        with _lost():
-            return dist.new_group(list(members), backend=backend, timeout=ANSWER)
-
     def on_gpus(self) -> Ranks:
         """Return these ranks with a GPU each, between which activations travel by NCCL. A collective.
 

@@ -11,7 +11,6 @@ the time.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -51,11 +50,6 @@ class Checkpoint:
     def step(self) -> int:
         """How many steps were done."""
         return int(self.state["step"])
-
-    def shards(self, name: str) -> int:
-        """Return over how many ranks an SAE's latents were split; 0 for a whole one."""
-        found = self.folder.glob(_file(f"{glob.escape(name)}.shard_*_of_*"))
-        return max((int(path.stem.rpartition("_")[2]) for path in found), default=0)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Load the tensors of one SAE."""

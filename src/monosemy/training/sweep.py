@@ -16,7 +16,6 @@ from monosemy.schedule import Schedule
 from monosemy.system.ranks import ALONE, Ranks
 from monosemy.training.checkpoints import Checkpoint
 from monosemy.training.group import group_trainers
-from monosemy.training.shards import reshard, shard_name
 from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
 
 Record = dict[str, Any]
@@ -124,8 +123,6 @@ class Sweep:
                 self.failed.setdefault(name, why)
             else:
                 self._records.append({"step": step, "tokens": (step + 1) * batch, "sae": name} | values)
-        if any(t.shards is not None and t.shards.rank > 0 for t in self.all_trainers):
-            self._records.clear()  # they are those of the first shard's rank
         told, self._records = self._records, []
         of_ranks = self.ranks.gather((told, self.failed))
         self.failed |= {name: why for _, failed in of_ranks for name, why in failed.items()}
@@ -134,15 +131,8 @@ class Sweep:
             self._on_record(record)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return by SAE, or this rank's shard of it, everything that its next step depends on."""
-        return {
-            trainer.name
-            if trainer.shards is None
-            else shard_name(trainer.name, trainer.shards.rank, trainer.shards.size): self._group_of[
-                trainer.name
-            ].state_dict(trainer.name)
-            for trainer in self.all_trainers
-        }
+        """Return by SAE everything that its next step depends on."""
+        return {name: self._group_of[name].state_dict(name) for name in self._site_of}
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the tensors, as JSON can: why SAEs were stopped, and each
@@ -175,18 +165,5 @@ class Sweep:
                     "one of this version: the one that wrote it had other default rates and schedules",
                     "go on with that version (versions, in run.json), or train in another folder",
                 )
-        for trainer in self.all_trainers:
-            self._group_of[trainer.name].load_state_dict(trainer.name, _state_in(checkpoint, trainer))
-
-
-def _state_in(checkpoint: Checkpoint, trainer: SAETrainer) -> Mapping[str, Tensor]:
-    """Load what a checkpoint holds of an SAE, or of this rank's shard of it, by however many ranks it was
-    saved."""
-    saved = checkpoint.shards(trainer.name)
-    names = [shard_name(trainer.name, rank, saved) for rank in range(saved)] if saved else [trainer.name]
-    shards = trainer.shards
-    rank, size = (0, 1) if shards is None else (shards.rank, shards.size)
-    if len(names) == size:
-        return checkpoint.tensors(names[rank])
-    of_latents = trainer.spec.latent_tensors(trainer.sae.widths)
-    return reshard([checkpoint.tensors(name) for name in names], rank, size, of_latents)
+        for name, group in self._group_of.items():
+            group.load_state_dict(name, checkpoint.tensors(name))
