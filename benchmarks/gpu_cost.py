@@ -25,7 +25,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,43 +44,13 @@ from triton.runtime.jit import JITFunction
 from benchmarks.harness import RELU, TOP_K, member, settings
 from monosemy import ops
 from monosemy.families import Family
+from monosemy.jobs.gpus import DEVICES, Device, least_seconds
 from monosemy.sae import architecture
 from monosemy.training.group import TrainerGroup, group_trainers
 from monosemy.training.trainer import SAETrainer
 
 MEASURED = Path(__file__).with_name("gpu_measured.jsonl")
 SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
-
-
-# --- devices ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU's rates, as measured on it."""
-
-    copy: float
-    """Bytes a second, read and written."""
-    gather: float
-    """Bytes a second of rows that several entries share, most of them out of the L2 cache."""
-    products: Mapping[int, float]
-    """Multiplications and additions a second of bfloat16 products, by the smaller of d_in and d_sae."""
-    launch: float
-    """Seconds of the smallest kernel in a graph."""
-    replay: float
-    """Seconds between two graphs."""
-
-    def product_rate(self, smaller: int) -> float:
-        """Return the rate of the nearest width that was measured."""
-        nearest = min(self.products, key=lambda width: abs(math.log(width / max(smaller, 1))))
-        return self.products[nearest]
-
-
-# a launch: the mean of what the small kernels of a step took, twice the smallest kernel's
-DEVICES = {
-    "H100": Device(3.01e12, 6.7e12, {512: 580e12, 2304: 760e12, 5120: 786e12}, 1.75e-6, 40e-6),
-    "H200": Device(4.26e12, 8.0e12, {512: 600e12, 2304: 761e12, 5120: 786e12}, 1.9e-6, 40e-6),
-}
 
 
 # --- counting -----------------------------------------------------------------------------------------------
@@ -399,26 +369,13 @@ def _step(groups: Sequence[TrainerGroup], x_BD: Tensor, step: int) -> None:
 
 def floor(case: Case, device: Device) -> float:
     """Return the least seconds of a step of the same maths."""
-    B, D, F, k, L = case.B, case.D, case.F, case.k, case.layers
-    decoders = L * (L + 1) // 2
-    product = L * 2 * B * D * F / device.product_rate(min(D, F))
+    sizes: dict[str, Any] = {"B": case.B, "D": case.D, "F": case.F, "k": case.k, "layers": case.layers}
     total = 0.0
     for name in case.architectures:
-        skip = case.transcode * (3 * 2 * B * D * D / device.product_rate(D) + 2 * 4 * D * D * 6 / device.copy)
-        of_one = (
-            product
-            + skip
-            + (L + decoders) * F * D * (22 if architecture(name).betas[0] == 0 else 30) / device.copy
-        )
-        if case.dense and name in RELU:
-            more, passes = {"gated": (6, 22), "jump_relu": (4, 14), "p_anneal": (4, 14)}.get(name, (4, 12))
-            of_one += more * product * (L + decoders) / (2 * L) + passes * L * B * F / device.copy
-        else:
-            rows = B * k * D * 2
-            gathered = L + (3 if name == "gated" else 2) * decoders
-            of_one += L * 2 * B * F / device.copy + gathered * rows / device.gather
-        total += case.members * of_one
-    return total
+        moments = architecture(name).memory.moments
+        dense = case.dense and name in RELU
+        total += least_seconds(name, moments, device, **sizes, dense=dense, skip=case.transcode)
+    return case.members * total
 
 
 # --- what was measured --------------------------------------------------------------------------------------

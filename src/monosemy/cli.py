@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import logging
 import os
 import select
@@ -18,14 +19,17 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import chain
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from monosemy.config import EVAL_GROUPS, GROUPS, EvalConfig, TrainConfig, architecture_names
-from monosemy.errors import TryAgain, invalid
+from monosemy.errors import ToldElsewhere, TryAgain, invalid, told_elsewhere
 from monosemy.jobs.finetune_config import FINETUNE_GROUPS, FinetuneConfig
 from monosemy.system.redact import Redacted
+
+if TYPE_CHECKING:
+    from monosemy.jobs.plan import Plan
 
 EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
 USAGE = """usage: monosemy COMMAND ...
@@ -87,13 +91,19 @@ def _told(job: Callable[[], int]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         return job()
+    except ToldElsewhere as end:
+        return end.code
     except TryAgain as error:
-        print(f"error: {error}\nThe same command again goes on from the last checkpoint.", file=sys.stderr)
+        if not told_elsewhere(error):
+            print(
+                f"error: {error}\nThe same command again goes on from the last checkpoint.", file=sys.stderr
+            )
         return 75
     except (ValueError, ConnectionError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + 13  # as a program that SIGPIPE ends
-        print(f"error: {error}", file=sys.stderr)
+        if not told_elsewhere(error):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         return 143 if "SIGTERM" in interrupt.args else 130
@@ -120,19 +130,43 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def _train(arguments: list[str]) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "--dry_run" not in arguments:
+        from monosemy.jobs.train import train  # torch before the checks: ranks agree by it
+
+        return EXIT[train(lambda: _quietly_planned(arguments))[1]]
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the plan is rank 0's to print
+    plan = _planned(arguments)
+    if plan.config.dry_run:
+        print("\n".join(line for line in (plan.note, plan.describe()) if line))
+        return 0
+    from monosemy.jobs.train import train
+
+    return EXIT[train(plan)[1]]
+
+
+def _planned(arguments: list[str]) -> Plan:
     saved, arguments = _saved_config(arguments)
     description = f"{TrainConfig.__doc__} Architectures: {', '.join(architecture_names())}."
     description += " --config FILE begins from an earlier run's run.json."
     config = TrainConfig(**_parse("monosemy train", description, GROUPS, arguments, saved))
     from monosemy.jobs.plan import Plan
 
-    plan = Plan.from_config(config)
-    if config.dry_run:
-        print("\n".join(line for line in (plan.note, plan.describe()) if line))
-        return 0
-    from monosemy.jobs.train import train
+    return Plan.from_config(config)
 
-    return EXIT[train(plan)[1]]
+
+def _quietly_planned(arguments: list[str]) -> Plan:
+    """Return the plan of one rank of several. Raises ValueError with what the parser would have printed."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            return _planned(arguments)
+    except SystemExit as end:
+        text = printed.getvalue().strip()
+        if not end.code:
+            print(text)
+            raise
+        raise ValueError(text) from end
 
 
 def _parse(

@@ -19,3 +19,26 @@ class TryAgain(ConnectionError):
 
 class EndOfData(Exception):
     """Activations or text ran out before the last step of training."""
+
+
+class RankLost(TryAgain):
+    """Another process of the job is gone; nothing can be agreed with it any more."""
+
+
+class ToldElsewhere(Exception):
+    """The job ends with an exit code, for a reason that rank 0 tells."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def as_told_elsewhere(error: Exception) -> Exception:
+    """Mark an error of rank 0, which is raised on this rank, too, and is told there."""
+    error.__dict__["told_elsewhere"] = True
+    return error
+
+
+def told_elsewhere(error: Exception) -> bool:
+    """Whether another rank tells this error."""
+    return bool(error.__dict__.get("told_elsewhere"))

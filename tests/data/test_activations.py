@@ -227,7 +227,6 @@ def test_a_ring_is_as_it_is_drawn():
     ring = RingBuffer(8, _Aside(torch.device("cpu")))
     ring._writing = torch.tensor([2, 5, 0, 3, 6, 7, 1, 4])
     a_RD, b_RD = torch.arange(6.0)[:, None], 10 + torch.arange(6.0)[:, None]
-    ring.allocate(a_RD, 1)
     ring.write(slice(0, 4), a_RD[:4])
     ring.write(slice(4, 6), a_RD[4:])
     ring.serve(torch.tensor([3, 0, 5, 1, 2]), 6)

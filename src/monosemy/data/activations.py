@@ -8,25 +8,30 @@ the front, and both are counted.
 A site's rows lie in a `RingBuffer`. The language model runs a forward now and then, and no step waits for a
 whole block. When a row is read changes nothing about when it is served.
 
+Of several ranks rank 0 reads the text, forward i of a block runs whole on rank i mod W, so that it has the
+bits that it would have on one, and its rows go to the ranks whose SAEs read their site.
+
 B tokens of a batch, M contexts of a forward, L context, N rows that a forward leaves, D width of a site, R
-rows of a block, S slots.
+rows of a block, S slots, W ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from monosemy.data.contexts import ContextStream, StreamEnded
+from monosemy.data.contexts import ContextStream, SharedContexts, StreamEnded
+from monosemy.data.exchange import Exchange
 from monosemy.errors import invalid
 from monosemy.lm.site_groups import AnySite, by_site, of_parts, parts, reads
 from monosemy.lm.two_models import Models
+from monosemy.system.ranks import ALONE, Ranks
 from monosemy.system.rng import generator
 
 SERVED = 0.98  # of the rows that the rules on tokens leave; the rest covers what sites drop by themselves
@@ -44,6 +49,15 @@ class _Block:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+class _Forward(NamedTuple):
+    """The contexts [M, L] of a forward, the indices [N] of tokens to keep, and their rows' numbers in the
+    block."""
+
+    ids_ML: Tensor
+    keep_N: Tensor
+    rows: slice
+
+
 class ActivationStream:
     """Serve scaled, shuffled batches {site: [B, D]} in float32, one for each optimizer step.
 
@@ -51,13 +65,15 @@ class ActivationStream:
     ||x||^2); both are then frozen, recorded, and the block is trained on. Batches are divided by the norm
     factor.
 
-    `counts` and `text_counts` are of all that was read up to the end of the block being served.
+    `counts` and `text_counts` are of all that was read up to the end of the block being served. A rank is
+    served the sites that `readers` gives it, by site the ranks that read it; norms, factors and counts of all
+    sites are known to all.
     """
 
     def __init__(
         self,
         lm: Models,
-        contexts: ContextStream,
+        contexts: ContextStream | SharedContexts,
         sites: Sequence[AnySite],
         *,
         batch: int,
@@ -66,6 +82,8 @@ class ActivationStream:
         seed: int = 0,
         keep_special: bool = False,
         norm_multiple: float = 10.0,
+        ranks: Ranks = ALONE,
+        readers: Mapping[AnySite, Set[int]] | None = None,
     ) -> None:
         self.lm, self.contexts, self.sites, self.batch, self.seed = lm, contexts, tuple(sites), batch, seed
         self.contexts_per_forward = contexts_per_forward
@@ -82,8 +100,10 @@ class ActivationStream:
         self._special = contexts.special_ids
         self._aside = _Aside(lm.device)
         self._forward_rows = contexts_per_forward * contexts.context_length  # at most
-        self._slots = self.contexts_per_block * contexts.context_length + self._forward_rows
-        self._rings = {site: RingBuffer(self._slots, self._aside) for site in self.sites}
+        self._ranks = ranks
+        self._slots = self.contexts_per_block * contexts.context_length + ranks.size * self._forward_rows
+        self._exchange = Exchange(self.sites, readers or {site: {0} for site in self.sites}, ranks)
+        self._rings = {site: RingBuffer(self._slots, self._aside) for site in self._exchange.read_here}
         self._parts = [len(parts(site)) for site in self.sites]
         # of the rows of the block being read, in their order: [parts of all sites, S]
         self._norms = torch.empty(0)
@@ -142,8 +162,8 @@ class ActivationStream:
             forwards = list(iter(self._take, None))
             # otherwise all of it was served, and the model need not run for it
             if state["next"] < self._batches_of(self._coming):
-                for forward in forwards:
-                    self._forward(*forward)
+                for i in range(0, len(forwards), self._ranks.size):
+                    self._forward(forwards[i : i + self._ranks.size])
                 self._turn()
             else:
                 self._begin(self._coming)
@@ -178,8 +198,10 @@ class ActivationStream:
             norms = self._norms[:, : self._block.rows].cpu()
         self._aside.join()
         for site, norm_PR in zip(self.sites, norms.split(self._parts), strict=True):
-            self._rings[site].serve(*self._ordered(site, norm_PR))
-            self._scale[site] = self._aside.send(self._divisor(site))
+            order, distinct = self._ordered(site, norm_PR)
+            if site in self._rings:
+                self._rings[site].serve(order, distinct)
+                self._scale[site] = self._aside.send(self._divisor(site))
 
     def _divisor(self, site: AnySite) -> Tensor:
         """Return what a site's rows are divided by, [1]; of several parts each column's own."""
@@ -230,21 +252,18 @@ class ActivationStream:
 
         The block is spread evenly over the batches that are left of this one.
         """
-        left = self._batches - self._next
-        for _ in range(-(-self._coming.missing // left)):
-            if self._coming.rows + self._forward_rows <= self._slots - left * self.batch:
+        left, W = self._batches - self._next, self._ranks.size
+        for _ in range(-(-self._coming.missing // (W * left))):
+            if self._coming.rows + W * self._forward_rows <= self._slots - left * self.batch:
                 self._read()
 
     def _read(self) -> None:
-        """Run one forward for the block being read."""
-        if forward := self._take():
-            self._forward(*forward)
+        """Run a forward on each rank for the block being read."""
+        if forwards := [forward for _ in range(self._ranks.size) if (forward := self._take())]:
+            self._forward(forwards)
 
-    def _take(self) -> tuple[Tensor, Tensor, slice] | None:
-        """Take the contexts [M, L] of a forward, the indices [N] of tokens to keep, and their rows.
-
-        Rows are numbered in the block. None where the block being read ends.
-        """
+    def _take(self) -> _Forward | None:
+        """Take the contexts of a forward. None where the block being read ends."""
         block = self._coming
         if not block.missing:
             return None
@@ -264,25 +283,37 @@ class ActivationStream:
         block.counts["tokens"] += ids_ML.numel()
         block.counts["tokens left out as special"] += ids_ML.numel() - len(keep_N)
         self.on_contexts(len(ids_ML))
-        return ids_ML, keep_N, rows
+        return _Forward(ids_ML, keep_N, rows)
 
-    def _forward(self, ids_ML: Tensor, keep_N: Tensor, rows: slice) -> None:
-        """Run the model and write the rows that are kept to the rings."""
+    def _forward(self, forwards: Sequence[_Forward]) -> None:
+        """Run the model on this rank's forward, and write the rows that all of them keep to the rings."""
+        here = forwards[self._ranks.rank] if self._ranks.rank < len(forwards) else None
+        counts = [len(forward.keep_N) for forward in forwards]
         with self._aside():
-            found = self.lm.activations(self._aside.send(ids_ML))
+            found = self.lm.activations(self._aside.send(here.ids_ML)) if here else {}
         if not len(self._norms):
-            for site, ring in self._rings.items():
-                first, *others = (found[part] for part in parts(site))
-                ring.allocate(first, first.shape[-1] + sum(x_MLD.shape[-1] for x_MLD in others))
             norms = torch.empty(sum(self._parts), self._slots, device=self.lm.device)
             self._norms = self._aside.share(norms)
         with self._aside(after_caller=True):  # which may still be gathering from these slots
-            rows_N = self._aside.send(keep_N)
-            for site, norm_PS in zip(self.sites, self._norms.split(self._parts), strict=True):
-                of_parts = [found[part].flatten(0, 1).index_select(0, rows_N) for part in parts(site)]
-                self._rings[site].write(rows, of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts, 1))
-                for norm_S, x_ND in zip(norm_PS, of_parts, strict=True):
-                    norm_S[rows] = torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32)
+            rows_N = self._aside.send(here.keep_N) if here else None
+            norms_PN = []
+            for site in self.sites:
+                of_parts = (
+                    [] if rows_N is None else [found[part].flatten(0, 1)[rows_N] for part in parts(site)]
+                )
+                norms_PN += [torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32) for x_ND in of_parts]
+                self._write(site, forwards, self._exchange.rows(site, _side_by_side(of_parts), counts))
+            own_NP = torch.stack(norms_PN, 1) if norms_PN else None
+            of_forwards = self._exchange.norms(own_NP, counts, sum(self._parts))
+            for forward, norms_NP in zip(forwards, of_forwards, strict=True):
+                self._norms[:, forward.rows] = norms_NP.T
+
+    def _write(self, site: AnySite, forwards: Sequence[_Forward], of_forwards: Sequence[Tensor]) -> None:
+        """Write a site's rows of some forwards to its ring, where it is read here."""
+        if site not in self._rings:
+            return
+        for forward, x_ND in zip(forwards, of_forwards, strict=True):
+            self._rings[site].write(forward.rows, x_ND)
 
 
 class RingBuffer:
@@ -306,12 +337,10 @@ class RingBuffer:
         self._writing = torch.arange(slots)  # slots of the rows of the block being read
         self._serving = torch.empty(0)  # slots of the block being served in their order, on the device
 
-    def allocate(self, like: Tensor, width: int) -> None:
-        """Allocate the slots for rows of a width, of a tensor's type and device."""
-        self._rows = self._aside.share(like.new_empty(len(self._writing), width))
-
     def write(self, rows: slice, x_ND: Tensor) -> None:
-        """Write rows of the block being read, by their numbers in it."""
+        """Write rows of the block being read, by their numbers in it. The first ones say width and type."""
+        if not len(self._rows):
+            self._rows = self._aside.share(x_ND.new_empty(len(self._writing), x_ND.shape[-1]))
         self._rows.index_copy_(0, self._aside.send(self._writing[rows]), x_ND)
 
     def serve(self, order: Tensor, distinct: int) -> None:
@@ -329,6 +358,10 @@ class RingBuffer:
     def read(self, taken: slice) -> Tensor:
         """Return rows [B, D] of the block being served, by their places in its order."""
         return self._rows.index_select(0, self._serving[taken])
+
+
+def _side_by_side(of_parts: Sequence[Tensor]) -> Tensor | None:
+    return None if not of_parts else of_parts[0] if len(of_parts) == 1 else torch.cat(list(of_parts), 1)
 
 
 class _Aside:

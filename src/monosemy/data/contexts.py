@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from monosemy.data.ids import LEFT_OUT, IdStream, Reading, Split, no_template
 from monosemy.data.prefetch import Prefetcher
 from monosemy.data.sources import Source
 from monosemy.errors import EndOfData, invalid
+from monosemy.system.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,10 @@ class StreamEnded(EndOfData):
     def __init__(self, source: str, contexts: int, split: Split) -> None:
         advice = "; a larger held_out_fraction keeps more" if split == "held_out" else ""
         super().__init__(f"{source} has no further {split} text ({contexts} whole contexts are left){advice}")
-        self.source, self.contexts = source, contexts
+        self.source, self.contexts, self.split = source, contexts, split
+
+    def __reduce__(self) -> tuple[type[StreamEnded], tuple[str, int, Split]]:
+        return StreamEnded, (self.source, self.contexts, self.split)
 
 
 # --- contexts ---------------------------------------------------------------------------------------------
@@ -180,6 +184,48 @@ class ContextStream:
         added = [i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special]
         ids = {self.bos_id, self.separator_id, *self._tokenizer.all_special_ids, *added} - {None}
         return torch.tensor(sorted(ids), dtype=torch.long)
+
+
+class SharedContexts:
+    """A `ContextStream` of several ranks: rank 0 reads the text, and what it serves goes to all.
+
+    So no rank may read another text than the others, and a data set is fetched once. Errors are raised on
+    every rank. The state is rank 0's; others have none.
+    """
+
+    def __init__(self, opened: Callable[[], ContextStream], ranks: Ranks) -> None:
+        """`opened` opens the stream, on rank 0 alone. A collective."""
+        self._ranks = ranks
+        self._stream: ContextStream | None = None
+
+        def facts() -> tuple[int, torch.Tensor]:
+            self._stream = opened()
+            return self._stream.context_length, self._stream.special_ids
+
+        self.context_length, self.special_ids = ranks.first(facts)
+
+    def next(self, n: int) -> torch.Tensor:
+        """Return the next `n` contexts, [N, L], and raise, as `ContextStream.next` does. A collective."""
+        return self._ranks.first(lambda: self._here.next(n))
+
+    def state_dict(self) -> dict:
+        return self._stream.state_dict() if self._stream else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self._stream:
+            self._stream.load_state_dict(state)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self._stream.counts if self._stream else {}
+
+    def damage(self) -> list[str]:
+        return self._stream.damage() if self._stream else []
+
+    @property
+    def _here(self) -> ContextStream:
+        assert self._stream is not None, "rank 0 has the stream"
+        return self._stream
 
 
 def _check_settings(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from monosemy.config import TrainConfig
 from monosemy.jobs.memory import GridRow
+from monosemy.limits import ArchitectureMemory
 from monosemy.lm.info import ModelInfo
 from monosemy.lm.site_groups import AnySite, CrossLayer, SitePair, writes
 
@@ -46,10 +47,23 @@ def contexts_of_evaluation(
 
 def training(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite], grid: Sequence[GridRow]) -> float:
     """Count a whole training: the model up to its deepest site, and every SAE's steps, on each token."""
-    read = _width(c.dtype) * 2 * model.layer_parameters * max(_depth(site, model) for site in sites)
-    products = {row: DENSE_STEP if row.memory.dense_arrays else SPARSE_STEP for row in grid}
-    steps = sum(r.per_site * _width(c.precision) * n * model.d_model * r.width for r, n in products.items())
+    read = forward(c, model, sites)
+    steps = sum(row.per_site * step(c, model, row.memory, row.width) for row in grid)
     return c.num_tokens * (read + sum(map(_size, sites)) * steps)
+
+
+def forward(c: TrainConfig, model: ModelInfo, sites: Sequence[AnySite]) -> float:
+    """Count one token's forward through the layers up to the deepest site."""
+    return _width(c.dtype) * 2 * model.layer_parameters * max(_depth(site, model) for site in sites)
+
+
+def step(
+    c: TrainConfig, model: ModelInfo, memory: ArchitectureMemory, F: int, site: AnySite | None = None
+) -> float:
+    """Count one token's share of a training step of an SAE, at a site of one layer unless another is
+    given."""
+    products = DENSE_STEP if memory.dense_arrays else SPARSE_STEP
+    return _width(c.precision) * products * model.d_model * F * (1 if site is None else _size(site))
 
 
 def evaluation(

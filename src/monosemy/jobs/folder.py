@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -48,13 +48,10 @@ class Run:
         self.uploader: Uploader | None = None
 
     def open(
-        self,
-        trainers: Mapping[Any, Sequence[SAETrainer]],
-        facts: dict[str, Any],
-        checkpoint: Checkpoint | None,
+        self, saes: Sequence[dict[str, Any]], facts: dict[str, Any], checkpoint: Checkpoint | None
     ) -> None:
         """Write down what will be done, before the first step; of a run that goes on, what was recorded after
-        its checkpoint is cut off."""
+        its checkpoint is cut off. `saes` is what `told` says of each."""
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         was = read_json(self.folder / "run.json") if checkpoint else {}
@@ -69,8 +66,7 @@ class Run:
         }
         self.write_facts({})
         self._cut_metrics(checkpoint)
-        all_trainers = [trainer for of_site in trainers.values() for trainer in of_site]
-        self.write_status("running", saes={trainer.name: "running" for trainer in all_trainers})
+        self.write_status("running", saes={sae["name"]: "running" for sae in saes})
         if c.use_wandb:
             group = self.folder.absolute().name
             self.trackers.append(
@@ -79,7 +75,7 @@ class Run:
         if c.hf_repo_id:
             self.uploader = Uploader(self.folder, c.hf_repo_id, waits=c.retry_seconds)
         for tracker in self.trackers:
-            tracker.start(self.facts, [_tracked(trainer) for trainer in all_trainers])
+            tracker.start(self.facts, list(saes))
 
     def _cut_metrics(self, checkpoint: Checkpoint | None) -> None:
         """Cut off what metrics.jsonl has of steps after a checkpoint."""
@@ -159,7 +155,24 @@ class Run:
             self.uploader.finish()
 
 
-def _tracked(trainer: SAETrainer) -> dict[str, Any]:
+class Follower(Run):
+    """The run as a rank sees it that does not lead: it writes its own SAEs, and nothing else of the
+    folder."""
+
+    def open(
+        self, saes: Sequence[dict[str, Any]], facts: dict[str, Any], checkpoint: Checkpoint | None
+    ) -> None: ...
+
+    def write_facts(self, more: dict[str, Any]) -> None: ...
+
+    def write_status(self, status: str, reason: str = "", saes: dict[str, str] | None = None) -> None: ...
+
+    def write_memory(self, of: str, predicted: int, **more: Any) -> None: ...
+
+    def record(self, record: Record) -> None: ...
+
+
+def told(trainer: SAETrainer) -> dict[str, Any]:
     """Return what trackers are told of an SAE."""
     sae = trainer.sae
     config = {"architecture": sae.name, "d_sae": sae.d_sae, "lr": trainer.lr, "seed": trainer.spec.seed}

@@ -11,6 +11,7 @@ import gc
 import logging
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from torch import Tensor
 from monosemy import formats
 from monosemy.config import ResolvedConfig, TrainConfig
 from monosemy.data.activations import ActivationStream
-from monosemy.data.contexts import ContextStream, StreamEnded
+from monosemy.data.contexts import SharedContexts, StreamEnded
 from monosemy.errors import invalid
 from monosemy.evaluation.hints import print_table
 from monosemy.jobs import export, results
 from monosemy.jobs.device import check_device
-from monosemy.jobs.folder import Run, peak_memory
+from monosemy.jobs.folder import Follower, Run, peak_memory, told
 from monosemy.jobs.memory import tensor_bytes
+from monosemy.jobs.on_ranks import Deal, fingerprint, one_folder
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
 from monosemy.lm.model import load_tokenizer
@@ -35,9 +37,10 @@ from monosemy.lm.two_models import Models, check_tokenizers, load_models
 from monosemy.ops import Workspace
 from monosemy.recipe import RECIPES
 from monosemy.sae import SAE
-from monosemy.system.files import check_disk_space, exclusive_lock, read_json, sync
+from monosemy.system.files import check_disk_space, read_json, sync
 from monosemy.system.interrupts import Interrupts
 from monosemy.system.progress import Progress
+from monosemy.system.ranks import Ranks, agreed, joined
 from monosemy.training.checkpoints import Checkpoint, Checkpoints
 from monosemy.training.graphs import release_memory
 from monosemy.training.loop import TrainingLoop
@@ -54,7 +57,7 @@ SNAPSHOT_SHARES = (
 )
 
 
-def train(config: TrainConfig | Plan) -> tuple[Path, str]:
+def train(config: TrainConfig | Plan | Callable[[], Plan]) -> tuple[Path, str]:
     """Train, evaluate, plot and upload as a configuration says. Returns the run's folder and its status.
 
     A run started again on its own folder goes on from its newest whole checkpoint, as if it had never
@@ -63,19 +66,34 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     "incomplete" (all SAEs are saved, and parts of their evaluation could not be made).
     Raises ValueError for what the configuration has wrong, before anything is written, and ConnectionError
     for a hub that is out of reach.
+
+    Started by torchrun on W processes, it is one run of all of them: each SAE is trained on one rank, and
+    rank 0 evaluates, plots and tells, while the others have ended.
     """
-    plan = config if isinstance(config, Plan) else Plan.from_config(config)
-    c, run = plan.config, Run(plan)
+    with joined() as ranks:
+        if not ranks.leads:
+            log.setLevel(logging.ERROR)
+        plan = agreed(lambda: _planned(config), ranks, told=fingerprint)
+        return _train(plan, ranks.on_gpus() if plan.gpu else ranks)
+
+
+def _train(plan: Plan, ranks: Ranks) -> tuple[Path, str]:
+    c, run = plan.config, Run(plan) if ranks.leads else Follower(plan)
     if plan.note:
         log.warning("%s", plan.note)
-    if _is_complete(plan.folder):
+    if ranks.first(lambda: _is_complete(plan.folder)):
         log.info("%s already holds this run, complete", plan.folder)
         return plan.folder, "complete"
-    check_device(plan)
+    agreed(lambda: check_device(plan), ranks)
     init_from = formats.load(c.init_from) if c.init_from else None
-    with exclusive_lock(plan.folder, "save_dir"):
-        ended = _ended(plan)
-        status, rows = _train_and_evaluate(run, init_from) if ended is None else _rest(run, ended)
+    with one_folder(plan.folder, ranks):
+        ended = ranks.first(lambda: _ended(plan))
+        if ended is None:
+            status, rows = _train_and_evaluate(run, ranks, init_from)
+        else:
+            status, rows = _rest(run, ended) if ranks.leads else (ended, [])
+    if not ranks.leads:
+        return run.folder, status[0]
     run.close(status[0])
     print_table(rows)
     log.info("%s", _where(run.folder))
@@ -86,11 +104,22 @@ def train(config: TrainConfig | Plan) -> tuple[Path, str]:
     return run.folder, status[0]
 
 
-def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str], list[dict[str, Any]]]:
-    """Do all of a run in its folder, which is locked. Returns status and reason, and the rows."""
-    store = Checkpoints(run.folder / "checkpoints", run.plan.checkpoint_every)
+def _planned(config: TrainConfig | Plan | Callable[[], Plan]) -> Plan:
+    if isinstance(config, Plan):
+        return config
+    return Plan.from_config(config) if isinstance(config, TrainConfig) else config()
+
+
+def _train_and_evaluate(
+    run: Run, ranks: Ranks, init_from: SAE | None
+) -> tuple[tuple[str, str], list[dict[str, Any]]]:
+    """Do all of a run in its folder, which is locked. Returns status and reason, and the rows; on ranks that
+    do not lead those of the training."""
+    store = Checkpoints(run.folder / "checkpoints", run.plan.checkpoint_every, ranks)
     with Interrupts() as interrupts, run.ending(), closing(store):
-        ended = train_saes(run, store, interrupts, init_from)
+        ended = train_saes(run, store, interrupts, ranks, init_from)
+        if not ranks.leads:
+            return ended, []
         gc.collect()  # the whole model takes the place of what training held
         if run.plan.gpu:
             release_memory()
@@ -101,30 +130,33 @@ def _train_and_evaluate(run: Run, init_from: SAE | None) -> tuple[tuple[str, str
 
 
 def train_saes(
-    run: Run, store: Checkpoints, interrupts: Interrupts, init_from: SAE | None
+    run: Run, store: Checkpoints, interrupts: Interrupts, ranks: Ranks, init_from: SAE | None
 ) -> tuple[str, str]:
     """Train all SAEs of a run, from its newest checkpoint where there is one, and save them.
 
     Returns status and reason.
     """
-    c, plan = run.config, run.plan
+    c, plan, deal = run.config, run.plan, agreed(lambda: Deal(run.plan, ranks), ranks)
     # on a CPU every core is busy anyway
     tokenizer = load_tokenizer(plan.model)
     if plan.other is not None:
         check_tokenizers(tokenizer, load_tokenizer(plan.other), plan.other.name)
-    text = context_stream(plan, tokenizer, "train", prefetch=plan.gpu)
+    text = SharedContexts(lambda: context_stream(plan, tokenizer, "train", prefetch=plan.gpu), ranks)
     lm = load_models(plan.model, single_sites(plan.sites), plan.other, dtype=c.dtype, device=c.device)
-    with TrainingProgress(plan) as progress:
+    with TrainingProgress(plan, shown=ranks.leads) as progress:
         started, checkpoint = time.monotonic(), store.newest()
-        stream = _activations(plan, lm, text)
+        stream = _activations(plan, lm, text, ranks, deal)
         stream.on_contexts = lambda n: progress.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
         stream.wanted = plan.steps - (checkpoint.step if checkpoint else 0)
         first = None if checkpoint else _first_batch(c, stream)
         if checkpoint:
             log.info("going on from %s", checkpoint.folder)
             stream.load_state_dict(checkpoint.state["stream"])
-        sweep = Sweep(_trainers(plan, stream, init_from))
-        run.open(sweep.trainers, {"model": _model_facts(plan, lm), **_norms(stream)}, checkpoint)
+        sweep = Sweep(_trainers(plan, stream, init_from, deal), ranks, list(deal.sites))
+        of_ranks = ranks.gather({trainer.name: told(trainer) for trainer in sweep.all_trainers})
+        saes = {name: facts for of_rank in of_ranks for name, facts in of_rank.items()}
+        facts = {"model": _model_facts(plan, lm), **_norms(stream)}
+        run.open([saes[name] for name in deal.sites], facts, checkpoint)
         training = _Training(run, sweep, stream, store, progress, started, checkpoint, first)
         loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=training.extra_state)
         ended = loop.run(
@@ -159,6 +191,9 @@ class _Training:
         self.started, self.first = started, first
         self.seconds_before = checkpoint.state["seconds"] if checkpoint else 0.0
         self.trainers = {t.name: (site, t) for site, of_site in sweep.trainers.items() for t in of_site}
+        of_ranks = sweep.ranks.gather({name: (s, t.sae.name) for name, (s, t) in self.trainers.items()})
+        # of all ranks' SAEs
+        self.kinds = {name: kind for of_rank in of_ranks for name, kind in of_rank.items()}
         steps = run.plan.steps
         self.snapshots = (
             {int(share * steps) for share in SNAPSHOT_SHARES} if run.config.save_checkpoints else set()
@@ -176,7 +211,8 @@ class _Training:
     def extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the sweep."""
         metrics = self.run.folder / "metrics.jsonl"
-        sync(metrics)
+        if self.sweep.ranks.leads:
+            sync(metrics)
         return {
             "stream": self.stream.state_dict(),
             "metrics_bytes": metrics.stat().st_size,
@@ -191,8 +227,8 @@ class _Training:
                 self.store.submit(export.snapshot(path, trainer.finished()))
 
     def on_record(self, record: Record) -> None:
-        site, trainer = self.trainers[record["sae"]]
-        self.run.record(record | {"site": str(site), "architecture": trainer.sae.name})
+        site, architecture = self.kinds[record["sae"]]
+        self.run.record(record | {"site": str(site), "architecture": architecture})
         self.progress.record(record)
 
     def save(self, ended: str) -> tuple[str, str]:
@@ -215,12 +251,13 @@ class _Training:
         run.write_facts({"training": training, "data": data})
         for sentence in stream.contexts.damage():
             log.warning("%s", sentence)
-        for site in sweep.trainers:
+        for site in stream.sites:
             rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
             share = 100 * outliers / max(rows, 1)
             log.info(
                 "%s: %d of %d activations (%.3f %%) left out as norm outliers", site, outliers, rows, share
             )
+        saved: dict[str, str] = {}
         for name, (site, trainer) in self.trainers.items():
             state = (
                 "failed"
@@ -230,10 +267,19 @@ class _Training:
                 else "complete"
             )
             export.save_sae(run.plan, trainer, site, run.folder / name, state, sweep.done)
-            run.write_status("running", saes={name: state})
-            if run.uploader is not None:
-                run.uploader.submit(name)
+            saved[name] = state
+            self._note_saved({name: state})
+        for of_rank in sweep.ranks.gather(saved):
+            self._note_saved({name: state for name, state in of_rank.items() if name not in saved})
         return status, reason
+
+    def _note_saved(self, states: dict[str, str]) -> None:
+        """Note that SAEs are saved, and upload them."""
+        if states:
+            self.run.write_status("running", saes=states)
+        if self.run.uploader is not None:
+            for name in states:
+                self.run.uploader.submit(name)
 
 
 def _ended(plan: Plan) -> tuple[str, str] | None:
@@ -259,7 +305,7 @@ def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[
     return run.finish(results.status_with(ended, missing)), rows
 
 
-def _activations(plan: Plan, lm: Models, text: ContextStream) -> ActivationStream:
+def _activations(plan: Plan, lm: Models, text: SharedContexts, ranks: Ranks, deal: Deal) -> ActivationStream:
     c = plan.config
     return ActivationStream(
         lm,
@@ -271,6 +317,8 @@ def _activations(plan: Plan, lm: Models, text: ContextStream) -> ActivationStrea
         seed=c.data_seed,
         keep_special=c.keep_special_tokens,
         norm_multiple=c.max_activation_norm_multiple,
+        ranks=ranks,
+        readers=deal.readers,
     )
 
 
@@ -287,9 +335,12 @@ def _first_batch(c: ResolvedConfig, stream: ActivationStream) -> dict[Any, Tenso
     return batch
 
 
-def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> dict[Any, list[SAETrainer]]:
+def _trainers(
+    plan: Plan, stream: ActivationStream, init_from: SAE | None, deal: Deal
+) -> dict[Any, list[SAETrainer]]:
+    """Return the trainers of this rank's SAEs, by site."""
     c, workspace = plan.config, Workspace()
-    return {
+    trainers = {
         site: [
             SAETrainer(
                 f"{site.folder}/trainer_{i}",
@@ -304,9 +355,11 @@ def _trainers(plan: Plan, stream: ActivationStream, init_from: SAE | None) -> di
                 workspace=workspace,
             )
             for i, spec in enumerate(grid(c, init_from, **family_of(site)))
+            if f"{site.folder}/trainer_{i}" in deal.own
         ]
         for site in plan.sites
     }
+    return {site: of_site for site, of_site in trainers.items() if of_site}
 
 
 def _norms(stream: ActivationStream) -> dict[str, dict[str, float | list[float]]]:
@@ -317,9 +370,9 @@ class TrainingProgress(Progress):
     """Tokens trained on; beside them how much text was read, and with `verbose` a line for each SAE at every
     record."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.batch, self.verbose = plan.config.sae_batch_size, plan.config.verbose
-        super().__init__(total=plan.steps * self.batch, unit="tok", desc="training")
+    def __init__(self, plan: Plan, *, shown: bool = True) -> None:
+        self.batch, self.verbose = plan.config.sae_batch_size, plan.config.verbose and shown
+        super().__init__(total=plan.steps * self.batch, unit="tok", desc="training", shown=shown)
 
     def step(self, step: int) -> None:
         self.update(step * self.batch - self.done)
@@ -362,6 +415,7 @@ def _sae_bytes(plan: Plan, sweep: Sweep) -> dict[str, dict[str, int]]:
     return {
         f"{name}, {width}": {"predicted": n, "measured": measured[name, width]}
         for (name, width), n in plan.memory.saes.items()
+        if (name, width) in measured  # another rank may have all of a kind
     }
 
 

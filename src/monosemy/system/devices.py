@@ -24,6 +24,6 @@ def checked_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         allowed = f"one of this machine's {torch.cuda.device_count()} CUDA devices"
         raise invalid("device", name, allowed, "use --device auto")
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # kernels and streams are made on the current one
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device.index)  # kernels and streams are made on the current one
     return device

@@ -23,6 +23,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self.asked_elsewhere: signal.Signals | None = None  # of another process of the job
         self.holding = False
         self.before: dict[int, Any] = {}
 
@@ -55,6 +56,6 @@ class Interrupts:
         log.warning("%s: saving a checkpoint first; once more to stop at once", self.asked.name)
 
     def raise_if_requested(self) -> None:
-        """Raise KeyboardInterrupt with the signal's name if one has arrived."""
-        if self.asked:
-            raise KeyboardInterrupt(self.asked.name)
+        """Raise KeyboardInterrupt with the signal's name if one has arrived, here or elsewhere."""
+        if asked := self.asked or self.asked_elsewhere:
+            raise KeyboardInterrupt(asked.name)

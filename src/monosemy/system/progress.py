@@ -23,7 +23,13 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, unit: str, desc: str, *, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        unit: str,
+        desc: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        shown: bool = True,
     ) -> None:
         self.total, self.unit, self.desc, self._clock = total, unit, desc, clock
         self.done, self._note = 0, ""
@@ -35,7 +41,7 @@ class Progress:
             unit_scale=True,
             desc=desc,
             smoothing=0.05,
-            disable=not sys.stderr.isatty(),
+            disable=not shown or not sys.stderr.isatty(),
         )
 
     def update(self, n: int = 1) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from monosemy.limits import EVERY, STAGING
 from monosemy.system.files import check_disk_space, read_json, sync
+from monosemy.system.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,13 @@ class Checkpoint:
 class Checkpoints:
     """A run's checkpoints: written in the background, the newest whole one found again.
 
-    What cannot be written is logged: the ones before are whole, and training need not end for it.
+    What cannot be written is logged: the ones before are whole, and training need not end for it. Of several
+    ranks each writes its own SAEs' files, and rank 0 completes a checkpoint once all are there.
     """
 
-    def __init__(self, folder: Path, every: int | None = EVERY) -> None:
+    def __init__(self, folder: Path, every: int | None = EVERY, ranks: Ranks = ALONE) -> None:
         """Without `every` they are made by time alone."""
-        self.folder, self.every = folder, every
+        self.folder, self.every, self.ranks = folder, every, ranks
         self.last, self.step = time.monotonic(), -1  # when and at which step one was made
         self.waited = 0.0  # seconds that training waited for the last one
         self.staging = Staging(STAGING)
@@ -115,6 +117,9 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint whose files are all as they were written; a damaged one is named and
         passed over."""
+        return self.ranks.first(self._newest)
+
+    def _newest(self) -> Checkpoint | None:
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
             why = _damage(folder)
             if why is None:
@@ -131,20 +136,10 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         part = self.folder / f".{final.name}.part"
         try:
-            with check_disk_space(
-                final, sum(t.nbytes for tensors in saes.values() for t in tensors.values()) + SPARE
-            ):
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-                for name, tensors in saes.items():
-                    save_file({n: self.staging.to_host(t) for n, t in tensors.items()}, part / _file(name))
-                (part / "state.json").write_text(state, encoding="utf-8")
-                files = {
-                    path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                    for path in sorted(part.iterdir())
-                }
-                for path in part.iterdir():
-                    sync(path)
+            files = self._write_files(final, part, saes, state)
+            if not self.ranks.leads:
+                return
+            with check_disk_space(final, SPARE):
                 (part / "complete.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
                 sync(part / "complete.json")
                 sync(part)
@@ -152,12 +147,49 @@ class Checkpoints:
                 part.rename(final)
                 sync(self.folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            if self.ranks.leads:
+                shutil.rmtree(part, ignore_errors=True)
         found = sorted(self.folder.glob("step_*"))
         # a later one was passed over: the run went on from before it
         newest_two = [folder for folder in found if folder <= final][-KEEP:]
         for folder in {*found, *self.folder.glob(".step_*.part")}.difference(newest_two):
             shutil.rmtree(folder)
+
+    def _write_files(
+        self, final: Path, part: Path, saes: Mapping[str, Mapping[str, Tensor]], state: str
+    ) -> dict[str, dict[str, Any]]:
+        """Write this rank's SAEs, and on rank 0 the state. Returns sizes and digests of all ranks' files.
+
+        Raises OSError on every rank where one of them could not write; none waits for it.
+        """
+        needed = sum(t.nbytes for tensors in saes.values() for t in tensors.values()) + SPARE
+        files: dict[str, dict[str, Any]] = {}
+        error: Exception | None = None
+        try:
+            if self.ranks.leads:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+        except OSError as found:
+            error = found
+        self.ranks.gather(None, background=True)  # the folder is there now
+        try:
+            with check_disk_space(final, needed):
+                for name, tensors in saes.items():
+                    save_file({n: self.staging.to_host(t) for n, t in tensors.items()}, part / _file(name))
+                if self.ranks.leads:
+                    (part / "state.json").write_text(state, encoding="utf-8")
+                for name in sorted([*map(_file, saes), *["state.json"] * self.ranks.leads]):
+                    files[name] = {"bytes": (part / name).stat().st_size, "sha256": _sha256(part / name)}
+                    sync(part / name)
+        except (OSError, SafetensorError) as found:
+            error = error or found
+        of_ranks = self.ranks.gather((files, error and f"{type(error).__name__}: {error}"), background=True)
+        if error is not None:
+            raise error
+        for rank, (_, why) in enumerate(of_ranks):
+            if why:
+                raise OSError(f"{final}: rank {rank}: {why}")
+        return dict(sorted((name, facts) for of_rank, _ in of_ranks for name, facts in of_rank.items()))
 
 
 class Staging:

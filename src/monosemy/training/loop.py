@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from monosemy.errors import EndOfData, TryAgain, invalid
+from monosemy.errors import EndOfData, RankLost, TryAgain, invalid
 from monosemy.families import Family
 from monosemy.limits import EVERY
 from monosemy.lm.site_groups import of_parts
@@ -77,15 +78,24 @@ class TrainingLoop:
         def next_batch() -> dict[Any, Tensor]:
             try:
                 return batches()
+            except RankLost:
+                raise  # nor could a checkpoint be saved without it
             except TryAgain:
                 self.save()
                 raise
 
+        agreement = self.sweep.ranks.agreement()
+
         def between_steps(step: int) -> None:
             before_step(step)
-            if self.checkpoints and step > start and (self.checkpoints.due(step) or self.interrupts.asked):
+            here = self.interrupts.asked or 0
+            due_here = self.checkpoints is not None and (self.checkpoints.due(step) or here > 0)
+            due, asked = agreement(due_here, here)
+            if due and step > start:
                 self.save()
-            self.interrupts.raise_if_requested()
+            if asked:  # by now of every rank, so that all end with the same checkpoint
+                self.interrupts.asked_elsewhere = Signals(asked)
+                self.interrupts.raise_if_requested()
 
         ended = ""
         with self.interrupts.held():
@@ -100,6 +110,7 @@ class TrainingLoop:
                 )
             except EndOfData as end:
                 ended = f"after {self.sweep.done} of {steps} steps: {end}"
+            agreement.result()
             if self.checkpoints and self.sweep.done > start:
                 self.save()  # whatever breaks off what comes next, nothing is trained again
                 self.checkpoints.wait()  # before that needs memory and room on the disk

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from monosemy.config import SAEConfig, TrainConfig
-from monosemy.errors import invalid
+from monosemy.errors import EndOfData, invalid
 from monosemy.sae import SAE, architecture
 from monosemy.schedule import Schedule
+from monosemy.system.ranks import ALONE, Ranks
 from monosemy.training.checkpoints import Checkpoint
 from monosemy.training.group import group_trainers
 from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
@@ -44,10 +45,18 @@ def grid(config: TrainConfig, init_from: SAE | None = None, **family: bool) -> l
 
 
 class Sweep:
-    """SAEs in training by site, on batches that all SAEs of a site share."""
+    """SAEs in training by site, on batches that all SAEs of a site share.
 
-    def __init__(self, trainers: Mapping[Any, Sequence[SAETrainer]]) -> None:
-        self.trainers = trainers
+    Several ranks train SAEs of their own, of which `names` are all; records and failures go to every rank.
+    """
+
+    def __init__(
+        self,
+        trainers: Mapping[Any, Sequence[SAETrainer]],
+        ranks: Ranks = ALONE,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.trainers, self.ranks = trainers, ranks
         self.all_trainers = [trainer for of_site in trainers.values() for trainer in of_site]
         self.groups = group_trainers(self.all_trainers)
         self.failed: dict[str, str] = {}
@@ -56,7 +65,9 @@ class Sweep:
         self._site_of = {trainer.name: site for site, of_site in trainers.items() for trainer in of_site}
         self._group_of = {name: group for group in self.groups for name in group.index}
         self._pending: list[tuple[int, int, str, StepMetrics]] = []
+        self._records: list[Record] = []  # read, and not told yet
         self._on_record: Callable[[Record], None] = lambda record: None
+        self._order = {name: i for i, name in enumerate(self._site_of if names is None else names)}
 
     def run(
         self,
@@ -78,7 +89,7 @@ class Sweep:
         self._on_record, self.done = on_record, start
         try:
             for step in range(start, steps):
-                if len(self.failed) == len(self._site_of):
+                if len(self.failed) == len(self._order):
                     break
                 before_step(step)
                 of_site = batches()
@@ -90,8 +101,11 @@ class Sweep:
                     self._send_metrics(of_site, step)
                     if not any(group.graphs for group in self.groups):
                         self.flush_metrics()
-        finally:
-            self.flush_metrics()
+        except BaseException as error:
+            if self.ranks.size == 1 or isinstance(error, EndOfData):  # other ranks may not come here
+                self.flush_metrics()
+            raise
+        self.flush_metrics()
 
     def _send_metrics(self, batches: Mapping[Any, Tensor], step: int) -> None:
         """Start copying each SAE's metrics of this step to the host."""
@@ -101,14 +115,20 @@ class Sweep:
                 self._pending.append((step, len(x_BD), trainer.name, metrics))
 
     def flush_metrics(self) -> None:
-        """Read the metrics that are being copied, and record them."""
+        """Read the metrics that are being copied, and record them, those of all ranks in the SAEs' order."""
         while self._pending:
             step, batch, name, metrics = self._pending.pop(0)
             values, why = metrics.read()
             if why:
                 self.failed.setdefault(name, why)
             else:
-                self._on_record({"step": step, "tokens": (step + 1) * batch, "sae": name} | values)
+                self._records.append({"step": step, "tokens": (step + 1) * batch, "sae": name} | values)
+        told, self._records = self._records, []
+        of_ranks = self.ranks.gather((told, self.failed))
+        self.failed |= {name: why for _, failed in of_ranks for name, why in failed.items()}
+        records = [record for of_rank, _ in of_ranks for record in of_rank]
+        for record in sorted(records, key=lambda record: (record["step"], self._order[record["sae"]])):
+            self._on_record(record)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return by SAE everything that its next step depends on."""
@@ -117,10 +137,13 @@ class Sweep:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the tensors, as JSON can: why SAEs were stopped, and each
         one's peak learning rate and schedule."""
+        own = [(t.name, t.lr, dataclasses.asdict(t.schedule)) for t in self.all_trainers]
+        of_ranks = itertools.chain.from_iterable(self.ranks.gather(own))
+        of_all = sorted(of_ranks, key=lambda told: self._order[told[0]])
         return {
             "failed": self.failed,
-            "lr": {trainer.name: trainer.lr for trainer in self.all_trainers},
-            "schedule": {trainer.name: dataclasses.asdict(trainer.schedule) for trainer in self.all_trainers},
+            "lr": {name: lr for name, lr, _ in of_all},
+            "schedule": {name: schedule for name, _, schedule in of_all},
         }
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:

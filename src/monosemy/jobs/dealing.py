@@ -1,0 +1,94 @@
+"""Deal the SAEs of a run to the ranks that train them, by what their steps cost.
+
+B tokens of a batch, D d_in, F d_sae.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from monosemy.errors import invalid
+from monosemy.jobs.cost import step
+from monosemy.jobs.gpus import DEVICES, Device, step_seconds
+from monosemy.jobs.plan import Plan
+from monosemy.lm.site_groups import AnySite, CrossLayer, SiteGroup, family_of, parts
+from monosemy.sae import architecture
+from monosemy.training.sweep import grid
+from monosemy.training.trainer import SAESpec
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[int]:
+    """Return the rank of each SAE: the costliest first, each to the rank with the least to do until then.
+
+    The same costs always give the same ranks. Of equal costs the earlier SAE goes first, of equal loads the
+    rank with fewer SAEs, then the lower one; so no rank is left without one. Raises ValueError for more ranks
+    than SAEs.
+
+    The longest rank has at most 4/3 - 1/(3 ranks) times what the best deal gives it (Graham, Bounds on
+    Multiprocessing Timing Anomalies, 1969, theorem 2).
+    """
+    if not 1 <= ranks <= len(costs):
+        allowed = f"1 to {len(costs)}, the SAEs of the run: each lives on one rank"
+        remedy = (
+            "start fewer processes (torchrun's --nproc_per_node times --nnodes), train more SAEs, or split "
+            "each over several ranks by --latent_shards"
+        )
+        raise invalid("ranks", ranks, allowed, remedy)
+    assert all(cost >= 0 for cost in costs), costs
+    loads = [(0.0, 0, rank) for rank in range(ranks)]
+    dealt = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, number, rank = loads[0]
+        dealt[i] = rank
+        heapq.heapreplace(loads, (load + costs[i], number + 1, rank))
+    return dealt
+
+
+def step_costs(plan: Plan) -> list[float]:
+    """Return what a step of each SAE costs, in the run's order: site by site, in the order of the grid.
+
+    On a GPU seconds, by `jobs.gpus`; on a CPU arithmetic, by `jobs.cost`. They depend on the configuration
+    alone, so that every rank and every restart deals alike.
+    """
+    c, dealt = plan.config, saes(plan)
+    if plan.gpu:
+        return gpu_step_seconds(plan, dealt, DEVICES["H100"])
+    return [
+        c.sae_batch_size * step(c, plan.model, architecture(spec.architecture).memory, spec.d_sae, site)
+        for site, spec in dealt
+    ]
+
+
+def gpu_step_seconds(plan: Plan, some: Sequence[tuple[AnySite, SAESpec]], device: Device) -> list[float]:
+    """Return about what a step of each of some SAEs takes that are trained on one GPU.
+
+    The ReLU kinds' in the sparse layout, in which they spend most of a long run.
+    """
+    c, D = plan.config, plan.model.d_model
+    beside = Counter(spec.d_sae for _, spec in some)
+    times = []
+    for site, spec in some:
+        memory = architecture(spec.architecture).memory
+        k = spec.settings.get("k") or spec.settings.get("target_l0") or max(c.target_l0s)
+        sizes: dict[str, Any] = {
+            "B": c.sae_batch_size,
+            "D": D * (len(parts(site)) if isinstance(site, SiteGroup) else 1),
+            "F": spec.d_sae,
+            "k": min(int(k), spec.d_sae),
+            "layers": len(site.pairs) if isinstance(site, CrossLayer) else 1,
+        }
+        how: dict[str, Any] = {
+            "beside": beside[spec.d_sae],
+            "auxk": memory.dense_arrays == 0 and c.auxk_alpha > 0,
+            "skip": spec.skip_connection,
+        }
+        times.append(step_seconds(spec.architecture, memory, device, **sizes, **how))
+    return times
+
+
+def saes(plan: Plan) -> list[tuple[AnySite, SAESpec]]:
+    """Return the SAEs of a run in its order, each with its site."""
+    return [(site, spec) for site in plan.sites for spec in grid(plan.config, None, **family_of(site))]

@@ -1,0 +1,100 @@
+"""What a run on several ranks needs beside what one process does: that all mean the same run and see the same
+folder, and which SAEs each one trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from monosemy.errors import invalid
+from monosemy.jobs.dealing import deal, step_costs
+from monosemy.jobs.folder import versions
+from monosemy.jobs.plan import Plan
+from monosemy.lm.site_groups import AnySite
+from monosemy.system.files import exclusive_lock
+from monosemy.system.ranks import Ranks, agreed
+
+SOURCE = Path(__file__).parents[1]
+
+
+class Deal:
+    """The rank of each SAE of a run, by name, in the run's order."""
+
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+        """Raises ValueError for more ranks than SAEs."""
+        self.sites: dict[str, AnySite] = {
+            f"{site.folder}/trainer_{i}": site for site in plan.sites for i in range(plan.saes_per_site)
+        }
+        dealt = [0] * len(self.sites) if ranks.size == 1 else deal(step_costs(plan), ranks.size)
+        self.ranks = dict(zip(self.sites, dealt, strict=True))
+        self.own = {name for name, rank in self.ranks.items() if rank == ranks.rank}
+
+    @property
+    def readers(self) -> dict[AnySite, set[int]]:
+        """The ranks that read each site."""
+        found: dict[AnySite, set[int]] = {site: set() for site in self.sites.values()}
+        for name, rank in self.ranks.items():
+            found[self.sites[name]].add(rank)
+        return found
+
+
+def fingerprint(plan: Plan) -> dict[str, Any]:
+    """Return what has to be the same on all ranks."""
+    return {
+        **{f"--{name}": value for name, value in plan.config.as_dict().items()},
+        "folder": str(plan.folder.absolute()),
+        **{
+            f"version of {name}": found for name, found in (versions() | {"torch": torch.__version__}).items()
+        },
+        "source of monosemy": _digest(SOURCE),
+        "model": dataclasses.asdict(plan.model),
+        "other model": plan.other and dataclasses.asdict(plan.other),
+    }
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def one_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Lock a run's folder by rank 0.
+
+    Raises ValueError where another run has it, or where not all ranks see the same folder.
+    """
+    with ExitStack() as stack:
+
+        def locked() -> None:
+            if ranks.leads:
+                stack.enter_context(exclusive_lock(folder, "save_dir"))
+
+        agreed(locked, ranks)
+        if ranks.size > 1:
+            mark = folder / ranks.first(lambda: _marked(folder))
+            agreed(lambda: _check_seen(mark), ranks)
+            if ranks.leads:
+                mark.unlink()
+        yield
+
+
+def _marked(folder: Path) -> str:
+    mark = folder / f".seen_by_all_ranks_{uuid.uuid4().hex}"
+    mark.touch()
+    return mark.name
+
+
+def _check_seen(mark: Path) -> None:
+    if not mark.is_file():
+        allowed = "one folder that all ranks see, as on a shared disk"
+        raise invalid("save_dir", str(mark.parent), allowed, "name one on a disk that all machines mount")
