@@ -1,6 +1,7 @@
 """A step of one SAE whose latents two processes share, beside the step of one process, on a CPU.
 
     python benchmarks/latent_shards.py [--dead 0.3] [--architectures top_k standard ...]
+    python benchmarks/latent_shards.py --plan 64 --D 4096 --F 4194304 --B 4096   # foretells, runs nothing
 
 Two processes of one thread each, over gloo. They take a sharded step together, and in turn with it the first
 takes a whole step alone. Both begin with the same weights; the losses agree to 1e-5 or the benchmark stops.
@@ -29,7 +30,9 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import RELU, STEPS, TOP_K, WARM, activations, drawn, settings, thin_out
+from monosemy.jobs.memory import rank_bytes, size
 from monosemy.ops import LatentShards, Workspace
+from monosemy.sae import architecture
 from monosemy.schedule import Schedule
 from monosemy.training.group import TrainerGroup
 from monosemy.training.shards import bytes_per_step
@@ -116,6 +119,22 @@ def row(name: str, args: argparse.Namespace, times: dict[str, list[float]], trai
     return f"| {' | '.join([name, *cells, f'{sum(counted.values()) / 1e6:.1f}'])} |"
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Print what each of `args.plan` GPUs takes and exchanges; AuxK's part with as many dead as may be."""
+    print(f"B {args.B}, d_in {args.D}, {args.F:,} latents, k {args.k}, {args.plan} GPUs, float32")
+    print("| architecture | SAE | step | merging | a rank's memory | exchanged in a step | with AuxK |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in args.architectures:
+        memory = architecture(name).memory
+        taken = rank_bytes(memory, args.B, args.D, args.F, args.plan, k=args.k)
+        spec = SAESpec(name, args.F, settings=settings(name, args.k))
+        bytes_ = [
+            sum(bytes_per_step(spec, args.D, args.B, args.plan, dead=dead).values()) for dead in (0, None)
+        ]
+        cells = [taken["SAE"], taken["step"], taken["exchange"], sum(taken.values()), *bytes_]
+        print(f"| {' | '.join([name, *map(size, cells)])} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,7 +143,11 @@ def main() -> None:
     for flag, default in (("B", 2048), ("D", 576), ("F", 16384), ("k", 64), ("pairs", 7)):
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--dead", type=float, default=0.0, help="share of the latents that are dead")
+    parser.add_argument("--plan", type=int, metavar="GPUS", help="foretell memory and bytes on so many")
     args = parser.parse_args()
+    if args.plan:
+        plan(args)
+        return
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(measure, (args, folder), nprocs=2)
 

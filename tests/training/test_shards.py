@@ -12,10 +12,11 @@ import torch.multiprocessing as mp
 
 import monosemy
 from monosemy import initialization, ops
+from monosemy.architectures.standard import Standard
 from monosemy.jobs.memory import rank_bytes
 from monosemy.ops.shards import LatentShards
 from monosemy.rules import check_latent_shards
-from monosemy.sae import architecture
+from monosemy.sae import REGISTRY, architecture, register
 from monosemy.training.shards import bytes_per_step, merge_states, shard_name, shard_state
 from monosemy.training.trainer import SAESpec
 from tests.workers import sharded
@@ -279,6 +280,29 @@ def test_a_loss_that_sums_over_its_latents_alone_is_refused(ranks):
 def test_what_cannot_be_sharded_is_refused(more, widths, size, said):
     with pytest.raises(ValueError, match=said):
         SAESpec("top_k", F, settings={"k": 4}, **more).build(widths, LatentShards(None, 0, size))
+
+
+@pytest.mark.parametrize("what", ["vector", "draws"])
+def test_an_architecture_of_whole_weights_is_refused(what):
+    class Own(Standard):
+        name = f"own_{what}"
+
+        def __init__(self, d_in, d_sae, **settings):
+            super().__init__(d_in, d_sae, **settings)
+            if what == "vector":
+                self.scale = torch.nn.Parameter(torch.ones(d_sae))
+
+        def reset(self, generator):
+            self.init_directions(torch.randn(self.d_sae, self.d_in, generator=generator))
+
+    register(Own)
+    said = {"vector": "makes scale of d_sae. Make it of self.rows", "draws": "which draws whole weights"}[
+        what
+    ]
+    with pytest.raises(ValueError, match=said):
+        SAESpec(Own.name, F).build(D, LatentShards(None, 0, 2))
+    assert SAESpec(Own.name, F).build(D).d_sae == F
+    del REGISTRY[Own.name]
 
 
 def test_ranks_that_shards_do_not_divide_are_refused():

@@ -18,7 +18,7 @@ from monosemy.formats.sharded import save_sharded
 from monosemy.jobs.memory import tensor_bytes
 from monosemy.ops import shards as exchange
 from monosemy.ops.shards import LatentShards
-from monosemy.sae import register
+from monosemy.sae import REGISTRY, register
 from monosemy.schedule import Schedule
 from monosemy.training.group import TrainerGroup
 from monosemy.training.shards import reshard, shard_state
@@ -178,6 +178,8 @@ def own_sums(shards):
         Trainer("own_sums", shards).train(0, 1)
     except ValueError as error:
         return str(error)
+    finally:
+        del REGISTRY["own_sums"]
     return ""
 
 

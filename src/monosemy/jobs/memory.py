@@ -331,7 +331,8 @@ def rank_bytes(
     """
     here = F // size
     copies = bf16 * (2 if gpu else 1)
-    of_token = min(size * max(min(k, here), min(D // 2, here)), EXCHANGED)  # values that come from all ranks
+    # values that come from all ranks, each with a copy by token, a place and comparisons
+    of_token = min(size * max(min(k, here), min(D // 2, here)), EXCHANGED)
     listed = B * (min(k, here) + min(D // 2, here))  # candidates, AuxK's too, each with a key and a place
     return {
         "SAE": sae_bytes(memory, D, here, copies=copies, skip=skip),

@@ -88,8 +88,10 @@ class SAESpec(Family):
         """
         sae = self.empty(widths, shards)
         if self.init_from is None:
-            generator = torch.Generator() if shards is None else ShardGenerator.of(shards)
-            sae.reset(generator.manual_seed(self.seed))
+            if shards is None:
+                sae.reset(torch.Generator().manual_seed(self.seed))
+            else:
+                self._reset_shard(sae, shards, self.latent_tensors(widths))
             return sae
         found, wanted = (
             {name: value for name, value in of.family.items() if name not in ("d_out", "widths")}
@@ -117,6 +119,23 @@ class SAESpec(Family):
                 )
         sae.load_state_dict({name: given.get(name, tensor) for name, tensor in sae.state_dict().items()})
         return sae
+
+    def _reset_shard(self, sae: SAE, shards: ops.LatentShards, of_latents: frozenset[str]) -> None:
+        """Draw one rank's first weights. Raises ValueError for an architecture that makes whole ones."""
+        tensors = dict([*sae.named_parameters(), *sae.named_buffers()])
+        whole = sorted(name for name in of_latents if len(tensors[name]) != sae.rows)
+        if whole:
+            allowed, remedy = (
+                f"1 for {sae.name}, which makes {', '.join(whole)} of d_sae",
+                "make it of self.rows",
+            )
+            raise invalid("latent_shards", shards.size, allowed, remedy)
+        try:
+            sae.reset(ShardGenerator.of(shards).manual_seed(self.seed))
+        except RuntimeError as error:  # of shapes that do not go together
+            remedy = "draw by uniform and normal of monosemy.initialization, which keep a shard's part"
+            allowed = f"1 for {sae.name}, which draws whole weights ({error})"
+            raise invalid("latent_shards", shards.size, allowed, remedy) from error
 
 
 class AsyncScalars:
