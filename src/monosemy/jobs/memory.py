@@ -156,7 +156,8 @@ def estimate(
     skip = D if c.skip_connection else 0
     spans = Spans.of(sites)
     how: dict[str, Any] = {"k": max(c.target_l0s), "bf16": bf16, "spans": spans}
-    saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip, spans=spans) for row in grid}
+    here = {row: row.width // c.latent_shards for row in grid}  # latents of an SAE on a rank
+    saes = {row: sae_bytes(row.memory, D, here[row], copies=copies, skip=skip, spans=spans) for row in grid}
     rows = sum(len(parts(site)) for site in sites)  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
     weights = {row: 4 * _parameters(row.memory, D, row.width, spans) for row in grid}
@@ -176,16 +177,18 @@ def estimate(
             "model": cut,
             "block": rows * slots * (D * of_lm + (12 if gpu else 20)) + batches,
             "SAEs": all_saes,
-            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, r.width, **how) for r in grid),
+            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, here[r], **how) for r in grid),
             "checkpoint": all_saes if several else 0,
         },
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + rows) * D),
             "step": max(
-                step_bytes(r.memory, B, D, r.width, on_gpu=n if gpu else 0, **how) for r, n in number.items()
+                step_bytes(r.memory, B, D, here[r], on_gpu=n if gpu else 0, **how) for r, n in number.items()
             ),
             "last checkpoint": 0 if gpu or several else all_saes,
-            "saving": 0 if gpu else max(2 * weights[r] + 4 * spans.decoder(D, r.width) for r in grid),
+            "saving": 0
+            if gpu
+            else max(2 * weights[r] // c.latent_shards + 4 * spans.decoder(D, here[r]) for r in grid),
         },
         loading=libraries + cut + int(mapped * cut),
     )

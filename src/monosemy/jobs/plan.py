@@ -318,6 +318,7 @@ def _check_sweeps(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> None:
 def _check_sizes(plan: Plan) -> None:
     """Raise ValueError for pre-activations that kernels on a GPU cannot number."""
     widest, batch = max(plan.config.dictionary_widths), plan.config.sae_batch_size
+    widest //= plan.config.latent_shards
     if plan.gpu and widest * batch >= 2**31:
         allowed = f"below {2**31 // widest} on a GPU with SAEs of {widest} latents (2^31 pre-activations)"
         raise invalid("sae_batch_size", batch, allowed, "lower it")
