@@ -5,8 +5,9 @@
 
 Two processes of one thread each, over gloo. They take a sharded step together, and in turn with it the first
 takes a whole step alone. Both begin with the same weights; the losses agree to 1e-5 or the benchmark stops.
-"exchange" is the time that the first process spends in collectives, in which it also waits for the other
-one; "bytes" are those of `monosemy.training.shards.bytes_per_step`.
+"CPU" is what the first process computes in a step, which other work on the machine moves less than time;
+"exchange" the share of its time in collectives, in which it also waits for the other process; "MB" are of
+`monosemy.training.shards.bytes_per_step`.
 
 B tokens, D d_in, F d_sae, k or L0 entries of a token.
 """
@@ -83,25 +84,30 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     clock, shards = Timed(), LatentShards(None, rank, 2)
     if rank == 0:
         print(f"B {args.B}, d_in {args.D}, {args.F:,} latents, k {args.k}, {args.dead:.0%} dead")
-        print("| architecture | one process, ms (least) | two, ms (least) | ratio | exchange | MB |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print(
+            "| architecture | one process, ms (least) | CPU | two, ms (least) | CPU of one | exchange | MB |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in args.architectures:
         batches = activations(4, args.B, args.D)
         whole, sharded = (group(name, args, None) if rank == 0 else None), group(name, args, shards)
-        times: dict[str, list[float]] = {"whole": [], "sharded": [], "exchange": []}
+        kinds = ("whole", "sharded", "exchange", "CPU whole", "CPU sharded")
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
         for step in range(WARM + args.pairs):
             batch = {name: batches[step % len(batches)]}
             dist.barrier()
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             if whole is not None:
                 whole.step(batch, step)
-            after = time.perf_counter()
+            seconds, computed = time.perf_counter() - began, time.process_time() - cpu
             dist.barrier()
-            clock.seconds, again = 0.0, time.perf_counter()
+            clock.seconds, began, cpu = 0.0, time.perf_counter(), time.process_time()
             sharded.step(batch, step)
             if step >= WARM:
-                times["whole"].append(after - began)
-                times["sharded"].append(time.perf_counter() - again)
+                times["whole"].append(seconds)
+                times["CPU whole"].append(computed)
+                times["sharded"].append(time.perf_counter() - began)
+                times["CPU sharded"].append(time.process_time() - cpu)
                 times["exchange"].append(clock.seconds / times["sharded"][-1])
         if whole is not None:
             losses = [float(of.last[name]["loss"]) for of in (whole, sharded)]
@@ -111,11 +117,13 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
 
 
 def row(name: str, args: argparse.Namespace, times: dict[str, list[float]], trainer: SAETrainer) -> str:
-    one, two = times["whole"], times["sharded"]
     dead = int((trainer.since_fired_F >= 2**40).sum()) if name in TOP_K else 0
     counted = bytes_per_step(trainer.spec, args.D, args.B, 2, dead=dead)
-    cells = [f"{1e3 * median(of):.0f} ({1e3 * min(of):.0f})" for of in (one, two)]
-    cells += [f"{median(one) / median(two):.2f}", f"{median(times['exchange']):.0%}"]
+    cells = []
+    for of in ("whole", "sharded"):
+        cells.append(f"{1e3 * median(times[of]):.0f} ({1e3 * min(times[of]):.0f})")
+        cells.append(f"{1e3 * median(times[f'CPU {of}']):.0f}")
+    cells.append(f"{median(times['exchange']):.0%}")
     return f"| {' | '.join([name, *cells, f'{sum(counted.values()) / 1e6:.1f}'])} |"
 
 

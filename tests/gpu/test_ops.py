@@ -383,10 +383,10 @@ def check_update(fast: Any, device: torch.device) -> None:
 
 def check_adam_step(fast: Any, device: torch.device) -> None:
     """Updates of all parameters of four SAEs: one clipped, one not, one with a gradient and one with a loss
-    that is not a number."""
+    that is not a number. Of sharded ones the norm is added up over ranks: here over three that are alike."""
     errors = Errors()
     constraints: tuple[Constraint, ...] = ("free", "free", "project")
-    for (_, D, F, _), clip in itertools.product(SIZES.sums, (1.0, None)):
+    for (_, D, F, _), (clip, shards) in itertools.product(SIZES.sums, ((1.0, 1), (None, 1), (1.0, 3))):
         shapes, S = ((F, D), (F,), (F, D)), 4
         p = [normalize(torch.randn(S, *shape, device=device), dim=-1) for shape in shapes]
         grads = [[torch.randn(*shape, device=device) for _ in range(S)] for shape in shapes]
@@ -405,12 +405,13 @@ def check_adam_step(fast: Any, device: torch.device) -> None:
                     each.bfloat16(),
                     constraint,
                     in_norm=clip is not None or each.ndim == 2,
+                    sharded=shards > 1 and constraint == "project",
                 )
                 for each, of_each, constraint in zip(p, grads, constraints, strict=True)
             ]
             for dtype in (torch.float32, torch.float64)
         )
-        adam = Adam(clip, (0.9, 0.999), 1e-8)
+        adam = Adam(clip, (0.9, 0.999), 1e-8, None if shards == 1 else lambda square: 3 * square)
         counted = [steps_S.clone(), steps_S.double()]
         poison(device)
         updated = fast.adam_step(got, loss_S, lr_S, counted[0], adam)

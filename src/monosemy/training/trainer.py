@@ -277,6 +277,8 @@ class SAETrainer:
         if step == 0 and self.fresh:
             if self.centered:  # of a batch that is not finite there is no median
                 self.center_D.copy_(geometric_median(batch).nan_to_num(0.0, 0.0, 0.0))
+                if self.shards is not None:
+                    self.shards.broadcast_(self.center_D)
             self.sae.init_from_operands(*self._operands(batch))
             if self.shards is not None:  # all go on from the same bits
                 self.shards.broadcast_(self.sae.b_dec.data)
