@@ -45,6 +45,8 @@ def group(name: str, args: argparse.Namespace, shards: LatentShards | None) -> T
     sae, x_BD = drawn(name, args.D, args.F, args.k, torch.device("cpu")), activations(1, args.B, args.D)[0]
     if name in RELU:
         thin_out(sae, x_BD, args.k)
+    dead = torch.rand(args.F, generator=torch.Generator().manual_seed(1)) < args.dead
+    sae.b_enc.data[dead] -= 0.15  # as much as what is kept, so that they stay dead
     phases = {"warmup_steps": 0, "sparsity_warmup_steps": 0, "threshold_start_step": 0, "anneal_start": 1}
     schedule = Schedule.of_run(
         STEPS, args.B, decay_start_fraction=1.0, dead_feature_threshold=2**40, **phases
@@ -53,7 +55,6 @@ def group(name: str, args: argparse.Namespace, shards: LatentShards | None) -> T
     trainer = SAETrainer(name, spec, args.D, schedule, workspace=Workspace(), shards=shards)
     trainer.spec = dataclasses.replace(spec, init_from=None)
     trainer.sparse = True
-    dead = torch.rand(args.F, generator=torch.Generator().manual_seed(1)) < args.dead
     trainer.since_fired_F[dead[slice(None) if shards is None else shards.part(args.F)]] = 2**41
     return TrainerGroup([trainer])
 
