@@ -1,11 +1,10 @@
-"""Steer a language model with a latent: add its decoder row to the activations of every token while text is
-generated.
+"""Steer a language model with a latent: raise it by a strength on every token while text is generated.
 
     python examples/steer.py saes/resid_post_layer_9/trainer_5 --latent 17 --strength 40 \\
         --text "My fellow citizens,"
 
 `--strength` is in the units of the activations, about which `monosemy report` says how strongly each latent
-fires by itself.
+fires by itself. `monosemy generate` does the same, and more, without a line of Python.
 """
 
 import torch
@@ -13,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 import monosemy
-from monosemy import LanguageModel, Site
+from monosemy import LanguageModel, edit
 
 
 def main(
@@ -22,24 +21,20 @@ def main(
     """Print and return how the text goes on, as the model is and steered, each time by the likeliest
     token."""
     sae = monosemy.load(folder)
-    site = Site.parse(sae.cfg["site"])
-    lm = LanguageModel.load(sae.cfg["model"], [site], whole=True)
-    direction_D = strength * sae.W_dec[latent].to(lm.device)
-
+    model = LanguageModel.load(sae.cfg["model"], [], whole=True).model  # any model of transformers will do
+    sae.to(model.device)
     tokenizer = monosemy.load_tokenizer(sae.cfg["model"])
-    start_1L = monosemy.to_tokens(tokenizer, text).to(lm.device)
+    start_1L = monosemy.to_tokens(tokenizer, text).to(model.device)
 
-    def go_on(added_D: torch.Tensor) -> str:
-        ids_1L = start_1L
-        for _ in range(tokens):
-            clean = lm.clean(ids_1L, [site])
-            steered_1LD = clean.activations[site].clone()
-            steered_1LD[:, 1:] += added_D  # not BOS: no SAE has seen it
-            logits_1V = lm.spliced(clean, site, steered_1LD)[:, -1]
-            ids_1L = torch.cat([ids_1L, logits_1V.argmax(-1, keepdim=True)], dim=1)
+    def go_on() -> str:
+        how = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(start_1L)}
+        ids_1L = model.generate(start_1L, max_new_tokens=tokens, **how)
         return tokenizer.decode(ids_1L[0, start_1L.shape[1] :])
 
-    plain, steered = go_on(0 * direction_D), go_on(direction_D)
+    plain = go_on()
+    # what the SAE does not reconstruct stays; the first token, which no SAE has seen, is left alone
+    with monosemy.attached(model, {sae: {latent: edit.add(strength)}}):
+        steered = go_on()
     print(f"as it is: {text}{plain}\nsteered:  {text}{steered}")
     return plain, steered
 

@@ -22,6 +22,7 @@ class Ended:
     code: int
     seconds: float | None
     output: str
+    codes: tuple[int, ...] = ()  # of several ranks, each one's
 
 
 class Faulty:
@@ -30,6 +31,9 @@ class Faulty:
     at=[event, end of the path or number, count]: the fault happens at the count-th audit event of that kind
     that ends so signal=N, after=S: by a signal, S seconds later; or fill=[folder, bytes]: by a full disk, but
     for so many bytes
+
+    ranks=W starts it as torchrun would start W processes, the fault on rank=R alone (default: the last);
+    of_rank={R: arguments} gives a rank other arguments.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,8 +53,10 @@ class Faulty:
         output = self.folder / f"{self.jobs}.log"
         self.process.stdin.write(json.dumps(job | {"output": str(output)}) + "\n")
         self.process.stdin.flush()
-        code, seconds = json.loads(self.process.stdout.readline())
-        return Ended(code, seconds, output.read_text())
+        codes, seconds = json.loads(self.process.stdout.readline())
+        printed = "".join(path.read_text() for path in sorted(self.folder.glob(f"{self.jobs}.log*")))
+        worst = next((code for code in codes if code), 0)
+        return Ended(worst, seconds, printed, tuple(codes))
 
     def close(self) -> None:
         assert self.process.stdin

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import attached
 from benchmarks.end_to_end import Clock, medians, ratios, report
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +113,13 @@ def test_a_clock_counts_calls_that_fail_and_nest() -> None:
         Part().outer()
     assert clock.calls == {"outer": 1, "inner": 1}
     assert clock.seconds["outer"] >= clock.seconds["inner"] > 0
+
+
+def test_what_attached_saes_add_is_measured_beside_their_encode_and_decode(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = attached.measure(str(tiny_model), 1, 2, 16, 64, layers=(0, 2))
+    assert len(found) == 8 and all(seconds > 0 for seconds in found.values())
+    attached.show(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and lines[-1].startswith("encode and decode alone")

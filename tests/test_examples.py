@@ -15,6 +15,8 @@ import torch
 import monosemy
 from monosemy.sae import REGISTRY
 from tests.conftest import write_text
+from tests.labeling import planted_run
+from tests.labeling.chat_server import ChatServer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -159,6 +161,17 @@ def test_model_diff(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     *_, first, both, other, _, last = capsys.readouterr().out.splitlines()
     counts = [int(line.rpartition(": ")[2]) for line in (first, both, other)]
     assert sum(counts) <= 48 and counts[1] > 0 and last.startswith(f"open {tmp_path / 'diff'}")
+
+
+def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = planted_run.make(tmp_path / "run", words=30, contexts=80, pages=12)
+    with ChatServer() as server:
+        command("explain", run, "--endpoint", server.url, "--model", "judge", "--latents", 4, "--yes")
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(
+        re.fullmatch(r"1\.00  trainer_0 latent \d+: the word '\w+'", x) for x in lines
+    )
+    assert "detection 1.000 on average" in last
 
 
 def test_every_example_is_tested() -> None:

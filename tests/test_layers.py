@@ -35,9 +35,12 @@ FLOORS = {
     "formats": 5,
     "training": 5,
     "evaluation": 5,
+    "labeling": 5.5,
     "report": 6,
+    "use": 6.5,
     "jobs": 7,
-    "cli": 8,
+    "commands": 8,
+    "cli": 8.5,
     "__main__": 9,
     "__init__": 9,  # it names what lies in all of them
 }

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.evaluation.on_model import evaluate_on_model as evaluate_on_model
     from monosemy.formats import save as save
     from monosemy.initialization import reset_relu as reset_relu
+    from monosemy.jobs.explain import explain as explain
+    from monosemy.jobs.explain_config import ExplainConfig as ExplainConfig
     from monosemy.jobs.finetune import finetune as finetune
     from monosemy.jobs.finetune_config import FinetuneConfig as FinetuneConfig
     from monosemy.jobs.pretrained import list_saes as list_saes
@@ -42,6 +44,11 @@ if TYPE_CHECKING:  # what `_HOME` says at run time, for type checkers and editor
     from monosemy.training.loop import fit as fit
     from monosemy.training.trainer import SAESpec as SAESpec
     from monosemy.transcoder import Transcoder as Transcoder
+    from monosemy.use import edit as edit
+    from monosemy.use.attach import attached as attached
+    from monosemy.use.attribution import attribute as attribute
+    from monosemy.use.steering import steering_vector as steering_vector
+    from monosemy.use.steering import write_steering as write_steering
 
 # names are looked up when they are used, so that `import monosemy` and the command line's checks need no
 # torch
@@ -52,6 +59,7 @@ _HOME = {
     "CrossLayer": "lm.site_groups",
     "CrossLayerTranscoder": "cross_layer",
     "Crosscoder": "crosscoder",
+    "ExplainConfig": "jobs.explain_config",
     "FinetuneConfig": "jobs.finetune_config",
     "Fitted": "training.loop",
     "LanguageModel": "lm.model",
@@ -66,8 +74,12 @@ _HOME = {
     "TrainConfig": "config",
     "Transcoder": "transcoder",
     "architecture": "sae",
+    "attached": "use.attach",
+    "attribute": "use.attribution",
+    "edit": "use",
     "evaluate": "evaluation.metrics",
     "evaluate_on_model": "evaluation.on_model",
+    "explain": "jobs.explain",
     "finetune": "jobs.finetune",
     "fit": "training.loop",
     "list_saes": "jobs.pretrained",
@@ -76,9 +88,11 @@ _HOME = {
     "register": "sae",
     "reset_relu": "initialization",
     "save": "formats",
+    "steering_vector": "use.steering",
     "to_tokens": "data.contexts",
     "train": "jobs.train",
     "write_report": "report.of_batches",
+    "write_steering": "use.steering",
     "write_transcoder_set": "jobs.transcoder_set",
 }
 __all__ = sorted(_HOME)

@@ -25,6 +25,7 @@ from monosemy.rules import (
     REPOSITORY,
     REVISION,
     SECONDS,
+    SHARD,
     Rule,
     check,
 )
@@ -63,6 +64,13 @@ class OutputConfig:
     """Entity of those runs."""
     hf_repo_id: Annotated[str, REPOSITORY] | None = None
     """Upload to this repository of the Hugging Face hub, which is created if it does not exist."""
+    shard: Annotated[str, SHARD] | None = None
+    """I/N: train only share I of N of the run's sites or, where there are more shares than sites, of its
+    grid, in save_dir/shard_I_of_N. Shares count from 0.
+
+    All of them together are the run, and can be started at the same time, on machines that know nothing of
+    each other.
+    """
     dry_run: bool = False
     """Check everything, print the grid and the budget of tokens and memory, and stop before any weights are
     loaded."""
@@ -169,6 +177,15 @@ class ActivationsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CachedConfig:
+    """Activations that `monosemy cache` kept."""
+
+    activations: str | None = None
+    """Train from this cache, a folder or a URL such as s3://BUCKET/PREFIX, instead of running the model over
+    the training text. Model, text and rules have to be those that it was written with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SAEConfig:
     """Which SAEs to train: architectures, widths, sparsities, and the settings of single architectures."""
 
@@ -272,6 +289,7 @@ GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "activations": ActivationsConfig,
+    "cached": CachedConfig,
     "SAE": SAEConfig,
     "optimization": OptimizationConfig,
     "evaluation": EvaluationConfig,
@@ -281,7 +299,14 @@ GROUPS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class TrainConfig(
-    EvaluationConfig, OptimizationConfig, ActivationsConfig, DataConfig, SAEConfig, ModelConfig, OutputConfig
+    EvaluationConfig,
+    OptimizationConfig,
+    CachedConfig,
+    ActivationsConfig,
+    DataConfig,
+    SAEConfig,
+    ModelConfig,
+    OutputConfig,
 ):
     """Train, evaluate and plot sparse autoencoders on the activations of a language model."""
 
@@ -308,6 +333,21 @@ class TrainConfig(
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON can hold it."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanksConfig:
+    """The processes that a plan is made for."""
+
+    ranks: Annotated[int, AT_LEAST_1] = 1
+    """Processes, one for each GPU: torchrun's --nnodes times --nproc_per_node."""
+    gpu: Literal["h100", "h200", "a100", "cpu"] = "h100"
+    """What each of them runs on."""
+    gpus_per_node: Annotated[int, AT_LEAST_1] = 8
+    """GPUs of a machine, between which bytes travel faster."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 RESOLVED = ("dataset", "context_length", "llm_batch_size", "sae_batch_size", "eval_num_inputs")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from monosemy.system.redact import without_secrets
 
+EXIT = {"complete": 0, "failed": 1, "incomplete": 1, "stopped_early": 3}
+"""Exit codes by a run's status."""
+
 
 def invalid(field: str, value: object, allowed: str, remedy: str) -> ValueError:
     """Build the error for input that cannot be used: the field, its value, what is allowed, and what to

@@ -56,6 +56,16 @@ REVISION = Rule(
 )
 
 
+SHARD = Rule(
+    lambda text: (
+        re.fullmatch(r"\d{1,6}/\d{1,6}", text) is not None
+        and int(text.split("/")[0]) < int(text.split("/")[1])
+    ),
+    "I/N, of N shares the one with number I: 0/N to N-1/N",
+    "write for example 0/8",
+)
+
+
 def is_hub_repository(name: str) -> bool:
     """Whether a name is OWNER/NAME by the rules of the Hugging Face hub."""
     parts = name.split("/")

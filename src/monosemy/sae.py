@@ -362,12 +362,12 @@ class SAE(nn.Module, ABC):
 
         Raises ValueError for one that is not there.
         """
-        latents = torch.as_tensor(latents, device=self.device)
+        latents = torch.as_tensor(latents)  # checked where it is: a list waits for no GPU
         if not latents.numel():
             latents = latents.long()  # torch takes an empty list for floating-point numbers
         allowed = f"whole numbers from 0 to {self.d_sae - 1}, or a mask [{self.d_sae}]"
         if latents.dtype == torch.bool and latents.shape == (self.d_sae,):
-            return latents.nonzero()[:, 0]
+            return latents.nonzero()[:, 0].to(self.device)
         if latents.dim() != 1 or latents.is_floating_point() or latents.dtype == torch.bool:
             raise invalid(
                 "latents",
@@ -380,7 +380,7 @@ class SAE(nn.Module, ABC):
             raise invalid(
                 "latents", f"{int(latents.min())} to {int(latents.max())}", allowed, "this SAE has no others"
             )
-        return latents
+        return latents.to(self.device)
 
     @torch.no_grad()
     def fold_norm_factor_(self, factor: float, *others: float) -> None:

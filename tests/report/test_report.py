@@ -72,6 +72,7 @@ def tensors(g):
     kept = [
         getattr(k, name) for k in (g.top, g.sampled) for name in ("key_SR", "at_SR", "peak_SR", "window_SRW")
     ]
+    kept += [g.silent.key_FR, g.silent.at_FR]
     return [
         g.histogram.count_F,
         g.contexts_F,
@@ -125,6 +126,22 @@ def test_the_strongest_contexts_and_the_drawn_ones_equal_brute_force(codes):
                 kept = [at for at in g.sampled.at_SR[slot].tolist() if at >= 0]
                 assert g.sampled.octave_S[slot] == octave and g.sampled.candidates_S[slot] == len(inside)
                 assert set(kept) <= inside and len(kept) == min(SAMPLED, len(inside))
+
+
+def test_silent_windows_are_those_in_which_nothing_fires(codes):
+    """And all that a context offered are there where they are fewer than are kept."""
+    f_NF, at_N = codes
+    g = gathered(codes)
+    for latent in range(F):
+        fired = at_N[f_NF[:, latent] > 0]
+        kept = [at for at in g.silent.at_FR[latent].tolist() if at >= 0]
+        assert len({at // L for at in kept}) == len(kept) and all(at % L for at in kept)
+        for at in kept:
+            near = (fired // L == at // L) & (fired >= at - BEFORE) & (fired < at - BEFORE + WINDOW)
+            assert not near.any()
+        silent = C - len(set((fired // L).tolist()))
+        assert len(kept) >= min(silent, latent_stats.SILENT)
+    assert len({tuple(row) for row in g.silent.at_FR[2:6].tolist()}) == 4
 
 
 @pytest.mark.parametrize(("parts", "shuffled"), [(1, False), (7, False), (1, True), (7, True)])

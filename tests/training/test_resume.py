@@ -139,24 +139,24 @@ def test_a_folder_that_another_fit_is_in_is_refused(tmp_path):
 
 def test_ten_minutes_are_the_longest_time_between_two(tmp_path):
     store = Checkpoints(tmp_path, every=100)
-    assert store.due(100) and not store.due(101)
+    assert store.due(100) and not store.due(101) and not store.overdue()
     store.last -= 601
-    assert store.due(101)
+    assert store.overdue()
     store.save(101, {}, {})
-    assert not store.due(101)
+    assert not store.overdue()
     store.close()
 
 
 def test_where_saving_takes_long_it_is_done_seldom(tmp_path):
     """A GPU's are made by time alone, of which training waits 2 % at most."""
     store = Checkpoints(tmp_path, every=None)
-    assert not store.due(1000)
+    assert not store.due(1000) and not store.overdue()
     store.last -= 601
-    assert store.due(1001)
+    assert store.overdue()
     store.waited = 60
-    assert not store.due(1001)
+    assert not store.overdue()
     store.last -= 2400
-    assert store.due(1001)
+    assert store.overdue()
     store.close()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does before torch is imported
 
 import torch
+import torch.distributed as dist
 
 import monosemy.jobs.train  # noqa: F401  (before any fork)
 from monosemy.cli import main
@@ -83,14 +84,63 @@ def do(job: dict[str, Any]) -> int:
         return 1
 
 
+def fork(job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if not pid:
+        code = do(job)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    return pid
+
+
+def fork_ranks(job: dict[str, Any]) -> list[int]:
+    """Start a process for each rank, as torchrun does; `store` is where they find each other."""
+    W = job["ranks"]
+    faults = {key: job.pop(key) for key in ("at", "signal", "after", "fill") if key in job}
+    pids = []
+    for rank in range(W):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(W),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(job["port"]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        of_rank = {"argv": job.get("of_rank", {}).get(str(rank), job["argv"])}
+        own = job | of_rank | {"environment": environment, "output": f"{job['output']}.{rank}"}
+        pids.append(fork(own | (faults if rank == job.get("rank", W - 1) else {})))
+    return pids
+
+
+def wait(pids: list[int]) -> list[int]:
+    """Wait for all ranks; once one has failed the others are told to end, and 30 seconds later made to, as
+    torchrun does."""
+    codes: dict[int, int] = {}
+    failed = None
+    while len(codes) < len(pids):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        if failed is None and any(codes.values()):
+            failed = time.monotonic()
+            end(pids, codes, signal.SIGTERM)
+        if failed and time.monotonic() - failed > 30:
+            end(pids, codes, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[pid] for pid in pids]
+
+
+def end(pids: list[int], ended: dict[int, int], by: signal.Signals) -> None:
+    for pid in set(pids) - ended.keys():
+        os.kill(pid, by)
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
         when[:] = bytes(8)
-        pid = os.fork()
-        if not pid:
-            code = do(json.loads(line))
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        job = json.loads(line)
+        store = dist.TCPStore("127.0.0.1", job.get("port", 0), is_master=True) if "ranks" in job else None
+        codes = wait(fork_ranks(job | {"port": store.port}) if store else [fork(job)])
         began = struct.unpack("d", when[:])[0]
-        print(json.dumps([code, time.monotonic() - began if began else None]), flush=True)
+        print(json.dumps([codes, time.monotonic() - began if began else None]), flush=True)

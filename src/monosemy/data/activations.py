@@ -116,6 +116,12 @@ class ActivationStream:
         Raises StreamEnded when a source ran dry and all that it gave has been served. On a GPU the host waits
         for nothing here, except for the last forward of a block where one ends.
         """
+        rows = self.next_rows()
+        # a factor of one dimension makes half precision float32 in the division itself
+        return {site: x_BD / self._scale[site] for site, x_BD in rows.items()}
+
+    def next_rows(self) -> dict[AnySite, Tensor]:
+        """Return the rows of the next step as the model gave them, [B, D] by site. Raises as `next` does."""
         if self._next == self._batches:
             self._turn()
         if self._next > self._first and (self.wanted is None or self.wanted > self._batches - self._next):
@@ -124,8 +130,21 @@ class ActivationStream:
             self.wanted -= 1
         taken = slice(self._next * self.batch, (self._next + 1) * self.batch)
         self._next += 1
-        # a factor of one dimension makes half precision float32 in the division itself
-        return {site: ring.read(taken) / self._scale[site] for site, ring in self._rings.items()}
+        return {site: ring.read(taken) for site, ring in self._rings.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the model runs in."""
+        return self.lm.dtype
+
+    def damage(self) -> list[str]:
+        """Describe the sources of text that are damaged."""
+        return self.contexts.damage()
 
     def widths(self, site: AnySite) -> tuple[int, ...]:
         """Return the widths of the parts of a site's rows.

@@ -67,6 +67,13 @@ def _unseen(key: str, label: str, help: str, sae_bench: str) -> Column:
     return Column(key, label, help, 4, places=(), sae_bench=sae_bench)
 
 
+def _scored(key: str, label: str, what: str) -> Column:
+    """Return a mean score of labels, with its interval over latents."""
+    help = f"How well a model can {what}: balanced accuracy, .5 for guesses, by the label alone; the mean of "
+    help += "the latents drawn at random (arXiv 2410.13928)."
+    return Column(key, label, help, 3, low=f"{key}_low", high=f"{key}_high")
+
+
 ALL: tuple[Place, ...] = ("table", "page", "card")
 # docs/sae-bench.md says where SAE Bench's formulas differ
 COLUMNS = (
@@ -177,6 +184,11 @@ COLUMNS = (
     ),
     Column("probing_auc_top_5", "Probe, 5 latents", "The same by five latents.", 3),
     Column("probing_auc_llm", "Probe, no SAE", "The same by the activations themselves.", 3),
+    Column("label_count", "Labels", "Latents that have a label by a language model."),
+    _scored("label_detection", "Detection", "tell contexts in which a latent fires from others"),
+    _scored("label_detection_other", "Detection, other label", "do that by another latent's label"),
+    _scored("label_fuzzing", "Fuzzing", "tell tokens on which a latent fires from others of its contexts"),
+    _scored("label_fuzzing_other", "Fuzzing, other label", "do that by another latent's label"),
     _unseen(
         "kl_zero",
         "KL, zero ablation",
@@ -225,7 +237,20 @@ def columns_of(place: Place) -> tuple[Column, ...]:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as aligned plain text, to three digits; * flags a threshold."""
-    columns = columns_of("table")
+    return _aligned(rows, columns_of("table"))
+
+
+def label_columns() -> tuple[Column, ...]:
+    """Return the columns that say how well labels foretell latents."""
+    return tuple(column for column in COLUMNS if column.key.startswith("label_"))
+
+
+def labels_table(rows: Sequence[Row]) -> str:
+    """Return the scores of labels as aligned plain text, of the rows that have any."""
+    return _aligned([row for row in rows if "label_count" in row], label_columns())
+
+
+def _aligned(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     lines = [
         ("sae", "architecture", *(column.label for column in columns)),
         *(

@@ -1,8 +1,9 @@
 """Statistics of every latent of one SAE over a stream of codes, in bounded memory.
 
-Three parts, each with its own `add`: an `ActivationHistogram` of all activations, the `TopContexts` in which
-a latent is strongest, and an `OctaveReservoir` of contexts drawn evenly from each octave of activation below
-that. `LatentStats` sorts a batch's entries by latent and hands them on.
+Four parts, each with its own `add`: an `ActivationHistogram` of all activations, the `TopContexts` in which
+a latent is strongest, an `OctaveReservoir` of contexts drawn evenly from each octave of activation below
+that, and `SilentWindows` in which it is silent. `LatentStats` sorts a batch's entries by latent and hands
+them on.
 
 The result depends neither on the order of batches nor on their size: counts, maxima and total orders only,
 apart from one sum in float64. A latent enters a list with one candidate per context, its peak there.
@@ -27,6 +28,7 @@ BEFORE, AFTER = 28, 11  # tokens of a window around its peak
 WINDOW = BEFORE + 1 + AFTER
 STRONGEST = 8  # contexts kept of a latent
 OCTAVES, SAMPLED = 8, 2  # below the largest activation, and contexts drawn from each
+SILENT = 12  # windows kept of a latent in which it is silent
 # a histogram's quarter octaves, from 2**LOWEST on; what lies beyond is in the outermost
 BINS, LOWEST = 160, -20
 ENTRIES = 2**20  # sorted at a time, or those of one context
@@ -35,7 +37,7 @@ ENTRIES = 2**20  # sorted at a time, or those of one context
 def state_bytes(d_sae: int) -> int:
     """Return the bytes that a `LatentStats` of an SAE holds."""
     slots = STRONGEST + OCTAVES * SAMPLED
-    return d_sae * (3 * 8 + 4 + 4 * BINS + slots * (8 + 4 + 4 + WINDOW) + 3 * OCTAVES * 2)
+    return d_sae * (3 * 8 + 4 + 4 * BINS + slots * (8 + 4 + 4 + WINDOW) + 3 * OCTAVES * 2 + 12 * SILENT)
 
 
 class LatentStats:
@@ -61,6 +63,7 @@ class LatentStats:
         self.histogram = ActivationHistogram(d_sae, self.device)
         self.top = TopContexts(d_sae, self.device)
         self.sampled = OctaveReservoir(d_sae, self.salt, self.device)
+        self.silent = SilentWindows(d_sae, self.salt, self.device)
         self.beside: dict[str, np.ndarray] = {}
         """Columns [F] that an evaluation adds to what is gathered."""
 
@@ -82,6 +85,8 @@ class LatentStats:
             self._add(f_NF[middle:], at_N[middle:])
             return
         rows_N, latents_N = active_NF.nonzero(as_tuple=True)
+        if self.L > 1:
+            self.silent.add(torch.unique_consecutive(context_N), latents_N, at_N[rows_N], self.L)
         if not len(latents_N):
             return
         by_latent = latents_N.argsort(stable=True)  # then by place
@@ -255,6 +260,42 @@ class OctaveReservoir(_SmallestKeys):
         self._offer(
             slots_M[m], hash_M, peaks.at_M[m], peaks.value_M[m], lambda chosen: peaks.windows(m[chosen])
         )
+
+
+class SilentWindows:
+    """Keep windows in which each latent is silent, evenly drawn over contexts: `at_FR` is the token that
+    stands where a peak would, -1 for an empty place.
+
+    Each context offers one window to each latent, around a token that a hash of latent, context and salt
+    names; the smallest hashes among those in which the latent is silent stay, whatever the order.
+    """
+
+    EMPTY = 2**63 - 1
+
+    def __init__(self, F: int, salt: int, device: torch.device) -> None:
+        self.salt = salt
+        self.key_FR = torch.full((F, SILENT), self.EMPTY, dtype=torch.long, device=device)
+        self.at_FR = torch.full((F, SILENT), -1, dtype=torch.int32, device=device)
+
+    def add(self, contexts_C: Tensor, latents_N: Tensor, at_N: Tensor, L: int) -> None:
+        """Add contexts, ascending, with the latents and places of all activations in them."""
+        F = len(self.key_FR)
+        seeds_F1 = hash_of(torch.arange(F, device=contexts_C.device) + self.salt)[:, None]
+        for some_C in contexts_C.split(max(ENTRIES // F, 1)):
+            key_FC = hash_of(hash_of(seeds_F1 + some_C) + 1)
+            at_FC = some_C * L + 1 + hash_of(key_FC + 1) % (L - 1)  # never a BOS token
+            latents_M, at_M = latents_N, at_N
+            if len(some_C) < len(contexts_C):
+                inside_N = (at_N >= some_C[0] * L) & (at_N < (some_C[-1] + 1) * L)
+                latents_M, at_M = latents_N[inside_N], at_N[inside_N]
+            column_M = torch.searchsorted(some_C, at_M // L)
+            offset_M = at_M - at_FC[latents_M, column_M] + BEFORE
+            fired_M = (offset_M >= 0) & (offset_M < WINDOW)
+            key_FC[latents_M[fired_M], column_M[fired_M]] = self.EMPTY
+            key_FK = torch.cat([self.key_FR, key_FC], 1)
+            at_FK = torch.cat([self.at_FR, at_FC.to(torch.int32)], 1)
+            self.key_FR, kept_FR = key_FK.topk(SILENT, dim=1, largest=False)
+            self.at_FR = at_FK.gather(1, kept_FR).masked_fill_(self.key_FR == self.EMPTY, -1)
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ def statistics(
     column("page_shade", window, np.uint8)
     column("page_octave", torch.where(in_range_PO, octave_PO, -(2**7)), np.int8)
     column("page_candidates", g.sampled.candidates_S.view(g.F, OCTAVES)[latents_P], np.uint32)
+    column("page_silent", g.silent.at_FR[latents_P], np.int32)
     if len(latents_P):
         near_PM, cosine_PM = neighbors(sae, latents_P)
         column("page_near", near_PM, np.uint32)

@@ -39,6 +39,31 @@ DEVICES = {
     "H200": Device(4.26e12, 8.0e12, {512: 600e12, 2304: 761e12, 5120: 786e12}, 1.9e-6, 40e-6),
 }
 
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU among others, for a forecast."""
+
+    device: Device
+    memory: float
+    """Bytes, of the data sheet."""
+    forward: float
+    """Multiplications and additions a second of a language model's forward: 45 % of the data sheet's, which
+    is an assumption."""
+    within: float
+    """Bytes a second that one GPU sends to those of its node, of the data sheet."""
+    between: float
+    """Bytes a second that one GPU sends to those of other nodes: a network card for each."""
+
+
+_A100 = Device(1.83e12, 4.1e12, {512: 183e12, 2304: 240e12, 5120: 248e12}, 1.9e-6, 40e-6)
+# the A100's rates are the H100's, scaled by their data sheets; it has not been measured
+MACHINES = {
+    "h100": Machine(DEVICES["H100"], 80e9, 0.45 * 989e12, 450e9, 50e9),
+    "h200": Machine(DEVICES["H200"], 141e9, 0.45 * 989e12, 450e9, 50e9),
+    "a100": Machine(_A100, 80e9, 0.45 * 312e12, 300e9, 25e9),
+}
+
 # products of [B, D] by [D, F] in the dense layout beside the encoder's, and passes over [B, F]
 _DENSE = {"gated": (6, 22), "jump_relu": (4, 14), "p_anneal": (4, 14)}
 

@@ -25,7 +25,7 @@ from monosemy.system.redact import without_secrets
 
 log = logging.getLogger(__name__)
 
-SAE_FILES = ("sae.safetensors", "config.json", "ae.pt", "eval_results.json")
+SAE_FILES = ("sae.safetensors", "config.json", "ae.pt", "eval_results.json", "labels.json", "latents.parquet")
 RUN_FILES = (
     "README.md",
     "run.json",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ LIBRARIES = {
     "cpu": 610 * MIB,
     "cuda": 4 * CUBLAS,  # steps as they are and captured, forward and backward
 }
-GATHERED = 2060  # bytes of a latent, as in evaluation/latent_stats.py
+GATHERED = 2204  # bytes of a latent, as in evaluation/latent_stats.py
 COUNTERS = 128  # bytes of an SAE's numbers that have no dimension, or a few places
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -111,6 +111,19 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class OfRank:
+    """What one of several ranks has of a run; in its grid `per_site` counts its SAEs at all sites
+    together."""
+
+    kept: Sequence[AnySite]
+    """Sites that its SAEs read."""
+    lm_shards: int = 1
+    """Ranks that hold the language model together."""
+    forwards: int = 1
+    """Forwards that all ranks run at a time."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes of a run. Parts are as torch asks for them; what an allocator adds is in none."""
 
@@ -147,27 +160,31 @@ def estimate(
     steps: int,
     checkpoint_every: int | None,
     gpu: bool,
+    of_rank: OfRank | None = None,
 ) -> Estimate:
-    """Predict what a run takes, of the GPU's memory where it runs on one, else of the host's."""
+    """Predict what a run, or one of its ranks, takes: of the GPU's memory where it runs on one, else of the
+    host's."""
     D, B, M, L = model.d_model, c.sae_batch_size, c.llm_batch_size, c.context_length
     of_lm, bf16 = BYTES[c.dtype], c.precision == "bf16"
-    number = {row: len(sites) * row.per_site for row in grid}
+    here = of_rank or OfRank(sites)
+    number = {row: row.per_site * (1 if of_rank else len(sites)) for row in grid}
     copies = bf16 * (2 if gpu else 1)
     skip = D if c.skip_connection else 0
     spans = Spans.of(sites)
     how: dict[str, Any] = {"k": max(c.target_l0s), "bf16": bf16, "spans": spans}
-    here = {row: row.width // c.latent_shards for row in grid}  # latents of an SAE on a rank
-    saes = {row: sae_bytes(row.memory, D, here[row], copies=copies, skip=skip, spans=spans) for row in grid}
-    rows = sum(len(parts(site)) for site in sites)  # of activations, for each token
+    split = 1 if of_rank else c.latent_shards  # a rank's rows are as wide as it holds them
+    F_of = {row: row.width // split for row in grid}
+    saes = {row: sae_bytes(row.memory, D, F_of[row], copies=copies, skip=skip, spans=spans) for row in grid}
+    rows = sum(len(parts(site)) for site in here.kept)  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
     weights = {row: 4 * _parameters(row.memory, D, row.width, spans) for row in grid}
 
     layers = None if any(site.depth is None for site in sites) else max(site.depth or 0 for site in sites)
-    cut = of_lm * model.parameters(layers)
+    cut = of_lm * model.parameters(layers) // here.lm_shards
     stored = BYTES.get(model.dtype or c.dtype, 4)
     # the checkpoint's pages, while they are converted
     mapped = stored / of_lm if stored != of_lm and not gpu else 0
-    slots = (-(-contexts_per_block // M) + 1) * M * L
+    slots = (-(-contexts_per_block // M) + here.forwards) * M * L
     batches = rows * B * D * (4 + of_lm)
     libraries = LIBRARIES["cuda" if gpu else "cpu"]
     several = not gpu and checkpoint_every is not None and steps > checkpoint_every
@@ -177,18 +194,18 @@ def estimate(
             "model": cut,
             "block": rows * slots * (D * of_lm + (12 if gpu else 20)) + batches,
             "SAEs": all_saes,
-            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, here[r], **how) for r in grid),
+            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, F_of[r], **how) for r in grid),
             "checkpoint": all_saes if several else 0,
         },
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + rows) * D),
             "step": max(
-                step_bytes(r.memory, B, D, here[r], on_gpu=n if gpu else 0, **how) for r, n in number.items()
+                step_bytes(r.memory, B, D, F_of[r], on_gpu=n if gpu else 0, **how) for r, n in number.items()
             ),
             "last checkpoint": 0 if gpu or several else all_saes,
             "saving": 0
             if gpu
-            else max(2 * weights[r] // c.latent_shards + 4 * spans.decoder(D, here[r]) for r in grid),
+            else max(2 * weights[r] // split + 4 * spans.decoder(D, F_of[r]) for r in grid),
         },
         loading=libraries + cut + int(mapped * cut),
     )
@@ -196,6 +213,17 @@ def estimate(
     written = max(saes.values()) + STAGING if gpu else all_saes
     evaluation = _evaluation(c, model, sites, grid, weights, libraries, mapped, gpu=gpu)
     return Estimate({(r.architecture, r.width): n for r, n in saes.items()}, training, evaluation, written)
+
+
+def from_cache(of_run: Estimate, shards: int) -> Estimate:
+    """Predict what a run takes that reads kept activations, given the bytes of shards that it holds."""
+    phase = of_run.training
+    training = Phase(
+        phase.held | {"model": 0, "block": shards},
+        phase.transient | {"forward": 0},
+        loading=phase.held["libraries"],
+    )
+    return replace(of_run, training=training)
 
 
 def _evaluation(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from monosemy.evaluation.columns import columns_of
+from monosemy.evaluation.columns import columns_of, label_columns
 from monosemy.lm.site_groups import family_of, parse_site
 from monosemy.system.files import read_json, read_lines
 from monosemy.system.redact import without_secrets
@@ -61,6 +61,8 @@ def model_card(run_folder: str | Path, repo_id: str = "USER/NAME") -> str:
         model=config.get("model_name", "a language model"),
         rows=rows,
         columns=columns_of("card"),
+        labeled=[row for row in rows if "label_count" in row],
+        label_columns=[column for column in label_columns() if column.low],
         sites=_each(rows, "site"),
         kinds=_kinds(rows),
         kind=kind_of(str(first.get("site", ""))),

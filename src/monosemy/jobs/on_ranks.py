@@ -35,6 +35,7 @@ class Deal:
         self.shards = plan.config.latent_shards
         check_latent_shards(self.shards, min(plan.config.dictionary_widths), ranks=ranks.size)
         units = ranks.size // self.shards
+        self.among = ranks
         self.sites: dict[str, AnySite] = {
             f"{site.folder}/trainer_{i}": site for site in plan.sites for i in range(plan.saes_per_site)
         }

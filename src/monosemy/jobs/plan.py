@@ -8,9 +8,7 @@ name.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monosemy.config import RESOLVED, ResolvedConfig, TrainConfig
+from monosemy.data.shards import Manifest
 from monosemy.data.sources import check_sources, default_dataset
 from monosemy.errors import invalid
+from monosemy.jobs.cached import check_cache, filled, open_cache, with_cache
 from monosemy.jobs.cost import contexts_of_evaluation
 from monosemy.jobs.memory import Estimate, GridRow, estimate
+from monosemy.jobs.recorded import check_same_run, folder_of, recorded, recorded_commit, recorded_other
+from monosemy.jobs.shards import share_of
 from monosemy.jobs.sites import check_families, check_model_sites, describe_other, sites_of
 from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, describe
@@ -29,9 +31,8 @@ from monosemy.lm.site_groups import AnySite
 from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
 from monosemy.rules import check_latent_shards
 from monosemy.schedule import Schedule
-from monosemy.system.files import LOCK, path_of, read_json
+from monosemy.system.files import path_of
 from monosemy.system.machine import cpu_has_bf16, has_gpu
-from monosemy.system.redact import without_secrets
 
 if TYPE_CHECKING:
     from monosemy.sae import SAE
@@ -46,22 +47,6 @@ PRESETS = {
     "smollm2-135m": (8, 256, "bfloat16"),
 }
 TOKENS_OF_A_FORWARD = 8192
-# settings of which a run goes on with other values
-IGNORED_ON_RESUME = {
-    "save_dir",
-    "dry_run",
-    "device",
-    "use_wandb",
-    "wandb_project",
-    "wandb_entity",
-    "hf_repo_id",
-    "verbose",
-    "resume",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "retry_seconds",
-    "latent_shards",
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +61,8 @@ class Plan:
     """Why the folder is not the one that was asked for."""
     other: ModelInfo | None = None
     """The model that the first is compared with."""
+    cache: Manifest | None = None
+    """The kept activations that are trained on, instead of the model's on the training text."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Plan:
@@ -87,7 +74,13 @@ class Plan:
         _check_together(config)
         classes = _architectures(config)
         _check_sweeps(config, classes)
-        folder, note = _folder(config)
+        if config.shard is not None:
+            return cls.from_config(_share(config, classes))
+        cache = None
+        if config.activations is not None:
+            cache = open_cache(config.activations, config.retry_seconds)
+            config = filled(config, cache)
+        folder, note = folder_of(config)
         model = describe(config.model_name, recorded_commit(folder, config) or config.revision)
         sites = sites_of(config, model)
         if not sites:
@@ -96,11 +89,10 @@ class Plan:
         check_families(config, sites, [name for name, kind in classes.items() if kind.grouped])
         other = describe_other(config, recorded_other(folder, config))
         check_model_sites(sites, model, other)
-        recorded = _recorded(folder) or {}
+        before = recorded(folder) or {}
         # blanks that a run which goes on fills as it began, whatever this version would
         began: dict[str, Any] = {
-            name: getattr(config, name) or recorded.get(name)
-            for name in ("eval_num_inputs", "sae_batch_size")
+            name: getattr(config, name) or before.get(name) for name in ("eval_num_inputs", "sae_batch_size")
         }
         plan = cls(
             _resolve(dataclasses.replace(config, **began), model, sites),
@@ -109,15 +101,18 @@ class Plan:
             folder,
             note,
             other,
+            cache,
         )
         if plan.steps < 1:
             c = plan.config
             remedy = "train on more tokens or lower --sae_batch_size"
             raise invalid("num_tokens", c.num_tokens, f"{c.sae_batch_size} or more, one batch", remedy)
+        if cache is not None:
+            check_cache(plan.config, sites, model, other, plan.steps, cache)
         _ = plan.schedule
         _check_sizes(plan)
         check_sources(plan.config)
-        _check_same_run(plan)
+        check_same_run(plan.folder, plan.config)
         return plan
 
     @classmethod
@@ -141,6 +136,25 @@ class Plan:
         check_model_sites(sites, model, other)
         plan = cls(_resolve(config, model, sites), model, sites, Path(config.save_dir), other=other)
         check_sources(plan.config)
+        return plan
+
+    @classmethod
+    def of_model(cls, config: TrainConfig, model: ModelInfo) -> Plan:
+        """Plan a run on a model by its description alone, for a forecast: it need not be here."""
+        sites = sites_of(config, model)
+        return cls(_resolve(config, model, sites), model, sites, Path(config.save_dir))
+
+    @classmethod
+    def for_cache(cls, config: TrainConfig) -> Plan:
+        """Plan what `monosemy cache` keeps: the activations of a run. Raises as `from_config` does."""
+        _check_together(config)
+        plan = cls.for_eval(config)
+        if not plan.sites:
+            allowed = f"one or more of 0 to {plan.model.num_layers - 1}"
+            raise invalid("layers", config.layers, allowed, "name a layer, such as --layers 3")
+        if plan.steps < 1:
+            allowed = f"{plan.config.sae_batch_size} or more, one batch"
+            raise invalid("num_tokens", config.num_tokens, allowed, "keep more tokens")
         return plan
 
     @cached_property
@@ -196,7 +210,7 @@ class Plan:
     @cached_property
     def memory(self) -> Estimate:
         """The memory that the run takes, predicted."""
-        return estimate(
+        of_run = estimate(
             self.config,
             self.model,
             self.sites,
@@ -206,6 +220,10 @@ class Plan:
             checkpoint_every=self.checkpoint_every,
             gpu=self.gpu,
         )
+        if self.cache is None:
+            return of_run
+        afar = "://" in (self.config.activations or "")
+        return with_cache(of_run, self.sites, self.cache, self.config.sae_batch_size, afar)
 
     def describe(self) -> str:
         """Describe the grid and the budget in words."""
@@ -218,6 +236,7 @@ class Plan:
         )
         widths, seeds = (", ".join(map(str, values)) for values in (c.dictionary_widths, c.random_seeds))
         chat = f" and {c.chat_dataset}" if c.mixed_dataset else ""
+        cached = f"activations: {c.activations}, {self.cache.rows:,} of each site\n" if self.cache else ""
         return (
             f"{self.model.name}: {layers} of {self.model.num_layers} layers, {D} wide, in {c.dtype}\n"
             f"sites: {', '.join(map(str, self.sites))}\n"
@@ -225,7 +244,7 @@ class Plan:
             f"seeds {seeds}; sparsities\n{grid}\n"
             f"learning rates {self._learning_rates()}\n"
             f"{self.steps:,} steps of {c.sae_batch_size:,} activations: {self.steps * c.sae_batch_size:,} "
-            "for each SAE\n"
+            f"for each SAE\n{cached}"
             f"text: {c.dataset}{chat}, contexts of {c.context_length}, {self.contexts_per_block} to a block; "
             f"evaluation on {c.eval_num_inputs} held-out contexts\n"
             f"{self.memory}\n"
@@ -247,32 +266,6 @@ class Plan:
         ]
         source = learning_rate_source(recipe, self.steps * c.sae_batch_size)
         return "\n".join([f"by width ({source})", *rows])
-
-
-def recorded_commit(folder: Path, config: TrainConfig) -> str | None:
-    """Return the model's commit that a run in this folder was begun with; None where there is no run, or one
-    of another model or revision."""
-    recorded = _recorded(folder)
-    if recorded is None or (recorded.get("model_name"), recorded.get("revision")) != (
-        config.model_name,
-        config.revision,
-    ):
-        return None
-    model = read_json(folder / "run.json").get("model")
-    commit = model.get("revision") if isinstance(model, dict) else None
-    return commit if isinstance(commit, str) else None
-
-
-def recorded_other(folder: Path, config: TrainConfig) -> str | None:
-    """Return the commit of the other model that a run in this folder was begun with, as `recorded_commit`
-    does."""
-    recorded = _recorded(folder)
-    if recorded is None or recorded.get("diff_model") != config.diff_model:
-        return None
-    model = read_json(folder / "run.json").get("model")
-    other = model.get("other") if isinstance(model, dict) else None
-    commit = other.get("revision") if isinstance(other, dict) else None
-    return commit if isinstance(commit, str) else None
 
 
 def _architectures(c: TrainConfig) -> dict[str, type[SAE]]:
@@ -394,84 +387,13 @@ def _resolve(c: TrainConfig, model: ModelInfo, sites: tuple[AnySite, ...]) -> Re
     return ResolvedConfig(**(given | filled))
 
 
+def _share(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> TrainConfig:
+    """Return the configuration of the share that a configuration names, evaluated as the whole run is."""
+    model = describe(c.model_name, c.revision)
+    sites = sites_of(c, model)
+    check_families(c, sites, [name for name, kind in classes.items() if kind.grouped])
+    check_model_sites(sites, model, describe_other(c))
+    return share_of(c, sites, classes, _resolve(c, model, sites).eval_num_inputs)
+
+
 # --- where the run goes -------------------------------------------------------------------------------------
-
-
-def _folder(c: TrainConfig) -> tuple[Path, str]:
-    """Return the run's folder: `save_dir`, or one beside it where that one holds another model's or other
-    architectures' run."""
-    asked = path_of("save_dir", c.save_dir)
-    recorded = _recorded(asked)
-    folder, note = asked, ""
-    if recorded is not None and (recorded.get("model_name"), recorded.get("architectures")) != (
-        c.model_name,
-        list(c.architectures),
-    ):
-        named = asked if asked.name not in ("", "..") else Path(os.path.abspath(asked))
-        name = re.sub(r"[^\w.-]+", "_", f"{named.name}_{c.model_name}_{'_'.join(c.architectures)}")
-        folder = path_of("save_dir", str(named.with_name(name)))
-        note = (
-            f"{asked} holds a run of {recorded.get('model_name')} with {recorded.get('architectures')}; "
-            f"this run goes to {folder}"
-        )
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise invalid(
-            "save_dir", str(folder), "a folder", "this is a file, or a link to nothing; name another path"
-        )
-    if (
-        _recorded(folder) is None
-        and folder.is_dir()
-        and any(path.name not in (".run.json.part", LOCK) for path in folder.iterdir())
-    ):
-        raise invalid(
-            "save_dir",
-            str(folder),
-            "a new or empty folder, or one that holds a run",
-            "it holds other files; name another path",
-        )
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise invalid(
-            "save_dir",
-            str(folder),
-            "a folder that can be written",
-            f"check permissions and space ({os.strerror(error.errno or 0)})",
-        ) from error
-    return folder, note
-
-
-def _recorded(folder: Path) -> dict | None:
-    """Return the configuration of the run that a folder holds, if it holds one."""
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        return dict(read_json(path)["config"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise invalid(
-            "save_dir",
-            str(folder),
-            "a folder whose run.json can be read",
-            f"name another, or repair it ({error})",
-        ) from error
-
-
-def _check_same_run(plan: Plan) -> None:
-    recorded = _recorded(plan.folder)
-    if recorded is None:
-        return
-    now = without_secrets(plan.config.as_dict())  # as it was written
-    # an older version's run.json lacks newer settings
-    recorded = TrainConfig(save_dir=".").as_dict() | recorded
-    changed = sorted(k for k in now.keys() - IGNORED_ON_RESUME if now[k] != recorded[k])
-    if changed:
-        was = ", ".join(f"{k}={recorded.get(k)!r}, now {now[k]!r}" for k in changed[:4])
-        raise invalid(
-            "save_dir",
-            str(plan.folder),
-            "a folder for this configuration alone",
-            f"it holds a run with another one ({was}); name another folder",
-        )

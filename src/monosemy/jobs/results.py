@@ -254,7 +254,9 @@ def _measured(
             site, sae = saes[row["sae"]]
             # of the same SAE
             row |= {
-                key: value for key, value in before.get(row["sae"], {}).items() if key.startswith("probing_")
+                key: value
+                for key, value in before.get(row["sae"], {}).items()
+                if key.startswith(("probing_", "label_"))
             }
             _add_latents(
                 run,

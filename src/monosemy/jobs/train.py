@@ -20,8 +20,10 @@ from torch import Tensor
 
 from monosemy import formats
 from monosemy.config import ResolvedConfig, TrainConfig
+from monosemy.data.activation_cache import CachedActivations
 from monosemy.data.activations import ActivationStream
 from monosemy.data.contexts import SharedContexts, StreamEnded
+from monosemy.data.shards import Store
 from monosemy.errors import invalid
 from monosemy.evaluation.hints import print_table
 from monosemy.jobs import export, results
@@ -33,14 +35,15 @@ from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
 from monosemy.lm.model import load_tokenizer
 from monosemy.lm.site_groups import by_site, family_of, single_sites
-from monosemy.lm.two_models import Models, check_tokenizers, load_models
+from monosemy.lm.two_models import check_tokenizers, load_models
 from monosemy.ops import LatentShards, Workspace
 from monosemy.recipe import RECIPES
 from monosemy.sae import SAE
+from monosemy.system.devices import checked_device
 from monosemy.system.files import check_disk_space, read_json, sync
 from monosemy.system.interrupts import Interrupts
 from monosemy.system.progress import Progress
-from monosemy.system.ranks import Ranks, agreed, joined
+from monosemy.system.ranks import ALONE, Ranks, agreed, joined
 from monosemy.training.checkpoints import Checkpoint, Checkpoints
 from monosemy.training.graphs import release_memory
 from monosemy.training.loop import TrainingLoop
@@ -48,6 +51,8 @@ from monosemy.training.sweep import Record, Sweep, grid
 from monosemy.training.trainer import SAETrainer
 
 log = logging.getLogger(__name__)
+
+Activations = ActivationStream | CachedActivations
 
 DRAWN = 2 << 20  # bytes that an evaluation, its plots and report take at least
 # 0, 0.1, 0.32, 1, 3.2, 10 and 32 % of the run
@@ -85,11 +90,12 @@ def _train(plan: Plan, ranks: Ranks) -> tuple[Path, str]:
         log.info("%s already holds this run, complete", plan.folder)
         return plan.folder, "complete"
     agreed(lambda: check_device(plan), ranks)
+    deal = agreed(lambda: Deal(plan, ranks), ranks)
     init_from = formats.load(c.init_from) if c.init_from else None
     with one_folder(plan.folder, ranks):
         ended = ranks.first(lambda: _ended(plan))
         if ended is None:
-            status, rows = _train_and_evaluate(run, ranks, init_from)
+            status, rows = _train_and_evaluate(run, deal, init_from)
         else:
             status, rows = _rest(run, ended) if ranks.leads else (ended, [])
     if not ranks.leads:
@@ -111,14 +117,14 @@ def _planned(config: TrainConfig | Plan | Callable[[], Plan]) -> Plan:
 
 
 def _train_and_evaluate(
-    run: Run, ranks: Ranks, init_from: SAE | None
+    run: Run, deal: Deal, init_from: SAE | None
 ) -> tuple[tuple[str, str], list[dict[str, Any]]]:
     """Do all of a run in its folder, which is locked. Returns status and reason, and the rows; on ranks that
     do not lead those of the training."""
-    store = Checkpoints(run.folder / "checkpoints", run.plan.checkpoint_every, ranks)
+    store = Checkpoints(run.folder / "checkpoints", run.plan.checkpoint_every, deal.among)
     with Interrupts() as interrupts, run.ending(), closing(store):
-        ended = train_saes(run, store, interrupts, ranks, init_from)
-        if not ranks.leads:
+        ended = train_saes(run, store, interrupts, deal, init_from)
+        if not deal.among.leads:
             return ended, []
         gc.collect()  # the whole model takes the place of what training held
         if run.plan.gpu:
@@ -130,22 +136,16 @@ def _train_and_evaluate(
 
 
 def train_saes(
-    run: Run, store: Checkpoints, interrupts: Interrupts, ranks: Ranks, init_from: SAE | None
+    run: Run, store: Checkpoints, interrupts: Interrupts, deal: Deal, init_from: SAE | None
 ) -> tuple[str, str]:
     """Train all SAEs of a run, from its newest checkpoint where there is one, and save them.
 
     Returns status and reason.
     """
-    c, plan, deal = run.config, run.plan, agreed(lambda: Deal(run.plan, ranks), ranks)
-    # on a CPU every core is busy anyway
-    tokenizer = load_tokenizer(plan.model)
-    if plan.other is not None:
-        check_tokenizers(tokenizer, load_tokenizer(plan.other), plan.other.name)
-    text = SharedContexts(lambda: context_stream(plan, tokenizer, "train", prefetch=plan.gpu), ranks)
-    lm = load_models(plan.model, single_sites(plan.sites), plan.other, dtype=c.dtype, device=c.device)
+    c, plan, ranks = run.config, run.plan, deal.among
+    stream = cached_stream(plan, deal) if plan.cache else live_stream(plan, deal)
     with TrainingProgress(plan, shown=ranks.leads) as progress:
         started, checkpoint = time.monotonic(), store.newest()
-        stream = _activations(plan, lm, text, ranks, deal)
         stream.on_contexts = lambda n: progress.note(f"{stream.counts['tokens'] / 1e3:.0f}k tokens read")
         stream.wanted = plan.steps - (checkpoint.step if checkpoint else 0)
         first = None if checkpoint else _first_batch(c, stream)
@@ -156,7 +156,7 @@ def train_saes(
         sweep = Sweep(_trainers(plan, stream, init_from, deal, shards), ranks, list(deal.sites))
         of_ranks = ranks.gather({trainer.name: told(trainer) for trainer in sweep.all_trainers})
         saes = {name: facts for of_rank in of_ranks for name, facts in of_rank.items()}
-        facts = {"model": _model_facts(plan, lm), **_norms(stream)}
+        facts = {"model": _model_facts(plan, stream), **_norms(stream)}
         run.open([saes[name] for name in deal.sites], facts, checkpoint)
         training = _Training(run, sweep, stream, store, progress, started, checkpoint, first)
         loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=training.extra_state)
@@ -180,7 +180,7 @@ class _Training:
         self,
         run: Run,
         sweep: Sweep,
-        stream: ActivationStream,
+        stream: Activations,
         store: Checkpoints,
         progress: TrainingProgress,
         started: float,
@@ -250,7 +250,7 @@ class _Training:
         }
         data = {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)}
         run.write_facts({"training": training, "data": data})
-        for sentence in stream.contexts.damage():
+        for sentence in stream.damage():
             log.warning("%s", sentence)
         for site in stream.sites:
             rows, outliers = (stream.counts[f"{site}: {what}"] for what in ("rows", "norm outliers left out"))
@@ -307,8 +307,15 @@ def _rest(run: Run, ended: tuple[str, str]) -> tuple[tuple[str, str], list[dict[
     return run.finish(results.status_with(ended, missing)), rows
 
 
-def _activations(plan: Plan, lm: Models, text: SharedContexts, ranks: Ranks, deal: Deal) -> ActivationStream:
-    c = plan.config
+def live_stream(plan: Plan, deal: Deal | None = None) -> ActivationStream:
+    """Load the model, and serve its activations on the plan's text, to each rank those that it reads."""
+    c, ranks = plan.config, deal.among if deal else ALONE
+    tokenizer = load_tokenizer(plan.model)
+    if plan.other is not None:
+        check_tokenizers(tokenizer, load_tokenizer(plan.other), plan.other.name)
+    # on a CPU every core is busy anyway
+    text = SharedContexts(lambda: context_stream(plan, tokenizer, "train", prefetch=plan.gpu), ranks)
+    lm = load_models(plan.model, single_sites(plan.sites), plan.other, dtype=c.dtype, device=c.device)
     return ActivationStream(
         lm,
         text,
@@ -320,11 +327,23 @@ def _activations(plan: Plan, lm: Models, text: SharedContexts, ranks: Ranks, dea
         keep_special=c.keep_special_tokens,
         norm_multiple=c.max_activation_norm_multiple,
         ranks=ranks,
-        readers=deal.readers,
+        readers=deal.readers if deal else None,
     )
 
 
-def _first_batch(c: ResolvedConfig, stream: ActivationStream) -> dict[Any, Tensor]:
+def cached_stream(plan: Plan, deal: Deal | None = None) -> CachedActivations:
+    """Serve kept activations, to each rank those that it reads; no model is loaded."""
+    c = plan.config
+    assert plan.cache and c.activations
+    store = Store(c.activations, "activations", c.retry_seconds)
+    device = checked_device(c.device)
+    served = None if deal is None else {deal.sites[name] for name in deal.own}
+    return CachedActivations(
+        store, plan.cache, plan.sites, batch=c.sae_batch_size, device=device, served=served
+    )
+
+
+def _first_batch(c: ResolvedConfig, stream: Activations) -> dict[Any, Tensor]:
     """Return the first batch, for which the norm factors are measured that members are made with."""
     try:
         batch = stream.next()
@@ -332,14 +351,14 @@ def _first_batch(c: ResolvedConfig, stream: ActivationStream) -> dict[Any, Tenso
         allowed = f"text for at least one batch of {c.sae_batch_size} activations"
         field = "chat_dataset" if c.mixed_dataset and ended.source == c.chat_dataset else "dataset"
         raise invalid(field, getattr(c, field), allowed, f"give more ({ended})") from ended
-    for sentence in stream.contexts.damage():
+    for sentence in stream.damage():
         log.warning("%s, of what was read until now", sentence)
     return batch
 
 
 def _trainers(
     plan: Plan,
-    stream: ActivationStream,
+    stream: Activations,
     init_from: SAE | None,
     deal: Deal,
     shards: LatentShards | None,
@@ -353,7 +372,7 @@ def _trainers(
                 spec,
                 stream.widths(site),
                 plan.schedule,
-                device=stream.lm.device,
+                device=stream.device,
                 recipe=RECIPES[c.recipe],
                 bf16=c.precision == "bf16",
                 norm_factors=stream.norm_factors[site],
@@ -369,7 +388,7 @@ def _trainers(
     return {site: of_site for site, of_site in trainers.items() if of_site}
 
 
-def _norms(stream: ActivationStream) -> dict[str, dict[str, float | list[float]]]:
+def _norms(stream: Activations) -> dict[str, dict[str, float | list[float]]]:
     return {"norm_factor": by_site(stream.norm_factors), "norm_limit": by_site(stream.norm_limits)}
 
 
@@ -397,13 +416,13 @@ def _is_complete(folder: Path) -> bool:
     return path.is_file() and read_json(path).get("status") == "complete"
 
 
-def _model_facts(plan: Plan, lm: Models) -> dict[str, Any]:
+def _model_facts(plan: Plan, stream: Activations) -> dict[str, Any]:
     facts = {
         "name": plan.model.name,
         "revision": plan.model.revision,
         "type": plan.model.model_type,
-        "dtype": str(lm.dtype),
-        "device": str(lm.device),
+        "dtype": str(stream.dtype),
+        "device": str(stream.device),
         "sites": [str(s) for s in plan.sites],
     }
     other = plan.other

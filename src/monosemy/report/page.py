@@ -29,6 +29,7 @@ from monosemy.errors import invalid
 from monosemy.evaluation.columns import columns_of, finite
 from monosemy.evaluation.hints import hints
 from monosemy.evaluation.missing import Missing
+from monosemy.labeling import labels
 from monosemy.report import plots
 from monosemy.report.looks import MARKERS, UNKNOWN, looks, ordered
 from monosemy.report.plots import Row
@@ -42,7 +43,7 @@ COLUMNS = columns_of("page")
 POINTS = 200  # of a training curve
 NO_COSINE = -128  # in hundredths, of an encoder and a decoder of other widths
 # of the page, joined into one in this order
-SCRIPTS = ("elements", "data", "drawing", "charts", "overview", "sae", "latent", "routes")
+SCRIPTS = ("elements", "data", "drawing", "charts", "overview", "labels", "sae", "latent", "routes")
 
 
 NO_TEXT: dict[str, np.ndarray] = {  # a vocabulary of no tokens
@@ -114,12 +115,17 @@ class _Latents:
             with missing.part("pages of latents", row["sae"]):
                 self.columns, self.facts = arrays.load(path)
         self.pages = len(self.columns.get("page_latent", ()))
+        self.labels: list[dict[str, Any]] = []
+        with missing.part("labels of latents", row["sae"]):
+            self.labels = labels.read(path.parent)
 
     def block(self, pages: int, renumbered: np.ndarray) -> dict[str, np.ndarray]:
         """Return the columns as the page has them: the first pages only, places by the contexts that are
         kept, numbers no finer than is shown."""
         packed: dict[str, np.ndarray] = {}
         for name, column in self.columns.items():
+            if name == "page_silent":  # for labels alone
+                continue
             if name.startswith("page_"):
                 column = column[:pages]
             if name in ("enc_dec", "near_cosine", "page_near_cosine"):
@@ -211,6 +217,8 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
         for sae in run.saes:
             if sae.columns:
                 put(f"sae{len(saes)}", sae.block(pages, renumbered))
+            if sae.labels:
+                put(f"labels{len(saes)}", _as_block(sae.labels))
             saes.append(_sae(len(saes), r, names[r], sae, run))
     overview = {
         "saes": saes,
@@ -223,7 +231,7 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
         "markers": MARKERS,
         "pages": pages,
     }
-    put("overview", {"json": np.frombuffer(json.dumps(overview, allow_nan=False).encode(), np.uint8)})
+    put("overview", _as_block(overview))
     room = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -246,6 +254,10 @@ def _html(runs: Sequence[_Run], names: Sequence[str], pages: int, library: str, 
         layouts=layouts,
     )
     return html.encode("utf-8", "replace")
+
+
+def _as_block(value: Any) -> dict[str, np.ndarray]:
+    return {"json": np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)}
 
 
 def pack(columns: Mapping[str, np.ndarray]) -> tuple[str, list[Any]]:
@@ -289,6 +301,7 @@ def _sae(number: int, r: int, run: str, sae: _Latents, of: _Run) -> dict[str, An
         "facts": sae.facts,
         "unit": plots.unit([row]),
         "gathered": bool(sae.columns),
+        "labeled": bool(sae.labels),
         "logits": "page_promotes" in sae.columns,
         "curves": _curves([record for record in of.records if record["sae"] == row["sae"]]),
     }

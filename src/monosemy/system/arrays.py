@@ -20,6 +20,7 @@ OF_TEXT = (
     "page_at",
     "page_shade",
     "page_peak",
+    "page_silent",
 )
 
 

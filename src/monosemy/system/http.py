@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import huggingface_hub  # its own names are looked up when they are used: importing it costs little
@@ -109,11 +112,13 @@ def status_of(error: BaseException) -> int | None:
 
 
 def retry_after(error: BaseException) -> float:
-    """Return the seconds that the hub asks to wait, 0 if it does not say."""
+    """Return the seconds that a server asks to wait, 0 if it does not say; it may name a date instead."""
     for cause in causes(error):
         value = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
-        if value.isdecimal():
+        if re.fullmatch(r"\d{1,9}(\.\d+)?", value):
             return float(value)
+        with suppress(ValueError, TypeError):  # neither a number nor a date
+            return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     return 0.0
 
 

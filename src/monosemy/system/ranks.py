@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -350,7 +350,8 @@ def agreed(
         return value
     if ranks.leads:
         raise what
-    time.sleep(TELLING)
+    with suppress(KeyboardInterrupt):  # by a launcher that has seen rank 0 end
+        time.sleep(TELLING)
     raise ToldElsewhere(2)
 
 

@@ -20,6 +20,14 @@ SECRET_TEXT = re.compile(
 )
 
 
+_HIDDEN: set[str] = set()
+
+
+def hide(secret: str) -> None:
+    """Take a secret out of whatever is written from now on, whatever the environment calls it."""
+    _HIDDEN.add(secret)
+
+
 def without_secrets(value: Any) -> Any:
     """Return a copy of JSON-like data without the entries that are named like a secret, numbers aside;
     secrets inside text become `***`.
@@ -40,6 +48,8 @@ def without_secrets(value: Any) -> Any:
         for name, secret in os.environ.items():
             if len(secret) >= 8 and SECRET_NAME.search(name):
                 value = value.replace(secret, "***")
+        for secret in _HIDDEN:
+            value = value.replace(secret, "***")
         return SECRET_TEXT.sub(lambda match: f"{match[1] or ''}***", value)
     return value
 

@@ -91,10 +91,13 @@ class Checkpoints:
         self.pending: list[Future[None]] = []
 
     def due(self, step: int) -> bool:
-        """Whether one should be made before this step: every so many steps, and by time, after ten minutes or
-        so long that waiting for a GPU's stays a small share."""
-        by_time = time.monotonic() - self.last > max(SECONDS, self.waited / SHARE)
-        return by_time or (self.every is not None and step % self.every == 0)
+        """Whether one is made before this step, on every rank."""
+        return self.every is not None and step % self.every == 0
+
+    def overdue(self) -> bool:
+        """Whether one should be made by this process's clock: after ten minutes, or so long that waiting for
+        a GPU's stays a small share."""
+        return time.monotonic() - self.last > max(SECONDS, self.waited / SHARE)
 
     def save(self, step: int, saes: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Keep what the run is after `step` steps.

@@ -70,9 +70,8 @@ class TrainingLoop:
         checkpoint is saved. Raises KeyboardInterrupt between two steps where a signal asked for it, after a
         checkpoint.
         """
-        start = 0
-        if resume_from is not None:
-            start = resume_from.step
+        start = resume_from.step if resume_from else 0
+        if resume_from:
             self.sweep.load_checkpoint(resume_from)
 
         def next_batch() -> dict[Any, Tensor]:
@@ -88,10 +87,9 @@ class TrainingLoop:
 
         def between_steps(step: int) -> None:
             before_step(step)
-            here = self.interrupts.asked or 0
-            due_here = self.checkpoints is not None and (self.checkpoints.due(step) or here > 0)
-            due, asked = agreement(due_here, here)
-            if due and step > start:
+            store, signal = self.checkpoints, self.interrupts.asked or 0
+            overdue, asked = agreement(store is not None and store.overdue(), signal)
+            if store and step > start and (overdue or asked or store.due(step)):
                 self.save()
             if asked:  # by now of every rank, so that all end with the same checkpoint
                 self.interrupts.asked_elsewhere = Signals(asked)

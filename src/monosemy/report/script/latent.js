@@ -54,6 +54,7 @@ async function latentPage(view, sae, latent) {
       p != null ? ["chosen as", REASONS[columns.page_reason[p]]] : null,
     ]),
   );
+  view.append(labelCard((await labelsOf(sae)).get(latent), sae));
   if (!n)
     view.append(
       make(

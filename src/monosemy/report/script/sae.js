@@ -81,7 +81,7 @@ async function saePage(view, sae) {
 }
 
 /** What a search asks: a test of latents. Words are tokens, `freq:>0.01` and the like statistics, a bare number a latent. */
-function query(words, columns, table, tokens) {
+function query(words, columns, table, tokens, labels) {
   const tests = [],
     fields = {
       freq: (l) => columns.count[l] / tokens,
@@ -115,6 +115,7 @@ function query(words, columns, table, tokens) {
         ["promotes", among(columns.page_promotes)],
         ["reads", among(columns.page_reads)],
       ]);
+      of.set("label", (l) => labels.get(l)?.label?.toLowerCase().includes(value.toLowerCase()));
       tests.push(of.get(field) ?? ((l) => [...of.values()].some((test) => test(l))));
     }
   }
@@ -124,7 +125,8 @@ function query(words, columns, table, tokens) {
 async function latentList(box, sae, columns, table) {
   const F = columns.count.length,
     tokens = sae.facts.tokens,
-    pages = columns.page_latent.length;
+    pages = columns.page_latent.length,
+    labels = await labelsOf(sae);
   const kept = lists.get(sae.number) ?? {
     tab: pages ? "interesting" : "all",
     words: "",
@@ -137,6 +139,7 @@ async function latentList(box, sae, columns, table) {
     reason = (l) => (columns.page.has(l) ? REASONS[columns.page_reason[columns.page.get(l)]] : "");
   const tabs = {
     ...Object.fromEntries(REASONS.map((name) => [name, everyone.filter((l) => reason(l) === name)])),
+    labeled: everyone.filter((l) => labels.get(l)?.label),
     all: everyone,
     "never fired": everyone.filter((l) => !columns.count[l]),
   };
@@ -150,6 +153,8 @@ async function latentList(box, sae, columns, table) {
     ["mean", "number", (l) => columns.mean[l]],
     columns.peak_token ? ["peak token", "", null] : null,
     columns.page_promotes ? ["promotes", "", null] : null,
+    labels.size ? ["label", "label", null] : null,
+    labels.size ? ["detection", "number", (l) => labels.get(l)?.scores.detection?.accuracy ?? -1] : null,
     ["enc-dec", "number", (l) => columns.enc_dec[l]],
     ["nearest", "number", (l) => columns.near_cosine[l]],
     ...(columns.relative_norm
@@ -196,7 +201,7 @@ async function latentList(box, sae, columns, table) {
           ),
         ),
     );
-    const test = kept.words.trim() ? query(kept.words, columns, table, tokens) : () => true;
+    const test = kept.words.trim() ? query(kept.words, columns, table, tokens, labels) : () => true;
     const list = tabs[kept.tab].filter(test),
       by = fields.find(([name]) => name === kept.sort)?.[2];
     list.sort((a, b) => (by ? (by(a) - by(b)) * (kept.down ? -1 : 1) : place(a) - place(b)) || a - b);
@@ -235,6 +240,8 @@ async function latentList(box, sae, columns, table) {
             "peak token":
               columns.count[l] && columns.peak_token?.[l] >= 0 ? table.shown(columns.peak_token[l]) : "",
             promotes: p != null && columns.page_promotes ? table.shown(columns.page_promotes[10 * p]) : "",
+            label: labels.get(l)?.label ? make("bdi", {}, visible(labels.get(l).label)) : "",
+            detection: labels.get(l)?.scores.detection?.accuracy?.toFixed(2) ?? "",
             "enc-dec": cosine(columns.enc_dec[l]),
             nearest: `${columns.near[l]} (${(columns.near_cosine[l] / 100).toFixed(2)})`,
             page: reason(l),
@@ -270,7 +277,7 @@ async function latentList(box, sae, columns, table) {
       turn(ROWS, "→", last >= list.length),
     );
   };
-  note.textContent = `All ${whole(F)} latents are listed; ${whole(pages)} have a page, a third of them drawn at random among those that fire in at least 4 ${sae.unit === "tokens" ? "contexts" : sae.unit} (About says how the others were chosen). Measured on ${whole(tokens)} held-out ${sae.unit}. Search also takes ${sae.unit === "tokens" ? `token:"…" promotes:"…" ${columns.page_reads ? 'reads:"…" ' : ""}and ` : ""}freq: max: mean: cos: near: contexts: with < or >.`;
+  note.textContent = `All ${whole(F)} latents are listed; ${whole(pages)} have a page, a third of them drawn at random among those that fire in at least 4 ${sae.unit === "tokens" ? "contexts" : sae.unit} (About says how the others were chosen). Measured on ${whole(tokens)} held-out ${sae.unit}. Search also takes ${sae.unit === "tokens" ? `token:"…" promotes:"…" ${columns.page_reads ? 'reads:"…" ' : ""}${labels.size ? 'label:"…" ' : ""}and ` : ""}freq: max: mean: cos: near: contexts: with < or >.`;
   box.replaceChildren(
     make("h2", {}, "Latents ", make("span", { class: "muted" }, whole(F))),
     tabRow,
