@@ -193,6 +193,8 @@ class SAEConfig:
     """Which kinds of SAE to train; --help lists them at the top. batch_top_k is a reasonable default."""
     dictionary_widths: tuple[Annotated[int, AT_LEAST_1], ...] = (2**14, 2**16)
     """Numbers of latents. Every architecture is trained at every width, sparsity, learning rate and seed."""
+    latent_shards: Annotated[int, AT_LEAST_1] = 1
+    """Ranks that hold the latents of each SAE together, for SAEs too wide for one (docs/scale.md)."""
     random_seeds: tuple[int, ...] = (0,)
     """Seeds of the SAEs' initial weights, and of nothing else."""
     target_l0s: tuple[Annotated[int, ABOVE_0], ...] = (80, 160)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from monosemy import formats
 from monosemy.formats import dictionary_learning
+from monosemy.formats.sharded import save_sharded
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
 from monosemy.lm.site_groups import AnySite
@@ -60,7 +62,10 @@ def save_sae(plan: Plan, trainer: SAETrainer, site: AnySite, folder: Path, statu
         "out_batch_size": c.sae_batch_size,
         "device": c.device,
     }
-    formats.save(
+    write = formats.save
+    if trainer.shards is not None:
+        write = partial(save_sharded, of_latents=trainer.latent_tensors)
+    write(
         sae,
         folder,
         {

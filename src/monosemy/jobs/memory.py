@@ -172,7 +172,8 @@ def estimate(
     skip = D if c.skip_connection else 0
     spans = Spans.of(sites)
     how: dict[str, Any] = {"k": max(c.target_l0s), "bf16": bf16, "spans": spans}
-    saes = {row: sae_bytes(row.memory, D, row.width, copies=copies, skip=skip, spans=spans) for row in grid}
+    F_of = {row: row.width // (1 if of_rank else c.latent_shards) for row in grid}  # on a rank
+    saes = {row: sae_bytes(row.memory, D, F_of[row], copies=copies, skip=skip, spans=spans) for row in grid}
     rows = sum(len(parts(site)) for site in here.kept)  # of activations, for each token
     all_saes = sum(saes[row] * n for row, n in number.items())
     weights = {row: 4 * _parameters(row.memory, D, row.width, spans) for row in grid}
@@ -192,16 +193,16 @@ def estimate(
             "model": cut,
             "block": rows * slots * (D * of_lm + (12 if gpu else 20)) + batches,
             "SAEs": all_saes,
-            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, r.width, **how) for r in grid),
+            "arrays": 0 if gpu else max(workspace_bytes(r.memory, B, D, F_of[r], **how) for r in grid),
             "checkpoint": all_saes if several else 0,
         },
         {
             "forward": of_lm * M * L * (_widths(model) + (2 + rows) * D),
             "step": max(
-                step_bytes(r.memory, B, D, r.width, on_gpu=n if gpu else 0, **how) for r, n in number.items()
+                step_bytes(r.memory, B, D, F_of[r], on_gpu=n if gpu else 0, **how) for r, n in number.items()
             ),
             "last checkpoint": 0 if gpu or several else all_saes,
-            "saving": 0 if gpu else max(2 * weights[r] + 4 * spans.decoder(D, r.width) for r in grid),
+            "saving": 0 if gpu else max(_saving(r.memory, D, F_of[r], spans) for r in grid),
         },
         loading=libraries + cut + int(mapped * cut),
     )
@@ -367,6 +368,11 @@ def rank_bytes(
         "step": step_bytes(memory, B, D, here, k=k, bf16=bf16, on_gpu=int(gpu)),
         "exchange": 0 if memory.dense_arrays else 17 * B * of_token + 40 * listed + 28 * B * 256,
     }
+
+
+def _saving(memory: ArchitectureMemory, D: int, F: int, spans: Spans) -> int:
+    """Return what an SAE takes while it is saved: two copies, and a decoder as another tool has it."""
+    return 8 * _parameters(memory, D, F, spans) + 4 * spans.decoder(D, F)
 
 
 def _parameters(memory: ArchitectureMemory, D: int, F: int, spans: Spans = ONE) -> int:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from monosemy.errors import invalid
 from monosemy.jobs.dealing import deal, step_costs
 from monosemy.jobs.folder import versions
 from monosemy.jobs.plan import Plan
 from monosemy.lm.site_groups import AnySite
+from monosemy.ops import LatentShards
+from monosemy.rules import check_latent_shards
 from monosemy.system.files import exclusive_lock
-from monosemy.system.ranks import Ranks, agreed
+from monosemy.system.ranks import ANSWER, Ranks, agreed, lost
 
 SOURCE = Path(__file__).parents[1]
 
@@ -28,22 +31,41 @@ class Deal:
     """The rank of each SAE of a run, by name, in the run's order."""
 
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
-        """Raises ValueError for more ranks than SAEs."""
+        """Raises ValueError for more ranks than SAEs have shards, and where these do not divide the ranks."""
+        self.shards = plan.config.latent_shards
+        check_latent_shards(self.shards, min(plan.config.dictionary_widths), ranks=ranks.size)
+        units = ranks.size // self.shards
         self.among = ranks
         self.sites: dict[str, AnySite] = {
             f"{site.folder}/trainer_{i}": site for site in plan.sites for i in range(plan.saes_per_site)
         }
-        dealt = [0] * len(self.sites) if ranks.size == 1 else deal(step_costs(plan), ranks.size)
-        self.ranks = dict(zip(self.sites, dealt, strict=True))
-        self.own = {name for name, rank in self.ranks.items() if rank == ranks.rank}
+        dealt = [0] * len(self.sites) if units == 1 else deal(step_costs(plan), units)
+        # the first of those that hold it
+        self.ranks = {name: unit * self.shards for name, unit in zip(self.sites, dealt, strict=True)}
+        self.own = {name for name in self.ranks if ranks.rank in self.holders(name)}
+
+    def holders(self, name: str) -> range:
+        """Return the ranks that hold an SAE: one, or those of its shards."""
+        return range(self.ranks[name], self.ranks[name] + self.shards)
 
     @property
     def readers(self) -> dict[AnySite, set[int]]:
         """The ranks that read each site."""
         found: dict[AnySite, set[int]] = {site: set() for site in self.sites.values()}
         for name, rank in self.ranks.items():
-            found[self.sites[name]].add(rank)
+            found[self.sites[name]].update(range(rank, rank + self.shards))
         return found
+
+
+def shards_among(ranks: Ranks, size: int) -> LatentShards | None:
+    """Return this rank's place among the `size` neighboring ranks that hold SAEs together; None where each
+    is held by one. A collective."""
+    if size == 1:
+        return None
+    how: dict[str, Any] = {"backend": "nccl" if ranks.device == "cuda" else "gloo", "timeout": ANSWER}
+    with lost():
+        groups = [dist.new_group(list(range(r, r + size)), **how) for r in range(0, ranks.size, size)]
+    return LatentShards(groups[ranks.rank // size], ranks.rank % size, size, ranks.device, lost)
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, describe
 from monosemy.lm.site_groups import AnySite
 from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
+from monosemy.rules import check_latent_shards
 from monosemy.schedule import Schedule
 from monosemy.system.files import path_of
 from monosemy.system.machine import cpu_has_bf16, has_gpu
@@ -292,6 +293,10 @@ def _check_sweeps(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> None:
     for field, values in [*lists.items(), ("learning_rates", c.learning_rates)]:
         if len(set(values)) < len(values):
             raise invalid(field, values, "different values", "take the repeated ones out")
+    crosscoders = "crosscoders" if c.crosscode or c.diff_model else ""
+    several = "cross-layer transcoders" if c.cross_layer else crosscoders
+    for width in c.dictionary_widths:
+        check_latent_shards(c.latent_shards, width, whole_kind=several)
     narrowest = min(c.dictionary_widths)
     if any(kind.sweep_flag == "target_l0s" for kind in classes.values()) and max(c.target_l0s) > narrowest:
         allowed = f"up to {narrowest}, the smallest of dictionary_widths"
@@ -306,6 +311,7 @@ def _check_sweeps(c: TrainConfig, classes: Mapping[str, type[SAE]]) -> None:
 def _check_sizes(plan: Plan) -> None:
     """Raise ValueError for pre-activations that kernels on a GPU cannot number."""
     widest, batch = max(plan.config.dictionary_widths), plan.config.sae_batch_size
+    widest //= plan.config.latent_shards
     if plan.gpu and widest * batch >= 2**31:
         allowed = f"below {2**31 // widest} on a GPU with SAEs of {widest} latents (2^31 pre-activations)"
         raise invalid("sae_batch_size", batch, allowed, "lower it")
@@ -324,6 +330,9 @@ def _check_together(c: TrainConfig) -> None:
     if c.mixed_dataset and not 0 < c.pretrain_frac < 1:
         allowed = "above 0 and below 1 for a mixture"
         raise invalid("pretrain_frac", c.pretrain_frac, allowed, "leave --mixed_dataset out for text alone")
+    if c.latent_shards > 1 and c.save_checkpoints:
+        remedy = "no rank has a whole SAE before the run's end"
+        raise invalid("save_checkpoints", True, "False with latent_shards", remedy)
     if c.use_wandb and not re.fullmatch(r"[^/\\#?%:\0]{1,128}", c.wandb_project):
         allowed = "a name of up to 128 characters without / \\ # ? % :"
         raise invalid("wandb_project", c.wandb_project, allowed, "correct it")

@@ -26,6 +26,7 @@ IGNORED_ON_RESUME = {
     "checkpoint_every",
     "keep_checkpoints",
     "retry_seconds",
+    "latent_shards",
 }
 
 

@@ -30,13 +30,13 @@ from monosemy.jobs import export, results
 from monosemy.jobs.device import check_device
 from monosemy.jobs.folder import Follower, Run, peak_memory, told
 from monosemy.jobs.memory import tensor_bytes
-from monosemy.jobs.on_ranks import Deal, fingerprint, one_folder
+from monosemy.jobs.on_ranks import Deal, fingerprint, one_folder, shards_among
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
 from monosemy.lm.model import load_tokenizer
 from monosemy.lm.site_groups import by_site, family_of, single_sites
 from monosemy.lm.two_models import check_tokenizers, load_models
-from monosemy.ops import Workspace
+from monosemy.ops import LatentShards, Workspace
 from monosemy.recipe import RECIPES
 from monosemy.sae import SAE
 from monosemy.system.devices import checked_device
@@ -152,7 +152,8 @@ def train_saes(
         if checkpoint:
             log.info("going on from %s", checkpoint.folder)
             stream.load_state_dict(checkpoint.state["stream"])
-        sweep = Sweep(_trainers(plan, stream, init_from, deal), ranks, list(deal.sites))
+        shards = shards_among(ranks, deal.shards)
+        sweep = Sweep(_trainers(plan, stream, init_from, deal, shards), ranks, list(deal.sites))
         of_ranks = ranks.gather({trainer.name: told(trainer) for trainer in sweep.all_trainers})
         saes = {name: facts for of_rank in of_ranks for name, facts in of_rank.items()}
         facts = {"model": _model_facts(plan, stream), **_norms(stream)}
@@ -267,8 +268,9 @@ class _Training:
                 else "complete"
             )
             export.save_sae(run.plan, trainer, site, run.folder / name, state, sweep.done)
-            saved[name] = state
-            self._note_saved({name: state})
+            if trainer.leads:
+                saved[name] = state
+                self._note_saved({name: state})
         for of_rank in sweep.ranks.gather(saved):
             self._note_saved({name: state for name, state in of_rank.items() if name not in saved})
         return status, reason
@@ -355,7 +357,11 @@ def _first_batch(c: ResolvedConfig, stream: Activations) -> dict[Any, Tensor]:
 
 
 def _trainers(
-    plan: Plan, stream: Activations, init_from: SAE | None, deal: Deal
+    plan: Plan,
+    stream: Activations,
+    init_from: SAE | None,
+    deal: Deal,
+    shards: LatentShards | None,
 ) -> dict[Any, list[SAETrainer]]:
     """Return the trainers of this rank's SAEs, by site."""
     c, workspace = plan.config, Workspace()
@@ -372,6 +378,7 @@ def _trainers(
                 norm_factors=stream.norm_factors[site],
                 on_nonfinite=c.on_nonfinite,
                 workspace=workspace,
+                shards=shards,
             )
             for i, spec in enumerate(grid(c, init_from, **family_of(site)))
             if f"{site.folder}/trainer_{i}" in deal.own

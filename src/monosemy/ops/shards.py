@@ -15,6 +15,8 @@ shards, N entries of a selection, C candidates of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +56,13 @@ class _Spread(Function):
 @dataclass(frozen=True, eq=False)
 class LatentShards:
     """A rank's place among those that hold an SAE together: the process group (None: all ranks), the rank in
-    it, their number, and the device of tensors that the group exchanges."""
+    it, their number, the device of tensors that the group exchanges, and a context in which it does."""
 
     group: Any
     rank: int
     size: int
     device: torch.device | str = "cpu"
+    guard: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __deepcopy__(self, memo: Any) -> LatentShards:
         return self  # an SAE's copy lives in the same group
@@ -71,7 +74,8 @@ class LatentShards:
 
     def sum_(self, x: Tensor) -> Tensor:
         """Add up a tensor over the ranks in place, outside autograd, and return it."""
-        dist.all_reduce(x, group=self.group)
+        with self.guard():
+            dist.all_reduce(x, group=self.group)
         return x
 
     def sum(self, x: Tensor) -> Tensor:
@@ -85,25 +89,29 @@ class LatentShards:
 
     def least(self, x: Tensor) -> Tensor:
         """Return the smallest over the ranks of each element, in the memory of `x`."""
-        dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.group)
+        with self.guard():
+            dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.group)
         return x
 
     def most(self, x: Tensor) -> Tensor:
         """Return the largest over the ranks of each element, in the memory of `x`."""
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        with self.guard():
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the tensors of all ranks, [T, ..]."""
         all_T = x.new_empty(self.size * x.numel())
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
-        gather(all_T, x.contiguous().view(-1), group=self.group)
+        with self.guard():
+            gather(all_T, x.contiguous().view(-1), group=self.group)
         return all_T.view(self.size, *x.shape)
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite a tensor with that of one rank of the group, and return it."""
         root = source if self.group is None else dist.get_global_rank(self.group, source)
-        dist.broadcast(x, root, group=self.group)
+        with self.guard():
+            dist.broadcast(x, root, group=self.group)
         return x
 
     # --- selections: of equal values the earlier latent is taken, as of a whole product -----------------

@@ -65,7 +65,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _lost():
+        with lost():
             dist.all_gather_object(found, value, group=self.background if background else self.control)
         return found
 
@@ -88,7 +88,7 @@ class Ranks:
         return value
 
     def _broadcast(self, told: list[Any]) -> None:
-        with _lost():
+        with lost():
             dist.broadcast_object_list(told, src=0, group=self.control)
 
     def exchange(self, to_each: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -97,7 +97,7 @@ class Ranks:
         `to_each` holds 1-D tensors of uint8, one for each rank; what a rank has for itself is empty.
         """
         received = to_each[0].new_empty(sum(sizes))
-        with _lost():
+        with lost():
             dist.all_to_all_single(
                 received, torch.cat(list(to_each)), list(sizes), [len(x) for x in to_each], group=self.rows
             )
@@ -116,7 +116,7 @@ class Ranks:
             raise invalid("LOCAL_RANK", local, allowed, "lower --nproc_per_node")
         _check_backend("NCCL", dist.is_nccl_available())
         torch.cuda.set_device(local)
-        with _lost():
+        with lost():
             return replace(self, rows=dist.new_group(backend="nccl", timeout=ANSWER), device="cuda")
 
     def agreement(self) -> Agreement:
@@ -140,7 +140,7 @@ class Agreement:
             return asked
         before = self.result() or (0,) * len(asked)
         self._asked = torch.tensor(asked)
-        with _lost():
+        with lost():
             self._work = dist.all_reduce(
                 self._asked, dist.ReduceOp.MAX, group=self.ranks.control, async_op=True
             )
@@ -150,7 +150,7 @@ class Agreement:
         """Wait for what was asked last; nothing where nothing was."""
         if self._work is None or self._asked is None:
             return ()
-        with _lost():
+        with lost():
             self._work.wait()
         self._work = None
         return tuple(self._asked.tolist())
@@ -182,7 +182,7 @@ def joined() -> Iterator[Ranks]:
     hosts, patience = rank == 0 and not of_launcher, CONNECTING if of_launcher else JOINING
     store = dist.PrefixStore(prefix, _store(address, port, hosts, patience))
     _meet(store, rank, size)
-    with _lost():
+    with lost():
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=ANSWER)
         control, background, rows = (dist.new_group(backend="gloo", timeout=ANSWER) for _ in range(3))
     beat = _Heartbeat(dist.PrefixStore(prefix, _store(address, port, False, patience)), rank, size)
@@ -232,7 +232,7 @@ def _meet(store: dist.Store, rank: int, size: int) -> None:
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def lost() -> Iterator[None]:
     """Turn what torch raises where a peer is gone into a `RankLost`."""
     try:
         yield

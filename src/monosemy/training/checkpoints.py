@@ -16,14 +16,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,6 +54,24 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Load the tensors of one SAE."""
         return load_file(self.folder / _file(name))
+
+    def opened(self, name: str) -> Mapping[str, Tensor]:
+        """Open the tensors of one SAE, each of which is loaded when it is asked for."""
+        return _Opened(self.folder / _file(name))
+
+
+class _Opened(Mapping[str, Tensor]):
+    def __init__(self, path: Path) -> None:
+        self.file = safe_open(path, "pt")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file.keys())
+
+    def __len__(self) -> int:
+        return len(self.file.keys())
 
 
 class Checkpoints:

@@ -16,6 +16,7 @@ from monosemy.schedule import Schedule
 from monosemy.system.ranks import ALONE, Ranks
 from monosemy.training.checkpoints import Checkpoint
 from monosemy.training.group import group_trainers
+from monosemy.training.shards import reshard, shard_name
 from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
 
 Record = dict[str, Any]
@@ -121,7 +122,7 @@ class Sweep:
             values, why = metrics.read()
             if why:
                 self.failed.setdefault(name, why)
-            else:
+            elif self._trainer(name).leads:
                 self._records.append({"step": step, "tokens": (step + 1) * batch, "sae": name} | values)
         told, self._records = self._records, []
         of_ranks = self.ranks.gather((told, self.failed))
@@ -131,19 +132,30 @@ class Sweep:
             self._on_record(record)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return by SAE everything that its next step depends on."""
-        return {name: self._group_of[name].state_dict(name) for name in self._site_of}
+        """Return by SAE everything that its next step depends on; of a sharded one this rank's, by
+        `shard_name`."""
+        return {
+            _saved_name(self._trainer(name)): self._group_of[name].state_dict(name) for name in self._site_of
+        }
+
+    def _trainer(self, name: str) -> SAETrainer:
+        group = self._group_of[name]
+        return group.trainers[group.index[name]]
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the tensors, as JSON can: why SAEs were stopped, and each
-        one's peak learning rate and schedule."""
-        own = [(t.name, t.lr, dataclasses.asdict(t.schedule)) for t in self.all_trainers]
+        one's peak learning rate, schedule and number of shards."""
+        own = [
+            (t.name, t.lr, dataclasses.asdict(t.schedule), t.shards.size if t.shards else 1)
+            for t in self.all_trainers
+        ]
         of_ranks = itertools.chain.from_iterable(self.ranks.gather(own))
         of_all = sorted(of_ranks, key=lambda told: self._order[told[0]])
         return {
             "failed": self.failed,
-            "lr": {name: lr for name, lr, _ in of_all},
-            "schedule": {name: schedule for name, _, schedule in of_all},
+            "lr": {name: lr for name, lr, *_ in of_all},
+            "schedule": {name: schedule for name, _, schedule, _ in of_all},
+            "latent_shards": {name: shards for name, *_, shards in of_all},
         }
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -166,4 +178,22 @@ class Sweep:
                     "go on with that version (versions, in run.json), or train in another folder",
                 )
         for name, group in self._group_of.items():
-            group.load_state_dict(name, checkpoint.tensors(name))
+            saved = state.get("latent_shards", {}).get(name, 1)
+            group.load_state_dict(name, _state(checkpoint, self._trainer(name), saved))
+
+
+def _saved_name(trainer: SAETrainer) -> str:
+    """Return the name of what a checkpoint holds of an SAE, or of this rank's shard of it."""
+    shards = trainer.shards
+    return trainer.name if shards is None else shard_name(trainer.name, shards.rank, shards.size)
+
+
+def _state(checkpoint: Checkpoint, trainer: SAETrainer, saved: int) -> Mapping[str, Tensor]:
+    """Return what a trainer goes on from, of an SAE that so many shards saved."""
+    shards = trainer.shards
+    if saved == 1 and shards is None:
+        return checkpoint.tensors(trainer.name)
+    names = [shard_name(trainer.name, rank, saved) for rank in range(saved)] if saved > 1 else [trainer.name]
+    of_latents = trainer.spec.latent_tensors(trainer.sae.widths)
+    rank, size = (0, 1) if shards is None else (shards.rank, shards.size)
+    return reshard([checkpoint.opened(name) for name in names], rank, size, of_latents)

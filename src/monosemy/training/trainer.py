@@ -266,6 +266,11 @@ class SAETrainer:
         # and how many latents may be dead before the next readback is in use
         self.readback: AsyncScalars | None = None
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the SAE, or the first of its shards, which tells of it."""
+        return self.shards is None or self.shards.rank == 0
+
     def prepare(self, batch: Tensor, step: int) -> None:
         """Make the host's decisions before a step: the first b_dec, the layout, whether a latent may be
         dead."""
