@@ -64,6 +64,20 @@ def test_families_as_on_one_process(family, faulty, base, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def test_kept_activations_as_on_one_process(faulty, base, tmp_path):
+    cache = ["cache", "--to", str(tmp_path / "kept"), *base[:4], "--layers", "0", "2"]
+    sizes = base[base.index("--context_length") : base.index("--num_tokens") + 2]
+    sizes += ["--held_out_fraction", "0.1"]
+    end = faulty(argv=[*cache, *sizes])
+    assert end.code == 0, end.output
+    flags = [*base, "--layers", "0", "2", "--architectures", "top_k", "gated"]
+    flags += ["--activations", str(tmp_path / "kept")]
+    assert train(faulty, tmp_path / "one", flags).code == 0
+    end = train(faulty, tmp_path / "three", flags, ranks=3)
+    assert end.code == 0, end.output
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
 def test_checkpoints_of_some_ranks_load_on_any_number(faulty, mixed, whole, tmp_path):
     run, metrics = tmp_path / "run", "metrics.jsonl"
     for W, records in ((4, 5), (1, 4), (2, 6)):

@@ -67,6 +67,8 @@ class CachedActivations:
         """Batches still to be asked for, if known: nothing after them is read ahead."""
         self.on_contexts: Callable[[int], None] = lambda n: None
         """Called by `ActivationStream` alone; here no contexts are read."""
+        self.bytes_sent = 0
+        """To other ranks: each reads the cache by itself."""
         self._row = 0  # the next to be served
         self._served = [site for site in self.sites if served is None or site in served]
         self._scale = {site: self._divisor(site).to(device) for site in self._served}

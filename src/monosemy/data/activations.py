@@ -146,6 +146,11 @@ class ActivationStream:
         """Describe the sources of text that are damaged."""
         return self.contexts.damage()
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of rows and norms that this rank has sent to others."""
+        return self._exchange.bytes_sent
+
     def widths(self, site: AnySite) -> tuple[int, ...]:
         """Return the widths of the parts of a site's rows.
 

@@ -249,7 +249,7 @@ class _Training:
             "peak_memory_gb": round(peak_memory(run.plan) / 1e9, 2),
         }
         data = {"contexts": dict(stream.text_counts), "activations": dict(stream.counts)}
-        run.write_facts({"training": training, "data": data})
+        run.write_facts({"training": training, "data": data, **self._of_ranks()})
         for sentence in stream.damage():
             log.warning("%s", sentence)
         for site in stream.sites:
@@ -274,6 +274,13 @@ class _Training:
         for of_rank in sweep.ranks.gather(saved):
             self._note_saved({name: state for name, state in of_rank.items() if name not in saved})
         return status, reason
+
+    def _of_ranks(self) -> dict[str, Any]:
+        """Return how many ranks trained the run, and the bytes of rows and norms that they sent since it was
+        begun or resumed."""
+        ranks = self.sweep.ranks
+        sent = ranks.gather(self.stream.bytes_sent)
+        return {"ranks": {"size": ranks.size, "bytes_sent": sum(sent)}} if ranks.size > 1 else {}
 
     def _note_saved(self, states: dict[str, str]) -> None:
         """Note that SAEs are saved, and upload them."""
