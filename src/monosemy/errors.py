@@ -36,10 +36,15 @@ class ToldElsewhere(Exception):
         self.code = code
 
 
-def as_told_elsewhere(error: Exception) -> Exception:
-    """Mark an error of rank 0, which is raised on this rank, too, and is told there."""
-    error.__dict__["told_elsewhere"] = True
+def as_shared(error: Exception, told_elsewhere: bool) -> Exception:
+    """Mark an error that is raised on every rank, and told by one of them."""
+    error.__dict__.update(shared=True, told_elsewhere=told_elsewhere)
     return error
+
+
+def is_shared(error: Exception) -> bool:
+    """Whether every rank raises this error."""
+    return bool(error.__dict__.get("shared"))
 
 
 def told_elsewhere(error: Exception) -> bool:

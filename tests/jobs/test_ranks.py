@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.object_store import serving
 from tests.jobs.broken_runs import SMALL, contents, status, train
 from tests.made_run import EIGHT
 
@@ -76,6 +77,25 @@ def test_kept_activations_as_on_one_process(faulty, base, tmp_path):
     end = train(faulty, tmp_path / "three", flags, ranks=3)
     assert end.code == 0, end.output
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def test_kept_activations_that_one_rank_cannot_read(faulty, base, tmp_path):
+    """That rank alone has an error: the other does not wait for it to agree on a checkpoint."""
+    run, pauses = tmp_path / "run", ["--retry_seconds", "0.01"]
+    layers = ["--layers", "0", "2"]
+    flags = [*base, *layers, *pauses, "--architectures", "top_k"]
+    with serving() as server:
+        sizes = base[base.index("--context_length") : base.index("--num_tokens") + 2]
+        cache = ["cache", "--to", server.url, *base[:4], *layers, *sizes, "--held_out_fraction", "0.1"]
+        assert faulty(argv=[*cache, *pauses, "--shard_mib", "0.05"]).code == 0
+        server.faults = {"layer_0/shard-000001": ["503!"]}
+        end = train(faulty, run, [*flags, "--activations", server.url], ranks=2)
+        assert sorted(end.codes) in ([75, 75], [75, 143]), end
+        assert "layer_0/shard-000001.safetensors could not be read" in end.output
+        server.faults = {}
+        assert train(faulty, run, [*flags, "--activations", server.url], ranks=2).code == 0
+        assert train(faulty, tmp_path / "one", [*flags, "--activations", server.url]).code == 0
+    assert contents(run) == contents(tmp_path / "one")
 
 
 def test_checkpoints_of_some_ranks_load_on_any_number(faulty, mixed, whole, tmp_path):

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import monosemy.jobs.train  # noqa: F401  (before any fork)
+import tests.data.object_store  # noqa: F401  (its kind of address)
 from monosemy.cli import main
 from tests.workers.fitting import fit
 

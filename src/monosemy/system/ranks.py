@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from monosemy.errors import RankLost, ToldElsewhere, as_told_elsewhere, invalid
+from monosemy.errors import RankLost, ToldElsewhere, as_shared, invalid
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +80,12 @@ class Ranks:
             except Exception as error:  # whatever it is, the others must not wait for a result
                 told = [(None, _picklable(error))]
                 self._broadcast(told)
+                as_shared(error, told_elsewhere=False)
                 raise
         self._broadcast(told)
         value, raised = told[0]
         if raised is not None:
-            raise as_told_elsewhere(raised)
+            raise as_shared(raised, told_elsewhere=True)
         return value
 
     def _broadcast(self, told: list[Any]) -> None:

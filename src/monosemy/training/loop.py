@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monosemy.errors import EndOfData, RankLost, TryAgain, invalid
+from monosemy.errors import EndOfData, TryAgain, invalid, is_shared
 from monosemy.families import Family
 from monosemy.limits import EVERY
 from monosemy.lm.site_groups import of_parts
@@ -77,10 +77,9 @@ class TrainingLoop:
         def next_batch() -> dict[Any, Tensor]:
             try:
                 return batches()
-            except RankLost:
-                raise  # nor could a checkpoint be saved without it
-            except TryAgain:
-                self.save()
+            except TryAgain as error:
+                if self.sweep.ranks.size == 1 or is_shared(error):  # else not all ranks are here to save
+                    self.save()
                 raise
 
         agreement = self.sweep.ranks.agreement()
