@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.certify import share
 from tests.data.object_store import serving
 from tests.jobs.broken_runs import SMALL, contents, status, train
 from tests.made_run import EIGHT
@@ -214,3 +216,27 @@ def test_torchrun_starts_a_run_again(mixed, whole, tmp_path):
     assert end.returncode == 0, end.stderr
     assert "killed, for once" in end.stdout + end.stderr
     assert contents(tmp_path / "run") == whole
+
+
+@pytest.mark.certify
+def test_forty_kills_of_any_rank(faulty, mixed, whole, tmp_path, certified):
+    """At random moments of whole runs on 2 to 4 ranks, each run killed up to four times."""
+    draw, kills = random.Random("forty kills"), share(40)
+    certified("kill -9 of a rank at a random moment, resumed byte for byte", kills)
+    done, runs = 0, 0
+    while done < kills:
+        run, runs = tmp_path / f"run {runs}", runs + 1
+        for _ in range(min(kills - done, 4)):
+            W = draw.randint(2, 4)
+            fault = {
+                "rank": draw.randrange(W),
+                "at": ["open", "config.json", 1],
+                "after": draw.uniform(0.1, 8),
+            }
+            end = train(faulty, run, mixed, ranks=W, signal=KILL, **fault)
+            assert end.code == 0 or (-KILL in end.codes and end.seconds < 38), end
+            done += end.code != 0
+            if end.code == 0:  # it was over before its fault
+                break
+        assert train(faulty, run, mixed, ranks=draw.randint(1, 4)).code == 0
+        assert contents(run) == whole
