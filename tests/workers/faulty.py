@@ -64,6 +64,7 @@ def happen(signal: int = 0, after: float = 0.0, fill: tuple[str, int] | None = N
 
 def do(job: dict[str, Any]) -> int:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     os.environ.update(job.get("environment", {}))
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1), os.dup2(output, 2)

@@ -127,10 +127,12 @@ class Asking:
         todo = iter(pending.items()) if (pending := self.pending(requests)) else None
         if todo is None:
             return
-        stop = threading.Event()
+        stop, ended = threading.Event(), threading.Event()
         errors: list[BaseException] = []
+        left = min(self.model.parallel, len(pending))
 
         def work() -> None:
+            nonlocal left
             try:
                 while not stop.is_set() and (item := self._next(todo)) is not None:
                     self._one(*item, stop, progress)
@@ -139,19 +141,23 @@ class Asking:
             except BaseException as error:  # raised again in the thread that asked
                 errors.append(error)
                 stop.set()
+            finally:
+                with self._lock:
+                    left -= 1
+                    if not left:
+                        ended.set()
 
         with Progress(len(pending), "requests", what) as progress:
-            count = min(self.model.parallel, len(pending))
-            workers = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+            workers = [threading.Thread(target=work, daemon=True) for _ in range(left)]
             try:
                 for worker in workers:
                     worker.start()
-                for worker in workers:
-                    worker.join()
+                # not join, which takes a thread for ended where a signal interrupts it (Python 3.11)
+                ended.wait()
             except KeyboardInterrupt:
                 stop.set()
-                for worker in workers:
-                    worker.join()  # a second signal ends it
+                if all(worker.ident is not None for worker in workers):
+                    ended.wait()  # a second signal ends it
                 raise
         if errors:
             raise errors[0]

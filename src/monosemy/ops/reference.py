@@ -358,14 +358,12 @@ class Adam:
     add_up: Callable[[Tensor], Tensor] | None = None
     """Adds up over the ranks what each has of sharded parameters."""
 
-
-def total_square_norm(
-    counted: Sequence[Parameter], squares: Sequence[Tensor], add_up: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return the squared norm of the whole gradient, [S], from that of each parameter or part of one."""
-    parts = [square for each, square in zip(counted, squares, strict=True) if each.sharded]
-    whole = [square for each, square in zip(counted, squares, strict=True) if not each.sharded]
-    return torch.stack([add_up(torch.stack(parts).sum(0)), *whole]).sum(0)
+    def total_square_norm(self, counted: Sequence[Parameter], squares: Sequence[Tensor]) -> Tensor:
+        """Return the squared norm of the whole gradient, [S], from that of each parameter or part of one."""
+        assert self.add_up is not None, "no parameter is sharded"
+        parts = [square for each, square in zip(counted, squares, strict=True) if each.sharded]
+        whole = [square for each, square in zip(counted, squares, strict=True) if not each.sharded]
+        return torch.stack([self.add_up(torch.stack(parts).sum(0)), *whole]).sum(0)
 
 
 def adam_step(
@@ -385,7 +383,7 @@ def adam_step(
     assert squares, "no parameter counts in the norm"
     squares_S = sum(squares[1:], squares[0])
     if adam.add_up is not None:
-        squares_S = total_square_norm(counted, squares, adam.add_up)
+        squares_S = adam.total_square_norm(counted, squares)
     norm_S = squares_S.sqrt()
     updated_S = (norm_S + loss_S).isfinite()
     scale_S = torch.ones_like(norm_S)

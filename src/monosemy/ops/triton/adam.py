@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.reference import Adam, AdamStep, Constraint, Parameter, total_square_norm
+from monosemy.ops.reference import Adam, AdamStep, Constraint, Parameter
 from monosemy.ops.triton.launch import require_float32, warps_for
 
 
@@ -253,7 +253,7 @@ def adam_step(
     squares_S = parts_SP.sum(1)
     if adam.add_up is not None:
         squares = [parts.sum(1) for parts in of_each]
-        squares_S = total_square_norm([each for each, _ in counted], squares, adam.add_up)
+        squares_S = adam.total_square_norm([each for each, _ in counted], squares)
     scale_S, updated_S = torch.empty_like(loss_S), torch.empty_like(loss_S, dtype=torch.bool)
     outputs, block = (scale_S, updated_S.view(torch.uint8)), next_power_of_2(S)
     _scales_kernel[(1,)](squares_S, loss_S, steps_S, *outputs, S, CLIP=adam.clip, BLOCK=block, num_warps=1)
