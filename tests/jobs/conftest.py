@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.broken_runs import SMALL
+from tests.faults import Faulty
+from tests.jobs.broken_runs import SMALL, contents, train
 from tests.jobs.hub_server import TOKEN, FakeHub
+from tests.made_run import EIGHT
 
 
 @pytest.fixture
@@ -126,3 +128,27 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("WANDB_DATA_DIR", "data"),
     ):
         monkeypatch.setenv(name, str(tmp_path / folder))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path, text_file: Path) -> list[str]:
+    """The flags of a small run."""
+    return ["--model_name", str(tiny_model), "--dataset", str(text_file), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def mixed(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Eight architectures at two layers, on text with chat mixed in."""
+    chat = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    turn = [{"role": "user", "content": "what was it for"}, {"role": "assistant", "content": "it was all"}]
+    chat.write_text("".join(json.dumps({"conversation": turn}) + "\n" for _ in range(4000)))
+    data = ["--mixed_dataset", "--chat_dataset", str(chat), "--pretrain_frac", "0.7"]
+    return [*base, *data, "--layers", "0", "2", "--architectures", *EIGHT]
+
+
+@pytest.fixture(scope="module")
+def whole(faulty: Faulty, mixed: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the mixed run ends with on one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(faulty, folder, mixed).code == 0
+    return contents(folder)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
+import signal
 
 import pytest
 import torch
@@ -14,20 +11,14 @@ import torch
 import monosemy
 from monosemy.cli import main
 from tests.jobs.broken_runs import SMALL
+from tests.jobs.broken_runs import train as started
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("batch_top_k", "standard_new")
 
 
-def command(folder: Path, flags: list[str], ranks: int = 1) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    started = torchrun if ranks > 1 else []
-    return [sys.executable, *started, "-m", "monosemy", "train", "--save_dir", str(folder), *flags]
-
-
-def train(folder: Path, flags: list[str], ranks: int = 1) -> None:
-    ran = subprocess.run(command(folder, flags, ranks), capture_output=True, text=True, check=False, cwd=ROOT)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+def train(faulty, folder, flags, **job):
+    ended = started(faulty, folder, flags, **job)
+    assert ended.code == 0, ended.output
     assert json.loads((folder / "status.json").read_text())["status"] == "complete"
 
 
@@ -47,9 +38,9 @@ def records(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):
+def whole(faulty, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(folder, flags)
+    train(faulty, folder, flags)
     return folder
 
 
@@ -63,9 +54,9 @@ def check_alike(one, other):
     assert len((other / "rows.jsonl").read_text().splitlines()) == len(KINDS)
 
 
-def test_a_sharded_run_is_that_of_one_process(flags, whole, tmp_path):
+def test_a_sharded_run_is_that_of_one_process(faulty, flags, whole, tmp_path):
     sharded = tmp_path / "sharded"
-    train(sharded, [*flags, "--latent_shards", "2"], ranks=2)
+    train(faulty, sharded, [*flags, "--latent_shards", "2"], ranks=2)
     check_alike(whole, sharded)
     for of_sae in json.loads((sharded / "run.json").read_text())["memory"]["saes"].values():
         assert of_sae["measured"] == pytest.approx(of_sae["predicted"], rel=0.05)
@@ -74,20 +65,16 @@ def test_a_sharded_run_is_that_of_one_process(flags, whole, tmp_path):
     assert names(whole) - names(sharded) == {"ae.pt"} and names(sharded) <= names(whole)
 
 
-def test_two_ranks_broken_off_go_on_as_one(flags, whole, tmp_path):
+def test_two_ranks_broken_off_go_on_as_one(faulty, flags, whole, tmp_path):
     """By SIGTERM once there is a checkpoint, whose files are those of shards."""
     folder, sharded = tmp_path / "run", [*flags, "--latent_shards", "2"]
-    with subprocess.Popen(
-        command(folder, sharded, 2), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as running:
-        while running.poll() is None and not any((folder / "checkpoints").glob("step_*")):
-            time.sleep(0.05)
-        running.terminate()
-        said = running.communicate()[0].decode()
+    at = ["open", "metrics.jsonl", 1 + 6 * len(KINDS)]
+    ended = started(faulty, folder, sharded, ranks=2, rank=0, at=at, signal=signal.SIGTERM)
+    assert ended.codes == (143, 143), ended.output
     names = {path.name for path in (folder / "checkpoints").glob("step_*/*.safetensors")}
-    assert "resid_post_layer_1.trainer_0.shard_1_of_2.safetensors" in names, said
-    assert json.loads((folder / "status.json").read_text())["status"] == "interrupted", said
-    train(folder, flags)
+    assert "resid_post_layer_1.trainer_0.shard_1_of_2.safetensors" in names
+    assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+    train(faulty, folder, flags)
     check_alike(whole, folder)
 
 

@@ -23,9 +23,12 @@ REMEDIES = {
 SMALLER_EVALUATION = "lower --eval_num_inputs or --llm_batch_size"
 
 
-def check_device(plan: Plan) -> None:
+def check_device(plan: Plan, memory: Estimate | None = None) -> None:
     """Raise ValueError where torch sees a GPU and the plan does not or the other way round, where the GPU has
-    no bfloat16 products or too little memory, and where Triton's kernels cannot be compiled."""
+    no bfloat16 products or too little memory, and where Triton's kernels cannot be compiled.
+
+    `memory` is what this process takes, by default the plan's.
+    """
     name, device = plan.config.device, checked_device(plan.config.device)
     if (device.type == "cuda") != plan.gpu:
         there, remedy = (
@@ -41,7 +44,7 @@ def check_device(plan: Plan) -> None:
                 f"float32 on {found.name}: bfloat16 needs capability 8.0, this is {found.major}.{found.minor}"
             )
             raise invalid("precision", "bf16", allowed, "use --precision float32 --dtype float32")
-        _check_memory(plan.memory, name, found.total_memory, found.name)
+        _check_memory(memory or plan.memory, name, found.total_memory, found.name)
         _check_triton(name, device)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from monosemy.errors import invalid
 from monosemy.jobs.dealing import deal, step_costs
 from monosemy.jobs.folder import versions
+from monosemy.jobs.forecast import Forecast
+from monosemy.jobs.memory import Estimate
 from monosemy.jobs.plan import Plan
 from monosemy.lm.site_groups import AnySite
 from monosemy.ops import LatentShards
@@ -32,7 +35,7 @@ class Deal:
 
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         """Raises ValueError for more ranks than SAEs have shards, and where these do not divide the ranks."""
-        self.shards = plan.config.latent_shards
+        self.plan, self.shards = plan, plan.config.latent_shards
         check_latent_shards(self.shards, min(plan.config.dictionary_widths), ranks=ranks.size)
         units = ranks.size // self.shards
         self.among = ranks
@@ -47,6 +50,14 @@ class Deal:
     def holders(self, name: str) -> range:
         """Return the ranks that hold an SAE: one, or those of its shards."""
         return range(self.ranks[name], self.ranks[name] + self.shards)
+
+    @cached_property
+    def memory(self) -> Estimate:
+        """The memory that this rank takes, predicted."""
+        if self.among.size == 1:
+            return self.plan.memory
+        told = Forecast(self.plan, self.among.size, latent_shards=self.shards)
+        return told.memory[self.among.rank // self.shards]
 
     @property
     def readers(self) -> dict[AnySite, set[int]]:

@@ -89,8 +89,8 @@ def _train(plan: Plan, ranks: Ranks) -> tuple[Path, str]:
     if ranks.first(lambda: _is_complete(plan.folder)):
         log.info("%s already holds this run, complete", plan.folder)
         return plan.folder, "complete"
-    agreed(lambda: check_device(plan), ranks)
     deal = agreed(lambda: Deal(plan, ranks), ranks)
+    agreed(lambda: check_device(plan, deal.memory), ranks)
     init_from = formats.load(c.init_from) if c.init_from else None
     with one_folder(plan.folder, ranks):
         ended = ranks.first(lambda: _ended(plan))
@@ -169,7 +169,7 @@ def train_saes(
             before_step=training.before_step,
         )
         status, reason = training.save(ended)
-        run.write_memory("training", plan.memory.training.peak, saes=_sae_bytes(plan, sweep))
+        run.write_memory("training", deal.memory.training.peak, saes=_sae_bytes(plan, sweep))
     return status, reason
 
 
