@@ -4,8 +4,8 @@
 #     launch/one_node_slurm.sh start FOLDER    # then: export SLURM_CONF=FOLDER/slurm.conf
 #     launch/one_node_slurm.sh stop FOLDER
 #
-# Wants Debian's slurm-wlm and munge (apt-get install slurm-wlm munge), and root. All that it writes is in FOLDER,
-# but for Munge's socket folder, which is a new one in /tmp, since a socket's path must be short.
+# Wants Debian's slurm-wlm and munge (apt-get install slurm-wlm munge), and root. All that it writes is in
+# FOLDER, but for Munge's socket folder, which is a new one in /tmp, since a socket's path must be short.
 set -euo pipefail
 
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -31,7 +31,9 @@ stop() {
     if [ -s "$folder/munge.folder" ]; then rm -rf "$(cat "$folder/munge.folder")" "$folder/munge.folder"; fi
 }
 
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
 
 start() {
     if alive "$folder/slurmctld.pid"; then echo "slurmctld of $folder is running" >&2; exit 1; fi

@@ -2,10 +2,7 @@
 of one process, time and money beside their parts."""
 
 import dataclasses
-import os
-import socket
-import subprocess
-import sys
+import json
 
 import pytest
 
@@ -16,6 +13,7 @@ from monosemy.jobs.dealing import deal, saes, step_costs
 from monosemy.jobs.forecast import Forecast
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.wire import blocks, bytes_of_a_block, forwards_of_a_block, wire_bytes
+from tests.jobs.broken_runs import train as started
 from tests.jobs.test_run import SMALL, train
 
 CONFIG = TrainConfig(
@@ -65,35 +63,19 @@ def test_bytes_of_a_block_are_those_of_its_messages(planned, ranks, dtype):
     assert (wire_bytes(plan, dealt, ranks) == 0) == (ranks == 1)
 
 
-def test_two_ranks_send_what_was_told(tiny_model, text_file, tmp_path, monkeypatch):
+def test_two_ranks_send_what_was_told(faulty, tiny_model, text_file, tmp_path, monkeypatch):
     """Of rows and norms; ids go another way, with what else ranks tell each other."""
-    where = [
-        "--model_name",
-        str(tiny_model),
-        "--dataset",
-        str(text_file),
-        "--save_dir",
-        str(tmp_path / "run"),
-    ]
+    where = ["--model_name", str(tiny_model), "--dataset", str(text_file), *SMALL]
     what = "--architectures top_k standard --layers 0 --transcode mlp --sites resid_post.2 mlp_out.1"
-    flags = [*where, *SMALL, *what.split(), "--report_latents", "0", "--eval_num_inputs", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tests.workers.counted", "train", *flags]
-    ranks = [
-        subprocess.Popen(command, env=job | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    sent = sum(int(rank.communicate()[0].split()[-1]) for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    flags = [*where, *what.split(), "--report_latents", "0", "--eval_num_inputs", "2"]
+    end = started(faulty, tmp_path / "run", flags, ranks=2)
+    assert end.codes == (0, 0), end.output
+    sent = json.loads((tmp_path / "run" / "run.json").read_text())["ranks"]["bytes_sent"]
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(TrainConfig.read(tmp_path / "run" / "run.json"), save_dir="none")
     plan = Plan.from_config(config)
     block = bytes_of_a_block(plan, deal(step_costs(plan), 2), 2)
     told = blocks(plan) * (block.rows + block.norms)
-    print(sent, told, sent / told)
     assert sent == pytest.approx(told, rel=0.02)
 
 

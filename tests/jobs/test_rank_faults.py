@@ -64,6 +64,12 @@ BAD = {
         "rank 1: ",
     ),
     "an error of all": (2, {}, ["--layers", "9", "--architectures", "top_k"], "error: layers is"),
+    "more ranks than GPUs": (
+        2,
+        {},
+        ["--layers", "0", "2", "--architectures", "top_k", "--device", "cuda"],
+        "nproc_per_node is 2; allowed: at most 0",
+    ),
     "no such flag": (2, {}, ["--no_such_flag", "9"], "no_such_flag"),
 }
 

@@ -24,18 +24,11 @@ from monosemy.training.group import TrainerGroup
 from monosemy.training.shards import reshard, shard_state
 from monosemy.training.trainer import SAESpec, SAETrainer
 from tests import synthetic
+from tests.architectures.test_contract import SETTINGS as OF_CONTRACT
 
 B, D, F, STEPS, SAVED = 64, 16, 96, 50, 30
 SETTINGS = {
-    "standard": {"l1_penalty": 0.02},
-    "standard_new": {"l1_penalty": 0.02},
-    "gated": {"l1_penalty": 0.02},
-    "p_anneal": {"initial_sparsity_penalty": 0.02},
-    "jump_relu": {"target_l0": 8, "bandwidth": 0.01},
-    "jump_relu_tanh": {"tanh_penalty": 0.02},
-    "top_k": {"k": 3},
-    "batch_top_k": {"k": 3},
-    "matryoshka_batch_top_k": {"k": 3},
+    name: settings | {"k": 3} if "k" in settings else settings for name, settings in OF_CONTRACT.items()
 }
 TRANSCODERS = ("standard_new", "batch_top_k")
 OF_FOUR = ("jump_relu", "top_k", "matryoshka_batch_top_k")  # trained by four processes, too

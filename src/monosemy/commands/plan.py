@@ -20,7 +20,6 @@ def run(arguments: list[str]) -> int:
     plan = Plan.from_config(TrainConfig(**parsed))
     from monosemy.jobs.forecast import Forecast
 
-    shards = {name: getattr(plan.config, name, 1) for name in ("latent_shards", "lm_shards")}
-    forecast = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node, **shards)
+    forecast = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node, plan.config.latent_shards)
     print("\n".join(line for line in (plan.note, plan.describe(), str(forecast)) if line))
     return 0

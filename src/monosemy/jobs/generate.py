@@ -83,7 +83,8 @@ class Editing:
 
     def model(self, *, whole: bool) -> LanguageModel:
         """Load the model, and bring the SAE to it."""
-        lm = LanguageModel.load(self.info, single_sites([self.site]), whole=whole, **self.how)  # type: ignore[arg-type]
+        sites = single_sites([self.site])
+        lm = LanguageModel.load(self.info, sites, whole=whole, **self.how)  # type: ignore[arg-type]
         self.sae.to(lm.device)
         return lm
 

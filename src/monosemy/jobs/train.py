@@ -11,7 +11,7 @@ import gc
 import logging
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,12 @@ def train(config: TrainConfig | Plan | Callable[[], Plan]) -> tuple[Path, str]:
     """
     with joined() as ranks:
         if not ranks.leads:
-            log.setLevel(logging.ERROR)
+            logging.getLogger("monosemy").setLevel(logging.ERROR)
         plan = agreed(lambda: _planned(config), ranks, told=fingerprint)
-        return _train(plan, ranks.on_gpus() if plan.gpu else ranks)
+        if plan.gpu:
+            agreed(ranks.check_gpus, ranks)
+            ranks = ranks.on_gpus()
+        return _train(plan, ranks)
 
 
 def _train(plan: Plan, ranks: Ranks) -> tuple[Path, str]:
@@ -93,7 +96,7 @@ def _train(plan: Plan, ranks: Ranks) -> tuple[Path, str]:
     agreed(lambda: check_device(plan, deal.memory), ranks)
     init_from = formats.load(c.init_from) if c.init_from else None
     with one_folder(plan.folder, ranks):
-        ended = ranks.first(lambda: _ended(plan))
+        ended = ranks.first(lambda: _ended(plan, deal.sites))
         if ended is None:
             status, rows = _train_and_evaluate(run, deal, init_from)
         else:
@@ -158,7 +161,8 @@ def train_saes(
         saes = {name: facts for of_rank in of_ranks for name, facts in of_rank.items()}
         facts = {"model": _model_facts(plan, stream), **_norms(stream)}
         run.open([saes[name] for name in deal.sites], facts, checkpoint)
-        training = _Training(run, sweep, stream, store, progress, started, checkpoint, first)
+        kinds = {name: (str(site), saes[name]["config"]["architecture"]) for name, site in deal.sites.items()}
+        training = _Training(run, sweep, stream, store, progress, started, checkpoint, first, kinds)
         loop = TrainingLoop(sweep, interrupts, checkpoints=store, extra_state=training.extra_state)
         ended = loop.run(
             training.next_batch,
@@ -186,15 +190,14 @@ class _Training:
         started: float,
         checkpoint: Checkpoint | None,
         first: dict[Any, Tensor] | None,
+        kinds: Mapping[str, tuple[str, str]],
     ) -> None:
-        """`started` is when reading began; `first` is the batch that norm factors were measured with."""
+        """`started` is when reading began; `first` is the batch that norm factors were measured with; `kinds`
+        are site and architecture of all ranks' SAEs."""
         self.run, self.sweep, self.stream, self.store, self.progress = run, sweep, stream, store, progress
-        self.started, self.first = started, first
+        self.started, self.first, self.kinds = started, first, kinds
         self.seconds_before = checkpoint.state["seconds"] if checkpoint else 0.0
         self.trainers = {t.name: (site, t) for site, of_site in sweep.trainers.items() for t in of_site}
-        of_ranks = sweep.ranks.gather({name: (s, t.sae.name) for name, (s, t) in self.trainers.items()})
-        # of all ranks' SAEs
-        self.kinds = {name: kind for of_rank in of_ranks for name, kind in of_rank.items()}
         steps = run.plan.steps
         self.snapshots = (
             {int(share * steps) for share in SNAPSHOT_SHARES} if run.config.save_checkpoints else set()
@@ -229,7 +232,7 @@ class _Training:
 
     def on_record(self, record: Record) -> None:
         site, architecture = self.kinds[record["sae"]]
-        self.run.record(record | {"site": str(site), "architecture": architecture})
+        self.run.record(record | {"site": site, "architecture": architecture})
         self.progress.record(record)
 
     def save(self, ended: str) -> tuple[str, str]:
@@ -291,10 +294,9 @@ class _Training:
                 self.run.uploader.submit(name)
 
 
-def _ended(plan: Plan) -> tuple[str, str] | None:
+def _ended(plan: Plan, names: Iterable[str]) -> tuple[str, str] | None:
     """Return how the training ended of a run that has all its SAEs and no checkpoint to go on from: only its
     evaluation can lack something."""
-    names = [f"{site.folder}/trainer_{i}" for site in plan.sites for i in range(plan.saes_per_site)]
     path = plan.folder / "run.json"
     if not path.is_file() or any((plan.folder / "checkpoints").glob("step_*")):
         return None

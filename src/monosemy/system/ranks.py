@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -50,7 +50,6 @@ class Ranks:
     background: Any = None  # the same, for the thread that writes checkpoints
     rows: Any = None  # what activations travel by: gloo, or NCCL between GPUs
     device: str = "cpu"  # of what is exchanged
-    beat: _Heartbeat | None = field(default=None, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -104,19 +103,21 @@ class Ranks:
             )
         return list(received.split(list(sizes)))
 
-    def on_gpus(self) -> Ranks:
-        """Return these ranks with a GPU each, between which activations travel by NCCL. A collective.
+    def check_gpus(self) -> None:
+        """Raise ValueError for more ranks than GPUs on this machine, and for a torch without NCCL."""
+        if self.size == 1:
+            return
+        here, there = _variable("LOCAL_WORLD_SIZE", str(self.size)), torch.cuda.device_count()
+        if here > there:
+            allowed = f"at most {there}: a rank for each GPU that torch sees on its machine"
+            raise invalid("nproc_per_node", here, allowed, "lower it, or use --device cpu")
+        _check_backend("NCCL", dist.is_nccl_available())
 
-        Raises ValueError for more ranks than GPUs on a machine, and for a torch without NCCL.
-        """
+    def on_gpus(self) -> Ranks:
+        """Return these ranks with a GPU each, between which activations travel by NCCL. A collective."""
         if self.size == 1:
             return self
-        local, there = _variable("LOCAL_RANK"), torch.cuda.device_count()
-        if local >= there:
-            allowed = f"at most {there} ranks on this machine, one for each GPU"
-            raise invalid("LOCAL_RANK", local, allowed, "lower --nproc_per_node")
-        _check_backend("NCCL", dist.is_nccl_available())
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(_variable("LOCAL_RANK", "0"))
         with lost():
             return replace(self, rows=dist.new_group(backend="nccl", timeout=ANSWER), device="cuda")
 
@@ -189,14 +190,14 @@ def joined() -> Iterator[Ranks]:
     beat = _Heartbeat(dist.PrefixStore(prefix, _store(address, port, False, patience)), rank, size)
     beat.start()
     try:
-        yield Ranks(rank, size, control, background, rows, beat=beat)
+        yield Ranks(rank, size, control, background, rows)
     finally:
         beat.stop()
         dist.destroy_process_group()
 
 
-def _variable(name: str) -> int:
-    value = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
+def _variable(name: str, default: str = "") -> int:
+    value = os.environ.get(name, default)
     if not value.isdigit():
         raise invalid(name, value, "a number, as torchrun sets it", "start the ranks by torchrun")
     return int(value)
