@@ -45,6 +45,7 @@ from benchmarks.harness import RELU, TOP_K, member, settings
 from monosemy import ops
 from monosemy.families import Family
 from monosemy.jobs.gpus import DEVICES, Device, least_seconds
+from monosemy.ops import pattern
 from monosemy.sae import architecture
 from monosemy.training.group import TrainerGroup, group_trainers
 from monosemy.training.trainer import SAETrainer
@@ -67,9 +68,14 @@ class Launch:
     smaller: int = 0  # of a product's widths
     seconds: float = 0.0
     launches: int = 1
+    beside: Sequence[Launch] = ()  # of a branch of the graph, which is waited for here
+    meanwhile: Sequence[Launch] = ()
 
     def time(self, device: Device) -> float:
-        """Return its seconds."""
+        """Return its seconds; of a branch, those that what ran meanwhile does not hide."""
+        if self.beside:
+            branch, main = (sum(of.time(device) for of in part) for part in (self.beside, self.meanwhile))
+            return max(branch - main, 0.0)
         moved = self.bytes / device.copy + self.gathered / device.gather + self.seconds
         product = self.products / device.product_rate(self.smaller) if self.products else 0.0
         return max(self.launches * device.launch, moved, product)
@@ -104,7 +110,9 @@ def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     gathered = number * a["D"] * bytes_of_one * (1.7 if bytes_of_one == 2 else 1)
     # of AuxK's rows, which are added to what is there, only those of dead latents
     written = 0 if a["out_FD"] is None else 2 * min(number, a["F"]) if a["ADD"] else a["F"]
-    read = min(number, a["F"]) * a["D"] * a["W_FD"].element_size() if a["W_FD"] is not None else 0
+    weights = [a["W_FD"]] if a["W_FD"] is not None else []
+    weights += [a["p_FD"]] if a["CONSTRAINT"] != "free" else []
+    read = sum(min(number, a["F"]) * a["D"] * W_FD.element_size() for W_FD in weights)
     # programs of latents without entries, which are many where lists are long and wide
     programs = (a["F"] + len(a["order_N"]) / a["CHUNK"]) * math.ceil(a["D"] / a["BLOCK_D"])
     return Launch("", read + 4 * a["D"] * written, gathered, seconds=PROGRAM * programs)
@@ -129,7 +137,7 @@ def _update(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
 
 
 def _square_norms(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
-    return Launch("", a["p"].numel() * (4 if a["CONSTRAINT"] == "free" else 8))
+    return Launch("", len(a["parts_SP"]) * a["n"] * (4 if a["CONSTRAINT"] == "free" else 8))
 
 
 def _reads(name: str, seconds: float, share: float = 1.0) -> Rule:
@@ -164,7 +172,7 @@ RULES: dict[str, Rule] = {
 
 FREE = (  # operations that launch nothing
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
-    "squeeze", "squeeze_",
+    "squeeze", "squeeze_", "split_with_sizes",
     "as_strided", "detach", "alias", "unbind", "split", "empty", "empty_like", "new_empty", "empty_strided",
     "new_empty_strided", "reshape", "_reshape_alias", "unfold", "view_as", "lift_fresh", "diagonal", "item",
 )  # fmt: skip
@@ -218,6 +226,21 @@ class Recorder(TorchDispatchMode):
             self.launches.append(aten_launch(name, inputs, output))
         return output
 
+    def aside(self, part: Callable[[], Any]) -> Callable[[], Any]:
+        """Record what `monosemy.system.streams.aside` puts on a branch."""
+        main, self.launches = self.launches, []
+        result, branch, forked = part(), self.launches, len(main)
+        self.launches = main
+
+        def wait() -> Any:
+            moved = sum(of.bytes + of.gathered for of in branch)
+            count = sum(of.launches for of in branch)
+            how: dict[str, Any] = {"beside": branch, "meanwhile": tuple(self.launches[forked:])}
+            self.launches.append(Launch("a branch", moved, launches=count, **how))
+            return result
+
+        return wait
+
     def kernel(self, kernel: Any) -> Callable[..., Any]:
         """Return what a Triton kernel is called with instead of being launched."""
         name = kernel.fn.__name__
@@ -250,6 +273,7 @@ def as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
         patch.object(Tensor, "is_cuda", is_cuda, create=True),
         patch.object(JITFunction, "__getitem__", get),
         patch.object(InterpretedFunction, "__getitem__", get, create=True),
+        patch.object(pattern, "aside", recorder.aside),
         ops.use_backend("triton"),
     ):
         yield
