@@ -226,7 +226,7 @@ def stand_in(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def serving(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     """The hub, in the place of huggingface.co, with an empty cache."""
     server = LocalHub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     stand_in(server.url, cache, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     try:

@@ -31,7 +31,7 @@ def hub(monkeypatch, tmp_path):
             write(folder, kind, documents[i * n : (i + 1) * n], str(i))
         files = {f"data/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
         hub = FakeHub(files, handler, port)
-        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+        thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         started.append((hub, thread))
         stand_in(hub.url, tmp_path / f"cache_{len(started)}", monkeypatch)

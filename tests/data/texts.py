@@ -109,6 +109,7 @@ class FakeHub(ThreadingHTTPServer):
 
 
 class HubHandler(BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
 
     def answer(self, body=b"", status=200, **headers):

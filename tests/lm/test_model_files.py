@@ -308,7 +308,7 @@ class ModelHub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ModelHub]]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     stand_in(f"http://127.0.0.1:{server.server_port}", tmp_path / "cache", monkeypatch)
     ModelHub.commits, ModelHub.asked = {}, Counter()
     yield ModelHub
