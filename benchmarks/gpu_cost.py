@@ -28,7 +28,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
 # --- counting -----------------------------------------------------------------------------------------------
 
 
+SAVED = "saved by branches"
+
+
 @dataclass
 class Launch:
     """One kernel. `seconds` are what its rule adds to the bytes: work that is neither bytes nor a product."""
@@ -70,14 +73,13 @@ class Launch:
     smaller: int = 0  # of a product's widths
     seconds: float = 0.0
     launches: int = 1
-    beside: Sequence[Launch] = ()  # of a branch of the graph, which is waited for here
-    meanwhile: Sequence[Launch] = ()
+    beside: tuple[Sequence[Launch], ...] = ()  # branches of a graph that run beside each other
 
     def time(self, device: Device) -> float:
-        """Return its seconds; of a branch, those that what ran meanwhile does not hide."""
-        if self.beside:
-            branch, main = (sum(of.time(device) for of in part) for part in (self.beside, self.meanwhile))
-            return max(branch - main, 0.0)
+        """Return its seconds; below zero what branches save."""
+        if self.name == SAVED:
+            times = [sum(launch.time(device) for launch in branch) for branch in self.beside]
+            return -min(times) if times else self.seconds
         moved = self.bytes / device.copy + self.gathered / device.gather + self.seconds
         product = self.products / device.product_rate(self.smaller) if self.products else 0.0
         return max(self.launches * device.launch, moved, product)
@@ -235,10 +237,9 @@ class Recorder(TorchDispatchMode):
         self.launches = main
 
         def wait() -> Any:
-            moved = sum(of.bytes + of.gathered for of in branch)
-            count = sum(of.launches for of in branch)
-            how: dict[str, Any] = {"beside": branch, "meanwhile": tuple(self.launches[forked:])}
-            self.launches.append(Launch("a branch", moved, launches=count, **how))
+            meanwhile = self.launches[forked:]
+            saved = Launch(SAVED, 0.0, launches=0, beside=(branch, meanwhile))
+            self.launches += [*branch, saved]
             return result
 
         return wait
@@ -360,7 +361,8 @@ class Cost:
         found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
         for launch in self.launches:
             seconds = launch.time(device)
-            name = launch.name if seconds > 2 * launch.launches * device.launch else "small"
+            small = 0 <= seconds <= 2 * launch.launches * device.launch
+            name = "small" if small else launch.name
             found[name][0] += launch.launches
             found[name][1] += seconds
         return {name: (int(n), s) for name, (n, s) in sorted(found.items(), key=lambda item: -item[1][1])}
@@ -463,7 +465,13 @@ def kept(row: dict[str, Any]) -> str:
     said = {name: value for name, value in fields_of(case).items() if value != getattr(Case, name, None)}
     always = {name: getattr(case, name) for name in ("D", "F", "dense", "auxk", "members")}
     numbers = {"ms": round(row["value"], 4), "peak_bytes": row["peak_bytes"] and int(row["peak_bytes"])}
-    launched = Counter(astuple(launch) for launch in counted.launches)
+    rates = DEVICES[row["device"]]
+    launched = Counter(
+        astuple(replace(launch, seconds=launch.time(rates), beside=()) if launch.name == SAVED else launch)[
+            :-1
+        ]
+        for launch in counted.launches
+    )
     launches = {"graphs": counted.graphs, "launches": [[n, *launch] for launch, n in launched.items()]}
     line = {"device": row["device"], "architectures": [], **always, **said, **numbers, **launches}
     return json.dumps(line, separators=(",", ":"))
