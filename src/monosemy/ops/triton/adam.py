@@ -18,7 +18,6 @@ from triton import cdiv, next_power_of_2
 
 from monosemy.ops.reference import Adam, AdamStep, Constraint, Parameter
 from monosemy.ops.triton.launch import require_float32, warps_for
-from monosemy.ops.triton.norms import tangential
 
 
 @triton.jit
@@ -50,7 +49,12 @@ def _gradient(table, s, at, there, p, CONSTRAINT: tl.constexpr, ALIGNED: tl.cons
     """Return some rows of an SAE's gradient, without its part along the rows of p."""
     address = tl.load(table + s).to(tl.pointer_type(tl.float32))
     g = tl.load(tl.multiple_of(address, ALIGNED) + at, mask=there, other=0)
-    return tangential(g, p, CONSTRAINT)
+    if CONSTRAINT != "free":
+        norm = tl.sqrt(tl.sum(p * p, 1))
+        if CONSTRAINT == "project":
+            norm += 1e-6
+        g -= (tl.sum(g * p, 1) / norm / norm)[:, None] * p
+    return g
 
 
 @triton.jit
