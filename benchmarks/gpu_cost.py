@@ -110,19 +110,20 @@ def _decode(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
 def _dots(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     number = entries(len(a["dots_N"]))
     moved = 4 * number + size(a["rows_RD"])
-    return Launch("", moved, 1.4 * number * a["D"] * a["W_FD"].element_size())
+    return Launch("", moved, 1.1 * number * a["D"] * a["W_FD"].element_size())
 
 
 def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     number = entries(len(a["order_N"]))
     bytes_of_one = a["rows_RD"].element_size()
-    # of rows in bfloat16 fewer bytes are on their way at a time
-    gathered = number * a["D"] * bytes_of_one * (1.7 if bytes_of_one == 2 else 1)
+    # of short rows in bfloat16 fewer bytes are on their way at a time
+    slower = 1.7 if a["D"] <= 1024 else 1.2
+    gathered = number * a["D"] * bytes_of_one * (slower if bytes_of_one == 2 else 1)
     # of AuxK's rows, which are added to what is there, only those of dead latents
     written = 0 if a["out_FD"] is None else 2 * min(number, a["F"]) if a["ADD"] else a["F"]
     read = 0 if a["p_FD"] is None else min(number, a["F"]) * a["D"] * a["p_FD"].element_size()
     # programs of latents without entries, which are many where lists are long and wide
-    programs = (a["F"] + len(a["order_N"]) / a["CHUNK"]) * math.ceil(a["D"] / a["BLOCK_D"])
+    programs = a["F"] + len(a["order_N"]) / a["CHUNK"]
     return Launch("", read + 4 * a["D"] * written, gathered, seconds=PROGRAM * programs)
 
 
