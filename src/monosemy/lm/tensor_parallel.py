@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SINCE = (5, 19)  # transformers, whose way of loading in parts changed several times
-INSTALL = "pip install 'monosemy[lm-shards]'"
+INSTALL = "run `pip install 'monosemy[lm-shards]'`"
 AGREE = 1e-3  # of the largest activation: how far ranks of a team may differ, which have the same sums
 
 
