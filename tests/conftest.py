@@ -82,7 +82,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     """Runs jobs in processes to which faults happen."""
     server = Faulty(tmp_path_factory.mktemp("output"))

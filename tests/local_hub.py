@@ -206,19 +206,29 @@ def described(name: str, data: bytes) -> dict[str, Any]:
     return {"size": len(data), "oid": oid, "blobId": oid, "lfs": lfs}
 
 
+def stand_in(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the hub at `url` in the place of huggingface.co, with an empty cache of files.
+
+    An earlier hub may have had the same port, so nothing of it is kept: huggingface_hub holds on to file
+    systems with their listings by address, and to connections that the earlier hub's threads still answer.
+    """
+    from huggingface_hub import HfFileSystem, close_session, constants
+
+    HfFileSystem.clear_instance_cache()
+    close_session()
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
 @contextmanager
 def serving(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     """The hub, in the place of huggingface.co, with an empty cache."""
-    from huggingface_hub import constants
-
     server = LocalHub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    stand_in(server.url, cache, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     try:
         yield server
     finally:

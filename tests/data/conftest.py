@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from tests.data.texts import MANY, FakeHub, HubHandler, make_tokenizer, write
+from tests.local_hub import stand_in
 
 
 @pytest.fixture(scope="module")
@@ -21,32 +22,24 @@ def hub(monkeypatch, tmp_path):
 
     import datasets
     import fsspec
-    import huggingface_hub
-    from huggingface_hub import hf_file_system
+    from huggingface_hub import constants, hf_file_system
     from huggingface_hub.utils import _pagination
 
-    def start(kind, documents=MANY, handler=HubHandler):
+    def start(kind, documents=MANY, handler=HubHandler, port=0):
+        folder, n = tmp_path / f"hub_{len(started)}", len(documents) // 4
         for i in range(4):
-            n = len(documents) // 4
-            write(tmp_path / "data", kind, documents[i * n : (i + 1) * n], str(i))
-        hub = FakeHub(
-            {f"data/{path.name}": path.read_bytes() for path in sorted((tmp_path / "data").iterdir())},
-            handler,
-        )
-        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+            write(folder, kind, documents[i * n : (i + 1) * n], str(i))
+        files = {f"data/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
+        hub = FakeHub(files, handler, port)
+        thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         started.append((hub, thread))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+        stand_in(hub.url, tmp_path / f"cache_{len(started)}", monkeypatch)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
         return hub
 
     started: list = []
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     for module in (hf_file_system, _pagination):
         monkeypatch.setattr(module, "http_backoff", partial(module.http_backoff, max_retries=0))
     # or it would read files whole, ends and all

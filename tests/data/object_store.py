@@ -32,6 +32,7 @@ class ObjectStore(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: ObjectStore
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -128,7 +129,7 @@ fsspec.register_implementation("objstore", ObjectStoreFiles, clobber=True)
 def serving() -> Iterator[ObjectStore]:
     """The store, while it answers."""
     store = ObjectStore()
-    threading.Thread(target=store.serve_forever, daemon=True).start()
+    threading.Thread(target=store.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield store
     finally:

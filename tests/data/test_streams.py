@@ -49,8 +49,24 @@ class FaultyHandler(HubHandler):
 
 @pytest.fixture
 def texts(hub):
-    HfFileSystem.clear_instance_cache()
     return lambda kind: hub(kind, DOCUMENTS, FaultyHandler)
+
+
+def test_a_hub_that_has_the_port_of_an_earlier_one_is_read_as_it_is(tokenizer, hub):
+    """As the kernel may give it; the earlier one's connections are still open."""
+
+    def read():
+        return test_contexts.drain(ContextStream([Source("me/texts", retry_seconds=PAUSES)], tokenizer, 64))
+
+    def expected(documents):
+        return test_contexts.drain(ContextStream([Source("memory", documents=documents)], tokenizer, 64))
+
+    earlier = hub(".parquet", DOCUMENTS[:40])
+    assert same(read(), expected(DOCUMENTS[:40]))
+    earlier.shutdown()
+    earlier.server_close()
+    assert hub(".jsonl", DOCUMENTS[40:], port=earlier.server_port).url == earlier.url
+    assert same(read(), expected(DOCUMENTS[40:]))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +116,6 @@ def test_a_run_whose_hub_stays_away_stops_with_75_and_goes_on_to_the_same_weight
 ):
     # or so short a text would be read whole before the first step
     monkeypatch.setattr("monosemy.data.ids.READ_AHEAD", 1)
-    HfFileSystem.clear_instance_cache()
     documents = [
         json.loads(line)["text"]
         for line in write_text(tmp_path / "all.jsonl", documents=120).read_text().splitlines()

@@ -102,13 +102,14 @@ class FakeHub(ThreadingHTTPServer):
 
     commit = "0123456789abcdef0123456789abcdef01234567"
 
-    def __init__(self, files, handler):
-        super().__init__(("127.0.0.1", 0), handler)
+    def __init__(self, files, handler, port=0):
+        super().__init__(("127.0.0.1", port), handler)
         self.files, self.faults, self.stalled = files, iter(()), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class HubHandler(BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
 
     def answer(self, body=b"", status=200, **headers):

@@ -20,7 +20,7 @@ from tests.made_run import EIGHT
 @pytest.fixture
 def server() -> Iterator[FakeHub]:
     server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()

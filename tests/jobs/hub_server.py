@@ -38,6 +38,7 @@ class FakeHub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: FakeHub
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
 
     def answer(self, body: Any, status: int = 200, **headers: str) -> None:

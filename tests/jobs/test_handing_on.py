@@ -192,6 +192,7 @@ class Neuronpedia(ThreadingHTTPServer):
 
 
 class Api(BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):

@@ -20,8 +20,14 @@ def pushed(
     hub: FakeHub, folder: Path, home: Path, *, token: str | None = TOKEN
 ) -> subprocess.CompletedProcess[str]:
     arguments = ["push", str(folder), REPO, "--retry_seconds", "0.01", "0.01"]
-    code = f"import sys\nfrom monosemy.cli import main\nsys.exit(main({arguments!r}))"
-    return program(hub.url, code, home=home, token=token)
+    lines = (
+        "import sys",
+        "from monosemy.cli import main",
+        f"code = main({arguments!r})",
+        "assert 'torch' not in sys.modules, 'an upload begins at once'",
+        "sys.exit(code)",
+    )
+    return program(hub.url, "\n".join(lines), home=home, token=token)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def service(request, monkeypatch) -> Iterator[Service]:
     with Service(request.param) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)

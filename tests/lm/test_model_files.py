@@ -24,6 +24,7 @@ from monosemy.evaluation.geometry import norm_map
 from monosemy.lm.info import Site, check_weights, describe
 from monosemy.lm.model import LanguageModel, load_tokenizer
 from tests.jobs.test_run import train
+from tests.local_hub import stand_in
 
 SITE = Site("resid_post", 1)
 
@@ -306,20 +307,9 @@ class ModelHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ModelHub]]:
-    from huggingface_hub import constants
-
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in (
-        ("ENDPOINT", f"http://127.0.0.1:{server.server_port}"),
-        ("HF_HUB_CACHE", str(tmp_path / "cache")),
-    ):
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    stand_in(f"http://127.0.0.1:{server.server_port}", tmp_path / "cache", monkeypatch)
     ModelHub.commits, ModelHub.asked = {}, Counter()
     yield ModelHub
     server.shutdown()

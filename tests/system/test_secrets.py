@@ -29,7 +29,7 @@ IN_ADDRESSES = "canaryFFFFFFFFFFFF"
 def monosemy(tmp_path):
     """Runs a command among canaries, with a hub of ours; its exit code and all that it printed."""
     with FakeHub() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB"))}
         told = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "WANDB_MODE": "offline"}

@@ -10,7 +10,6 @@ import tyro
 from monosemy.commands.flags import run_folder
 from monosemy.errors import invalid
 from monosemy.jobs import hub
-from monosemy.jobs.neuronpedia import hand_on
 
 
 def run(arguments: list[str]) -> int:
@@ -33,6 +32,8 @@ def run(arguments: list[str]) -> int:
             trainer: For Neuronpedia, which of a run's SAEs at each layer: N of trainer_N.
         """
         if neuronpedia or neuronpedia_folder is not None:
+            from monosemy.jobs.neuronpedia import hand_on  # which imports torch; the hub's part does not
+
             print(hand_on(run, repo_id, neuronpedia_folder, trainer=trainer, pauses=retry_seconds))
             return 0
         if trainer is not None:

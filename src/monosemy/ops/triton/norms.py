@@ -1,4 +1,4 @@
-"""Norms of rows, and their gradient added to an array.
+"""Norms of rows, their gradient added to an array, and what the update takes of a gradient's rows.
 
 F rows of D numbers.
 """
@@ -11,6 +11,17 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from monosemy.ops.triton.launch import require_float32, warps_for
+
+
+@triton.jit
+def tangential(g_RC, p_RC, CONSTRAINT: tl.constexpr):
+    """Return the gradient without its part along the rows of p, where these keep their norm."""
+    if CONSTRAINT != "free":
+        norm = tl.sqrt(tl.sum(p_RC * p_RC, 1))
+        if CONSTRAINT == "project":
+            norm += 1e-6
+        g_RC -= (tl.sum(g_RC * p_RC, 1) / norm / norm)[:, None] * p_RC
+    return g_RC
 
 
 @triton.jit

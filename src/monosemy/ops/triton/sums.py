@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.pattern import SparsePattern
+from monosemy.ops.pattern import RowNorms, SparsePattern
 from monosemy.ops.triton.launch import require_float32, require_floats
+from monosemy.ops.triton.norms import tangential
 
 CHUNK = 128  # entries of a latent that one program takes
 
@@ -130,6 +131,15 @@ def _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _square(total_D, p_FD, latent, d, filled, D: tl.constexpr, CONSTRAINT: tl.constexpr):
+    """Return the sum of squares of what the update takes of a latent's row; 0 of one that is not filled."""
+    if CONSTRAINT != "free":
+        p_D = tl.load(p_FD + latent.to(tl.int64) * D + d, mask=d < filled, other=0)
+        total_D = tl.sum(tangential(total_D[None, :], p_D[None, :], CONSTRAINT), 0)
+    return tl.where(filled > 0, tl.sum(total_D * total_D, 0), 0.0)
+
+
+@triton.jit
 def _by_latent_kernel(
     rows_RD,
     values_N,
@@ -141,15 +151,18 @@ def _by_latent_kernel(
     d_values_N,
     out_FD,
     rest_D,
+    p_FD,
+    norms_FK,
     F,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     ADD: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For the entries of a piece: the products of their bags' rows with the latent's row of W, and the sum of
-    value times row."""
+    """For the entries of a piece: the products of their bags' rows with the latent's row of W, the sum of
+    value times row, and its norm."""
     piece = tl.program_id(0)
     latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -177,6 +190,9 @@ def _by_latent_kernel(
                 tl.store(here, total_D, mask=filled)
             else:
                 tl.store(here, total_D, mask=d < D)
+            if norms_FK is not None:
+                norm = tl.sqrt(_square(total_D, p_FD, piece, d, tl.where(begin < end, D, 0), D, CONSTRAINT))
+                tl.store(norms_FK + piece * tl.num_programs(1) + tl.program_id(1), norm)
         else:
             tl.store(rest_D + (piece - F).to(tl.int64) * D + d, total_D, mask=filled)
 
@@ -188,12 +204,16 @@ def _join_kernel(
     offsets_F1,
     out_FD,
     rest_D,
+    p_FD,
+    norms_FK,
     F,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add a latent's later pieces to its first; the program of the second does so."""
+    """Add a latent's later pieces to its first, and take the norm of all; the program of the second does
+    so."""
     piece = F + tl.program_id(0)
     latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
     if (begin < end) & (tl.load(offsets_F1 + latent) >= begin - CHUNK):
@@ -202,6 +222,9 @@ def _join_kernel(
         for cut in range(begin, tl.load(offsets_F1 + latent + 1), CHUNK):
             total_D += tl.load(rest_D + tl.cast(cut // CHUNK, tl.int64) * D + d, mask=d < D, other=0)
         tl.store(out_FD + latent.to(tl.int64) * D + d, total_D, mask=d < D)
+        if norms_FK is not None:
+            norm = tl.sqrt(_square(total_D, p_FD, latent, d, D, D, CONSTRAINT))
+            tl.store(norms_FK + latent * tl.num_programs(1) + tl.program_id(1), norm)
 
 
 def _tile(D: int, dtype: torch.dtype, *, whole: bool = False, elements: int = 2048) -> dict[str, int]:
@@ -279,6 +302,27 @@ def _bags_by_latent(e: SparsePattern) -> Tensor:
     return e.__dict__["bags_by_latent_N"]
 
 
+@triton.jit
+def _mean_of_finite_kernel(values_B, mean, B, BLOCK: tl.constexpr):
+    """Take the mean of what is below infinity."""
+    total = tl.zeros([BLOCK], tl.float32)
+    number = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, B, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        value = tl.load(values_B + at, mask=at < B, other=float("inf"))
+        total += tl.where(value < float("inf"), value, 0.0)
+        number += (value < float("inf")).to(tl.float32)
+    tl.store(mean, tl.sum(total, 0) / tl.sum(number, 0))
+
+
+def mean_of_finite(values_B: Tensor) -> Tensor:
+    """Return the mean of what is below infinity; NaN where nothing is."""
+    require_float32(values_B=values_B)
+    mean = values_B.new_empty(())
+    _mean_of_finite_kernel[(1,)](values_B, mean, len(values_B), BLOCK=2048)
+    return mean
+
+
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     """Sum by bag: value times the latent's row of W, [R, D]."""
     require_float32(values_N=values_N)
@@ -298,9 +342,10 @@ def _by_latent(
     e: SparsePattern,
     weight: bool,
     into_FD: Tensor | None = None,
+    norms: RowNorms | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """By latent: the products of its bags' rows with its row of W, [N], and the sum of value times row, [F,
-    D]; each if wanted."""
+    D]; each if wanted. The latter's norms are left in `norms`."""
     (order_N, offsets_F1), N, D = e.by_latent(sort_by_latent), len(values_N), rows_RD.shape[1]
     tile = _tile(D, rows_RD.dtype, whole=W_FD is not None)
     cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
@@ -311,6 +356,14 @@ def _by_latent(
         out_FD = values_N.new_empty(e.F, D) if into_FD is None else into_FD
         rest_D = values_N.new_empty(cuts, D)
     entries = (e.indices_N, _bags_by_latent(e), order_N, offsets_F1)
+    p_FD = norms_FK = None
+    constraint = "free"
+    if norms is not None and weight:
+        constraint, p_FD = norms.constraint, norms.p_FD
+        norms_FK = norms.of_parts_FK = values_N.new_empty(e.F, blocks)
+        norms.gradient_FD = out_FD
+        require_float32(p_FD=p_FD)
+        assert blocks == 1 or constraint == "free", "norms: of parts of rows that keep their norm"
     _by_latent_kernel[(e.F + cuts, blocks)](
         rows_RD,
         values_N,
@@ -319,36 +372,47 @@ def _by_latent(
         d_values_N,
         out_FD,
         rest_D,
+        p_FD,
+        norms_FK,
         e.F,
         D=D,
         CHUNK=CHUNK,
         ADD=into_FD is not None,
+        CONSTRAINT=constraint,
         **tile,
     )
     if out_FD is not None:
-        where = (e.indices_N, order_N, offsets_F1, out_FD, rest_D)
-        _join_kernel[(cuts, blocks)](*where, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"])
+        where = (e.indices_N, order_N, offsets_F1, out_FD, rest_D, p_FD, norms_FK)
+        how = {"D": D, "CHUNK": CHUNK, "CONSTRAINT": constraint, "BLOCK_D": tile["BLOCK_D"]}
+        _join_kernel[(cuts, blocks)](*where, e.F, **how)
     return d_values_N, out_FD
 
 
 def decode_backward(
-    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
+    g_RD: Tensor,
+    values_N: Tensor,
+    W_FD: Tensor,
+    e: SparsePattern,
+    weight: bool,
+    norms: RowNorms | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F,
-    D]."""
+    """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D],
+    whose rows' norms are left in `norms`."""
     require_float32(values_N=values_N)
     require_floats(g_RD=g_RD, W_FD=W_FD)
-    d_values_N, d_W_FD = _by_latent(g_RD, values_N, W_FD, e, weight)
+    d_values_N, d_W_FD = _by_latent(g_RD, values_N, W_FD, e, weight, norms=norms)
     assert d_values_N is not None
     return d_values_N, d_W_FD
 
 
-def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
+def encode_backward(
+    g_N: Tensor, x_BD: Tensor, e: SparsePattern, norms: RowNorms | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D],
-    and b_enc, [F]. Bags are tokens."""
+    whose rows' norms are left in `norms`, and b_enc, [F]. Bags are tokens."""
     require_float32(g_N=g_N)
     require_floats(x_BD=x_BD)
-    d_W_FD = _by_latent(x_BD, g_N, None, e, True)[1]
+    d_W_FD = _by_latent(x_BD, g_N, None, e, True, norms=norms)[1]
     assert d_W_FD is not None
     return d_W_FD, sum_by_latent(g_N, e)
 
