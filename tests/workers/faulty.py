@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from signal import pthread_kill
 from typing import Any
 
@@ -54,7 +55,8 @@ def happen(signal: int = 0, after: float = 0.0, fill: tuple[str, int] | None = N
     if fill:
         folder, room = fill
         free = shutil.disk_usage(folder).free
-        with open(os.path.join(folder, "filler"), "wb") as file:
+        # which has no room left for itself where another rank writes meanwhile
+        with suppress(OSError), open(os.path.join(folder, "filler"), "wb") as file:
             file.write(bytes(max(free - room, 0)))
     elif after:
         threading.Timer(after, os.kill, (os.getpid(), signal)).start()
