@@ -1,5 +1,6 @@
 """Shared by the suite: a tiny model and text on disk, and no network."""
 
+import gc
 import json
 import os
 import random
@@ -26,6 +27,57 @@ WORDS = (
     "the a of to and in that it was for on are with as at be this from have or by one had not but what "
     "all were when we there can"
 ).split()
+
+
+# the files that take longest, in this order: they begin first, so that no process ends long after the other
+LONGEST = (
+    "training/test_same_maths.py",
+    "jobs/test_memory.py",
+    "jobs/test_ranks.py",
+    "jobs/test_rank_faults.py",
+    "evaluation/test_missing.py",
+    "ops/test_triton.py",
+    "jobs/test_tracker_faults.py",
+    "jobs/test_broken_off.py",
+    "jobs/test_run.py",
+    "data/test_streams.py",
+    "jobs/test_latent_shards.py",
+    "system/test_secrets.py",
+    "test_cli.py",
+    "jobs/test_full_disk.py",
+    "training/test_resume.py",
+    "test_crosscoder.py",
+    "training/test_finetune.py",
+    "jobs/test_transcoders.py",
+    "jobs/test_cache.py",
+    "data/test_contexts.py",
+    "test_gpu_benchmark.py",
+    "jobs/test_finetune.py",
+    "jobs/test_explain.py",
+    "test_cross_layer.py",
+    "architectures/test_one_file.py",
+    "test_benchmarks.py",
+    "training/test_shards.py",
+    "gpu/test_steps.py",
+    "architectures/test_contract.py",
+    "test_public_names.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by how long they take; pytest-xdist hands them out as they come."""
+    places = {str(Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Have collections of garbage, of which every run makes one, pass by what is there before the tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:

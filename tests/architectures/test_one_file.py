@@ -59,26 +59,30 @@ class Saturating(SAE):
 '''
 
 
+PROGRAM = """
+import sys
+import monosemy
+from monosemy.cli import main
+
+folder, flags = sys.argv[1], sys.argv[2:]
+for asked in (["--help"], [*flags, "--dry_run"], flags):
+    try:
+        assert main(["train", "--save_dir", folder, *asked]) == 0
+    except SystemExit as ended:  # of --help
+        assert not ended.code
+    print("---")
+sae = monosemy.load(f"{folder}/resid_post_layer_1/trainer_0")
+print(sae, sae.settings.bandwidth)
+"""
+
+
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """Runs Python with a copy of the package that has one file more."""
+def source(tmp_path_factory):
+    """A copy of the package that has one file more."""
     source = tmp_path_factory.mktemp("source")
     shutil.copytree(PACKAGE, source / "monosemy", ignore=shutil.ignore_patterns("__pycache__"))
     (source / "monosemy" / "architectures" / "saturating.py").write_text(FILE)
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(source)},
-            cwd=source,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    return run
+    return source
 
 
 def test_no_other_file_names_it():
@@ -88,42 +92,29 @@ def test_no_other_file_names_it():
     assert not any("saturating" in text.lower() for text in texts)
 
 
-def test_one_file_is_an_architecture(command, tiny_model, text_file, tmp_path):
-    run, flags = tmp_path / "run", ["-m", "monosemy", "train"]
-    assert "saturating" in command(*flags, "--help")
-    flags += [
-        "--save_dir",
-        str(run),
-        "--model_name",
-        str(tiny_model),
-        "--dataset",
-        str(text_file),
-        "--layers",
-        "1",
-    ]
+def test_one_file_is_an_architecture(source, tiny_model, text_file, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--model_name", str(tiny_model), "--dataset", str(text_file), "--layers", "1"]
     flags += ["--architectures", "saturating", "--dictionary_widths", "48", "--num_tokens", "640"]
-    flags += [
-        "--sae_batch_size",
-        "64",
-        "--context_length",
-        "16",
-        "--eval_num_inputs",
-        "4",
-        "--bandwidth",
-        "0.25",
-    ]
-    flags += ["--held_out_fraction", "0.1", "--report_latents", "5"]
-    planned = command(*flags, "--dry_run")
+    flags += ["--sae_batch_size", "64", "--context_length", "16", "--eval_num_inputs", "4"]
+    flags += ["--bandwidth", "0.25", "--held_out_fraction", "0.1", "--report_latents", "5"]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(run), *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(source)},
+        cwd=source,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    helped, planned, _, loaded = done.stdout.split("---\n")
+    assert "saturating" in helped
     assert "saturating               0.01, 0.02" in planned and "2 SAEs" in planned
     assert any(line.split()[:1] == ["saturating"] and "latents" in line for line in planned.splitlines())
-    command(*flags)
     rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
     assert [(row["architecture"], row["sparsity"]) for row in rows] == [
         ("saturating", 0.01),
         ("saturating", 0.02),
     ]
     assert "#0a7b83" in (run / "plots" / "fvu.svg").read_text() and (run / "report.html").is_file()
-    code = "import sys, monosemy\nsae = monosemy.load(sys.argv[1])\nprint(sae, sae.settings.bandwidth)"
-    assert "Saturating(d_in=24, d_sae=48" in command(
-        "-c", code, str(run / "resid_post_layer_1" / "trainer_0")
-    )
+    assert "Saturating(d_in=24, d_sae=48" in loaded and loaded.split()[-1] == "0.25"

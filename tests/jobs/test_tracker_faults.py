@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -67,8 +68,49 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
+TRAIN = (
+    "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --context_length 16 "
+    "--sae_batch_size 64 --llm_batch_size 4 "
+    "--buffer_tokens 2000 --eval_num_inputs 4 --held_out_fraction 0.1 --learning_rates 3e-3"
+).split()
+STEPS = ("--num_tokens", "3200", "--log_steps", "1")
+
+
+def begun(folder: Path, model: Path, text: Path, *more: str, **variables: str) -> subprocess.Popen[bytes]:
+    """The whole command in a process of its own; what it prints is in a file beside its folder."""
+    arguments = ["--save_dir", str(folder), "--model_name", str(model), "--dataset", str(text), *TRAIN, *more]
+    command = [sys.executable, "-m", "monosemy", "train", *arguments]
+    told = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    with folder.with_suffix(".log").open("wb") as output:
+        return subprocess.Popen(command, env=told, stdout=output, stderr=output)
+
+
+def seconds_of(process: subprocess.Popen[bytes], folder: Path, began: float) -> float:
+    assert process.wait(300) == 0, folder.with_suffix(".log").read_text()
+    return time.monotonic() - began
+
+
+def trained(folder: Path, model: Path, text: Path, *more: str, **variables: str) -> tuple[float, dict]:
+    """The seconds that the whole command took, and what run.json says of the training."""
+    began = time.monotonic()
+    seconds = seconds_of(begun(folder, model, text, *more, **variables), folder, began)
+    return seconds, json.loads((folder / "run.json").read_text())["training"]
+
+
+@pytest.fixture(scope="module")
+def hanging(tiny_model, text_file, tmp_path_factory) -> Iterator[tuple[Path, Future[float]]]:
+    """The folder and the seconds of a run whose wandb hangs, which other tests do not wait for."""
+    folder = tmp_path_factory.mktemp("hanging")
+    own = dict.fromkeys(("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), str(folder))
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        told = own | {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "WANDB_API_KEY": KEY}
+        run, began = folder / "run", time.monotonic()
+        process = begun(run, tiny_model, text_file, *STEPS, "--use_wandb", **told)
+        yield run, pool.submit(seconds_of, process, run, began)
+
+
 @pytest.fixture
-def service(request, monkeypatch) -> Iterator[Service]:
+def service(request, monkeypatch, hanging) -> Iterator[Service]:
     with Service(request.param) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -124,42 +166,18 @@ def test_a_folder_that_is_a_file(tmp_path, monkeypatch, caplog):
     assert (tmp_path / "run").read_text() == "x"
 
 
-TRAIN = (
-    "--layers 1 --architectures top_k --dictionary_widths 48 --target_l0s 4 --context_length 16 "
-    "--sae_batch_size 64 --llm_batch_size 4 "
-    "--buffer_tokens 2000 --eval_num_inputs 4 --held_out_fraction 0.1 --learning_rates 3e-3"
-).split()
-
-
-def trained(folder: Path, model: Path, text: Path, *more: str, **variables: str) -> tuple[float, dict]:
-    """The whole command in a process of its own; the seconds that it took, and what run.json says of the
-    training."""
-    arguments = ["--save_dir", str(folder), "--model_name", str(model), "--dataset", str(text), *TRAIN, *more]
-    began = time.monotonic()
-    told = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    subprocess.run(
-        [sys.executable, "-m", "monosemy", "train", *arguments],
-        env=told,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    return time.monotonic() - began, json.loads((folder / "run.json").read_text())["training"]
-
-
 def weights(folder: Path) -> bytes:
     return (folder / "resid_post_layer_1/trainer_0/sae.safetensors").read_bytes()
 
 
-def test_a_run_whose_wandb_hangs_has_the_same_weights_and_ends_in_time(tiny_model, text_file, tmp_path):
-    steps = ("--num_tokens", "3200", "--log_steps", "1")
-    without, _ = trained(tmp_path / "a", tiny_model, text_file, *steps)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        hanging = {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "WANDB_API_KEY": KEY}
-        with_wandb, _ = trained(tmp_path / "b", tiny_model, text_file, *steps, "--use_wandb", **hanging)
-    assert with_wandb < without + 30
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+def test_a_run_whose_wandb_hangs_has_the_same_weights_and_ends_in_time(
+    hanging, tiny_model, text_file, tmp_path
+):
+    without, _ = trained(tmp_path / "run", tiny_model, text_file, *STEPS)
+    folder, with_wandb = hanging
+    assert with_wandb.result() < without + 30
+    assert weights(tmp_path / "run") == weights(folder)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
 
 
 @pytest.mark.certify

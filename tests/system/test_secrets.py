@@ -80,13 +80,12 @@ def test_canaries_are_in_nothing_that_a_run_writes_or_prints(tiny_model, text_fi
     )
 
     # inputs that are refused, with a secret inside
-    for changed in (
-        ["--dataset", f"https://me:{IN_ADDRESSES}@host/a.jsonl"],
-        ["--dataset", f"https://host/a.jsonl?sig={IN_ADDRESSES}"],
-    ):
-        code, said = monosemy("train", "--save_dir", str(tmp_path / "no"), *base, *changed)
-        assert code == 2 and "dataset is" in said and "***" in said
-        printed.append(said)
+    addresses = (f"https://me:{IN_ADDRESSES}@host/a.jsonl", f"https://host/a.jsonl?sig={IN_ADDRESSES}")
+    both = "import sys\nfrom monosemy.cli import main\n"
+    both += "for address in sys.argv[1:3]:\n    assert main([*sys.argv[3:], '--dataset', address]) == 2"
+    code, said = monosemy(*addresses, "train", "--save_dir", str(tmp_path / "no"), *base, code=both)
+    assert code == 0 and said.count("dataset is") == 2 and said.count("***") >= 2, said
+    printed.append(said)
 
     # an upload and a data set that fail, with the address of the hub in their errors
     monosemy.server.faults = {"": [500] * 99}

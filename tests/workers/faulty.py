@@ -5,6 +5,7 @@ Nothing of the package is patched: Python's own audit events say when a fault is
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import os
@@ -20,10 +21,15 @@ from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does before torch is imported
 
+# what a job would import by and by is here before any fork
+import matplotlib.backends.backend_svg  # noqa: F401
+import tokenizers  # noqa: F401
 import torch
 import torch.distributed as dist
+import transformers.models.llama.modeling_llama  # noqa: F401
 
-import monosemy.jobs.train  # noqa: F401  (before any fork)
+import monosemy.commands.train
+import monosemy.jobs.train  # noqa: F401
 import tests.data.object_store  # noqa: F401  (its kind of address)
 from monosemy.cli import main
 from tests.workers.fitting import fit
@@ -141,6 +147,8 @@ def end(pids: list[int], ended: dict[int, int], by: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # a job's collections pass by what was there before it, and copy none of its pages
     for line in sys.stdin:
         when[:] = bytes(8)
         job = json.loads(line)
@@ -148,3 +156,4 @@ if __name__ == "__main__":
         codes = wait(fork_ranks(job | {"port": store.port}) if store else [fork(job)])
         began = struct.unpack("d", when[:])[0]
         print(json.dumps([codes, time.monotonic() - began if began else None]), flush=True)
+    gc.unfreeze()
