@@ -227,6 +227,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, entries: Callable[[int], float]) -> None:
         super().__init__()
         self.entries, self.launches = entries, list[Launch]()
+        self.hiding = 0  # launches beside which a branch has run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -236,6 +237,10 @@ class Recorder(TorchDispatchMode):
             self.launches.append(aten_launch(name, inputs, output))
         return output
 
+    def clear(self) -> None:
+        """Forget what was launched."""
+        self.launches, self.hiding = [], 0
+
     def aside(self, part: Callable[[], Any]) -> Callable[[], Any]:
         """Record what `monosemy.system.streams.aside` puts on a branch."""
         main, self.launches = self.launches, []
@@ -243,7 +248,9 @@ class Recorder(TorchDispatchMode):
         self.launches = main
 
         def wait() -> Any:
-            meanwhile = self.launches[forked:]
+            # what hid one branch hides no other
+            meanwhile = self.launches[max(forked, self.hiding) :]
+            self.hiding = len(self.launches)
             saved = Launch(SAVED, 0.0, launches=0, beside=(branch, meanwhile))
             self.launches += [*branch, saved]
             return result
@@ -389,7 +396,7 @@ def cost(case: Case) -> Cost:
         for group in groups:
             group.launches = [slice(0, len(group.trainers))]
         _step(groups, x_BD, 100)
-        recorder.launches.clear()
+        recorder.clear()
         with recorder:
             _step(groups, x_BD, 101)
     return Cost(case, len(groups), recorder.launches)
