@@ -292,13 +292,14 @@ TEXT = "the one that was not"
 PAGES = 40  # of F latents
 
 
-@pytest.fixture(scope="module")
-def sets(world: World) -> Path:
-    """A run's set with feature files, in both layouts, and beside the files a graph of a text."""
-    folder = world.folder / "with features"
+@pytest.fixture(scope="module", params=["", "--cross_layer"], ids=["a set", "across layers"])
+def sets(request: pytest.FixtureRequest, world: World) -> Path:
+    """A run's set or cross-layer transcoder with feature files, in both layouts, and beside the files a graph
+    of a text."""
+    folder = world.folder / f"with features{request.param}"
     text = write_text(world.folder / "text.jsonl")
-    flags = "--transcode mlp --layers all --architectures batch_top_k --target_l0s 6 --num_tokens 4000"
-    flags += f" --dictionary_widths {F} --context_length 24 --sae_batch_size 64 --eval_num_inputs 20"
+    flags = f"--transcode mlp {request.param} --layers all --architectures batch_top_k --target_l0s 6"
+    flags += f" --num_tokens 4000 --dictionary_widths {F} --context_length 24 --sae_batch_size 64 --eval_num_inputs 20"
     where = ["--save_dir", str(folder / "run"), "--model_name", str(world.folder / "model")]
     more = ["--dataset", str(text), "--report_latents", str(PAGES), "--held_out_fraction", "0.1"]
     assert main(["train", *where, *more, *flags.split()]) == 0
@@ -336,7 +337,8 @@ def test_its_server_has_the_file_of_every_latent_of_a_graph(sets: Path) -> None:
             with urlopen(f"{url}{scan.removeprefix('./')}/{node['feature']}.json") as answer:
                 feature = json.load(answer)
             layer, latent, _ = map(int, node["node_id"].split("_"))
-            assert feature["index"] == latent and f"mlp_in_layer_{layer}_" in feature["transcoder_id"]
+            assert feature["index"] == latent
+            assert feature["transcoder_id"].startswith(("mlp_in_layers_", f"mlp_in_layer_{layer}_"))
             paged += "histogram" in feature
             examples = [e for quantile in feature["examples_quantiles"] for e in quantile["examples"]]
             words = {token.strip() for example in examples for token in example["tokens"]}

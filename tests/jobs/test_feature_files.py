@@ -277,3 +277,43 @@ def test_other_words_are_refused(run, tmp_path, capsys):
     (one,) = run.glob("*layer_0/trainer_0")
     assert main(["convert", str(one), str(tmp_path / "x"), "--to", "sae_lens", "--features", "none"]) == 2
     assert "features is 'none'; allowed: left out but for --to circuit_tracer" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def across(tiny_model, text_file, tmp_path_factory):
+    """A run of a cross-layer transcoder."""
+    folder = tmp_path_factory.mktemp("runs") / "across"
+    where = ["--transcode", "mlp", "--cross_layer", "--layers", "all", "--architectures", "batch_top_k"]
+    flags = ["--model_name", str(tiny_model), "--dataset", str(text_file), *where, *SMALL]
+    sizes = ["--report_latents", str(LAYERS * PAGES), "--eval_num_inputs", "24", "--context_length", "50"]
+    assert main(["train", "--save_dir", str(folder), *flags, *sizes]) == 0
+    return folder
+
+
+def test_latents_of_a_cross_layer_transcoder_have_files_by_layer(across, tmp_path):
+    """Those of layer l are the l-th part of its codes."""
+    for layout in ("files", "packed"):
+        assert convert(across, tmp_path / layout, "--features", layout) == 0
+    (folder,) = across.glob("*/trainer_0")
+    columns, facts = arrays.load(folder / "latents.npz")
+    assert len(columns["count"]) == LAYERS * F
+    entries = yaml.safe_load((tmp_path / "files" / "config.yaml").read_text())
+    assert entries["model_kind"] == "cross_layer_transcoder" and entries["scan"] == "./data/features"
+    packed = tmp_path / "packed" / "features"
+    index = json.loads(gzip.decompress((packed / "index.json.gz").read_bytes()))
+    names = {path.name for path in (tmp_path / "files" / "features").iterdir()}
+    assert len(names) == LAYERS * F and len(index) == LAYERS
+    paged = 0
+    for layer in range(LAYERS):
+        data, offsets = (packed / f"layer_{layer}.bin").read_bytes(), index[str(layer)]["offsets"]
+        for latent in range(F):
+            got, i = feature(tmp_path / "files", layer, latent), layer * F + latent
+            CHECK.validate(got)
+            assert got["index"] == latent and got["transcoder_id"] == f"{folder.parent.name}/trainer_0"
+            assert got["activation_frequency"] == columns["count"][i] / facts["tokens"]
+            assert got["act_max"] == pytest.approx(float(columns["max"][i]), rel=1e-3)
+            examples = [e for quantile in got["examples_quantiles"] for e in quantile["examples"]]
+            assert bool(examples) == (i in columns["page_latent"])
+            paged += bool(examples)
+            assert json.loads(gzip.decompress(data[offsets[latent] + 4 : offsets[latent + 1]])) == got
+    assert paged > LAYERS

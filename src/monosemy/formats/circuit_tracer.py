@@ -82,14 +82,33 @@ def writing_set(
 
 
 def write_clt(
-    sae: CrossLayerTranscoder, config: Mapping[str, Any], folder: str | Path, model_name: str
+    sae: CrossLayerTranscoder,
+    config: Mapping[str, Any],
+    folder: str | Path,
+    model_name: str,
+    scan: str | None = None,
 ) -> None:
     """Write a cross-layer transcoder to a new folder: `W_enc_{i}.safetensors` and `W_dec_{i}.safetensors` of
     each layer i from 0, the latter [F, L - i, D].
 
-    Raises ValueError for a site that is not the MLPs of layers 0, 1, .., for what is neither ReLU nor
-    JumpReLU once trained, and for a folder that is not empty.
+    `scan` is what circuit-tracer calls it; the folder's name where nothing is given. Raises ValueError for a
+    site that is not the MLPs of layers 0, 1, .., for what is neither ReLU nor JumpReLU once trained, and for
+    a folder that is not empty.
     """
+    with writing_clt(sae, config, folder, model_name, scan):
+        pass
+
+
+@contextmanager
+def writing_clt(
+    sae: CrossLayerTranscoder,
+    config: Mapping[str, Any],
+    folder: str | Path,
+    model_name: str,
+    scan: str | None = None,
+) -> Iterator[Path]:
+    """Write a cross-layer transcoder as `write_clt` does, and yield the folder that becomes it, for what is
+    to lie beside it."""
     if text(model_name) is None:
         raise invalid("model_name", model_name, "the model's name", "name it as TransformerLens does")
     sources, targets = (of or "" for of in halves(config.get("site")))
@@ -116,9 +135,10 @@ def write_clt(
             "model_kind": "cross_layer_transcoder",
             "feature_input_hook": HOOKS[found[0]],
             "feature_output_hook": HOOKS[TARGET],
-            "scan": text(Path(folder).absolute().name) or model_name,
+            "scan": text(scan or Path(folder).absolute().name) or model_name,
         }
         _write_entries(part, entries)
+        yield part
 
 
 def _clt_thresholds(sae: CrossLayerTranscoder) -> Tensor | None:

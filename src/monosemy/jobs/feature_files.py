@@ -16,7 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +41,32 @@ def pairing(layer: int, latent: int) -> int:
     return (layer + latent) * (layer + latent + 1) // 2 + latent
 
 
-def write(target: Path, run: Path, folders: Mapping[int, Path], layout: str) -> None:
-    """Write features/ in a set's folder, of the latents of a run's transcoders by layer.
+def write(target: Path, run: Path, folders: Mapping[Path, Sequence[int]], layout: str) -> None:
+    """Write features/ in a set's folder, of the latents of a run's transcoders.
 
-    Raises ValueError for a file of the run that is damaged, or that belongs to another evaluation.
+    Of each folder come the layers that its latents belong to, an equal part to each, in order: those of a
+    cross-layer transcoder to several. Raises ValueError for a file of the run that is damaged, or that
+    belongs to another evaluation.
     """
     features = target / FOLDER
     features.mkdir()
     try:
         text = _Text(arrays.load(run / "eval_text.npz")[0])
-        latents = {layer: _Latents(folder, text) for layer, folder in sorted(folders.items())}
+        parts = {
+            layer: (of, part)
+            for folder, layers in folders.items()
+            for of in [_Latents(folder, text, len(layers))]
+            for part, layer in enumerate(layers)
+        }
         if layout == "files":
-            for layer, of in latents.items():
-                for latent, feature in enumerate(of.features()):
+            for layer, (of, part) in parts.items():
+                for latent, feature in enumerate(of.features(part)):
                     (features / f"{pairing(layer, latent)}.json").write_bytes(_json(feature))
             return
         index = {}
-        for layer, of in latents.items():
+        for layer, (of, part) in sorted(parts.items()):
             name = f"layer_{layer}.bin"
-            index[str(layer)] = {"filename": name, "offsets": _pack(features / name, of.features())}
+            index[str(layer)] = {"filename": name, "offsets": _pack(features / name, of.features(part))}
         (features / "index.json.gz").write_bytes(gzip.compress(_json(index), mtime=0))
     except (KeyError, IndexError) as error:
         allowed = "what one evaluation wrote, eval_text.npz and every latents.npz"
@@ -67,9 +74,9 @@ def write(target: Path, run: Path, folders: Mapping[int, Path], layout: str) -> 
         raise invalid("run", str(run), allowed, remedy) from error
 
 
-def lacking(run: Path, folders: Mapping[int, Path]) -> Path | None:
+def lacking(run: Path, folders: Iterable[Path]) -> Path | None:
     """Return the first file that features are made of and that is not there, if any."""
-    files = (run / "eval_text.npz", *(folder / "latents.npz" for folder in folders.values()))
+    files = (run / "eval_text.npz", *(folder / "latents.npz" for folder in folders))
     return next((file for file in files if not file.is_file()), None)
 
 
@@ -112,25 +119,29 @@ def as_shown(token: bytes) -> str:
 
 
 class _Latents:
-    """The columns of a transcoder's latents.npz, as features."""
+    """The columns of a transcoder's latents.npz, as features; its latents belong to some layers, an equal
+    part to each."""
 
-    def __init__(self, folder: Path, text: _Text) -> None:
+    def __init__(self, folder: Path, text: _Text, layers: int) -> None:
         self.columns, self.facts = arrays.load(folder / "latents.npz")
         self.text, self.name = text, f"{folder.parent.name}/{folder.name}"
         F, found = json_object(folder / "config.json").get("d_sae"), len(self.columns["count"])
         if found != F:
             allowed = f"of {F} latents, as in config.json"
             raise invalid(f"{self.name}/latents.npz", f"of {found}", allowed, "evaluate the run again")
+        self.of_layer = F // layers
         self.place = {int(latent): p for p, latent in enumerate(self.columns["page_latent"])}
         last = self.columns["page_at"].max(initial=-1) if "page_at" in self.columns else -1
         if text.ids_CL is not None and last >= text.ids_CL.size:
             raise IndexError(f"place {last} of {text.ids_CL.size} in the text")
 
-    def features(self) -> Iterator[dict[str, Any]]:
-        """Yield the feature of each latent, in order."""
-        count_F, max_F = self.columns["count"], self.columns["max"]
-        for latent, (count, largest) in enumerate(zip(count_F.tolist(), max_F.tolist(), strict=True)):
-            p = self.place.get(latent)
+    def features(self, part: int) -> Iterator[dict[str, Any]]:
+        """Yield the feature of each latent of a layer, in order."""
+        first = part * self.of_layer
+        here = slice(first, first + self.of_layer)
+        numbers = zip(self.columns["count"][here].tolist(), self.columns["max"][here].tolist(), strict=True)
+        for latent, (count, largest) in enumerate(numbers):
+            p = self.place.get(first + latent)
             feature: dict[str, Any] = {
                 "transcoder_id": self.name,
                 "index": latent,

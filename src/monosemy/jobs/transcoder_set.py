@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,35 +75,37 @@ def write_transcoder_set(
     if len(models) > 1 or None in (config.get("model") for config in members.values()):
         raise invalid("model", ", ".join(sorted(models))[:200], "one model", "copy the run's folder again")
     (model,) = models
-    if any(config.get("cross_layer") for config in members.values()):
-        _write_clt(members, target, HUB_NAMES.get(model, model), unfinished)
-        return
-    folders = _by_layer(members)
-    lacking = feature_files.lacking(run, folders)
+    lacking = feature_files.lacking(run, members)
     if lacking and features != "none":
         why = "nothing was kept of its latents (report_latents), or the run was not evaluated"
         log.info("no feature files for circuit-tracer's page: there is no %s; %s", lacking, why)
         features = "none"
     scan = feature_files.SCAN if features == "files" else None
-    opened, model = _Opened(folders, unfinished), HUB_NAMES.get(model, model)
-    with circuit_tracer.writing_set(opened, target, model, scan) as part:
+    named = (target, HUB_NAMES.get(model, model), scan)
+    layers: dict[Path, Sequence[int]]
+    if any(config.get("cross_layer") for config in members.values()):
+        folder = _across(members)
+        sae, config = formats.read(folder, "native", unfinished=unfinished)
+        assert isinstance(sae, CrossLayerTranscoder), folder
+        layers = {folder: range(sae.layers)}
+        writing = circuit_tracer.writing_clt(sae, config, *named)
+    else:
+        folders = _by_layer(members)
+        layers = {folder: [layer] for layer, folder in folders.items()}
+        writing = circuit_tracer.writing_set(_Opened(folders, unfinished), *named)
+    with writing as part:
         if features != "none":
-            feature_files.write(part, run, folders, features)
+            feature_files.write(part, run, layers, features)
 
 
-def _write_clt(
-    members: Mapping[Path, Mapping[str, Any]], target: Path, model_name: str, unfinished: bool
-) -> None:
-    """Write the one cross-layer transcoder of a trainer; its latents have no feature files yet."""
+def _across(members: Mapping[Path, Mapping[str, Any]]) -> Path:
+    """Return the folder of a trainer's one cross-layer transcoder. Raises ValueError where there are more."""
     if len(members) > 1:
         there = ", ".join(folder.parent.name for folder in members)
         allowed = "one cross-layer transcoder"
         raise invalid("run", there[:200], allowed, "convert a run that trained nothing else")
     (folder,) = members
-    sae, config = formats.read(folder, "native", unfinished=unfinished)
-    assert isinstance(sae, CrossLayerTranscoder), folder
-    circuit_tracer.write_clt(sae, config, target, model_name)
-    log.info("no feature files for circuit-tracer's page: those of cross-layer transcoders are not written")
+    return folder
 
 
 def _found(run: Path) -> dict[int, dict[Path, dict[str, Any]]]:
