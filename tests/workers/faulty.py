@@ -60,7 +60,8 @@ def happen(signal: int = 0, after: float = 0.0, fill: tuple[str, int] | None = N
     if fill:
         folder, room = fill
         free = shutil.disk_usage(folder).free
-        with open(os.path.join(folder, "filler"), "wb") as file:
+        # unbuffered: where another thread takes a page meanwhile, what is left is written and nothing raised
+        with open(os.path.join(folder, "filler"), "wb", buffering=0) as file:
             file.write(bytes(max(free - room, 0)))
     elif after:
         threading.Timer(after, os.kill, (os.getpid(), signal)).start()
