@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from monosemy.training.group import TrainerGroup
-from monosemy.training.trainer import SAETrainer, StepMetrics
+from monosemy.training.readback import StepMetrics
+from monosemy.training.trainer import SAETrainer
 
 
 class LoneTrainer(SAETrainer):

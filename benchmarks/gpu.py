@@ -1,7 +1,7 @@
 """Our steps on a GPU: how near they come to what the hardware allows, and dictionary_learning beside them.
 Whether they are right, `pytest -m gpu` tells.
 
-    python benchmarks/gpu.py --json gpu.jsonl    # everything, in under 6 minutes on one H100
+    python benchmarks/gpu.py --json gpu.jsonl    # everything, in under 8 minutes on one H100
     python benchmarks/gpu.py --only steps --architectures top_k gated --shapes 512x16384 --minutes 2
     python benchmarks/gpu.py --tiny              # tiny shapes on a CPU; its times mean nothing
 
@@ -19,6 +19,8 @@ steps: the eight architectures, the TopK kinds with AuxK, too; the encoder's pro
     takes at rates measured here: the encoder's product, a reading of it, the rows that
     decoding and its backward pass gather (or dense products, where these are faster), and for each parameter
     30 bytes (22 without a first moment). TARGET times the floor is aimed at.
+families: steps of transcoders with and without a linear map, of a crosscoder, and of cross-layer
+    transcoders, beside what benchmarks/gpu_cost.py foretells of them.
 kernels: where the time of a step goes, by kernel.
 sweep: 24 SAEs, 4 each of six architectures, in groups; their passes side by side, and one after the other.
 headlines: tokens per second through the activation stream and the sweep, over whole blocks: 24 SAEs on
@@ -61,6 +63,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_cost import Case, fields_of
+from benchmarks.gpu_families import families, this_device
 from benchmarks.harness import RELU, STEPS, TOP_K, Stepping, activations, drawn, member, thin_out
 from benchmarks.measuring import (
     GB,
@@ -94,6 +98,7 @@ ARCHITECTURES = TOP_K + RELU
 SECONDS = {
     "smoke": 60,
     "steps": 140,
+    "families": 90,
     "kernels": 20,
     "sweep": 45,
     "headlines": 70,
@@ -202,6 +207,8 @@ def time_steps(
         asked,
     )
     more = {"floor_ms": floor, "ratio": ms / floor, "eager_ms": eager_ms, "peak_bytes": memory, "l0": l0}
+    more |= {"device": this_device(device)}
+    more |= fields_of(Case((name,), D, F, dense=dense, auxk=auxk, B=sizes.B, k=sizes.k))
     report.add(label(name, D, F, dense) + " AuxK" * auxk, ms, "ms", note=note, **more)
 
 
@@ -553,8 +560,8 @@ def compare_with_peer(rows: list[Row]) -> None:
 # --- the command --------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Report], None]] = {
-    "smoke": smoke, "steps": steps, "kernels": kernels, "sweep": sweep, "headlines": headlines,
-    "peers": peers,
+    "smoke": smoke, "steps": steps, "families": families, "kernels": kernels, "sweep": sweep,
+    "headlines": headlines, "peers": peers,
 }  # fmt: skip
 
 

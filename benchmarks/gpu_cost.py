@@ -4,6 +4,7 @@
     python benchmarks/gpu_cost.py --shapes 2304x65536 --architectures top_k --auxk --kinds
     python benchmarks/gpu_cost.py --members 4 --shapes 512x4096    # 4 SAEs of each architecture in one sweep
     python benchmarks/gpu_cost.py --measured --device H200         # beside what an H200 took
+    python benchmarks/gpu_cost.py --keep gpu.jsonl                 # add what benchmarks/gpu.py wrote to it
 
 A step of the very code that trains runs on meta tensors, which have shapes and no numbers, with the lists of
 fixed capacity that a GPU has. Every ATen operation and every Triton launch is recorded with the bytes that it
@@ -24,10 +25,10 @@ import argparse
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.harness import RELU, TOP_K, member, settings
 from monosemy import ops
+from monosemy.errors import invalid
 from monosemy.families import Family
 from monosemy.jobs.gpus import DEVICES, Device, least_seconds
+from monosemy.ops import pattern
 from monosemy.sae import architecture
 from monosemy.training.group import TrainerGroup, group_trainers
 from monosemy.training.trainer import SAETrainer
@@ -54,6 +57,9 @@ SWEPT = ("standard", "jump_relu", "batch_top_k", "top_k", "gated", "p_anneal")
 
 
 # --- counting -----------------------------------------------------------------------------------------------
+
+
+SAVED = "saved by branches"
 
 
 @dataclass
@@ -67,9 +73,13 @@ class Launch:
     smaller: int = 0  # of a product's widths
     seconds: float = 0.0
     launches: int = 1
+    beside: tuple[Sequence[Launch], ...] = ()  # branches of a graph that run beside each other
 
     def time(self, device: Device) -> float:
-        """Return its seconds."""
+        """Return its seconds; below zero what branches save."""
+        if self.name == SAVED:
+            times = [sum(launch.time(device) for launch in branch) for branch in self.beside]
+            return -min(times) if times else self.seconds
         moved = self.bytes / device.copy + self.gathered / device.gather + self.seconds
         product = self.products / device.product_rate(self.smaller) if self.products else 0.0
         return max(self.launches * device.launch, moved, product)
@@ -97,16 +107,23 @@ def _decode(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     return Launch("", size(a["out_RD"]), 1.4 * entries(len(a["values_N"])) * D * a["W_FD"].element_size())
 
 
+def _dots(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
+    number = entries(len(a["dots_N"]))
+    moved = 4 * number + size(a["rows_RD"])
+    return Launch("", moved, 1.1 * number * a["D"] * a["W_FD"].element_size())
+
+
 def _by_latent(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
     number = entries(len(a["order_N"]))
     bytes_of_one = a["rows_RD"].element_size()
-    # of rows in bfloat16 fewer bytes are on their way at a time
-    gathered = number * a["D"] * bytes_of_one * (1.7 if bytes_of_one == 2 else 1)
+    # of short rows in bfloat16 fewer bytes are on their way at a time
+    slower = 1.7 if a["D"] <= 1024 else 1.2
+    gathered = number * a["D"] * bytes_of_one * (slower if bytes_of_one == 2 else 1)
     # of AuxK's rows, which are added to what is there, only those of dead latents
     written = 0 if a["out_FD"] is None else 2 * min(number, a["F"]) if a["ADD"] else a["F"]
-    read = min(number, a["F"]) * a["D"] * a["W_FD"].element_size() if a["W_FD"] is not None else 0
+    read = 0 if a["p_FD"] is None else min(number, a["F"]) * a["D"] * a["p_FD"].element_size()
     # programs of latents without entries, which are many where lists are long and wide
-    programs = (a["F"] + len(a["order_N"]) / a["CHUNK"]) * math.ceil(a["D"] / a["BLOCK_D"])
+    programs = a["F"] + len(a["order_N"]) / a["CHUNK"]
     return Launch("", read + 4 * a["D"] * written, gathered, seconds=PROGRAM * programs)
 
 
@@ -129,7 +146,7 @@ def _update(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
 
 
 def _square_norms(a: dict[str, Any], entries: Callable[[int], float]) -> Launch:
-    return Launch("", a["p"].numel() * (4 if a["CONSTRAINT"] == "free" else 8))
+    return Launch("", len(a["parts_SP"]) * a["n"] * (4 if a["CONSTRAINT"] == "free" else 8))
 
 
 def _reads(name: str, seconds: float, share: float = 1.0) -> Rule:
@@ -146,6 +163,7 @@ RULES: dict[str, Rule] = {
     "_decode_kernel": _decode,
     "_add_scaled_rows_kernel": _add_scaled_rows,
     "_by_latent_kernel": _by_latent,
+    "_dots_kernel": _dots,
     "_join_kernel": _join,
     "_sum_kernel": _sums,
     "_update_kernel": _update,
@@ -164,7 +182,7 @@ RULES: dict[str, Rule] = {
 
 FREE = (  # operations that launch nothing
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
-    "squeeze", "squeeze_",
+    "squeeze", "squeeze_", "split_with_sizes",
     "as_strided", "detach", "alias", "unbind", "split", "empty", "empty_like", "new_empty", "empty_strided",
     "new_empty_strided", "reshape", "_reshape_alias", "unfold", "view_as", "lift_fresh", "diagonal", "item",
 )  # fmt: skip
@@ -209,6 +227,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, entries: Callable[[int], float]) -> None:
         super().__init__()
         self.entries, self.launches = entries, list[Launch]()
+        self.hiding = 0  # launches beside which a branch has run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -217,6 +236,26 @@ class Recorder(TorchDispatchMode):
             inputs = [*_flat(args), *(v for k, v in (kwargs or {}).items() if k != "out")]
             self.launches.append(aten_launch(name, inputs, output))
         return output
+
+    def clear(self) -> None:
+        """Forget what was launched."""
+        self.launches, self.hiding = [], 0
+
+    def aside(self, part: Callable[[], Any]) -> Callable[[], Any]:
+        """Record what `monosemy.system.streams.aside` puts on a branch."""
+        main, self.launches = self.launches, []
+        result, branch, forked = part(), self.launches, len(main)
+        self.launches = main
+
+        def wait() -> Any:
+            # what hid one branch hides no other
+            meanwhile = self.launches[max(forked, self.hiding) :]
+            self.hiding = len(self.launches)
+            saved = Launch(SAVED, 0.0, launches=0, beside=(branch, meanwhile))
+            self.launches += [*branch, saved]
+            return result
+
+        return wait
 
     def kernel(self, kernel: Any) -> Callable[..., Any]:
         """Return what a Triton kernel is called with instead of being launched."""
@@ -250,6 +289,7 @@ def as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
         patch.object(Tensor, "is_cuda", is_cuda, create=True),
         patch.object(JITFunction, "__getitem__", get),
         patch.object(InterpretedFunction, "__getitem__", get, create=True),
+        patch.object(pattern, "aside", recorder.aside),
         ops.use_backend("triton"),
     ):
         yield
@@ -268,10 +308,26 @@ class Case:
     dense: bool = False
     auxk: bool = False
     members: int = 1
-    transcode: bool = False  # from D to D, with a skip connection
+    transcode: bool = False  # from D to D
+    skip: bool = True  # of a transcoder: with a linear map
     layers: int = 1  # of a cross-layer transcoder, F latents of each
+    sources: int = 1  # of a crosscoder, D of each
     B: int = 2048
     k: int = 80
+
+    @property
+    def family(self) -> Family:
+        """What the SAEs are."""
+        if self.layers > 1:
+            return Family(transcode=True, cross_layer=True)
+        if self.sources > 1:
+            return Family(crosscode=True)
+        return Family(transcode=self.transcode, skip_connection=self.transcode and self.skip)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the sites of a batch."""
+        return (self.D,) * (2 * self.layers if self.layers > 1 else max(self.sources, 1 + self.transcode))
 
     @property
     def label(self) -> str:
@@ -281,8 +337,11 @@ class Case:
             else f"{len(self.architectures)} kinds"
         )
         count = "" if self.members == 1 else f"{self.members} each of "
-        how = " skip transcoder" * self.transcode + " dense" * self.dense + " AuxK" * self.auxk
+        how = (
+            f"{' skip' * self.skip} transcoder" * self.transcode + " dense" * self.dense + " AuxK" * self.auxk
+        )
         across = f" across {self.layers} layers" if self.layers > 1 else ""
+        across += f" of {self.sources} sources" if self.sources > 1 else ""
         return f"{count}{names} {self.D}x{self.F}{how}{across}"
 
 
@@ -315,7 +374,8 @@ class Cost:
         found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
         for launch in self.launches:
             seconds = launch.time(device)
-            name = launch.name if seconds > 2 * launch.launches * device.launch else "small"
+            small = 0 <= seconds <= 2 * launch.launches * device.launch
+            name = "small" if small else launch.name
             found[name][0] += launch.launches
             found[name][1] += seconds
         return {name: (int(n), s) for name, (n, s) in sorted(found.items(), key=lambda item: -item[1][1])}
@@ -330,14 +390,13 @@ def cost(case: Case) -> Cost:
         return 0.0 if case.auxk and length == case.B * (case.D // 2) else min(length, case.B * case.k)
 
     recorder = Recorder(entries)
-    sites = 2 * case.layers if case.layers > 1 else 1 + case.transcode
-    x_BD = torch.empty(case.B, sites * case.D, device="meta")
+    x_BD = torch.empty(case.B, sum(case.widths), device="meta")
     with as_on_a_gpu(recorder):
         groups = group_trainers(_members(case))
         for group in groups:
             group.launches = [slice(0, len(group.trainers))]
         _step(groups, x_BD, 100)
-        recorder.launches.clear()
+        recorder.clear()
         with recorder:
             _step(groups, x_BD, 101)
     return Cost(case, len(groups), recorder.launches)
@@ -349,12 +408,7 @@ def _members(case: Case) -> Iterator[SAETrainer]:
     for name in case.architectures:
         for i in range(case.members):
             with torch.device("meta"):
-                family = Family(transcode=case.transcode, skip_connection=case.transcode)
-                widths = (case.D,) * (1 + case.transcode)
-                if case.layers > 1:
-                    family = Family(transcode=True, cross_layer=True)
-                    widths = (case.D,) * (2 * case.layers)
-                sae = family.make(name, widths, case.F, settings(name, case.k))
+                sae = case.family.make(name, case.widths, case.F, settings(name, case.k))
             dense = case.dense and name in RELU
             yield member(
                 sae, f"{name} {i}", case.B, case.k, workspace=workspace, dense=dense, any_dead=case.auxk
@@ -369,12 +423,13 @@ def _step(groups: Sequence[TrainerGroup], x_BD: Tensor, step: int) -> None:
 
 def floor(case: Case, device: Device) -> float:
     """Return the least seconds of a step of the same maths."""
-    sizes: dict[str, Any] = {"B": case.B, "D": case.D, "F": case.F, "k": case.k, "layers": case.layers}
+    D, skip = case.D * case.sources, case.family.skip_connection  # sources lie side by side
+    sizes: dict[str, Any] = {"B": case.B, "D": D, "F": case.F, "k": case.k, "layers": case.layers}
     total = 0.0
     for name in case.architectures:
         moments = architecture(name).memory.moments
         dense = case.dense and name in RELU
-        total += least_seconds(name, moments, device, **sizes, dense=dense, skip=case.transcode)
+        total += least_seconds(name, moments, device, **sizes, dense=dense, skip=skip)
     return case.members * total
 
 
@@ -398,11 +453,58 @@ def read_measured(device: str = "H100", path: Path = MEASURED) -> dict[Case, Mea
         row = json.loads(text)
         if row["device"] != device:
             continue
-        names = ("D", "F", "dense", "auxk", "members")
-        case = Case(tuple(row["architectures"]), **{name: row[name] for name in names})
+        case = case_of(row)
         launches = [Launch(*values) for count, *values in row["launches"] for _ in range(count)]
         rows[case] = Measured(row["ms"], row.get("peak_bytes"), Cost(case, row["graphs"], launches))
     return rows
+
+
+def fields_of(case: Case) -> dict[str, Any]:
+    """Return what a row says of its case; `case_of` reads it."""
+    return asdict(case) | {"architectures": list(case.architectures)}
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """Return the case of a row. What it does not say is as in a step of an autoencoder."""
+    known = {field.name for field in fields(Case)} & row.keys()
+    return Case(**{name: row[name] for name in known} | {"architectures": tuple(row["architectures"])})
+
+
+def kept(row: dict[str, Any]) -> str:
+    """Return the line of gpu_measured.jsonl of a row that benchmarks/gpu.py wrote, with what a step of the
+    code as it is launches."""
+    case = case_of(row)
+    counted = cost(case)
+    said = {name: value for name, value in fields_of(case).items() if value != getattr(Case, name, None)}
+    always = {name: getattr(case, name) for name in ("D", "F", "dense", "auxk", "members")}
+    numbers = {"ms": round(row["value"], 4), "peak_bytes": row["peak_bytes"] and int(row["peak_bytes"])}
+    rates = DEVICES[row["device"]]
+    launched = Counter(
+        astuple(replace(launch, seconds=launch.time(rates), beside=()) if launch.name == SAVED else launch)[
+            :-1
+        ]
+        for launch in counted.launches
+    )
+    launches = {"graphs": counted.graphs, "launches": [[n, *launch] for launch, n in launched.items()]}
+    line = {"device": row["device"], "architectures": [], **always, **said, **numbers, **launches}
+    return json.dumps(line, separators=(",", ":"))
+
+
+def keep(written: Path, path: Path = MEASURED) -> int:
+    """Add the steps that benchmarks/gpu.py measured to a file of them; return how many. Those that were
+    there of the same device and case go. Raises ValueError for a device whose rates are not known."""
+    rows = [json.loads(text) for text in written.read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "architectures" in row and row["value"] is not None]
+    if strange := {row["device"] for row in steps} - DEVICES.keys():
+        remedy = "add the line of DEVICES that benchmarks/gpu.py prints for it"
+        raise invalid("device", sorted(strange), ", ".join(DEVICES), remedy)
+    new = {(row["device"], case_of(row)) for row in steps}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    parsed = [json.loads(line) for line in lines]
+    there = zip(lines, [(row["device"], case_of(row)) for row in parsed], strict=True)
+    left = [line for line, case in there if case not in new]
+    path.write_text("".join(f"{line}\n" for line in [*left, *map(kept, steps)]), encoding="utf-8")
+    return len(steps)
 
 
 HEAD = (
@@ -436,7 +538,9 @@ def row(counted: Cost, device: Device, measured: Measured | None) -> dict[str, A
         "auxk": case.auxk,
         "members": case.members,
         "transcode": case.transcode,
+        "skip": case.family.skip_connection,
         "layers": case.layers,
+        "sources": case.sources,
         "launches": counted.count,
         "bytes": counted.bytes,
         "products": counted.products,
@@ -451,7 +555,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         alone = [(name,) for name in args.architectures]
         for names in alone if args.members == 1 else [tuple(args.architectures)]:
             shared = {"auxk": args.auxk, "members": args.members}
-            shared |= {"transcode": args.transcode, "layers": args.layers}
+            shared |= {"transcode": args.transcode, "layers": args.layers, "sources": args.sources}
             yield Case(names, D, F, **shared)
             if set(names) & set(RELU):
                 yield Case(names, D, F, dense=True, **shared)
@@ -470,11 +574,18 @@ def main() -> None:
     parser.add_argument("--auxk", action="store_true", help="with AuxK, while no latent is dead")
     parser.add_argument("--transcode", action="store_true", help="skip transcoders instead of autoencoders")
     parser.add_argument("--layers", type=int, default=1, help="of cross-layer transcoders, where above 1")
+    parser.add_argument("--sources", type=int, default=1, help="of crosscoders, where above 1")
     parser.add_argument("--device", choices=DEVICES, default="H100", help="whose rates")
     parser.add_argument("--measured", action="store_true", help="the cases of gpu_measured.jsonl")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="add the steps in what benchmarks/gpu.py wrote to that file"
+    )
     parser.add_argument("--kinds", action="store_true", help="launches and time of each step by kernel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a line for each row, too")
     args = parser.parse_args()
+    if args.keep:
+        print(f"{keep(args.keep)} steps are in {MEASURED} now")
+        return
     args.architectures = args.architectures or list(SWEPT if args.members > 1 else TOP_K + RELU)
     device, measured = DEVICES[args.device], read_measured(args.device)
     print(HEAD)

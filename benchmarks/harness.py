@@ -64,7 +64,9 @@ def drawn(name: str, D: int, F: int, k: int, device: torch.device) -> SAE:
 
 @torch.no_grad()
 def thin_out(sae: SAE, x_BD: Tensor, k: int) -> None:
-    """Lower b_enc alike for all latents until k of each token's are active on average."""
+    """Lower b_enc alike for all latents until k of each token's are active on average. Of a transcoder's
+    batch what it reads."""
+    x_BD, _ = sae.operands(x_BD)
     # no token has more of them
     candidates = (x_BD @ sae.W_enc.T + sae.b_enc).topk(min(32 * k, sae.d_sae), dim=1).values.flatten()
     sae.b_enc.sub_(
@@ -98,7 +100,7 @@ def member(
     made.sparse, made.any_dead = made.sae.always_sparse or not dense, any_dead
     # in the dense layout, and of the TopK kinds, no list can be full
     limited = made.sparse and not made.sae.always_sparse
-    made.capacity = min(CAPACITY_FACTOR * (k + 1), sae.d_sae) * B if limited else 0
+    made.capacity = min(CAPACITY_FACTOR * (k * sae.layers + 1), sae.d_sae) * B if limited else 0
     return made
 
 

@@ -166,7 +166,7 @@ def watched(member: LoneTrainer, x_BD: Tensor, step: int, grads: dict[str, Tenso
         return (
             result
             if grads is None
-            else result._replace(grads={name: grad.clone() for name, grad in grads.items()})
+            else result._replace(grads={n: grad.clone() for n, grad in grads.items()}, row_norms={})
         )
 
     member.forward = watch

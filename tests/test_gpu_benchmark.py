@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.gpu_cost import DEVICES, case_of, cost, keep, read_measured
 from benchmarks.measuring import TINY, Rates, Report, Row, Sizes, line
 
 SCRIPT = Path(gpu.__file__)
@@ -59,6 +60,18 @@ def test_the_tiny_form_runs_every_section(
         steps["gated 24x128"]["l0"] == pytest.approx(TINY.k, rel=0.3)
         and steps["gated 24x128 dense"]["l0"] > 20
     )
+    families = by_section["families"]
+    assert [row["case"] for row in families] == [
+        "batch_top_k 24x128 skip transcoder",
+        "batch_top_k 24x128 of 2 sources",
+        "batch_top_k 16x64 across 3 layers",
+    ]
+    for row in families:
+        counted = cost(case_of(row))
+        assert row["predicted_ms"] == pytest.approx(counted.seconds(DEVICES["H200"]) * 1e3)
+        assert (
+            row["value"] > 0 and row["device"] == "CPU" and row["l0"] == pytest.approx(TINY.k * row["layers"])
+        )
     speeds = [row for row in by_section["headlines"] if row["unit"] == "tokens/s"]
     assert len(speeds) == 3
     assert all(row["hours_500M"] == pytest.approx(500e6 / row["value"] / 3600) for row in speeds)
@@ -74,6 +87,29 @@ def test_it_prints_a_table_of_what_it_writes(
     assert all(line(row) in done.stdout[head:] for row in rows)
     assert any(row["note"] == "needs a GPU" for row in rows if row["section"] == "sweep")
     assert any(row["note"] == "peer not at hand" for row in rows if row["section"] == "peers")
+
+
+def test_what_was_measured_is_kept(
+    tiny: tuple[subprocess.CompletedProcess[str], list[Row]], tmp_path: Path
+) -> None:
+    """By case, with what the code launches; of a case that was there before, the new time alone."""
+    written, measured = tmp_path / "rows.jsonl", tmp_path / "measured.jsonl"
+    rows = [row for row in tiny[1] if row["section"] in ("steps", "families")]
+    written.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="device is .*CPU.*H200"):
+        keep(written, measured)
+    for ms in (7.0, 9.0):
+        times = [row | {"device": "H200", "value": ms, "peak_bytes": 1e6} for row in rows]
+        written.write_text("".join(json.dumps(row) + "\n" for row in times))
+        assert keep(written, measured) == 7
+        read_measured.cache_clear()
+        found = read_measured("H200", measured)
+        assert len(found) == 7 and {one.ms for one in found.values()} == {ms}
+    for case, one in found.items():
+        now = cost(case)
+        assert one.then.count == now.count and one.then.bytes == pytest.approx(now.bytes)
+        assert (case.B, case.k, one.peak_bytes) == (TINY.B, TINY.k, 1_000_000)
+    read_measured.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

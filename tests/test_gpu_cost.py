@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_cost import DEVICES, Case, cost, floor, read_measured, row
+from benchmarks.gpu_cost import DEVICES, Case, Cost, cost, floor, read_measured, row
 from benchmarks.harness import RELU, TOP_K
 
 H100, MEASURED = DEVICES["H100"], read_measured()
@@ -26,20 +26,26 @@ def test_it_foretells_what_was_measured(device: str, case: Case) -> None:
     ids=[f"{device}-{case.label}" for device, case in EVERY if case.members == 1],
 )
 def test_a_step_costs_no_more_than_it_did(device: str, case: Case) -> None:
-    """Launches, bytes and predicted time beside those of the code that was measured."""
+    """Launches, bytes of memory and predicted time beside those of the code that was measured. Rows that are
+    gathered come from the cache for the most part, and count by their time."""
     now, then, rates = cost(case), read_measured(device)[case].then, DEVICES[device]
     assert now.count <= then.count
-    assert now.bytes <= 1.01 * then.bytes
+    assert of_memory(now) <= 1.01 * of_memory(then)
     assert floor(case, rates) < now.seconds(rates) <= 1.01 * then.seconds(rates)
+
+
+def of_memory(counted: Cost) -> float:
+    return sum(launch.bytes for launch in counted.launches)
 
 
 @pytest.mark.parametrize("name", TOP_K + RELU)
 def test_the_big_kernels_of_a_step_are_seen(name: str) -> None:
-    """One product of the encoder, a decoder pass, two gradients by latent, an update of each parameter."""
+    """One product of the encoder, a decoder pass and its gradient's, two gradients by latent, an update of
+    each parameter."""
     names = [launch.name for launch in cost(Case((name,), 64, 512, k=8)).launches]
     assert names.count("addmm") == 1
-    assert names.count("decode") == (2 if name == "gated" else 1)
-    assert names.count("by_latent") == (3 if name == "gated" else 2)
+    assert names.count("decode") == names.count("dots") == (2 if name == "gated" else 1)
+    assert names.count("by_latent") == 2
     assert names.count("update") >= 3
 
 

@@ -42,6 +42,8 @@ class Execution:
     """Entries that the lists of the sparse layout hold on a GPU, where their lengths are fixed."""
     dead_at_most: int | None = None
     """Latents of a mask that `top_k_among` selects from, at most: so long are its lists then."""
+    decoder_constraint: ops.Constraint | None = None
+    """On the decoder's rows, where the gradients' norms are asked for; None: they are not."""
     shards: ops.LatentShards | None = None
     """The ranks that hold the latents together; None: they are all here."""
 
@@ -255,12 +257,14 @@ class Preactivations:
         self.gradients: dict[tuple[int, int], ops.WeightGradient] = {}
         self.centered_BD = x_BD if b_dec_D is None else x_BD - b_dec_D.detach()
         self.bf16 = execution.bf16
+        # what the product and its backward pass take
+        self.operand_BD = self.centered_BD.bfloat16() if self.bf16 and x_BD.is_cuda else self.centered_BD
         self.product = ops.preactivations(
-            self.centered_BD,
+            self.operand_BD,
             W_enc_FD,
             b_enc_F,
             bf16=self.bf16,
-            bf16_FD=self.bf16_copy(W_enc_FD),
+            bf16_copies=(self.bf16_copy(W_enc_FD), self.bf16_copy(b_enc_F)),
             use_estimate=execution.use_estimate,
             workspace=execution.workspace,
         )
@@ -298,8 +302,21 @@ class Preactivations:
                 if workspace is not None and ops.lends(W_FD)
                 else None
             )
-            known = self.gradients[_begin(W_FD)] = ops.WeightGradient(lent_FD)
+            norms, constraint = None, self.execution.decoder_constraint
+            if constraint is not None and ops.takes_norms(W_FD):
+                encoder = _begin(W_FD) == _begin(self.weights[0])
+                norms = ops.RowNorms(W_FD.detach(), "free" if encoder else constraint)
+            known = self.gradients[_begin(W_FD)] = ops.WeightGradient(lent_FD, norms)
         return known
+
+    def row_norms(self, parameter: Tensor, grad: Tensor) -> Tensor | None:
+        """Return the norms of the rows of a parameter's gradient, or of parts of rows, where a kernel left
+        them and autograd added nothing to what it wrote."""
+        gradient = self.gradients.get(_begin(parameter))
+        norms = None if gradient is None else gradient.norms
+        if norms is None or norms.gradient_FD is None or _begin(norms.gradient_FD) != _begin(grad):
+            return None
+        return norms.of_parts_FK
 
     def whole(self, x: Tensor) -> Tensor:
         """Return what a sum over the latents here is over all; takes the memory of `x`."""
@@ -362,7 +379,7 @@ class Preactivations:
         assert isinstance(self.product, Tensor), "the dense layout needs the exact product"
         values_BF, again_BF, mask_BF, sums_F, counts_F = ops.encode_dense(
             *self.weights,
-            self.centered_BD,
+            self.operand_BD,
             self.product,
             threshold,
             self.buffer,
@@ -376,6 +393,8 @@ class Preactivations:
     def _sparse(self, selection: ops.Selection, *, padded: bool) -> SparseCodes:
         F, padded = self.product_BF.shape[1], padded and self.product_BF.is_cuda
         pattern = ops.SparsePattern(selection.indices_N, selection.offsets_B1, F, padded=padded)
+        if pattern.indices_N.is_cuda and torch.is_grad_enabled():  # the backward pass needs it
+            ops.sort_aside(pattern)
         how = (self.gathered(self.weights[0]), self.gradient(self.weights[0]))
-        values_N = ops.encode_sparse(*self.weights, self.centered_BD, selection.values_N, pattern, *how)
+        values_N = ops.encode_sparse(*self.weights, self.operand_BD, selection.values_N, pattern, *how)
         return SparseCodes(self, values_N, pattern)

@@ -111,6 +111,9 @@ class ModelConfig:
 
     resid_mid is the residual stream between attention and MLP, mlp_in what the MLP reads.
     """
+    lm_shards: Annotated[int, AT_LEAST_1] = 1
+    """Ranks that hold the language model together, where it is too large for one (docs/scale.md). Activations
+    depend on it by rounding."""
     llm_batch_size: Annotated[int, AT_LEAST_1] | None = None
     """Contexts of a forward pass of the language model.
 

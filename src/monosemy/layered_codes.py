@@ -129,8 +129,10 @@ class LayeredPreactivations(Preactivations):
         return dataclasses.replace(self.execution, workspace=own, bf16_copies=copies)
 
     def _part(self, W: Tensor, layer: int) -> Tensor:
-        """Return a layer's part of the encoders or of the decoders."""
+        """Return a layer's part of the encoders, of their biases or of the decoders."""
         L, F, D = self.shape
+        if W.ndim == 1:
+            return W.chunk(L)[layer]
         return W.view(L, F, D)[layer] if len(W) == L * F else decoders(W, L)[layer]
 
     @property

@@ -92,6 +92,14 @@ def check_latent_shards(number: int, d_sae: int, *, ranks: int | None = None, wh
         raise invalid(field, number, f"1 for {whole_kind}", remedy)
 
 
+def check_lm_shards(number: int, ranks: int) -> None:
+    """Check that teams of `number` ranks divide those of a job. Raises ValueError."""
+    if ranks % number:
+        allowed = f"a divisor of the number of ranks, {ranks}"
+        remedy = "change it, or start the job by torchrun with more processes"
+        raise invalid("lm_shards", number, allowed, remedy)
+
+
 def check(config: object) -> None:
     """Turn JSON's lists and paths into a setting's type.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from monosemy import ops
 from monosemy.ops import reference
 from monosemy.ops.backends import backend_for
-from monosemy.ops.pattern import Selection, SparsePattern
+from monosemy.ops.pattern import RowNorms, Selection, SparsePattern
 from monosemy.ops.reference import Adam, AdamStep, Constraint, Counters, Parameter, StepOutcome
 from tests.gpu.sizes import DEVICE, FORMULAS, SIZES
 
@@ -196,6 +196,11 @@ def check_sums(fast: Any, device: torch.device) -> None:
                 for got, wanted in both:
                     errors.near(f"encode_backward, {x.dtype}", got, wanted)
 
+            if getattr(fast, "TAKES_NORMS", False):
+                check_norms(fast, errors, padded_N, W_FD, x_BD, pattern)
+            least_R = torch.where(torch.rand(B, device=device) < 0.3, torch.inf, x_BD[:, 0])
+            mean, exact_mean = fast.mean_of_finite(least_R), reference.mean_of_finite(least_R.double())
+            errors.near("mean_of_finite", mean.nan_to_num(7.0), exact_mean.nan_to_num(7.0))
             if hasattr(fast, "row_norms"):
                 factors_F, total_FD = torch.randn(F, device=device), torch.randn(F, D, device=device)
                 wanted_FD = torch.addcmul(total_FD.double(), W_FD.double(), factors_F.double()[:, None])
@@ -230,6 +235,42 @@ def check_sums(fast: Any, device: torch.device) -> None:
                 for got in (got_values, fast.decode_backward(g_RD, padded_N, rows_FD, b, False)[0]):
                     errors.near(f"decode_backward{name}, values", got[:n], d_values)
     errors.check()
+
+
+def check_norms(
+    fast: Any, errors: Errors, values_N: Tensor, W_FD: Tensor, x_BD: Tensor, e: SparsePattern
+) -> None:
+    """The norms of gradients' rows that kernels leave on their way: those of what the update takes."""
+    W_FD = normalize(W_FD, dim=1)
+    for dtype, constraint in itertools.product(
+        (torch.float32, torch.bfloat16), get_args(reference.Constraint)
+    ):
+        x, W = x_BD.to(dtype), W_FD.to(dtype)
+        norms = RowNorms(W_FD, constraint)
+        poison(W_FD.device)
+        _, d_W_FD = fast.decode_backward(x, values_N, W, e, True, norms)
+        # what is left of a row along its weights is the rounding of its own square
+        own = d_W_FD.double().square().sum(1)
+        got, wanted = norms_of(norms).square() + own, norms_wanted(W_FD, d_W_FD, constraint).square() + own
+        errors.near(f"squares of norms, {constraint}", got, wanted)
+        errors.places("norms, of another array", float(norms.gradient_FD is not d_W_FD))
+    norms = RowNorms(W_FD, "free")
+    d_W_FD, _ = fast.encode_backward(values_N, x, e, norms)
+    errors.near("norms, of the encoder", norms_of(norms), norms_wanted(W_FD, d_W_FD, "free"))
+    nothing = RowNorms(W_FD, "free")
+    fast.decode_backward(x, values_N, W, e, False, nothing)
+    errors.places("norms, of no gradient", float(nothing.of_parts_FK is not None))
+
+
+def norms_of(norms: RowNorms) -> Tensor:
+    """The norm of each row from those of its parts."""
+    assert norms.of_parts_FK is not None, "no norms"
+    return norms.of_parts_FK.double().square().sum(1).sqrt()
+
+
+def norms_wanted(p_FD: Tensor, g_FD: Tensor, constraint: Constraint) -> Tensor:
+    """The norm of each row of a gradient as the update takes it."""
+    return reference._projected(p_FD.double(), g_FD.double(), constraint).norm(dim=1)
 
 
 def check_estimate(fast: Any, device: torch.device) -> None:
@@ -381,12 +422,22 @@ def check_update(fast: Any, device: torch.device) -> None:
     errors.check()
 
 
+def row_norms_of(p: Tensor, grads: Sequence[Tensor], constraint: Constraint) -> list[Tensor]:
+    """The norms of parts of the rows of each SAE's gradient, as kernels leave them."""
+    return [
+        torch.stack([norms_wanted(p_FD, g, constraint) / 2**0.5] * 2, dim=1).float()
+        for p_FD, g in zip(p, grads, strict=True)
+    ]
+
+
 def check_adam_step(fast: Any, device: torch.device) -> None:
-    """Updates of all parameters of four SAEs: one clipped, one not, one with a gradient and one with a loss
-    that is not a number. Of sharded ones the norm is added up over ranks: here over three that are alike."""
+    """Updates of all parameters of four SAEs: one clipped, one not or skipped, one with a gradient and one
+    with a loss that is not a number; with norms of rows that are known. Of sharded ones the norm is added up
+    over ranks: here over three that are alike."""
     errors = Errors()
     constraints: tuple[Constraint, ...] = ("free", "free", "project")
-    for (_, D, F, _), (clip, shards) in itertools.product(SIZES.sums, ((1.0, 1), (None, 1), (1.0, 3))):
+    kinds = ((1.0, 1, None, False), (None, 1, False, False), (1.0, 3, True, False), (1.0, 1, True, True))
+    for (_, D, F, _), (clip, shards, skips, known) in itertools.product(SIZES.sums, kinds):
         shapes, S = ((F, D), (F,), (F, D)), 4
         p = [normalize(torch.randn(S, *shape, device=device), dim=-1) for shape in shapes]
         grads = [[torch.randn(*shape, device=device) for _ in range(S)] for shape in shapes]
@@ -394,6 +445,7 @@ def check_adam_step(fast: Any, device: torch.device) -> None:
             of_parameter[1] *= 1e-4
             of_parameter[2].view(-1)[-1] = torch.nan
         loss_S = torch.tensor([1.0, 2.0, 3.0, torch.nan], device=device)
+        skip_S = torch.tensor([False, skips, False, False], device=device) if skips is not None else None
         lr_S, steps_S = torch.full((S,), 1e-2, device=device), torch.full((S,), 6.0, device=device)
         got, wanted = (
             [
@@ -406,6 +458,7 @@ def check_adam_step(fast: Any, device: torch.device) -> None:
                     constraint,
                     in_norm=clip is not None or each.ndim == 2,
                     sharded=shards > 1 and constraint == "project",
+                    row_norms=row_norms_of(each, of_each, constraint) if known and each.ndim == 3 else None,
                 )
                 for each, of_each, constraint in zip(p, grads, constraints, strict=True)
             ]
@@ -414,9 +467,9 @@ def check_adam_step(fast: Any, device: torch.device) -> None:
         adam = Adam(clip, (0.9, 0.999), 1e-8, None if shards == 1 else lambda square: 3 * square)
         counted = [steps_S.clone(), steps_S.double()]
         poison(device)
-        updated = fast.adam_step(got, loss_S, lr_S, counted[0], adam)
-        reference.adam_step(wanted, loss_S.double(), lr_S.double(), counted[1], adam)
-        errors.places("adam_step, updated", float(updated.tolist() != [True, True, False, False]))
+        updated = fast.adam_step(got, loss_S, lr_S, counted[0], adam, skip_S)
+        reference.adam_step(wanted, loss_S.double(), lr_S.double(), counted[1], adam, skip_S)
+        errors.places("adam_step, updated", float(updated.tolist() != [True, not skips, False, False]))
         errors.places("adam_step, steps", (counted[0] != counted[1]).sum())
         for a, b in zip(got, wanted, strict=True):
             errors.near("adam_step", a.p, b.p)

@@ -18,7 +18,7 @@ from benchmarks.alone import LoneTrainer
 from benchmarks.harness import RELU, TOP_K, activations
 from monosemy.ops import LatentShards
 from tests.gpu.sizes import DEVICE, SIZES
-from tests.gpu.test_steps import LOSS_ERROR, needs_gpu, spec_and_schedule
+from tests.gpu.stepping import LOSS_ERROR, needs_gpu, spec_and_schedule
 
 pytestmark = pytest.mark.gpu
 KINDS = (*TOP_K, *RELU)

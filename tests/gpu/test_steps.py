@@ -7,14 +7,10 @@ B tokens, D d_in, F d_sae, k entries of a token.
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import pytest
-import torch
 from torch import Tensor
 
 from benchmarks.alone import LoneTrainer
@@ -25,53 +21,20 @@ from benchmarks.harness import (
     activations,
     drawn,
     member,
-    settings,
     thin_out,
     uncaptured,
 )
 from monosemy import ops
-from monosemy.schedule import Schedule
 from monosemy.training.group import TrainerGroup
-from monosemy.training.trainer import SAESpec, SAETrainer
+from monosemy.training.trainer import SAETrainer
 from tests.gpu.sizes import DEVICE, SIZES
+from tests.gpu.stepping import LOSS_ERROR, differing, needs_gpu, spec_and_schedule, trained, waits
 
 pytestmark = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-LOSS_ERROR = 1e-4  # over 20 steps in float32
 LAYOUTS = [*((name, True) for name in TOP_K), *((name, sparse) for name in RELU for sparse in (True, False))]
 layouts = pytest.mark.parametrize(
     ("name", "sparse"), LAYOUTS, ids=[f"{name}-{'sparse' if sparse else 'dense'}" for name, sparse in LAYOUTS]
 )
-How = Literal["reference", "uncaptured", "captured"]
-
-
-def spec_and_schedule(name: str) -> tuple[SAESpec, Schedule]:
-    """An SAE whose latents die, whose threshold begins and whose p falls within 20 steps."""
-    B, _, F, k = SIZES.trained
-    phases = {"warmup_steps": 0, "sparsity_warmup_steps": 10, "threshold_start_step": 6, "anneal_start": 4}
-    schedule = Schedule.of_run(200, B, dead_feature_threshold=6 * B, **phases)
-    given = settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {})
-    return SAESpec(name, F, 3e-4, settings=given), schedule
-
-
-def trained(
-    name: str, how: How, *, sparse: bool, bf16: bool = False
-) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses of 20 steps, and the state after them."""
-    B, D, F, _ = SIZES.trained
-    device = torch.device("cpu") if how == "reference" else DEVICE
-    spec, schedule = spec_and_schedule(name)
-    with ops.use_backend("reference") if how == "reference" else nullcontext():
-        made = LoneTrainer("", spec, D, schedule, device=device, bf16=bf16, workspace=ops.Workspace())
-        if sparse:
-            made.sparse, made.capacity = True, B * F
-        if how == "uncaptured" and device.type == "cuda":
-            uncaptured(made.group)
-        losses = []
-        for step, x_BD in enumerate(activations(20, B, D)):
-            made.step(x_BD.to(device), step)
-            losses.append(float(made.last["loss"]))
-        return losses, {n: t.detach().cpu().clone() for n, t in made.save().items()}
 
 
 @layouts
@@ -100,8 +63,7 @@ def test_a_second_run_is_bit_equal(name: str, sparse: bool, bf16: bool) -> None:
     _, first = trained(name, "captured", sparse=sparse, bf16=bf16)
     gc.collect()  # graphs of a run that is over must not be missed by the next one
     _, again = trained(name, "captured", sparse=sparse, bf16=bf16)
-    differing = [n for n in first if not torch.allclose(first[n], again[n], rtol=0, atol=0, equal_nan=True)]
-    assert not differing
+    assert not differing(first, again)
 
 
 def logged(names: Sequence[str], *, together: bool, captured: bool) -> dict[str, list[dict[str, float]]]:
@@ -143,19 +105,6 @@ def test_metrics_of_captured_steps_match_uncaptured_ones() -> None:
             assert got == pytest.approx(wanted, rel=LOSS_ERROR, abs=LOSS_ERROR), (name, step)
 
 
-def waits(run: Callable[[], object], n: int) -> float:
-    """How often a call makes the host wait for the GPU, as far as torch notices."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            for _ in range(n):
-                run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(w.message) for w in seen) / n
-
-
 @needs_gpu
 @layouts
 def test_the_host_never_waits_in_a_step(name: str, sparse: bool) -> None:
@@ -194,7 +143,4 @@ def stepped_together(name: str, *, sparse: bool, captured: bool) -> dict[str, Te
 @layouts
 def test_a_group_side_by_side_is_bit_equal_to_one_after_the_other(name: str, sparse: bool) -> None:
     together, apart = (stepped_together(name, sparse=sparse, captured=how) for how in (True, False))
-    differing = [
-        n for n in together if not torch.allclose(together[n], apart[n], rtol=0, atol=0, equal_nan=True)
-    ]
-    assert not differing
+    assert not differing(together, apart)

@@ -2,7 +2,11 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 SMALL = (
     "--dictionary_widths 48 --context_length 16 --sae_batch_size 32 --llm_batch_size 4 --buffer_tokens 600 "
@@ -35,6 +39,20 @@ def train(faulty, folder, flags, **fault):
 
 
 KiB = 1024
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[None]:
+    """Have a folder on a file system of that size; skips the test where none can be mounted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        pytest.skip(f"no file system can be mounted here: {ended.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def fill(disk: Path, left: int) -> None:

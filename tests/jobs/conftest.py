@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import Faulty
-from tests.jobs.broken_runs import SMALL, contents, train
+from tests.jobs.broken_runs import SMALL, contents, mounted, train
 from tests.jobs.hub_server import TOKEN, FakeHub
 from tests.made_run import EIGHT
 
@@ -103,17 +102,8 @@ def small(tiny_model, text_file):
 def disk(tmp_path):
     """A file system of 16 MiB."""
     folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(folder, "16m"):
+        yield folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from monosemy.config import TrainConfig
 from monosemy.jobs import device as device_check
-from monosemy.jobs.device import check_device
+from monosemy.jobs.device import NoRoom, check_device, check_evaluation
 from monosemy.jobs.memory import Estimate, Phase
 from monosemy.jobs.plan import Plan
 
@@ -23,9 +23,11 @@ def phase(**parts: int) -> Phase:
     )
 
 
-def plan(gpu: bool = True, device: str = "auto", precision: str = "bf16", **phases: Phase) -> Any:
+def plan(
+    gpu: bool = True, device: str = "auto", precision: str = "bf16", lm_shards: int = 1, **phases: Phase
+) -> Any:
     memory = Estimate({}, phases.get("training", phase()), phases.get("evaluation", phase()), GIB)
-    config = SimpleNamespace(device=device, precision=precision)
+    config = SimpleNamespace(device=device, precision=precision, lm_shards=lm_shards)
     return SimpleNamespace(gpu=gpu, config=config, memory=memory)
 
 
@@ -81,6 +83,20 @@ def test_too_much_memory_is_refused_with_what_takes_less(
         check_device(plan(**phases))
     a_gpu.total_memory = 200 * GIB
     check_device(plan(**phases))
+
+
+def test_a_model_held_together_need_not_fit_whole(
+    a_gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its SAEs are trained; what has no room is the evaluation, which is told first and left out last."""
+    large = plan(lm_shards=8, evaluation=phase(model=140))
+    check_device(large)
+    assert "not evaluated" in caplog.text and "142.00 GiB" in caplog.text
+    with pytest.raises(NoRoom, match=r"142.00 GiB; --device cpu"):
+        check_evaluation(large)
+    check_evaluation(plan(lm_shards=8))
+    with pytest.raises(ValueError, match="142.00 GiB that this run takes"):
+        check_device(plan(lm_shards=8, training=phase(model=140)))
 
 
 def test_a_kernel_that_does_not_compile_is_told_before_the_model_is_read() -> None:

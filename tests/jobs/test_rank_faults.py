@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from monosemy.training.checkpoints import Checkpoints
 from tests.certify import share
-from tests.jobs.broken_runs import contents, train
+from tests.jobs.broken_runs import contents, mounted, train
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,27 @@ def test_a_rank_that_hangs(faulty, mixed, whole, tmp_path):
     assert "rank 0 has shown no sign of life" in end.output
     assert train(faulty, run, mixed, ranks=2).code == 0
     assert contents(run) == whole
+
+
+def test_a_disk_that_is_full(faulty, base, disk, tmp_path):
+    """Of all ranks in a checkpoint, and of the second rank alone once it saves its SAE."""
+    run, one = disk / "run", tmp_path / "one"
+    flags = [*base, "--layers", "0", "2", "--architectures", "top_k"]
+    at, saes = ["os.mkdir", ".step_00000014.part", 1], run / "resid_post_layer_2" / "trainer_0"
+    end = train(faulty, run, flags, ranks=2, rank=0, at=at, fill=[str(disk), 0])
+    assert end.codes[0] == 75 and end.codes[1] in (75, 143) and end.seconds < 30, end
+    assert end.output.count("metrics.jsonl needs") == 1, end.output
+    assert "step_00000014 needs" in end.output, end.output
+    assert Checkpoints(run / "checkpoints").newest().step == 7
+    (disk / "filler").unlink()
+    with mounted(saes, "8k"):
+        end = train(faulty, run, flags, ranks=2, rank=1, at=["os.mkdir", "trainer_0", 1])
+        assert end.codes[1] == 75 and end.codes[0] in (75, 143) and end.seconds < 30, end
+        assert end.output.count("resid_post_layer_2/trainer_0/sae.safetensors needs") == 1, end
+    assert Checkpoints(run / "checkpoints").newest().step == 60
+    assert train(faulty, run, flags, ranks=2).code == 0
+    assert train(faulty, one, flags).code == 0
+    assert contents(run) == contents(one)
 
 
 BAD = {

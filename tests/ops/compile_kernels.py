@@ -23,13 +23,13 @@ from monosemy.ops.triton.launch import ROWS, block_size, columns, warps_for
 from tests.gpu.sizes import FORMULAS
 
 _TYPES = {
-    "*u8": "among_F mask_BF fired_F dead_F updated overflowed batch_is_finite updated_S",
+    "*u8": "among_F mask_BF fired_F dead_F updated overflowed batch_is_finite updated_S skip_S",
     "*i32": "offsets_B1 shares_BM lists_BC counts_P256 greater_B equal_B numbers_B indices_N bags_N order_N "
     "offsets_F1 offsets_R1 keys_N entries",
     "*i64": "table since_fired_F since_F dead nonfinite clock",
     "*bf16": "bf16_copy",
     "*fp32": "also_BF bounds_B values_N values_BF x_BF out_BF parts_PF W_FD rows_RD out_RD d_values_N "
-    "out_FD rest_D norms_F factors_F into_FD "
+    "out_FD rest_D norms_F factors_F into_FD p_FD squares squares_3FK dots_N values_B mean "
     "sums_F add_F parts_2PF parts_KPF g_BF d_BF w0_F w1_F w2_F factor x x_hat error parts_P least_R values "
     "smallest_kept active squares_S loss_S "
     "p m v parts_SP lr_S scale_S steps_S g0 g1 g2 g3 g4 g5 g6 g7",
@@ -101,6 +101,7 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
     add(sums._sum_kernel, COUNT=False, BLOCK_F=16, BLOCK_N=64)
     add(sums._sum_kernel, COUNT=True, BLOCK_F=16, BLOCK_N=64)
     add(sums._smallest_kernel, BLOCK=128)
+    add(sums._mean_of_finite_kernel, BLOCK=2048)
     add(sums._bags_kernel, BLOCK=1024)
     for narrow in ("", "x_BF out_BF"):
         add(dense._scale_kernel, bf16=narrow, BLOCK=dense.SCALED)
@@ -111,19 +112,23 @@ def variants(D: int, F: int, k: int) -> list[Variant]:
     add(counts._count_step_kernel, BLOCK=counts.BLOCK)
     add(counts._count_step_kernel, overflowed=None, BLOCK=counts.BLOCK)
     add(adam._scales_kernel, CLIP=1.0, BLOCK=4, num_warps=1)
-    add(adam._scales_kernel, CLIP=None, BLOCK=4, num_warps=1)
+    add(adam._scales_kernel, CLIP=None, skip_S=None, BLOCK=4, num_warps=1)
     for dtype, narrow in ((torch.float32, ""), (torch.bfloat16, "W_FD rows_RD")):
-        whole: dict[str, Any] = {"bf16": narrow, "D": D} | sums._tile(D, dtype, whole=True)
         part: dict[str, Any] = {"bf16": narrow, "D": D} | sums._tile(D, dtype)
-        add(sums._decode_kernel, **part | sums._tile(D, dtype, elements=8192))
+        add(sums._decode_kernel, **part | sums._tile(D, dtype, by_bag=True))
+        add(sums._dots_kernel, **part)
+        bare: dict[str, Any] = {"p_FD": None, "squares": None}
         chunks: dict[str, Any] = {"CHUNK": sums.CHUNK, "ADD": False}
-        add(sums._by_latent_kernel, **chunks, **whole)
-        add(sums._by_latent_kernel, **chunks | {"ADD": True}, **whole)
-        add(sums._by_latent_kernel, **chunks, out_FD=None, rest_D=None, **whole)
-        add(sums._by_latent_kernel, **chunks, W_FD=None, d_values_N=None, **part)
+        add(sums._by_latent_kernel, **chunks, **part)
+        add(sums._by_latent_kernel, **chunks, p_FD=None, **part)
+        add(sums._by_latent_kernel, **chunks | {"ADD": True}, **bare, **part)
     for kernel in (norms._row_norms_kernel, norms._add_scaled_rows_kernel):
         add(kernel, D=D, BLOCK=next_power_of_2(D), num_warps=warps_for(next_power_of_2(D)))
-    add(sums._join_kernel, D=D, CHUNK=sums.CHUNK, BLOCK_D=whole["BLOCK_D"])
+    join: dict[str, Any] = {"D": D, "CHUNK": sums.CHUNK, "BLOCK_D": part["BLOCK_D"]}
+    for absent in ({}, {"p_FD": None}, bare):
+        add(sums._join_kernel, **absent, **join)
+    for constraint in ("project", "constrain"):
+        add(sums._norms_kernel, K=2, CONSTRAINT=constraint, BLOCK_F=512, BLOCK_K=2)
     add(adam._addresses_kernel, num_warps=1)
     constraints: tuple[Constraint, ...] = ("project", "constrain", "free")
     constants: dict[str, Any] = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}

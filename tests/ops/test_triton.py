@@ -275,6 +275,9 @@ def test_sums(B, D, F, bags, padding, mask):
     rows_FD, b_F = fast.encode_backward(values_N, g_RD, e)
     close(rows_FD, wanted_rows)
     close(b_F, wanted_b)
+    errors = checks.Errors()
+    checks.check_norms(fast, errors, values_N, W_FD, g_RD, e)
+    errors.check()
 
 
 def test_padding_belongs_to_the_last_bag():

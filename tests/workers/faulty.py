@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from signal import pthread_kill
 from typing import Any
 
@@ -60,8 +61,8 @@ def happen(signal: int = 0, after: float = 0.0, fill: tuple[str, int] | None = N
     if fill:
         folder, room = fill
         free = shutil.disk_usage(folder).free
-        # unbuffered: where another thread takes a page meanwhile, what is left is written and nothing raised
-        with open(os.path.join(folder, "filler"), "wb", buffering=0) as file:
+        # which has no room left for itself where another rank writes meanwhile
+        with suppress(OSError), open(os.path.join(folder, "filler"), "wb") as file:
             file.write(bytes(max(free - room, 0)))
     elif after:
         threading.Timer(after, os.kill, (os.getpid(), signal)).start()

@@ -37,9 +37,7 @@ class TopK(TopKFamily):
         return {"loss": mse + self.settings.auxk_alpha * auxk, "mse": mse, "auxk": auxk}
 
     def smallest_kept(self, codes: Codes) -> Tensor:
-        least_B = codes.smallest()
-        known_B = least_B < torch.inf
-        return torch.where(known_B, least_B, 0).sum() / known_B.sum()
+        return ops.mean_of_finite(codes.smallest())
 
     def fired(self, codes: Codes, count_F: Tensor, ctx: StepContext) -> Tensor:
         return (count_F if ctx.recipe.fired_if_positive else codes.size_by_latent()) > 0

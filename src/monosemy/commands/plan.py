@@ -20,6 +20,8 @@ def run(arguments: list[str]) -> int:
     plan = Plan.from_config(TrainConfig(**parsed))
     from monosemy.jobs.forecast import Forecast
 
-    forecast = Forecast(plan, layout.ranks, layout.gpu, layout.gpus_per_node, plan.config.latent_shards)
+    c = plan.config
+    nodes = (layout.ranks, layout.gpu, layout.gpus_per_node)
+    forecast = Forecast(plan, *nodes, latent_shards=c.latent_shards, lm_shards=c.lm_shards)
     print("\n".join(line for line in (plan.note, plan.describe(), str(forecast)) if line))
     return 0

@@ -9,7 +9,8 @@ A site's rows lie in a `RingBuffer`. The language model runs a forward now and t
 whole block. When a row is read changes nothing about when it is served.
 
 Of several ranks rank 0 reads the text, forward i of a block runs whole on rank i mod W, so that it has the
-bits that it would have on one, and its rows go to the ranks whose SAEs read their site.
+bits that it would have on one, and its rows go to the ranks whose SAEs read their site. Where T ranks hold
+the model together it runs on team i mod W / T, whose members all have its rows.
 
 B tokens of a batch, M contexts of a forward, L context, N rows that a forward leaves, D width of a site, R
 rows of a block, S slots, W ranks.
@@ -84,6 +85,7 @@ class ActivationStream:
         norm_multiple: float = 10.0,
         ranks: Ranks = ALONE,
         readers: Mapping[AnySite, Set[int]] | None = None,
+        together: int = 1,
     ) -> None:
         self.lm, self.contexts, self.sites, self.batch, self.seed = lm, contexts, tuple(sites), batch, seed
         self.contexts_per_forward = contexts_per_forward
@@ -100,9 +102,9 @@ class ActivationStream:
         self._special = contexts.special_ids
         self._aside = _Aside(lm.device)
         self._forward_rows = contexts_per_forward * contexts.context_length  # at most
-        self._ranks = ranks
-        self._slots = self.contexts_per_block * contexts.context_length + ranks.size * self._forward_rows
-        self._exchange = Exchange(self.sites, readers or {site: {0} for site in self.sites}, ranks)
+        self._exchange = Exchange(self.sites, readers or {site: {0} for site in self.sites}, ranks, together)
+        self._teams = self._exchange.teams
+        self._slots = self.contexts_per_block * contexts.context_length + self._teams * self._forward_rows
         self._rings = {site: RingBuffer(self._slots, self._aside) for site in self._exchange.read_here}
         self._parts = [len(parts(site)) for site in self.sites]
         # of the rows of the block being read, in their order: [parts of all sites, S]
@@ -186,8 +188,8 @@ class ActivationStream:
             forwards = list(iter(self._take, None))
             # otherwise all of it was served, and the model need not run for it
             if state["next"] < self._batches_of(self._coming):
-                for i in range(0, len(forwards), self._ranks.size):
-                    self._forward(forwards[i : i + self._ranks.size])
+                for i in range(0, len(forwards), self._teams):
+                    self._forward(forwards[i : i + self._teams])
                 self._turn()
             else:
                 self._begin(self._coming)
@@ -276,14 +278,14 @@ class ActivationStream:
 
         The block is spread evenly over the batches that are left of this one.
         """
-        left, W = self._batches - self._next, self._ranks.size
+        left, W = self._batches - self._next, self._teams
         for _ in range(-(-self._coming.missing // (W * left))):
             if self._coming.rows + W * self._forward_rows <= self._slots - left * self.batch:
                 self._read()
 
     def _read(self) -> None:
-        """Run a forward on each rank for the block being read."""
-        if forwards := [forward for _ in range(self._ranks.size) if (forward := self._take())]:
+        """Run a forward on each team for the block being read."""
+        if forwards := [forward for _ in range(self._teams) if (forward := self._take())]:
             self._forward(forwards)
 
     def _take(self) -> _Forward | None:
@@ -310,8 +312,9 @@ class ActivationStream:
         return _Forward(ids_ML, keep_N, rows)
 
     def _forward(self, forwards: Sequence[_Forward]) -> None:
-        """Run the model on this rank's forward, and write the rows that all of them keep to the rings."""
-        here = forwards[self._ranks.rank] if self._ranks.rank < len(forwards) else None
+        """Run the model on this team's forward, and write the rows that all of them keep to the rings."""
+        team = self._exchange.team
+        here = forwards[team] if team < len(forwards) else None
         counts = [len(forward.keep_N) for forward in forwards]
         with self._aside():
             found = self.lm.activations(self._aside.send(here.ids_ML)) if here else {}

@@ -25,13 +25,21 @@ class _Kind(NamedTuple):
 class Exchange:
     """The traffic of activations between ranks, of which one alone has none.
 
-    A round is a forward of each rank, of the last ones perhaps none. All ranks know how many rows every
-    forward leaves, so that nothing but rows and norms travels: rows in the model's type to the ranks that
-    read their site, norms in float32 to all.
+    A round is a forward of each rank, or of each team of `together` neighbors that hold the language model
+    together and all have its rows; of the last ones perhaps none. All ranks know how many rows every forward
+    leaves, so that nothing but rows and norms travels: rows in the model's type to the ranks that read their
+    site, norms in float32 to all. Members of a team send to different ranks.
     """
 
-    def __init__(self, sites: Sequence[AnySite], readers: Mapping[AnySite, Set[int]], ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(
+        self,
+        sites: Sequence[AnySite],
+        readers: Mapping[AnySite, Set[int]],
+        ranks: Ranks,
+        together: int = 1,
+    ) -> None:
+        self.ranks, self.together = ranks, together
+        self.team, self.teams = ranks.rank // together, ranks.size // together
         self.readers = {site: frozenset(readers[site]) for site in sites}
         self.read_here = [site for site in sites if ranks.rank in readers[site]]
         self.bytes_sent = 0
@@ -67,11 +75,16 @@ class Exchange:
         width, dtype = kind
         nothing = torch.empty(0, dtype=torch.uint8, device=self.ranks.device)
         own = nothing if x_ND is None else x_ND.contiguous().view(-1).view(torch.uint8)
-        here, others = self.ranks.rank, range(self.ranks.size)
-        to_each = [own if rank in readers and rank != here else nothing for rank in others]
+        here, T, others = self.ranks.rank, self.together, range(self.ranks.size)
+
+        def pairs(rank: int) -> bool:
+            """Whether rows travel between this rank and another."""
+            return rank // T != self.team and rank % T == here % T
+
+        to_each = [own if rank in readers and pairs(rank) else nothing for rank in others]
         sizes = [
-            counts[rank] * width * dtype.itemsize
-            if here in readers and rank != here and rank < len(counts)
+            counts[rank // T] * width * dtype.itemsize
+            if here in readers and pairs(rank) and rank // T < len(counts)
             else 0
             for rank in others
         ]
@@ -80,7 +93,7 @@ class Exchange:
         if here not in readers:
             return []
         found = [
-            x_ND if rank == here else received[rank].view(dtype).view(N, width)
-            for rank, N in enumerate(counts)
+            x_ND if team == self.team else received[team * T + here % T].view(dtype).view(N, width)
+            for team, N in enumerate(counts)
         ]
         return [x for x in found if x is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -10,6 +12,8 @@ from monosemy.errors import invalid
 from monosemy.jobs.memory import Estimate, Phase, size
 from monosemy.jobs.plan import Plan
 from monosemy.system.devices import checked_device
+
+log = logging.getLogger(__name__)
 
 # what takes fewer bytes, by the part of the estimate that takes most
 REMEDIES = {
@@ -27,7 +31,8 @@ def check_device(plan: Plan, memory: Estimate | None = None) -> None:
     """Raise ValueError where torch sees a GPU and the plan does not or the other way round, where the GPU has
     no bfloat16 products or too little memory, and where Triton's kernels cannot be compiled.
 
-    `memory` is what this process takes, by default the plan's.
+    `memory` is what this process takes, by default the plan's. Where ranks hold the language model together,
+    an evaluation that has no room is left out in the end, which is told now.
     """
     name, device = plan.config.device, checked_device(plan.config.device)
     if (device.type == "cuda") != plan.gpu:
@@ -44,8 +49,31 @@ def check_device(plan: Plan, memory: Estimate | None = None) -> None:
                 f"float32 on {found.name}: bfloat16 needs capability 8.0, this is {found.major}.{found.minor}"
             )
             raise invalid("precision", "bf16", allowed, "use --precision float32 --dtype float32")
-        _check_memory(memory or plan.memory, name, found.total_memory, found.name)
+        memory = memory or plan.memory
+        if plan.config.lm_shards > 1:
+            if memory.evaluation.peak > found.total_memory:
+                log.warning("the SAEs will be trained and saved, and not evaluated: %s", _no_room(plan))
+            memory = replace(memory, evaluation=memory.training)
+        _check_memory(memory, name, found.total_memory, found.name)
         _check_triton(name, device)
+
+
+class NoRoom(RuntimeError):
+    """The whole language model does not fit where ranks held it together."""
+
+
+def check_evaluation(plan: Plan) -> None:
+    """Raise NoRoom where ranks held a language model together that does not fit one GPU whole."""
+    if plan.config.lm_shards > 1 and plan.gpu:
+        found = torch.cuda.get_device_properties(checked_device(plan.config.device))
+        if plan.memory.evaluation.peak > found.total_memory:
+            raise NoRoom(_no_room(plan))
+
+
+def _no_room(plan: Plan) -> str:
+    """Say what an evaluation takes, and where it can be made."""
+    needed = size(plan.memory.evaluation.peak)
+    return f"one process evaluates, on the whole model, which takes {needed}; --device cpu needs no GPU's"
 
 
 def _check_memory(estimate: Estimate, device: str, there: int, where: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from monosemy.errors import invalid
 from monosemy.jobs.dealing import deal, step_costs
@@ -23,7 +24,7 @@ from monosemy.jobs.memory import Estimate
 from monosemy.jobs.plan import Plan
 from monosemy.lm.site_groups import AnySite
 from monosemy.ops import LatentShards
-from monosemy.rules import check_latent_shards
+from monosemy.rules import check_latent_shards, check_lm_shards
 from monosemy.system.files import exclusive_lock
 from monosemy.system.ranks import ANSWER, Ranks, agreed, lost
 
@@ -37,6 +38,7 @@ class Deal:
         """Raises ValueError for more ranks than SAEs have shards, and where these do not divide the ranks."""
         self.plan, self.shards = plan, plan.config.latent_shards
         check_latent_shards(self.shards, min(plan.config.dictionary_widths), ranks=ranks.size)
+        check_lm_shards(plan.config.lm_shards, ranks.size)
         units = ranks.size // self.shards
         self.among = ranks
         self.sites: dict[str, AnySite] = {
@@ -56,7 +58,8 @@ class Deal:
         """The memory that this rank takes, predicted."""
         if self.among.size == 1:
             return self.plan.memory
-        told = Forecast(self.plan, self.among.size, latent_shards=self.shards)
+        c = self.plan.config
+        told = Forecast(self.plan, self.among.size, latent_shards=self.shards, lm_shards=c.lm_shards)
         return told.memory[self.among.rank // self.shards]
 
     @property
@@ -73,10 +76,23 @@ def shards_among(ranks: Ranks, size: int) -> LatentShards | None:
     is held by one. A collective."""
     if size == 1:
         return None
+    return LatentShards(_neighbors(ranks, size), ranks.rank % size, size, ranks.device, lost)
+
+
+def team_among(ranks: Ranks, size: int) -> DeviceMesh | None:
+    """Return the mesh of the `size` neighboring ranks that hold the language model together; None where each
+    has all of it. A collective."""
+    if size == 1:
+        return None
+    return DeviceMesh.from_group(_neighbors(ranks, size), ranks.device, mesh_dim_names=("tp",))
+
+
+def _neighbors(ranks: Ranks, size: int) -> Any:
+    """Make a process group of each `size` neighboring ranks, and return this rank's."""
     how: dict[str, Any] = {"backend": "nccl" if ranks.device == "cuda" else "gloo", "timeout": ANSWER}
     with lost():
         groups = [dist.new_group(list(range(r, r + size)), **how) for r in range(0, ranks.size, size)]
-    return LatentShards(groups[ranks.rank // size], ranks.rank % size, size, ranks.device, lost)
+    return groups[ranks.rank // size]
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:

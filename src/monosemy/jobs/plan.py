@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,9 @@ from monosemy.jobs.shards import share_of
 from monosemy.jobs.sites import check_families, check_model_sites, describe_other, sites_of
 from monosemy.limits import EVERY
 from monosemy.lm.info import ModelInfo, describe
-from monosemy.lm.site_groups import AnySite
+from monosemy.lm.site_groups import AnySite, single_sites
 from monosemy.recipe import RECIPES, batch_size, learning_rate, learning_rate_source
-from monosemy.rules import check_latent_shards
+from monosemy.rules import check_latent_shards, check_lm_shards
 from monosemy.schedule import Schedule
 from monosemy.system.files import path_of
 from monosemy.system.machine import cpu_has_bf16, has_gpu
@@ -89,6 +89,7 @@ class Plan:
         check_families(config, sites, [name for name, kind in classes.items() if kind.grouped])
         other = describe_other(config, recorded_other(folder, config))
         check_model_sites(sites, model, other)
+        _check_teams(config, sites, model, other)
         before = recorded(folder) or {}
         # blanks that a run which goes on fills as it began, whatever this version would
         began: dict[str, Any] = {
@@ -148,6 +149,7 @@ class Plan:
     def for_cache(cls, config: TrainConfig) -> Plan:
         """Plan what `monosemy cache` keeps: the activations of a run. Raises as `from_config` does."""
         _check_together(config)
+        check_lm_shards(config.lm_shards, 1)
         plan = cls.for_eval(config)
         if not plan.sites:
             allowed = f"one or more of 0 to {plan.model.num_layers - 1}"
@@ -315,6 +317,21 @@ def _check_sizes(plan: Plan) -> None:
     if plan.gpu and widest * batch >= 2**31:
         allowed = f"below {2**31 // widest} on a GPU with SAEs of {widest} latents (2^31 pre-activations)"
         raise invalid("sae_batch_size", batch, allowed, "lower it")
+
+
+def _check_teams(c: TrainConfig, sites: Sequence[AnySite], model: ModelInfo, other: ModelInfo | None) -> None:
+    """Raise ValueError for models that `lm_shards` ranks cannot hold together."""
+    if c.lm_shards == 1:
+        return
+    if c.activations is not None:
+        allowed = "1 with kept activations, for which no model is loaded"
+        raise invalid("lm_shards", c.lm_shards, allowed, "leave it out")
+    from monosemy.lm.tensor_parallel import check_team
+
+    single = single_sites(sites)
+    check_team(model, [site for site in single if not site.other], c.lm_shards)
+    if other is not None:
+        check_team(other, [site for site in single if site.other], c.lm_shards)
 
 
 def _check_together(c: TrainConfig) -> None:

@@ -33,6 +33,7 @@ from monosemy.evaluation.metrics import ROWS, dictionary_learning_results
 from monosemy.evaluation.missing import ERRORS, Missing
 from monosemy.evaluation.on_model import Limits, evaluate_on_model
 from monosemy.formats.untrusted import sha256
+from monosemy.jobs.device import check_evaluation
 from monosemy.jobs.folder import Run
 from monosemy.jobs.plan import Plan
 from monosemy.lm.model import load_tokenizer
@@ -71,6 +72,7 @@ def make(run: Run, status: tuple[str, str]) -> tuple[list[Row], Missing]:
     (run.folder / ERRORS).unlink(missing_ok=True)
     missing = Missing(run.folder)
     with missing.part(EVALUATION, passing=(ValueError, ConnectionError)):
+        check_evaluation(run.plan)
         _evaluate(run, missing)
     plots.write(run.folder, missing=missing)
     page.write([run.folder], status=status, missing=missing)

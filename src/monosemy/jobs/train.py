@@ -30,7 +30,7 @@ from monosemy.jobs import export, results
 from monosemy.jobs.device import check_device
 from monosemy.jobs.folder import Follower, Run, peak_memory, told
 from monosemy.jobs.memory import tensor_bytes
-from monosemy.jobs.on_ranks import Deal, fingerprint, one_folder, shards_among
+from monosemy.jobs.on_ranks import Deal, fingerprint, one_folder, shards_among, team_among
 from monosemy.jobs.plan import Plan
 from monosemy.jobs.results import context_stream
 from monosemy.lm.model import load_tokenizer
@@ -324,7 +324,8 @@ def live_stream(plan: Plan, deal: Deal | None = None) -> ActivationStream:
         check_tokenizers(tokenizer, load_tokenizer(plan.other), plan.other.name)
     # on a CPU every core is busy anyway
     text = SharedContexts(lambda: context_stream(plan, tokenizer, "train", prefetch=plan.gpu), ranks)
-    lm = load_models(plan.model, single_sites(plan.sites), plan.other, dtype=c.dtype, device=c.device)
+    how = {"dtype": c.dtype, "device": c.device, "mesh": team_among(ranks, c.lm_shards)}
+    lm = load_models(plan.model, single_sites(plan.sites), plan.other, **how)
     return ActivationStream(
         lm,
         text,
@@ -337,6 +338,7 @@ def live_stream(plan: Plan, deal: Deal | None = None) -> ActivationStream:
         norm_multiple=c.max_activation_norm_multiple,
         ranks=ranks,
         readers=deal.readers if deal else None,
+        together=c.lm_shards,
     )
 
 

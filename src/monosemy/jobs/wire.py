@@ -124,11 +124,11 @@ def shard_bytes(plan: Plan, spec: SAESpec, site: AnySite, shards: int) -> int:
 
 
 def lm_bytes(plan: Plan, shards: int) -> int:
-    """Count what all shards of the language model send each other for a block: in each layer two sums over
-    [M, L, D]."""
+    """Count what all shards of the language model send each other for a block: sums over [M, L, D], two in
+    each layer and one of the embedding."""
     c, D = plan.config, plan.model.d_model
     of_sum = 2 * (shards - 1) * c.llm_batch_size * c.context_length * D * BYTES[c.dtype]
-    return forwards_of_a_block(plan) * 2 * depth(plan) * of_sum
+    return forwards_of_a_block(plan) * (2 * depth(plan) + 1) * of_sum
 
 
 def depth(plan: Plan) -> int:

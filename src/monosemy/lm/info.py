@@ -112,6 +112,23 @@ QUANTIZERS = {
 }
 
 
+def check_vocabulary(tokenizer: Any, info: ModelInfo) -> None:
+    """Check that the model has an embedding for all ids of text. Raises ValueError where it does not.
+
+    Tokens that were added to a vocabulary may lie beyond the embedding, such as Gemma 3's for images: they
+    stand for no text.
+    """
+    if info.vocab_size is None:
+        return
+    added = tokenizer.added_tokens_decoder
+    largest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
+    if largest >= info.vocab_size:
+        sizes = f"which has {len(tokenizer)}; the embedding has {info.vocab_size} rows"
+        allowed = f"a model with an embedding for all ids of its tokenizer ({sizes})"
+        remedy = "give it its own tokenizer, or call model.resize_token_embeddings and save it again"
+        raise invalid("model_name", info.name, allowed, remedy)
+
+
 def check_weights(info: ModelInfo, field: str = "model_name") -> None:
     """Check that a local model's weights are whole, and that what a quantized one needs is installed.
 
@@ -204,6 +221,7 @@ class ModelInfo:
     embedding_parameters: int  # an estimate, of one embedding; the head has as many
     tied: bool  # the head is the embedding
     quantization: str | None = None  # the method of a quantized checkpoint
+    heads: tuple[int, ...] = ()  # attention heads, of queries and of keys; none where that is unknown
 
     def parameters(self, layers: int | None = None) -> int:
         """Estimate the number of parameters: of the whole model, or of the embedding and first layers."""
@@ -318,9 +336,11 @@ def _info(
             f"a causal language model (config.json says {', '.join(classes) or config.get('model_type')})"
         )
         raise invalid(field, name, allowed, "name a decoder-only model with its language-modeling head")
-    heads = first("num_attention_heads", "n_head", "n_heads", "num_heads") or 1
+    asked = first("num_attention_heads", "n_head", "n_heads", "num_heads")
+    heads = asked or 1
     head_dim = first("head_dim") or D // heads
-    attention = 2 * D * head_dim * (heads + (first("num_key_value_heads") or heads))
+    of_keys = first("num_key_value_heads") or heads
+    attention = 2 * D * head_dim * (heads + of_keys)
     inner = first("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner") or 4 * D
     gated = 3 if "rms_norm_eps" in text else 2  # the gated MLP and RMSNorm came together
     experts = first("num_local_experts", "num_experts", "n_routed_experts") or 1
@@ -341,6 +361,7 @@ def _info(
         embedding_parameters=(first("vocab_size") or 0) * D,
         tied=bool(text.get("tie_word_embeddings", True)),
         quantization=_quantization(config),
+        heads=(heads, of_keys) if asked else (),
     )
 
 

@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from monosemy.errors import invalid
 from monosemy.lm import embedded
-from monosemy.lm.info import ModelInfo, Site, check_sites, check_weights, describe
+from monosemy.lm.info import ModelInfo, Site, check_sites, check_vocabulary, check_weights, describe
 from monosemy.lm.modules import (
     Tap,
     decoder_of,
@@ -39,9 +39,11 @@ from monosemy.lm.modules import (
     sublayer_of,
     with_hidden,
 )
+from monosemy.lm.tensor_parallel import check_team, check_whole, divided, together
 from monosemy.system.devices import checked_device
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Key = TypeVar("Key")
@@ -90,17 +92,29 @@ class LanguageModel:
     L - 1 (the same tensor), so layer L need not run.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], info: ModelInfo | None = None) -> None:
-        """Raises ValueError for a site that the model's structure does not have."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        info: ModelInfo | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        """`mesh` is of the ranks that hold the model together, if several do.
+
+        Raises ValueError for a site that the model's structure does not have.
+        """
         self.model = model.eval().requires_grad_(False)
-        self.info = info
+        self.info, self.mesh = info, mesh
         self.decoder, self.layers = decoder_of(model)
         self._returns = with_hidden(
             self.probe([self.layers[0]])[0].output
         )  # a layer's output, of a hidden state
         self._result = type(self.probe([self.decoder])[0].output)
         self.taps = {site: self._tap(site) for site in sites}
-        self._d_in = {site: x.shape[-1] for site, x in self.activations(self._probe_ids).items()}
+        probed = self.activations(self._probe_ids)
+        if mesh is not None:
+            check_whole(probed, mesh)
+        self._d_in = {site: x.shape[-1] for site, x in probed.items()}
 
     @classmethod
     def load(
@@ -112,19 +126,22 @@ class LanguageModel:
         dtype: str = "auto",
         device: str = "auto",
         whole: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> LanguageModel:
         """Load a model up to its deepest site; or, with `whole`, all of it, which splicing needs.
 
         `model` is a name as `describe` takes it, with its `revision`, or what `describe` found: then exactly
         that commit is loaded. Of the weights only what is kept is read: no more than that and one shard are
         in memory at a time. `dtype` is "auto" (the model's own on a GPU, float32 on a CPU) or a name in
-        torch; `device` "auto" (a GPU where there is one) or a name in torch. Raises ValueError for what
-        `describe`, `check_weights` and `check_sites` refuse, for a device that is not there, and for a
-        checkpoint that lacks weights or cannot be read.
+        torch; `device` "auto" (a GPU where there is one) or a name in torch. The ranks of a `mesh` hold the
+        model together, and each has the activations. Raises ValueError for what `describe`, `check_weights`,
+        `check_sites` and `check_team` refuse, for a device that is not there, and for a checkpoint that lacks
+        weights or cannot be read.
         """
         info = _described(model, revision)
         check_sites(info, sites)
         check_weights(info)
+        check_team(info, sites, 1 if mesh is None else mesh.size())
         device_ = checked_device(device)
         dtype_ = _dtype(dtype, device_)
         source = _source(info)
@@ -139,9 +156,10 @@ class LanguageModel:
                 skeleton = auto.from_config(config)
             for site in inside:
                 site_module(skeleton, site)
+        kind, parts = divided(auto, config, mesh, device_)
         with _quiet(), _readable(info):
-            loaded, report = auto.from_pretrained(
-                **source, config=config, dtype=dtype_, output_loading_info=True
+            loaded, report = kind.from_pretrained(
+                **source, **parts, config=config, dtype=dtype_, output_loading_info=True
             )
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
@@ -149,7 +167,7 @@ class LanguageModel:
             allowed = f"a checkpoint with every weight (it lacks {names})"
             raise invalid("model_name", info.name, allowed, "fetch or save the model again")
         with torch.no_grad():
-            return cls(loaded.to(device_), sites, info)
+            return cls(loaded.to(device_) if mesh is None else loaded, sites, info, mesh)
 
     # what it is
 
@@ -349,7 +367,8 @@ class LanguageModel:
 
     def run(self, ids_BL: Tensor) -> Tensor:
         """Run every layer; return the final hidden state [B, L, D], after the final norm."""
-        return self.decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state
+        with together(self.mesh):
+            return self.decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state
 
     def reading(self, stack: ExitStack, taps: Mapping[Key, Tap], shape: torch.Size) -> dict[Key, Tensor]:
         """Return a dict that hooks fill with the sites' activations, as long as the stack lives."""
@@ -386,25 +405,8 @@ def load_tokenizer(model: str | ModelInfo, revision: str | None = None) -> PreTr
         allowed = f"a model with a tokenizer that can be read ({_first_line(error)})"
         remedy = "put tokenizer.json and tokenizer_config.json beside its config.json"
         raise invalid("model_name", info.name, allowed, remedy) from error
-    _check_vocabulary(tokenizer, info)
+    check_vocabulary(tokenizer, info)
     return tokenizer
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> None:
-    """Check that the model has an embedding for all ids of text. Raises ValueError where it does not.
-
-    Tokens that were added to a vocabulary may lie beyond the embedding, such as Gemma 3's for images: they
-    stand for no text.
-    """
-    if info.vocab_size is None:
-        return
-    added = tokenizer.added_tokens_decoder
-    largest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
-    if largest >= info.vocab_size:
-        sizes = f"which has {len(tokenizer)}; the embedding has {info.vocab_size} rows"
-        allowed = f"a model with an embedding for all ids of its tokenizer ({sizes})"
-        remedy = "give it its own tokenizer, or call model.resize_token_embeddings and save it again"
-        raise invalid("model_name", info.name, allowed, remedy)
 
 
 # --- small parts ------------------------------------------------------------------------------------------
@@ -429,12 +431,8 @@ def _described(model: str | ModelInfo, revision: str | None) -> ModelInfo:
 
 def _with_head(config: PretrainedConfig) -> Any:
     """Return the auto class of the model with its head; one that also sees or hears has another class."""
-    text = transformers.AutoModelForCausalLM._model_mapping
-    return (
-        transformers.AutoModelForCausalLM
-        if type(config) in text
-        else transformers.AutoModelForImageTextToText
-    )
+    text = transformers.AutoModelForCausalLM
+    return text if type(config) in text._model_mapping else transformers.AutoModelForImageTextToText
 
 
 @contextmanager

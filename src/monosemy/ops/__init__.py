@@ -6,10 +6,10 @@ kernels) and `triton/` (a GPU) are its fast backends, which `backends.py` choose
 """
 
 from monosemy.ops.backends import use_backend
-from monosemy.ops.counts import count_step, firing, follow_threshold, squared_error
+from monosemy.ops.counts import count_step, firing, follow_threshold, mean_of_finite, squared_error
 from monosemy.ops.dense import count_positive, decode_dense, encode_dense, map_dense, power, total_dense
-from monosemy.ops.pattern import Estimate, Selection, SparsePattern
-from monosemy.ops.reference import Constraint, Counters, StepOutcome
+from monosemy.ops.pattern import Constraint, Estimate, RowNorms, Selection, SparsePattern
+from monosemy.ops.reference import Counters, StepOutcome
 from monosemy.ops.selections import Workspace, above, batch_top_k, preactivations, top_k
 from monosemy.ops.shards import LatentShards
 from monosemy.ops.sparse import (
@@ -22,9 +22,11 @@ from monosemy.ops.sparse import (
     lends,
     row_norms,
     smallest,
+    sort_aside,
     sort_by_latent,
     sum_by_latent,
     sum_of_preactivations,
+    takes_norms,
 )
 from monosemy.ops.update import Optimizer
 
@@ -34,6 +36,7 @@ __all__ = [
     "Estimate",
     "LatentShards",
     "Optimizer",
+    "RowNorms",
     "Selection",
     "SparsePattern",
     "StepOutcome",
@@ -54,14 +57,17 @@ __all__ = [
     "gather",
     "lends",
     "map_dense",
+    "mean_of_finite",
     "power",
     "preactivations",
     "row_norms",
     "smallest",
+    "sort_aside",
     "sort_by_latent",
     "squared_error",
     "sum_by_latent",
     "sum_of_preactivations",
+    "takes_norms",
     "top_k",
     "total_dense",
     "use_backend",

@@ -43,6 +43,11 @@ def firing(
     return backend_for(fired_F).firing(fired_F, since_fired_F, tokens, dead_tokens)
 
 
+def mean_of_finite(values_B: Tensor) -> Tensor:
+    """Return the mean of what is below infinity; NaN where nothing is."""
+    return backend_for(values_B).mean_of_finite(values_B)
+
+
 def follow_threshold(
     threshold: Tensor, values: Tensor, smallest_kept: Tensor, weight: float, *, mean: bool
 ) -> None:

@@ -32,6 +32,7 @@ from monosemy.ops.reference import (  # noqa: F401
     firing,
     follow_threshold,
     fused,
+    mean_of_finite,
     scale,
     smallest,
     squared_error,

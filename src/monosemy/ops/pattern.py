@@ -7,14 +7,18 @@ A *bag* is what one decoded row sums: a token, or a group of a token's latents. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from monosemy.limits import IN_CACHE
+from monosemy.system.streams import aside
 
+# on rows: none, or the two ways of keeping their norm that the papers' codes differ in
+Constraint = Literal["free", "project", "constrain"]
 Sort = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -61,6 +65,37 @@ class Estimate(NamedTuple):
     b_F: Tensor
 
 
+@dataclass
+class RowNorms:
+    """What the optimizer will ask of a weight's gradient, left by the kernel that writes it: the norm of each
+    row as the update takes it, by parts of rows, [F, K]; None where no kernel could tell."""
+
+    p_FD: Tensor
+    """The weight."""
+    constraint: Constraint
+    """On its rows."""
+    of_parts_FK: Tensor | None = None
+    gradient_FD: Tensor | None = None
+    """What they are the norms of."""
+
+
+class _ByLatent:
+    """The order of entries by latent, sorted once for all bags that they are in."""
+
+    def __init__(self, indices_N: Tensor, offsets_R1: Tensor, F: int) -> None:
+        self.entries = indices_N, offsets_R1, F
+        self.begun: Callable[[], tuple[Tensor, Tensor]] | None = None
+        self.found: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, sort: Sort) -> None:
+        self.begun = aside(partial(sort, *self.entries))
+
+    def sorted(self, sort: Sort) -> tuple[Tensor, Tensor]:
+        if self.found is None:
+            self.found = sort(*self.entries) if self.begun is None else self.begun()
+        return self.found
+
+
 class SparsePattern:
     """The latents of the entries and the bags that they are summed into.
 
@@ -69,7 +104,7 @@ class SparsePattern:
 
     def __init__(self, indices_N: Tensor, offsets_R1: Tensor, F: int, *, padded: bool = False) -> None:
         self.indices_N, self.offsets_R1, self.F, self.padded = indices_N, offsets_R1, F, padded
-        self._by_latent: tuple[Tensor, Tensor] | None = None
+        self._by_latent = _ByLatent(indices_N, offsets_R1, F)
 
     @property
     def R(self) -> int:
@@ -99,9 +134,11 @@ class SparsePattern:
 
         `sort` is a backend's `sort_by_latent`; all give the same order, which is kept.
         """
-        if self._by_latent is None:
-            self._by_latent = sort(self.indices_N, self.offsets_R1, self.F)
-        return self._by_latent
+        return self._by_latent.sorted(sort)
+
+    def sort_aside(self, sort: Sort) -> None:
+        """Begin to sort, beside what a GPU does until `by_latent` asks for it."""
+        self._by_latent.begin(sort)
 
     def rebagged(self, offsets_R1: Tensor) -> SparsePattern:
         """Return the same entries in other bags."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from monosemy.ops.pattern import Estimate, Selection, SparsePattern
-
-Constraint = Literal["project", "constrain", "free"]
+from monosemy.ops.pattern import Constraint, Estimate, Selection, SparsePattern
 
 
 def estimate(
@@ -95,6 +93,12 @@ def smallest(values_N: Tensor, e: SparsePattern) -> Tensor:
     positive_N = torch.where(values_N > 0, values_N, torch.inf)
     least_R = values_N.new_full((e.R,), torch.inf)
     return least_R.scatter_reduce_(0, e.bags_N.long(), positive_N, "amin")
+
+
+def mean_of_finite(values_B: Tensor) -> Tensor:
+    """Return the mean of what is below infinity; NaN where nothing is."""
+    known_B = values_B < torch.inf
+    return torch.where(known_B, values_B, 0).sum() / known_B.sum()
 
 
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
@@ -345,6 +349,9 @@ class Parameter:
     """Whether the gradient counts in the norm that is clipped and looked at."""
     sharded: bool = False
     """Whether this is a part of a parameter whose other parts other ranks have."""
+    row_norms: Sequence[Tensor] | None = None
+    """Norms of the rows of each gradient, as the update will use it, or of parts of rows: what a kernel that
+    wrote the gradient may leave. Their sum of squares is the gradient's."""
 
 
 @dataclass(frozen=True)
@@ -372,12 +379,13 @@ def adam_step(
     lr_S: Tensor,
     steps_S: Tensor,
     adam: Adam,
+    skip_S: Tensor | None = None,
     *,
     square_norms: Callable[..., Tensor] = square_norms,
     update: Callable[..., None] = update,
 ) -> Tensor:
-    """Clip and update all parameters of the SAEs whose loss and gradient norm are finite, and count these
-    updates in `steps_S`. Returns which they are, bool [S]."""
+    """Clip and update all parameters of the SAEs whose loss and gradient norm are finite and which are not to
+    be skipped, and count these updates in `steps_S`. Returns which they are, bool [S]."""
     counted = [each for each in parameters if each.in_norm]
     squares = [square_norms(each.p, each.grads, each.constraint) for each in counted]
     assert squares, "no parameter counts in the norm"
@@ -386,6 +394,8 @@ def adam_step(
         squares_S = adam.total_square_norm(counted, squares)
     norm_S = squares_S.sqrt()
     updated_S = (norm_S + loss_S).isfinite()
+    if skip_S is not None:
+        updated_S &= ~skip_S
     scale_S = torch.ones_like(norm_S)
     if adam.clip is not None:
         scale_S = torch.clamp(adam.clip / (norm_S + 1e-6), max=1.0)

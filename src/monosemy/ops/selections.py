@@ -47,17 +47,18 @@ def preactivations(
     b_F: Tensor,
     *,
     bf16: bool = False,
-    bf16_FD: Tensor | None = None,
+    bf16_copies: tuple[Tensor | None, Tensor | None] = (None, None),
     use_estimate: bool = False,
     workspace: Workspace | None = None,
 ) -> Tensor | Estimate:
     """Compute x W^T + b, [B, F], outside autograd; with `bf16` the product is of bfloat16 operands, and
-    rounded to it. `bf16_FD` is W's copy in it.
+    rounded to it. `bf16_copies` are those of W and b, as far as there are some.
 
     With `use_estimate`, where few are to be picked, an estimate may do, from which selections find the same
     ones as from the product of float32.
     """
     workspace = workspace or Workspace()
+    bf16_FD, bf16_F = bf16_copies
     if bf16 and bf16_FD is None:
         bf16_FD = W_FD.bfloat16()
     if (
@@ -66,7 +67,7 @@ def preactivations(
     ):
         return estimate
     if bf16_FD is not None:
-        x_BD, W_FD, b_F = x_BD.bfloat16(), bf16_FD, b_F.bfloat16()
+        x_BD, W_FD, b_F = x_BD.bfloat16(), bf16_FD, b_F.bfloat16() if bf16_F is None else bf16_F
     return torch.addmm(b_F, x_BD, W_FD.T, out=workspace("pre", x_BD, len(x_BD), len(W_FD)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from monosemy.ops.backends import backend_for
-from monosemy.ops.pattern import SparsePattern
+from monosemy.ops.pattern import RowNorms, SparsePattern
 from monosemy.ops.selections import d_b_dec
 
 
@@ -52,6 +52,11 @@ def sort_by_latent(pattern: SparsePattern) -> tuple[Tensor, Tensor]:
     return pattern.by_latent(backend_for(pattern.indices_N).sort_by_latent)
 
 
+def sort_aside(pattern: SparsePattern) -> None:
+    """Begin to sort the entries by latent, on a GPU beside what follows."""
+    pattern.sort_aside(backend_for(pattern.indices_N).sort_by_latent)
+
+
 def sum_by_latent(values_N: Tensor, pattern: SparsePattern) -> Tensor:
     """Return the sum of each latent's values, [F]."""
     return _SumByLatent.apply(values_N, pattern)
@@ -74,13 +79,21 @@ class WeightGradient:
 
     autograd comes to the last use first, which is AuxK's and has few entries. So all but the last that it
     comes to wait, and are added to what that one writes. `lent_FD` is where that goes, if not to a fresh
-    array.
+    array, and `norms` where the norms of its rows are left.
     """
 
-    def __init__(self, lent_FD: Tensor | None = None) -> None:
+    def __init__(self, lent_FD: Tensor | None = None, norms: RowNorms | None = None) -> None:
         self.uses = 0  # whose backward pass is to come
         self.lent = () if lent_FD is None else (lent_FD,)
+        self.norms = norms
         self._waiting: list[Callable[[Tensor], object]] = []
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a kernel of the sparse layout that makes the last use's gradient is given; no norms where
+        something will be added to it."""
+        lent = dict(zip(("lent_FD",), self.lent, strict=False))
+        return lent if self.norms is None or self._waiting else lent | {"norms": self.norms}
 
     def last(self) -> bool:
         """Count the backward pass of a use, and return whether it is the last."""
@@ -117,6 +130,11 @@ def lends(W_FD: Tensor) -> bool:
     """Whether a backend writes a gradient to an array that it is lent. A fresh one costs a CPU as much as
     the sums that go there: the system hands out its pages one by one."""
     return getattr(backend_for(W_FD), "LENDS", False)
+
+
+def takes_norms(W_FD: Tensor) -> bool:
+    """Whether a backend's kernels leave the norms of a gradient's rows when they write it."""
+    return getattr(backend_for(W_FD), "TAKES_NORMS", False)
 
 
 class _RowNorms(Function):
@@ -224,8 +242,8 @@ class _EncodeSparse(Function):
         x_BD = x_BD if rows_FD is None else x_BD.to(rows_FD.dtype)
         backend, given, d_W_FD = backend_for(W_FD), (g_N.contiguous(), x_BD, ctx.pattern), None
         if ctx.gradient is None or ctx.gradient.last():
-            lent = () if ctx.gradient is None else ctx.gradient.lent
-            d_W_FD, d_b_F = backend.encode_backward(*given, *lent)
+            options = {} if ctx.gradient is None else ctx.gradient.options
+            d_W_FD, d_b_F = backend.encode_backward(*given, **options)
             d_W_FD = d_W_FD if ctx.gradient is None else ctx.gradient.add_to(d_W_FD)
         else:
             d_b_F = backend.sum_by_latent(given[0], ctx.pattern)
@@ -276,8 +294,8 @@ class _Decode(Function):
         (values_N, rows_FD), gradient, e = ctx.saved_tensors, ctx.gradient, ctx.pattern
         backend, g_RD = backend_for(values_N), g_RD.to(rows_FD.dtype).contiguous()
         now = ctx.needs_input_grad[1] and (gradient is None or gradient.last())
-        lent = () if gradient is None else gradient.lent
-        d_values_N, d_W_FD = backend.decode_backward(g_RD, values_N, rows_FD, e, now, *lent)
+        options = {} if gradient is None else gradient.options
+        d_values_N, d_W_FD = backend.decode_backward(g_RD, values_N, rows_FD, e, now, **options)
         if gradient is not None and now:
             gradient.add_to(d_W_FD)
         elif gradient is not None:

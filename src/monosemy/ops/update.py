@@ -8,6 +8,7 @@ Adam).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -54,11 +55,19 @@ class Optimizer:
 
     @torch.no_grad()
     def step(
-        self, grads: Mapping[str, Sequence[Tensor]], lr_S: Tensor, loss_S: Tensor, which: slice = slice(None)
+        self,
+        grads: Mapping[str, Sequence[Tensor]],
+        lr_S: Tensor,
+        loss_S: Tensor,
+        which: slice = slice(None),
+        *,
+        skip_S: Tensor | None = None,
+        row_norms: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
     ) -> Tensor:
         """Update the SAEs `which` in place from a gradient of each, in their order; gradients are consumed.
 
-        Returns which of them were updated, bool [S]: those whose loss and gradient are finite.
+        `row_norms` are those of gradients of which they are known (`Parameter.row_norms`). Returns which SAEs
+        were updated, bool [S]: those whose loss and gradient are finite and which `skip_S` does not name.
         """
         # without clipping only finiteness is asked for, and the stacked vectors [S, F] show it: what is not
         # finite in a matrix's gradient is not finite in a sum over its rows
@@ -72,11 +81,12 @@ class Optimizer:
                 self.constraint_of(name),
                 in_norm=self.adam.clip is not None or p.ndim == 2,
                 sharded=name in self.of_latents,
+                row_norms=row_norms.get(name),
             )
             for name, p in self.params.items()
         ]
         ops = backend_for(self.params[self.decoder])
-        return ops.adam_step(parameters, loss_S, lr_S, self.steps_S[which], self.adam)
+        return ops.adam_step(parameters, loss_S, lr_S, self.steps_S[which], self.adam, skip_S)
 
     def state_dict(self, s: int) -> dict[str, Tensor]:
         """Return everything but the parameters that the next step of one SAE depends on."""

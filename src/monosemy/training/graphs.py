@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 KEPT = 8  # graphs of the last phases; an older phase is captured anew if it comes back
 
 Function = Callable[[Mapping[str, Tensor], int], None]
-T = TypeVar("T")
 
 
 @cache
@@ -32,33 +31,6 @@ def release_memory() -> None:
     _pool.cache_clear()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-@cache
-def _side_stream(device: torch.device, i: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def side_by_side(parts: Sequence[Callable[[], T]], branches: int) -> list[T]:
-    """Run parts of a step that do not depend on each other; in a capture as so many branches of the graph.
-
-    Kernels that are too small to fill a GPU then run beside those of other parts. What comes after waits for
-    all of them. Where nothing is captured, one runs after the other.
-    """
-    branches = min(branches, len(parts))
-    if branches == 1 or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return [part() for part in parts]
-    main = torch.cuda.current_stream()
-    streams = [_side_stream(main.device, i) for i in range(branches)]
-    for stream in streams:
-        stream.wait_stream(main)
-    results = []
-    for i, part in enumerate(parts):
-        with torch.cuda.stream(streams[i % len(streams)]):
-            results.append(part())
-    for stream in streams:
-        main.wait_stream(stream)
-    return results
 
 
 @contextmanager

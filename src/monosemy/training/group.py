@@ -15,7 +15,8 @@ from torch import Tensor
 from monosemy import ops
 from monosemy.former_names import current_names
 from monosemy.limits import GRADIENTS_AT_ONCE, branches
-from monosemy.training.graphs import CUDAGraphCache, side_by_side
+from monosemy.system.streams import side_by_side
+from monosemy.training.graphs import CUDAGraphCache
 from monosemy.training.trainer import READBACK_EVERY, SAETrainer, StepResult
 
 
@@ -62,9 +63,8 @@ class TrainerGroup:
     def optimizer(self) -> ops.Optimizer:
         """The update of all SAEs; made when it is first needed, from the weights that are there then."""
         first = self.trainers[0]
-        copies = (
-            ("W_enc", "W_dec") if self.params["W_enc"].is_cuda else ("W_enc",)
-        )  # a CPU gathers in float32
+        # a CPU gathers in float32
+        copies = ("W_enc", "b_enc", "W_dec") if self.params["W_enc"].is_cuda else ("W_enc",)
         return ops.Optimizer(
             self.params,
             decoder="W_dec",
@@ -104,12 +104,18 @@ class TrainerGroup:
         """Run forward passes, one update and what follows from it; codes and gradients go when it returns."""
         trainers, lr_S = self.trainers[members], self.scales_2S[0, members]
         results = self._forward(members, batches, step)
-        # a loss that is not a number makes the optimizer skip the update
-        losses = [trainer.loss_or_nan(result) for trainer, result in zip(trainers, results, strict=True)]
         for trainer, result in zip(trainers, results, strict=True):
             trainer.sae.adjust_gradients_(result.grads)
         grads = {name: [result.grads[name] for result in results] for name in self.params}
-        updated_S = self.optimizer.step(grads, lr_S, torch.stack(losses), members)
+        known = set.intersection(*(set(result.row_norms) for result in results))
+        updated_S = self.optimizer.step(
+            grads,
+            lr_S,
+            _stacked([result.metrics["loss"] for result in results]),
+            members,
+            skip_S=self._skips(trainers, results),
+            row_norms={name: [result.row_norms[name] for result in results] for name in known},
+        )
         for trainer, updated in zip(trainers, updated_S, strict=True):
             if trainer.sae.renormalize_(updated):
                 self.optimizer.refresh_copies(self.index[trainer.name])
@@ -122,6 +128,15 @@ class TrainerGroup:
             ],
             self._branches(batches),
         )
+
+    def _skips(self, trainers: Sequence[SAETrainer], results: Sequence[StepResult]) -> Tensor | None:
+        """Return whose updates are skipped whatever their numbers are, bool [S]; None where nothing says
+        so."""
+        found = [trainer.skips(result) for trainer, result in zip(trainers, results, strict=True)]
+        skips = [skip for skip in found if skip is not None]
+        if 0 < len(skips) < len(found):  # some have lists of fixed length
+            skips = [torch.zeros_like(skips[0]) if skip is None else skip for skip in found]
+        return _stacked(skips) if skips else None
 
     def _finish(
         self, trainer: SAETrainer, result: StepResult, updated: Tensor, batch_is_finite: Tensor
@@ -174,6 +189,11 @@ class TrainerGroup:
         self.optimizer.load_state_dict(
             s, {key.removeprefix("optimizer."): tensor for key, tensor in state.items()}
         )
+
+
+def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    """Stack scalars; one alone is not copied."""
+    return scalars[0][None] if len(scalars) == 1 else torch.stack(list(scalars))
 
 
 def group_trainers(trainers: Iterable[SAETrainer]) -> list[TrainerGroup]:

@@ -32,8 +32,9 @@ from monosemy.system.devices import checked_device
 from monosemy.system.files import exclusive_lock
 from monosemy.system.interrupts import Interrupts
 from monosemy.training.checkpoints import Checkpoint, Checkpoints
+from monosemy.training.readback import OnNonfinite
 from monosemy.training.sweep import Record, Sweep
-from monosemy.training.trainer import OnNonfinite, SAESpec, SAETrainer
+from monosemy.training.trainer import SAESpec, SAETrainer
 
 
 class TrainingLoop:

@@ -16,8 +16,9 @@ from monosemy.schedule import Schedule
 from monosemy.system.ranks import ALONE, Ranks
 from monosemy.training.checkpoints import Checkpoint
 from monosemy.training.group import group_trainers
+from monosemy.training.readback import StepMetrics
 from monosemy.training.shards import reshard, shard_name
-from monosemy.training.trainer import SAESpec, SAETrainer, StepMetrics
+from monosemy.training.trainer import SAESpec, SAETrainer
 
 Record = dict[str, Any]
 

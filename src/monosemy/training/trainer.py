@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,13 @@ from monosemy.limits import ESTIMATE_BELOW
 from monosemy.recipe import MONOSEMY, Recipe, learning_rate
 from monosemy.sae import SAE, StepContext
 from monosemy.schedule import Schedule
+from monosemy.training.readback import AsyncScalars, OnNonfinite, StepMetrics
 
 READBACK_EVERY = 100  # steps; the layout is chosen at these, from what was counted that many steps earlier
 SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.005}  # share of latents per token; above it dense products are faster
 CAPACITY_FACTOR = 4  # a GPU's index lists are allocated at this multiple of the last measured entry count
 
 FORMER_COUNTERS = {"bad": "nonfinite", "seen": "readback"}  # in checkpoints of earlier versions
-
-OnNonfinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -138,74 +137,30 @@ class SAESpec(Family):
             raise invalid("latent_shards", shards.size, allowed, remedy) from error
 
 
-class AsyncScalars:
-    """Scalars being copied to the host asynchronously.
+class Counts(NamedTuple):
+    """What fired in a batch."""
 
-    `read` blocks until the copy is done; callers read about 100 steps later, so it rarely does.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._copied = values, None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values = host.copy_(values, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> list[float]:
-        """Return the scalars as numbers."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._values.tolist()
-
-
-class NonfiniteState(NamedTuple):
-    """Counts of an SAE's updates that were not made; entries of its tensor `nonfinite` [4]."""
-
-    skipped: Any
-    """Steps skipped because the loss or a gradient was not finite."""
-    first_step: Any
-    """The first of them; -1: none yet."""
-    batch_was_finite: Any
-    """Whether all skipped batches were finite (1) or not (0)."""
-    overflowed: Any
-    """Steps skipped because a list of fixed length was full."""
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """An SAE's metrics of one step, on their way to the host."""
-
-    on_nonfinite: OnNonfinite
-    names: tuple[str, ...]
-    scalars: AsyncScalars
-
-    def read(self) -> tuple[dict[str, float], str]:
-        """Return the metrics, and why the SAE was stopped; "" where it was not."""
-        values = self.scalars.read()
-        state = NonfiniteState(*values[len(self.names) :])
-        metrics = dict(zip(self.names, values, strict=False)) | {"skipped": state.skipped + state.overflowed}
-        if state.skipped == 0 or self.on_nonfinite == "skip":
-            return metrics, ""
-        batch = "was finite" if state.batch_was_finite else "was not finite either"
-        return (
-            metrics,
-            f"its loss or gradient was not finite at step {state.first_step:.0f}, with a batch that {batch}",
-        )
+    fires: Tensor
+    """How often a latent did."""
+    since_fired_F: Tensor
+    dead_F: Tensor
+    dead: Tensor
+    """How many are."""
+    entries: Tensor | None
+    """Of the codes of all latents, where these are sharded."""
+    overflows: Tensor | None
+    """Whether a list of fixed length may have lacked room for all entries; None where none has one."""
 
 
 class StepResult(NamedTuple):
     """What a forward and backward pass hands to the update."""
 
     grads: dict[str, Tensor]
+    row_norms: dict[str, Tensor]  # of gradients of which a kernel left them
     metrics: dict[str, Tensor]  # scalars: "loss", its parts, "l0", "dead"
     codes: Codes
     ctx: StepContext
-    since_fired_F: Tensor
-    entries: Tensor | None
-    """Of the codes of all latents, where these are sharded."""
-    overflows: Tensor | None
-    """Whether a list of fixed length may have lacked room for all entries; None where none has one."""
+    counts: Counts
 
 
 class SAETrainer:
@@ -271,6 +226,13 @@ class SAETrainer:
         """Whether this is the SAE, or the first of its shards, which tells of it."""
         return self.shards is None or self.shards.rank == 0
 
+    @property
+    def clipped_constraint(self) -> ops.Constraint | None:
+        """The decoder's constraint where the update needs the gradients' norm and takes them as the backward
+        pass leaves them; None where it does not."""
+        adjusts = type(self.sae).adjust_gradients_ is not SAE.adjust_gradients_
+        return None if adjusts or self.sae.clip is None else self.sae.constraint
+
     def prepare(self, batch: Tensor, step: int) -> None:
         """Make the host's decisions before a step: the first b_dec, the layout, whether a latent may be
         dead."""
@@ -333,30 +295,39 @@ class SAETrainer:
             workspace=None if x_BD.is_cuda else self.workspace,  # CUDA graphs have memory of their own
             capacity=self.capacity,
             dead_at_most=self.dead_at_most or None,
+            decoder_constraint=self.clipped_constraint,
             shards=self.shards,
         )
         ctx = StepContext(step, self.schedule, self.recipe, sparsity_scale=sparsity_scale)
         codes = self.sae.codes(self.sae.preactivations(x_BD, execution), ctx)
         f = self.sae.active(codes)
-        with torch.no_grad():
-            count_F = f.count()
-            fired_F = self.sae.fired(codes, count_F, ctx)
-            since_fired_F, dead_F, dead = ops.firing(
-                fired_F, self.since_fired_F, len(x_BD), self.schedule.dead_tokens
-            )
-            fires, dead, entries, full = self._counted(codes, count_F, dead)
-        any_dead = self.any_dead if x_BD.is_cuda else bool(dead)
-        ctx = dataclasses.replace(ctx, dead_F=dead_F if any_dead else None)
+        # a GPU sorts the codes by latent beside an objective that needs no dead latents, and counts then
+        later = x_BD.is_cuda and not self.any_dead
+        counts = None if later else self._count(codes, f, ctx)
+        if counts is not None:
+            any_dead = self.any_dead if x_BD.is_cuda else bool(counts.dead)
+            ctx = dataclasses.replace(ctx, dead_F=counts.dead_F if any_dead else None)
         parts = self.objective(x_BD, y_BD, codes, f, ctx)
+        counts = counts or self._count(codes, f, ctx)
         if not self.checked:
             self._check_loss(parts["loss"].detach())
         params = dict(self.sae.named_parameters())
         grads = torch.autograd.grad(parts["loss"], list(params.values()), materialize_grads=True)
         assert not any(gradient.uses for gradient in codes.pre.gradients.values()), "codes without a gradient"
         metrics = {name: part.detach() for name, part in parts.items()}
-        metrics |= {"l0": fires / len(x_BD), "dead": dead}
+        metrics |= {"l0": counts.fires / len(x_BD), "dead": counts.dead}
         grads_of = dict(zip(params, grads, strict=True))
-        return StepResult(grads_of, metrics, codes, ctx, since_fired_F, entries, full)
+        row_norms = self._row_norms(codes, params, grads_of)
+        return StepResult(grads_of, row_norms, metrics, codes, ctx, counts)
+
+    def _row_norms(
+        self, codes: Codes, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the norms of gradients' rows that kernels left."""
+        if self.clipped_constraint is None:
+            return {}
+        found = {name: codes.pre.row_norms(p, grads[name]) for name, p in params.items()}
+        return {name: norms for name, norms in found.items() if norms is not None}
 
     def _check_loss(self, loss: Tensor) -> None:
         """Raises ValueError for an objective that is not the same on all ranks, at the first step."""
@@ -368,17 +339,21 @@ class SAETrainer:
             raise invalid("latent_shards", self.shards.size, allowed, remedy)
         self.checked = True
 
-    def _counted(
-        self, codes: Codes, count_F: Tensor, dead: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return how often a latent fired in a batch, how many are dead, and for `StepResult` the entries and
-        whether a list was full; of all shards, by one reduction."""
+    @torch.no_grad()
+    def _count(self, codes: Codes, f: Codes, ctx: StepContext) -> Counts:
+        """Count what fired in a batch; what concerns all shards by one reduction."""
+        count_F = f.count()
+        fired_F = self.sae.fired(codes, count_F, ctx)
+        since_fired_F, dead_F, dead = ops.firing(
+            fired_F, self.since_fired_F, codes.tokens, self.schedule.dead_tokens
+        )
         full = codes.size() >= self.capacity if self.capacity else None
         if self.shards is None:
-            return count_F.sum(), dead, None, full
+            return Counts(count_F.sum(), since_fired_F, dead_F, dead, None, full)
         here = [count_F.sum(), dead, codes.size(), torch.zeros_like(dead) if full is None else full]
         fires, dead, entries, number_full = self.shards.sum_(torch.stack([n.double() for n in here]))
-        return fires.to(count_F.dtype), dead.long(), entries, None if full is None else number_full > 0
+        full = None if full is None else number_full > 0
+        return Counts(fires.to(count_F.dtype), since_fired_F, dead_F, dead.long(), entries, full)
 
     def objective(
         self, x_BD: Tensor, y_BD: Tensor, codes: Codes, f: Codes, ctx: StepContext
@@ -390,13 +365,14 @@ class SAETrainer:
         """Return what the SAE reads of a batch and what it is to reconstruct, [B, D] each."""
         return self.sae.operands(batch - self.center_D if self.centered else batch)
 
-    def loss_or_nan(self, result: StepResult) -> Tensor:
-        """Return the loss; NaN where this step's update is skipped whatever its numbers are."""
-        loss, skips = result.metrics["loss"], result.overflows
+    def skips(self, result: StepResult) -> Tensor | None:
+        """Return whether this step's update is skipped whatever its numbers are; None where nothing says
+        so."""
+        skips = result.counts.overflows
         if self.on_nonfinite == "stop":
             stopped = self.nonfinite[0] > 0
             skips = stopped if skips is None else skips | stopped
-        return loss if skips is None else torch.where(skips, torch.nan, loss)
+        return skips
 
     @torch.no_grad()
     def update_state(self, result: StepResult, updated: Tensor, batch_is_finite: Tensor) -> None:
@@ -406,11 +382,13 @@ class SAETrainer:
         for name, buffer in self.sae.named_buffers():
             torch.where(updated, buffer, before[name], out=buffer)
         counters = ops.Counters(self.since_fired_F, self.active, self.nonfinite, self.clock)
-        codes, full = result.codes, result.overflows
-        entries = codes.size() if result.entries is None else result.entries
+        codes, counts = result.codes, result.counts
+        entries = codes.size() if counts.entries is None else counts.entries
         ops.count_step(
             counters,
-            ops.StepOutcome(updated, full, batch_is_finite, entries, codes.tokens, result.since_fired_F),
+            ops.StepOutcome(
+                updated, counts.overflows, batch_is_finite, entries, codes.tokens, counts.since_fired_F
+            ),
         )
 
     def schedule_readback(self, tokens: int) -> None:

@@ -20,10 +20,13 @@ from monosemy.ops.triton.sums import (
     decode,
     decode_backward,
     encode_backward,
+    mean_of_finite,
     smallest,
     sort_by_latent,
     sum_by_latent,
 )
+
+TAKES_NORMS = True  # of gradients' rows, on the way
 
 __all__ = [
     "above",
@@ -43,6 +46,7 @@ __all__ = [
     "follow_threshold",
     "fused",
     "masked_copy",
+    "mean_of_finite",
     "row_norms",
     "scale",
     "smallest",

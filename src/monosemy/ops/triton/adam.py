@@ -81,13 +81,15 @@ def _square_norms_kernel(
 
 @triton.jit
 def _scales_kernel(
-    squares_S, loss_S, steps_S, scale_S, updated_S, S, CLIP: tl.constexpr, BLOCK: tl.constexpr
+    squares_S, loss_S, skip_S, steps_S, scale_S, updated_S, S, CLIP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Decide which SAEs are updated and what their gradients are multiplied by, and count these updates."""
     s = tl.arange(0, BLOCK)
     norm = tl.sqrt(tl.load(squares_S + s, mask=s < S, other=0))
     total = norm + tl.load(loss_S + s, mask=s < S, other=0)
     updated = tl.abs(total) < float("inf")
+    if skip_S is not None:
+        updated = updated & (tl.load(skip_S + s, mask=s < S, other=0) == 0)
     scale = tl.full([BLOCK], 1.0, tl.float32)
     if CLIP is not None:
         scale = tl.minimum(CLIP / (norm + 1e-6), 1.0)
@@ -186,14 +188,20 @@ class _Launch:
 
     @classmethod
     def of(cls, p: Tensor, grads: Sequence[Tensor], constraint: Constraint, table: Tensor) -> _Launch:
-        require_float32(p=p, **{f"grads[{s}]": g for s, g in enumerate(grads)})
+        require_float32(p=p)
         assert len(grads) == len(p) and all(g.shape == p.shape[1:] for g in grads), (
             "grads: not one of each SAE, of its shape"
         )
-        n = p[0].numel()
-        shape = _shape(n, p.shape[-1], constraint)
+        return cls.alike(grads, constraint, table)
+
+    @classmethod
+    def alike(cls, grads: Sequence[Tensor], constraint: Constraint, table: Tensor) -> _Launch:
+        require_float32(**{f"grads[{s}]": g for s, g in enumerate(grads)})
+        n = grads[0].numel()
+        shape = _shape(n, grads[0].shape[-1], constraint)
         aligned = 16 if all(g.data_ptr() % 16 == 0 for g in grads) else 4
-        return cls(table, (cdiv(cdiv(n, shape["C"]), shape["ROWS"]), len(p)), {"ALIGNED": aligned} | shape)
+        grid = (cdiv(cdiv(n, shape["C"]), shape["ROWS"]), len(grads))
+        return cls(table, grid, {"ALIGNED": aligned} | shape)
 
     def square_norms(self, p: Tensor, parts_SP: Tensor) -> None:
         """Write the sums of the gradient's squares over each program's rows."""
@@ -236,16 +244,31 @@ def update(
 
 
 def adam_step(
-    parameters: Sequence[Parameter], loss_S: Tensor, lr_S: Tensor, steps_S: Tensor, adam: Adam
+    parameters: Sequence[Parameter],
+    loss_S: Tensor,
+    lr_S: Tensor,
+    steps_S: Tensor,
+    adam: Adam,
+    skip_S: Tensor | None = None,
 ) -> Tensor:
-    """Clip and update all parameters of the SAEs whose loss and gradient norm are finite, and count these
-    updates in `steps_S`. Returns which they are, bool [S]."""
-    S, table = len(loss_S), _addresses([g for each in parameters for g in each.grads])
+    """Clip and update all parameters of the SAEs whose loss and gradient norm are finite and which are not to
+    be skipped, and count these updates in `steps_S`. Returns which they are, bool [S].
+
+    Of a gradient whose rows' norms are known only these are read for its norm.
+    """
+    norms = [each.row_norms for each in parameters if each.in_norm and each.row_norms is not None]
+    S, grads = len(loss_S), [each.grads for each in parameters]
+    table = _addresses([g for of_each in [*grads, *norms] for g in of_each])
     launches = [
         (each, _Launch.of(each.p, each.grads, each.constraint, table[i * S :]))
         for i, each in enumerate(parameters)
     ]
-    counted = [(each, launch) for each, launch in launches if each.in_norm]
+    tables = iter(table[i * S :] for i in range(len(grads), len(grads) + len(norms)))
+    counted = [
+        (each, launch if each.row_norms is None else _Launch.alike(each.row_norms, "free", next(tables)))
+        for each, launch in launches
+        if each.in_norm
+    ]
     parts_SP = loss_S.new_empty(S, sum(launch.grid[0] for _, launch in counted))
     of_each = parts_SP.split([launch.grid[0] for _, launch in counted], dim=1)
     for (each, launch), parts in zip(counted, of_each, strict=True):
@@ -256,7 +279,9 @@ def adam_step(
         squares_S = adam.total_square_norm([each for each, _ in counted], squares)
     scale_S, updated_S = torch.empty_like(loss_S), torch.empty_like(loss_S, dtype=torch.bool)
     outputs, block = (scale_S, updated_S.view(torch.uint8)), next_power_of_2(S)
-    _scales_kernel[(1,)](squares_S, loss_S, steps_S, *outputs, S, CLIP=adam.clip, BLOCK=block, num_warps=1)
+    skip_S = None if skip_S is None else skip_S.view(torch.uint8)
+    given = (squares_S, loss_S, skip_S, steps_S)
+    _scales_kernel[(1,)](*given, *outputs, S, CLIP=adam.clip, BLOCK=block, num_warps=1)
     for each, launch in launches:
         step = AdamStep(lr_S, scale_S, steps_S, adam.betas, adam.eps, each.constraint)
         launch.update(each.p, each.m, each.v, each.bf16_copy, step)

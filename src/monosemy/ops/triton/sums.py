@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from monosemy.ops.pattern import SparsePattern
+from monosemy.ops.pattern import Constraint, RowNorms, SparsePattern
 from monosemy.ops.triton.launch import require_float32, require_floats
 
 CHUNK = 128  # entries of a latent that one program takes
@@ -130,17 +130,88 @@ def _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _store_squares(total_D, p_FD, squares, latent, d, filled, F, D: tl.constexpr):
+    """Write the norm of a block of a latent's row; with p the sums of squares and of products that the norm
+    of what the update takes is made of. 0 of a row that is not filled."""
+    at = squares + latent.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    square = tl.sum(total_D * total_D, 0)
+    if p_FD is None:
+        tl.store(at, tl.sqrt(square))
+    else:
+        p_D = tl.load(p_FD + latent.to(tl.int64) * D + d, mask=d < filled, other=0)
+        number = F * tl.num_programs(1)
+        tl.store(at, square)
+        tl.store(at + number, tl.sum(total_D * p_D, 0))
+        tl.store(at + 2 * number, tl.sum(p_D * p_D, 0))
+
+
+@triton.jit
+def _norms_kernel(
+    squares_3FK,
+    norms_F,
+    F,
+    K: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute the norms of rows without their part along p from what `_store_squares` wrote."""
+    latents = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    k = tl.arange(0, BLOCK_K)
+    at = squares_3FK + latents[:, None] * K + k[None, :]
+    there = (latents < F)[:, None] & (k < K)[None, :]
+    square = tl.sum(tl.load(at, mask=there, other=0), 1)
+    product = tl.sum(tl.load(at + F * K, mask=there, other=0), 1)
+    of_p = tl.sum(tl.load(at + 2 * F * K, mask=there, other=0), 1)
+    norm = tl.sqrt(of_p)
+    if CONSTRAINT == "project":
+        norm += 1e-6
+    along = tl.where(product != 0, product / norm / norm, 0.0)
+    square += along * (along * of_p - 2 * product)
+    # rounding may leave less than nothing; what is not a number stays
+    tl.store(norms_F + latents, tl.sqrt(tl.where(square > 0, square, square * 0)), mask=latents < F)
+
+
+@triton.jit
+def _dots_kernel(
+    rows_RD,
+    W_FD,
+    indices_N,
+    offsets_R1,
+    dots_N,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """For the entries of a bag: the products of its row with the latents' rows of W."""
+    bag = tl.program_id(0).to(tl.int64)
+    end = tl.load(offsets_R1 + bag + 1)
+    for first in range(tl.load(offsets_R1 + bag), end, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        latents = tl.load(indices_N + at, mask=at < end, other=0).to(tl.int64)
+        total_N = tl.zeros([BLOCK_N], tl.float32)
+        for begin in range(0, D, BLOCK_D):
+            d = begin + tl.arange(0, BLOCK_D)
+            row_D = tl.load(rows_RD + bag * D + d, mask=d < D, other=0).to(tl.float32)
+            W = tl.load(
+                W_FD + latents[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
+            )
+            total_N += tl.sum(W.to(tl.float32) * row_D[None, :], 1)
+        tl.store(dots_N + at, total_N, mask=at < end)
+
+
+@triton.jit
 def _by_latent_kernel(
     rows_RD,
     values_N,
-    W_FD,
     indices_N,
     bags_N,
     order_N,
     offsets_F1,
-    d_values_N,
     out_FD,
     rest_D,
+    p_FD,
+    squares,
     F,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -148,37 +219,33 @@ def _by_latent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For the entries of a piece: the products of their bags' rows with the latent's row of W, and the sum of
-    value times row."""
+    """Sum value times their bags' rows over the entries of a piece, for a block of D, and take the sum's
+    norm."""
     piece = tl.program_id(0)
-    latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
+    _, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total_D = tl.zeros([BLOCK_D], tl.float32)
-    if W_FD is not None:
-        there = d < tl.where(begin < end, D, 0)
-        W_D = tl.load(W_FD + latent.to(tl.int64) * D + d, mask=there, other=0).to(tl.float32)
     for first in range(begin, end, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         place = tl.load(order_N + at, mask=at < end, other=0)
+        values = tl.load(values_N + place, mask=at < end, other=0)
         bags = tl.load(bags_N + at, mask=at < end, other=0).to(tl.int64)
         rows = tl.load(
             rows_RD + bags[:, None] * D + d[None, :], mask=(at < end)[:, None] & (d < D)[None, :], other=0
-        ).to(tl.float32)
-        if W_FD is not None:
-            tl.store(d_values_N + place, tl.sum(rows * W_D[None, :], 1), mask=at < end)
-        if out_FD is not None:
-            total_D += tl.sum(tl.load(values_N + place, mask=at < end, other=0)[:, None] * rows, 0)
-    if out_FD is not None:
-        filled = d < tl.where(begin < end, D, 0)
-        if piece < F:
-            here = out_FD + piece.to(tl.int64) * D + d
-            if ADD:
-                total_D += tl.load(here, mask=filled, other=0)
-                tl.store(here, total_D, mask=filled)
-            else:
-                tl.store(here, total_D, mask=d < D)
+        )
+        total_D += tl.sum(values[:, None] * rows.to(tl.float32), 0)
+    filled = tl.where(begin < end, D, 0)
+    if piece < F:
+        here = out_FD + piece.to(tl.int64) * D + d
+        if ADD:
+            total_D += tl.load(here, mask=d < filled, other=0)
+            tl.store(here, total_D, mask=d < filled)
         else:
-            tl.store(rest_D + (piece - F).to(tl.int64) * D + d, total_D, mask=filled)
+            tl.store(here, total_D, mask=d < D)
+        if squares is not None:
+            _store_squares(total_D, p_FD, squares, piece, d, filled, F, D)
+    else:
+        tl.store(rest_D + (piece - F).to(tl.int64) * D + d, total_D, mask=d < filled)
 
 
 @triton.jit
@@ -188,12 +255,15 @@ def _join_kernel(
     offsets_F1,
     out_FD,
     rest_D,
+    p_FD,
+    squares,
     F,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add a latent's later pieces to its first; the program of the second does so."""
+    """Add a latent's later pieces to its first, and take the norm of all; the program of the second does
+    so."""
     piece = F + tl.program_id(0)
     latent, begin, end = _piece(piece, indices_N, order_N, offsets_F1, F, CHUNK)
     if (begin < end) & (tl.load(offsets_F1 + latent) >= begin - CHUNK):
@@ -202,25 +272,20 @@ def _join_kernel(
         for cut in range(begin, tl.load(offsets_F1 + latent + 1), CHUNK):
             total_D += tl.load(rest_D + tl.cast(cut // CHUNK, tl.int64) * D + d, mask=d < D, other=0)
         tl.store(out_FD + latent.to(tl.int64) * D + d, total_D, mask=d < D)
+        if squares is not None:
+            _store_squares(total_D, p_FD, squares, latent, d, D, F, D)
 
 
-def _tile(D: int, dtype: torch.dtype, *, whole: bool = False, elements: int = 2048) -> dict[str, int]:
-    """Blocks of entries by blocks of D, which are `whole` rows where they have to be.
+def _tile(D: int, dtype: torch.dtype, *, by_bag: bool = False) -> dict[str, int]:
+    """Blocks of entries by blocks of D, and warps.
 
-    Of rows in bfloat16 a program has as many warps as read a row at once, so that none has to add up what
-    others read, and so many `elements`; of float32 4096.
+    A row in bfloat16 is read by one warp, so that none has to add up what others read; measured on an H200.
     """
+    block = next_power_of_2(D)
     if dtype == torch.bfloat16:
-        block = next_power_of_2(D) if whole else min(next_power_of_2(D), 512)
-        warps = min(max(block // 256, 1), 4)
-        number = min(max(min(elements, 4096 * warps) // block, 2 if block > 1024 else 4), 32)
-        return {"BLOCK_D": block, "BLOCK_N": number, "num_warps": warps}
-    block = next_power_of_2(D) if whole else min(next_power_of_2(D), 1024)
-    return {
-        "BLOCK_D": block,
-        "BLOCK_N": min(max(4096 // block, 1), 32),
-        "num_warps": 4 if block <= 2048 else 8,
-    }
+        return {"BLOCK_D": min(block, 256 if by_bag else 512), "BLOCK_N": 8 if by_bag else 4, "num_warps": 1}
+    block = min(block, 1024)
+    return {"BLOCK_D": block, "BLOCK_N": min(max(4096 // block, 1), 32), "num_warps": 4}
 
 
 def sort_by_latent(indices_N: Tensor, offsets_R1: Tensor, F: int) -> tuple[Tensor, Tensor]:
@@ -279,82 +344,124 @@ def _bags_by_latent(e: SparsePattern) -> Tensor:
     return e.__dict__["bags_by_latent_N"]
 
 
+@triton.jit
+def _mean_of_finite_kernel(values_B, mean, B, BLOCK: tl.constexpr):
+    """Take the mean of what is below infinity."""
+    total = tl.zeros([BLOCK], tl.float32)
+    number = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, B, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        value = tl.load(values_B + at, mask=at < B, other=float("inf"))
+        total += tl.where(value < float("inf"), value, 0.0)
+        number += (value < float("inf")).to(tl.float32)
+    tl.store(mean, tl.sum(total, 0) / tl.sum(number, 0))
+
+
+def mean_of_finite(values_B: Tensor) -> Tensor:
+    """Return the mean of what is below infinity; NaN where nothing is."""
+    require_float32(values_B=values_B)
+    mean = values_B.new_empty(())
+    _mean_of_finite_kernel[(1,)](values_B, mean, len(values_B), BLOCK=2048)
+    return mean
+
+
 def decode(values_N: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
     """Sum by bag: value times the latent's row of W, [R, D]."""
     require_float32(values_N=values_N)
     require_floats(W_FD=W_FD)
     D = W_FD.shape[1]
-    out_RD, tile = values_N.new_empty(e.R, D), _tile(D, W_FD.dtype, elements=8192)
+    out_RD, tile = values_N.new_empty(e.R, D), _tile(D, W_FD.dtype, by_bag=True)
     _decode_kernel[(e.R, cdiv(D, tile["BLOCK_D"]))](
         values_N, W_FD, e.indices_N, e.offsets_R1, out_RD, D=D, **tile
     )
     return out_RD
 
 
+def _dots(rows_RD: Tensor, W_FD: Tensor, e: SparsePattern) -> Tensor:
+    """Return the product of each entry's bag's row with its latent's row of W, float32 [N]; 0 of padding."""
+    D, dots_N = W_FD.shape[1], torch.zeros_like(e.indices_N, dtype=torch.float32)
+    tile = _tile(D, rows_RD.dtype)
+    _dots_kernel[(e.R,)](rows_RD, W_FD, e.indices_N, e.offsets_R1, dots_N, D=D, **tile)
+    return dots_N
+
+
 def _by_latent(
     rows_RD: Tensor,
     values_N: Tensor,
-    W_FD: Tensor | None,
     e: SparsePattern,
-    weight: bool,
     into_FD: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """By latent: the products of its bags' rows with its row of W, [N], and the sum of value times row, [F,
-    D]; each if wanted."""
+    norms: RowNorms | None = None,
+) -> Tensor:
+    """Sum value times its bag's row by latent, [F, D], or add it to an array; leave the norms in `norms`."""
     (order_N, offsets_F1), N, D = e.by_latent(sort_by_latent), len(values_N), rows_RD.shape[1]
-    tile = _tile(D, rows_RD.dtype, whole=W_FD is not None)
+    tile = _tile(D, rows_RD.dtype)
     cuts, blocks = cdiv(N, CHUNK), cdiv(D, tile["BLOCK_D"])
-    d_values_N = None if W_FD is None else torch.zeros_like(values_N)
-    if not weight:
-        out_FD = rest_D = None
-    else:
-        out_FD = values_N.new_empty(e.F, D) if into_FD is None else into_FD
-        rest_D = values_N.new_empty(cuts, D)
-    entries = (e.indices_N, _bags_by_latent(e), order_N, offsets_F1)
+    out_FD = values_N.new_empty(e.F, D) if into_FD is None else into_FD
+    rest_D = values_N.new_empty(cuts, D)
+    p_FD = squares = None
+    if norms is not None:
+        p_FD = None if norms.constraint == "free" else norms.p_FD
+        squares = values_N.new_empty(1 if p_FD is None else 3, e.F, blocks)
+        require_float32(p_FD=norms.p_FD)
+    outputs = (out_FD, rest_D, p_FD, squares, e.F)
     _by_latent_kernel[(e.F + cuts, blocks)](
         rows_RD,
         values_N,
-        W_FD,
-        *entries,
-        d_values_N,
-        out_FD,
-        rest_D,
-        e.F,
+        e.indices_N,
+        _bags_by_latent(e),
+        order_N,
+        offsets_F1,
+        *outputs,
         D=D,
         CHUNK=CHUNK,
         ADD=into_FD is not None,
         **tile,
     )
-    if out_FD is not None:
-        where = (e.indices_N, order_N, offsets_F1, out_FD, rest_D)
-        _join_kernel[(cuts, blocks)](*where, e.F, D=D, CHUNK=CHUNK, BLOCK_D=tile["BLOCK_D"])
-    return d_values_N, out_FD
+    where, block = (e.indices_N, order_N, offsets_F1), tile["BLOCK_D"]
+    _join_kernel[(cuts, blocks)](*where, *outputs, D=D, CHUNK=CHUNK, BLOCK_D=block)
+    if norms is not None and squares is not None:
+        norms.gradient_FD, norms.of_parts_FK = out_FD, squares[0]
+        if p_FD is not None:
+            norms.of_parts_FK = _norms(squares, norms.constraint)[:, None]
+    return out_FD
+
+
+def _norms(squares_3FK: Tensor, constraint: Constraint) -> Tensor:
+    """Return the norms of rows as the update takes them, [F]."""
+    _, F, K = squares_3FK.shape
+    norms_F, block = squares_3FK.new_empty(F), next_power_of_2(K)
+    tile = {"BLOCK_F": 512, "BLOCK_K": block}
+    _norms_kernel[(cdiv(F, 512),)](squares_3FK, norms_F, F, K=K, CONSTRAINT=constraint, **tile)
+    return norms_F
 
 
 def decode_backward(
-    g_RD: Tensor, values_N: Tensor, W_FD: Tensor, e: SparsePattern, weight: bool
+    g_RD: Tensor,
+    values_N: Tensor,
+    W_FD: Tensor,
+    e: SparsePattern,
+    weight: bool,
+    norms: RowNorms | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F,
-    D]."""
+    """Return the gradients of `decode` with respect to its values, [N], and, where asked for, to W, [F, D],
+    whose rows' norms are left in `norms`."""
     require_float32(values_N=values_N)
     require_floats(g_RD=g_RD, W_FD=W_FD)
-    d_values_N, d_W_FD = _by_latent(g_RD, values_N, W_FD, e, weight)
-    assert d_values_N is not None
-    return d_values_N, d_W_FD
+    return _dots(g_RD, W_FD, e), _by_latent(g_RD, values_N, e, norms=norms) if weight else None
 
 
-def encode_backward(g_N: Tensor, x_BD: Tensor, e: SparsePattern) -> tuple[Tensor, Tensor]:
+def encode_backward(
+    g_N: Tensor, x_BD: Tensor, e: SparsePattern, norms: RowNorms | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the entries' pre-activations x W_enc^T + b_enc with respect to W_enc, [F, D],
-    and b_enc, [F]. Bags are tokens."""
+    whose rows' norms are left in `norms`, and b_enc, [F]. Bags are tokens."""
     require_float32(g_N=g_N)
     require_floats(x_BD=x_BD)
-    d_W_FD = _by_latent(x_BD, g_N, None, e, True)[1]
-    assert d_W_FD is not None
-    return d_W_FD, sum_by_latent(g_N, e)
+    return _by_latent(x_BD, g_N, e, norms=norms), sum_by_latent(g_N, e)
 
 
 def add_rows(values_N: Tensor, rows_RD: Tensor, e: SparsePattern, into_FD: Tensor) -> None:
     """Add to each latent's row of an array the sum of value times its bags' rows."""
     require_float32(values_N=values_N, into_FD=into_FD)
     require_floats(rows_RD=rows_RD)
-    _by_latent(rows_RD, values_N, None, e, True, into_FD)
+    _by_latent(rows_RD, values_N, e, into_FD)
