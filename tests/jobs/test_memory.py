@@ -196,8 +196,7 @@ def check(said):
     "saes",
     [
         "--dictionary_widths 16384 --architectures top_k",
-        # which is no other's but for its training: what its report takes is that of top_k
-        "--dictionary_widths 16384 --architectures standard --report_latents 0",
+        "--dictionary_widths 16384 --architectures standard",
         "--dictionary_widths 8192 --architectures batch_top_k --crosscode resid_post --layers 0 1",
         "--dictionary_widths 4096 --architectures batch_top_k --transcode mlp --cross_layer --layers all",
         pytest.param(

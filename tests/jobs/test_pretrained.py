@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import file_download
 
 import monosemy
 from monosemy import formats
@@ -305,7 +306,11 @@ def test_a_pickle_is_fetched_only_where_its_format_is_named(hub: LocalHub, layou
         monosemy.load(tree.repo, format="sae_lens")
 
 
-def test_half_a_file_and_other_bytes_are_not_kept(hub: LocalHub, gemma: Tree) -> None:
+def test_half_a_file_and_other_bytes_are_not_kept(
+    hub: LocalHub, gemma: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the library's own pauses of a second before it asks for the rest
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
     one = "google/gemma-scope-2b-pt-res", "layer_5"
     hub.faults["params.npz"] = ["other"]
     with pytest.raises(
