@@ -298,8 +298,9 @@ def sets(request: pytest.FixtureRequest, world: World) -> Path:
     of a text."""
     folder = world.folder / f"with features{request.param}"
     text = write_text(world.folder / "text.jsonl")
-    flags = f"--transcode mlp {request.param} --layers all --architectures batch_top_k --target_l0s 6"
-    flags += f" --num_tokens 4000 --dictionary_widths {F} --context_length 24 --sae_batch_size 64 --eval_num_inputs 20"
+    flags = f"--transcode mlp {request.param} --layers all --architectures batch_top_k --target_l0s 6 "
+    flags += f"--num_tokens 4000 --dictionary_widths {F} --context_length 24 --sae_batch_size 64 "
+    flags += "--eval_num_inputs 20"
     where = ["--save_dir", str(folder / "run"), "--model_name", str(world.folder / "model")]
     more = ["--dataset", str(text), "--report_latents", str(PAGES), "--held_out_fraction", "0.1"]
     assert main(["train", *where, *more, *flags.split()]) == 0

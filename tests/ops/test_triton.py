@@ -275,9 +275,10 @@ def test_sums(B, D, F, bags, padding, mask):
     rows_FD, b_F = fast.encode_backward(values_N, g_RD, e)
     close(rows_FD, wanted_rows)
     close(b_F, wanted_b)
-    errors = checks.Errors()
-    checks.check_norms(fast, errors, values_N, W_FD, g_RD, e)
-    errors.check()
+    if B < 100 or mask == "all":  # where latents have entries enough for several programs
+        errors = checks.Errors()
+        checks.check_norms(fast, errors, values_N, W_FD, g_RD, e)
+        errors.check()
 
 
 def test_padding_belongs_to_the_last_bag():

@@ -189,7 +189,8 @@ class Checkpoints:
         try:
             if self.ranks.leads:
                 shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
+                with check_disk_space(final, needed):
+                    part.mkdir(parents=True)
         except OSError as found:
             error = found
         self.ranks.gather(None, background=True)  # the folder is there now
