@@ -29,11 +29,12 @@ LOSS_ERROR = 1e-4  # over 20 steps in float32
 How = Literal["reference", "uncaptured", "captured"]
 
 
-def spec_and_schedule(name: str, **family: Any) -> tuple[SAESpec, Schedule]:
-    """Return an SAE whose latents die, whose threshold begins and whose p falls within 20 steps."""
+def spec_and_schedule(name: str, dead_after: int = 6, **family: Any) -> tuple[SAESpec, Schedule]:
+    """Return an SAE whose latents die after so many steps, whose threshold begins and whose p falls within 20
+    steps."""
     B, _, F, k = SIZES.trained
     phases = {"warmup_steps": 0, "sparsity_warmup_steps": 10, "threshold_start_step": 6, "anneal_start": 4}
-    schedule = Schedule.of_run(200, B, dead_feature_threshold=6 * B, **phases)
+    schedule = Schedule.of_run(200, B, dead_feature_threshold=dead_after * B, **phases)
     given = settings(name, k) | ({"anneal_end": 60} if name == "p_anneal" else {})
     return SAESpec(name, F, 3e-4, settings=given, **family), schedule
 

@@ -52,6 +52,18 @@ def test_captured_steps_match_uncaptured_ones(name: str, sparse: bool) -> None:
 
 @needs_gpu
 @layouts
+def test_captured_steps_without_dead_latents_are_bit_equal_to_uncaptured_ones(
+    name: str, sparse: bool
+) -> None:
+    """Their entries are sorted on a branch of the graph, beside the objective."""
+    wanted = trained(name, "reference", sparse=sparse, dead_after=1000)[0]
+    losses, state = trained(name, "uncaptured", sparse=sparse, dead_after=1000)
+    assert losses == pytest.approx(wanted, rel=LOSS_ERROR)
+    assert not differing(state, trained(name, "captured", sparse=sparse, dead_after=1000)[1])
+
+
+@needs_gpu
+@layouts
 def test_steps_in_bfloat16_are_near_those_in_float32(name: str, sparse: bool) -> None:
     wanted, _ = trained(name, "captured", sparse=sparse)
     assert trained(name, "captured", sparse=sparse, bf16=True)[0] == pytest.approx(wanted, rel=0.02)
