@@ -339,7 +339,8 @@ def test_its_server_has_the_file_of_every_latent_of_a_graph(sets: Path) -> None:
                 feature = json.load(answer)
             layer, latent, _ = map(int, node["node_id"].split("_"))
             assert feature["index"] == latent
-            assert feature["transcoder_id"].startswith(("mlp_in_layers_", f"mlp_in_layer_{layer}_"))
+            of = ("cross_layer_mlp_in_layers_0_to_", f"mlp_in_layer_{layer}_")
+            assert feature["transcoder_id"].startswith(of)
             paged += "histogram" in feature
             examples = [e for quantile in feature["examples_quantiles"] for e in quantile["examples"]]
             words = {token.strip() for example in examples for token in example["tokens"]}
