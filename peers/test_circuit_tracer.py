@@ -331,7 +331,9 @@ def traced(folder: Path) -> tuple[str, list[dict]]:
 
 def test_its_server_has_the_file_of_every_latent_of_a_graph(sets: Path) -> None:
     scan, nodes = traced(sets / "files")
-    assert len(nodes) > LAYERS and len({node["layer"] for node in nodes}) == LAYERS
+    # a graph is pruned, and the last layer's latents of a cross-layer transcoder write to one place alone
+    across = "cross_layer" in str(sets)
+    assert len(nodes) > LAYERS and len({node["layer"] for node in nodes}) >= LAYERS - across
     paged = 0
     with served(sets / "files") as (url, _):
         for node in nodes:
