@@ -131,7 +131,9 @@ def wait(pids: list[int]) -> list[int]:
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            codes[pid] = os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            # one that had told its end already is ended by the signal itself, the others say 143
+            codes[pid] = 143 if failed and code == -signal.SIGTERM else code
         if failed is None and any(codes.values()):
             failed = time.monotonic()
             end(pids, codes, signal.SIGTERM)
