@@ -289,7 +289,7 @@ def test_a_difference_would_show(world: World) -> None:
 # --- its page of a latent -----------------------------------------------------------------------------------
 
 TEXT = "the one that was not"
-PAGES = 40  # of F latents
+PAGES = 40  # of F latents of a layer
 
 
 @pytest.fixture(scope="module", params=["", "--cross_layer"], ids=["a set", "across layers"])
@@ -302,7 +302,8 @@ def sets(request: pytest.FixtureRequest, world: World) -> Path:
     flags += f"--num_tokens 4000 --dictionary_widths {F} --context_length 24 --sae_batch_size 64 "
     flags += "--eval_num_inputs 20"
     where = ["--save_dir", str(folder / "run"), "--model_name", str(world.folder / "model")]
-    more = ["--dataset", str(text), "--report_latents", str(PAGES), "--held_out_fraction", "0.1"]
+    pages = PAGES * (LAYERS if request.param else 1)
+    more = ["--dataset", str(text), "--report_latents", str(pages), "--held_out_fraction", "0.1"]
     assert main(["train", *where, *more, *flags.split()]) == 0
     for layout in ("files", "packed"):
         line = ["convert", str(folder / "run"), str(folder / layout), "--to", "circuit_tracer"]
